@@ -1,0 +1,73 @@
+"""The command `lgvq`: a table of commands and what to do with their errors; no logic."""
+
+import argparse
+import importlib
+import logging
+import sys
+import traceback
+from importlib import metadata
+
+from .sockets import ConfigError
+
+COMMANDS = {  # name: ("module:function of argv", what it does)
+    "train": ("training.run:main", "train a tokenizer from configs"),
+}
+"""Resolved below this package, and only when called: `lgvq --help` imports no torch."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `lgvq`.
+
+    Returns:
+        0 done; 2 the user's input is wrong; 1 a failure of ours; 130 interrupted.
+    """
+    options, command, rest = _parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="lgvq: %(message)s", stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.DEBUG if options.debug else logging.INFO)
+    try:
+        module, _, function = COMMANDS[command][0].partition(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(rest)
+    except ConfigError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"lgvq: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "interrupted; go on with: lgvq train ... --name RUN --resume auto"
+        print(f"lgvq: {told}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
+    """Split argv into lgvq's own options, the command, and the command's arguments."""
+    lines = "\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="lgvq",
+        usage="lgvq [-V] [--debug] COMMAND ...",
+        description="Language-guided codebooks (LG-VQ) for VQ image tokenizers.",
+        epilog=f"commands:\n{lines}\n\n`lgvq COMMAND --help` tells a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    own = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv)) + 1
+    rest = [word for word in argv[own:] if word != "--debug"]
+    options = parser.parse_args(argv[:own] + ["--debug"] * ("--debug" in argv[own:]))
+    if options.version:
+        print(f"lgvq {_version()}")
+        parser.exit()
+    if options.command is None:
+        parser.error(f"expected a command: {', '.join(COMMANDS)}")
+    return options, options.command, rest
+
+
+def _version() -> str:
+    try:
+        return metadata.version("lgvq_plugin")
+    except metadata.PackageNotFoundError:
+        return "(not installed: run from a checkout)"

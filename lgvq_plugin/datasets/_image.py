@@ -1,0 +1,111 @@
+"""From an image file to the network's input: open, turn upright, put on white, crop, resize."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..sockets import ConfigError, suggest
+from ._draws import Draws
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CROPS = ("center", "random", "none")
+
+
+class UnreadableImage(ConfigError):
+    """An image file is missing or broken; a data set may skip it if the user says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pipeline:
+    """How a file becomes an array; shared by all data sets of image files."""
+
+    size: int = 64
+    """Height and width of the result, in pixels."""
+    crop: str = "center"
+    """center, random: the largest square; none: the whole image, padded with white."""
+    flip: bool = False
+    """Mirror every other image; captions that say left and right become wrong."""
+    channel_first: bool = False
+    """(3, H, W) instead of (H, W, 3)."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a size or crop that cannot be."""
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(f"size must be an int >= 1, got {self.size!r}")
+        if self.crop not in CROPS:
+            raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(CROPS))}")
+
+    def __call__(self, path: Path, draws: Draws) -> np.ndarray:
+        """Return float32 in [-1, 1], (size, size, 3), or (3, size, size) if channel_first.
+
+        Raises:
+            UnreadableImage: if the file is missing or broken.
+            ConfigError: if it has more pixels than PIL's limit against decompression bombs.
+        """
+        square = fit(open_image(path), self.size, self.crop, draws)
+        if self.flip and draws.chance(0.5):
+            square = ImageOps.mirror(square)
+        array = np.asarray(square, np.float32) / np.float32(127.5) - np.float32(1)
+        return np.ascontiguousarray(array.transpose(2, 0, 1)) if self.channel_first else array
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return the first frame as an upright 8-bit RGB image, transparency put on white.
+
+    Raises:
+        UnreadableImage: if the file is missing or broken.
+        ConfigError: if it has more pixels than PIL's limit against decompression bombs.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ConfigError(
+            f"image {path}: {error}; shrink or remove the file, or exclude it by name"
+        ) from error
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"image {path} does not exist") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL's decoders raise
+        raise UnreadableImage(f"image {path} cannot be read: {error}") from error
+
+
+def fit(image: Image.Image, size: int, crop: str, draws: Draws) -> Image.Image:
+    """Return a square of `size` pixels, aspect ratio kept, antialiased.
+
+    Example:
+        >>> fit(Image.new("RGB", (40, 20)), 10, "none", Draws(0)).getpixel((5, 0))
+        (255, 255, 255)
+    """
+    width, height = image.size
+    if crop == "none":
+        return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
+    side = min(width, height)
+    # Whole pixels, so that a crop without resize leaves the values as they are.
+    if crop == "random":
+        left, top = (int(draws.unit() * (length - side + 1)) for length in (width, height))
+    else:
+        left, top = (width - side) // 2, (height - side) // 2
+    # Cropping inside resize spares the wide strip that resizing a panorama first would make.
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
+        values = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        values = values * 255 if values.max() <= 1 else values
+        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layer = image.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(paper, layer).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,126 @@
+"""Drawn scenes with true captions: embedded data for the demo and the tests, no download.
+
+(seed, split, index) --compose--> Scene --draw--> image
+                                    |--tell--> captions, questions, attributes
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ..sockets import ConfigError, suggest
+from . import _scene_language, _scene_questions
+from ._draws import Draws
+from ._scene import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, TEXTURES, TONES, Scene, compose
+from ._scene_drawing import draw
+from .base import CaptionedImages
+
+LENGTHS = {"train": 4096, "validation": 512, "test": 512}
+LOOK, WORDS, CHOICE = range(3)  # streams of one sample
+
+
+class Scenes(CaptionedImages):
+    """One to four colored shapes on a background; (seed, split, index) fixes the scene.
+
+    Beside the keys of the contract a sample holds `questions`: list of `{"question",
+    "answer", "type"}` with type color, shape, count, yes-no, relation or background, and
+    `attributes`: dict of labels for probes, whose classes :meth:`attribute_names` tells.
+
+    Args:
+        split: train, validation or test; no scene is in two of them.
+        size: height and width of the image in pixels.
+        length: number of scenes; 4096 for train, else 512.
+        seed: another seed, other scenes.
+        channel_first: (3, H, W) images instead of (H, W, 3).
+
+    Example:
+        >>> sample = Scenes("validation", size=32)[0]
+        >>> sample["image"].shape, len(sample["captions"]), sample["attributes"]["has_color"].shape
+        ((32, 32, 3), 5, (10,))
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 64,
+        length: int | None = None,
+        seed: int = 0,
+        channel_first: bool = False,
+    ):
+        if split not in LENGTHS:
+            raise ConfigError(f"Scenes: no split {split!r}{suggest(split, list(LENGTHS))}")
+        length = LENGTHS[split] if length is None else length
+        for name, value, least in (("size", size, 8), ("length", length, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")
+        self.split, self.size, self.length = split, size, length
+        self.seed, self.channel_first = seed, channel_first
+
+    def __len__(self) -> int:
+        """Return the number of scenes."""
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return sample `index`; negative counts from the end."""
+        if not -self.length <= index < self.length:
+            raise IndexError(f"Scenes has {self.length} samples, no {index}")
+        index %= self.length
+        scene, telling = self.scene(index), self._draws(index, WORDS)
+        captions = _scene_language.captions(scene, telling)
+        image = draw(scene, self.size).astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return {
+            "image": np.ascontiguousarray(image.transpose(2, 0, 1))
+            if self.channel_first
+            else image,
+            "caption": self._draws(index, CHOICE, self.epoch).pick(captions),
+            "captions": captions,
+            "file": f"{self.split}_{index:06d}.png",
+            "index": index,
+            "questions": _scene_questions.questions(scene, telling),
+            "attributes": _attributes(scene),
+        }
+
+    def scene(self, index: int) -> Scene:
+        """Return the symbolic scene behind sample `index` (>= 0)."""
+        return compose(self._draws(index, LOOK))
+
+    @staticmethod
+    def vocabulary() -> list[str]:
+        """Return all words that captions, questions and answers can hold, sorted."""
+        return _scene_questions.vocabulary()
+
+    @staticmethod
+    def attribute_names() -> dict[str, tuple[str, ...]]:
+        """Return the class names of each label, or the column names of each multi-hot."""
+        return {
+            "count": tuple(str(n) for n in range(MAX_OBJECTS + 1)),
+            "has_color": tuple(COLORS),
+            "has_shape": SHAPES,
+            "has_texture": TEXTURES,
+            "main_color": tuple(COLORS),
+            "main_shape": SHAPES,
+            "background": BACKGROUNDS,
+            "background_color": tuple(TONES),
+        }
+
+    def _draws(self, index: int, stream: int, epoch: int = 0) -> Draws:
+        return Draws(self.seed, list(LENGTHS).index(self.split), index, stream, epoch)
+
+
+def _attributes(scene: Scene) -> dict[str, Any]:
+    """Return labels (int, an index into its `attribute_names`) and multi-hots (int64 arrays)."""
+    objects, background = scene.objects, scene.background
+    return {
+        "count": len(objects),
+        "has_color": _multi_hot({thing.color for thing in objects}, tuple(COLORS)),
+        "has_shape": _multi_hot({thing.shape for thing in objects}, SHAPES),
+        "has_texture": _multi_hot({thing.texture for thing in objects}, TEXTURES),
+        "main_color": list(COLORS).index(scene.main.color),
+        "main_shape": SHAPES.index(scene.main.shape),
+        "background": BACKGROUNDS.index(background.kind),
+        "background_color": list(TONES).index(background.tones[0]),
+    }
+
+
+def _multi_hot(present: set[str], names: tuple[str, ...]) -> np.ndarray:
+    return np.array([name in present for name in names], np.int64)

@@ -1,0 +1,210 @@
+"""The three objectives of LG-VQ (arXiv 2405.14206), equation by equation; pure functions.
+
+Everything is computed in float32, whatever autocast says; cosines carry their eps in the norm.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def global_semantic_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    symmetric: bool = False,
+    same: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE between image and caption features, L_gsa (Eq. 5).
+
+    Args:
+        image: code-ViT summaries, (B, D).
+        text: caption features, (B, D); a target, so no gradient flows into it.
+        temperature: divides the cosines; 1 in the paper.
+        symmetric: average with the text-to-image direction.
+        same: True where another pair has the same caption, (B, B); left out of the negatives.
+
+    Returns:
+        Scalar, the mean over the batch; 0 with a gradient path for an empty batch.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> global_semantic_loss(eye, eye)  # -log(e / (e + 1))
+        tensor(0.3133)
+    """
+    image, text = image.float(), text.detach().float()
+    if len(image) == 0:
+        return image.sum()
+    logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT / temperature
+    if same is not None:
+        others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(others, float("-inf"))
+    target = torch.arange(len(logits), device=logits.device)
+    loss = F.cross_entropy(logits, target)
+    if symmetric:
+        loss = (loss + F.cross_entropy(logits.mT, target)) / 2
+    return loss
+
+
+def masked_text_loss(
+    logits: Tensor, targets: Tensor, mask: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of the masked words, L_mtp (Eq. 6, without its slip of sign).
+
+    Args:
+        logits: (B, T, V).
+        targets: token ids, (B, T) int64.
+        mask: True where a word was masked, (B, T) bool.
+        label_smoothing: 0.1 in the released code, none in the paper.
+
+    Returns:
+        Scalar, the mean over masked positions; 0 with a gradient path where none is masked.
+
+    Example:
+        >>> logits = torch.zeros(1, 2, 4)
+        >>> masked_text_loss(logits, torch.zeros(1, 2).long(), torch.tensor([[True, False]]))
+        tensor(1.3863)
+    """
+    picked = logits[mask].float()
+    if len(picked) == 0:
+        return picked.sum()
+    return F.cross_entropy(picked, targets[mask], label_smoothing=label_smoothing)
+
+
+def relationship_loss(
+    words: Tensor,
+    word_mask: Tensor,
+    tokens: Tensor,
+    codes: Tensor,
+    *,
+    variant: Literal["paper", "pairs"] = "paper",
+    temperature: float = 0.1,
+) -> Tensor:
+    """Mean squared gap between word-word and code-code cosines, L_ras (Eq. 7 and 8).
+
+    `paper` is the released arithmetic: a word takes the code of its best token, with the sign of
+    their cosine, and the mean runs over all T x T cells, pads and diagonal too. `pairs` matches
+    softly, so tokens get a gradient, and averages over pairs of distinct words.
+
+    Args:
+        words: text features, (B, T, D); a target, so no gradient flows into it.
+        word_mask: True at words, (B, T) bool.
+        tokens: the code-ViT's patch tokens, (B, N, D).
+        codes: code vectors, projected or raw, (B, N, E).
+        variant: see above.
+        temperature: of the soft matching; `pairs` only.
+
+    Returns:
+        Scalar; 0 with a gradient path if `pairs` finds no caption of two words.
+
+    Raises:
+        ValueError: for another variant.
+
+    Example:
+        >>> eye = torch.eye(3)[None]
+        >>> mask = torch.ones(1, 3, dtype=torch.bool)
+        >>> relationship_loss(eye, mask, eye, eye, variant="paper")
+        tensor(0.)
+    """
+    words = F.normalize(words.detach().float(), dim=-1)
+    similarity = words @ F.normalize(tokens.float(), dim=-1).mT
+    codes = codes.float()
+    if variant == "paper":
+        best, match = similarity.max(dim=-1, keepdim=True)
+        # Released code: scales by the cosine, which the normalization cancels but for its sign
+        # (so the tokens get no gradient), and divides by zero at a cosine of 0. We: the sign.
+        matched = codes.take_along_dim(match, dim=1) * best.detach().sign()
+        keep = word_mask[..., None].float()
+        gap = _cosines(F.normalize(matched, dim=-1) * keep) - _cosines(words * keep)
+        return gap.square().mean() if gap.numel() else gap.sum()
+    if variant != "pairs":
+        raise ValueError(f"variant must be 'paper' or 'pairs', got {variant!r}")
+    matched = F.normalize((similarity / temperature).softmax(dim=-1) @ codes, dim=-1)
+    gap = _cosines(matched) - _cosines(words)
+    pair = word_mask[:, :, None] & word_mask[:, None, :]
+    pair = pair & ~torch.eye(pair.shape[-1], dtype=torch.bool, device=pair.device)
+    return gap.square().masked_fill(~pair, 0.0).sum() / pair.sum().clamp(min=1)
+
+
+def _cosines(unit: Tensor) -> Tensor:
+    return unit @ unit.mT
+
+
+def pool_words(tokens: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the pieces of each word.
+
+    Args:
+        tokens: token features, (B, T, D).
+        word_ids: word of each token, -1 for none, (B, T) int64.
+
+    Returns:
+        Word features (B, W, D) and True where a word stands (B, W); W is T, so that no shape
+        depends on the captions.
+
+    Example:
+        >>> words, is_word = pool_words(torch.tensor([[[1.0], [3.0]]]), torch.tensor([[0, 0]]))
+        >>> words.tolist(), is_word.tolist()
+        ([[[2.0], [0.0]]], [[True, False]])
+    """
+    member = F.one_hot(word_ids + 1, word_ids.shape[1] + 1)[..., 1:].to(tokens.dtype)  # (B, T, W)
+    count = member.sum(dim=1)
+    return member.mT @ tokens / count.clamp(min=1)[..., None], count > 0
+
+
+def sample_word_mask(
+    word_ids: Tensor, *, ratio: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Choose whole words to hide: a share drawn per caption, at least one word of each.
+
+    Args:
+        word_ids: word of each token, -1 for none, (B, T) int64.
+        ratio: lowest and highest share of words, each in [0, 1].
+        generator: CPU generator of the draws.
+
+    Returns:
+        True at every piece of a hidden word, (B, T) bool; a caption with no word has none.
+
+    Example:
+        >>> ids = torch.tensor([[-1, 0, 0, 1, -1]])
+        >>> one = torch.Generator().manual_seed(0)
+        >>> int(sample_word_mask(ids, ratio=(1.0, 1.0), generator=one).sum())
+        3
+    """
+    batch, length = word_ids.shape
+    low, high = ratio
+    draws = torch.rand(batch, length + 1, generator=generator).to(word_ids.device)
+    number = word_ids.amax(dim=1, keepdim=True) + 1
+    hidden = ((low + (high - low) * draws[:, :1]) * number).round().clamp(min=1).minimum(number)
+    order = draws[:, 1:].masked_fill(torch.arange(length, device=number.device) >= number, 2.0)
+    is_hidden = order.argsort(dim=1).argsort(dim=1) < hidden
+    return is_hidden.gather(1, word_ids.clamp(min=0)) & (word_ids >= 0)
+
+
+def sample_token_mask(
+    attention_mask: Tensor, word_ids: Tensor, *, ratio: float, generator: torch.Generator
+) -> Tensor:
+    """Hide each token with one probability, as the released code does; words may be halved.
+
+    Args:
+        attention_mask: True at start, words and end, (B, T) bool.
+        word_ids: -1 at start and end, (B, T) int64.
+        ratio: probability in [0, 1].
+        generator: CPU generator of the draws.
+
+    Returns:
+        (B, T) bool; start, end and padding are never hidden.
+    """
+    draws = torch.rand(attention_mask.shape, generator=generator).to(attention_mask.device)
+    return (draws < ratio) & attention_mask & (word_ids >= 0)
+
+
+def sample_truncated_ratio(
+    *, mean: float, deviation: float, low: float, high: float, generator: torch.Generator
+) -> float:
+    """Draw from a normal distribution cut to [low, high] (MAGE; one draw a batch when released)."""
+    ratio = torch.empty(())
+    torch.nn.init.trunc_normal_(ratio, mean, deviation, low, high, generator=generator)
+    return float(ratio)

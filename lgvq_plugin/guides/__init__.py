@@ -1,0 +1,6 @@
+"""Frozen text models that guide the codebook; `guide: {use: NAME, ...}` in the config."""
+
+MEMBERS = {
+    "open_clip": "open_clip.OpenCLIPGuide",
+    "micro_clip": "micro_clip.MicroCLIPGuide",
+}

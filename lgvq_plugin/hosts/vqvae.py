@@ -1,0 +1,205 @@
+"""The baseline of our own: a plain VQ-VAE that is driven like taming's VQModel.
+
+image --encoder--> quant_conv --quantize--> post_quant_conv --decoder--> reconstruction
+                                   |_ loss of Eq. 2 _|________________________|
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sockets import ConfigError, instantiate
+from ._vector_quantizer import VectorQuantizer
+from ._vqvae_layers import Decoder, Encoder
+
+logger = logging.getLogger(__name__)
+
+DOWNSAMPLES = {2**n: n for n in range(1, 6)}
+
+
+class VQVAELoss(nn.Module):
+    """Reconstruction + codebook_weight * quantization loss (Eq. 2), called as taming's losses.
+
+    For a perceptual or an adversarial term give VQVAE taming's `VQLPIPSWithDiscriminator`.
+
+    Args:
+        codebook_weight: of the quantizer's loss.
+        pixel: mean squared ("l2") or mean absolute ("l1") difference.
+    """
+
+    def __init__(self, codebook_weight: float = 1.0, pixel: Literal["l2", "l1"] = "l2"):
+        super().__init__()
+        if pixel not in ("l2", "l1"):
+            raise ConfigError(f"VQVAELoss: pixel must be 'l2' or 'l1', got {pixel!r}")
+        self.codebook_weight, self.pixel = codebook_weight, pixel
+
+    def forward(
+        self,
+        codebook_loss: Tensor,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        optimizer_idx: int,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (loss, log); there is no discriminator, so only the first three matter."""
+        difference = F.mse_loss if self.pixel == "l2" else F.l1_loss
+        rec_loss = difference(reconstructions.float(), inputs.float())
+        quant_loss = codebook_loss.float().mean()
+        total = rec_loss + self.codebook_weight * quant_loss
+        log = {"total_loss": total, "rec_loss": rec_loss, "quant_loss": quant_loss}
+        return total, {f"{split}/{name}": value.detach() for name, value in log.items()}
+
+
+class VQVAE(nn.Module):
+    """VQ-VAE (van den Oord et al. 2017) with the attributes and methods of taming's VQModel.
+
+    Args:
+        lossconfig: `{target, params}` of a loss that is called as taming's.
+        n_embed: K, the number of codes.
+        embed_dim: C, the width of a code.
+        channels: width of the convolutions, even.
+        num_res_blocks: residual blocks in the encoder, and as many in the decoder.
+        downsample: f, a power of 2: an image of H x W has H/f x W/f codes.
+        quantizer: "ema" or "gradient", how the codebook learns.
+        decay, commitment, restart_dead, dead_threshold: see
+            :class:`~lgvq_plugin.hosts._vector_quantizer.VectorQuantizer`.
+        image_key: where a batch holds its images.
+        ckpt_path: weights to start from: a state dict, or a mapping with one at `state_dict`.
+
+    Attributes:
+        learning_rate: of Adam; set it before :meth:`configure_optimizers`.
+    """
+
+    learning_rate: float = 2e-4
+
+    def __init__(
+        self,
+        *,
+        lossconfig: Mapping[str, Any],
+        n_embed: int = 512,
+        embed_dim: int = 64,
+        channels: int = 128,
+        num_res_blocks: int = 2,
+        downsample: int = 8,
+        quantizer: Literal["ema", "gradient"] = "ema",
+        decay: float = 0.99,
+        commitment: float = 0.25,
+        restart_dead: bool = True,
+        dead_threshold: float = 0.05,
+        image_key: str = "image",
+        ckpt_path: str | None = None,
+    ):
+        super().__init__()
+        if downsample not in DOWNSAMPLES:
+            known = ", ".join(map(str, DOWNSAMPLES))
+            raise ConfigError(f"VQVAE: downsample must be one of {known}, got {downsample!r}")
+        if channels < 2 or channels % 2:
+            raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
+        self.image_key, self.downsample = image_key, downsample
+        sizes = {
+            "channels": channels,
+            "num_res_blocks": num_res_blocks,
+            "num_halvings": DOWNSAMPLES[downsample],
+        }
+        self.encoder = Encoder(**sizes)
+        self.decoder = Decoder(embed_dim=embed_dim, **sizes)
+        self.loss = instantiate(lossconfig)
+        self.quantize = VectorQuantizer(
+            n_embed,
+            embed_dim,
+            mode=quantizer,
+            decay=decay,
+            commitment=commitment,
+            restart_dead=restart_dead,
+            dead_threshold=dead_threshold,
+        )
+        self.quant_conv = nn.Conv2d(channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
+
+        Raises:
+            ValueError: if x is not (B, 3, H, W) with H and W multiples of `downsample`.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or any(n % self.downsample for n in x.shape[2:]):
+            raise ValueError(
+                f"VQVAE: expected images (B, 3, H, W) with H and W multiples of "
+                f"{self.downsample}, got {tuple(x.shape)}"
+            )
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(quant))
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """Map indices (B, h, w) to images (B, 3, H, W)."""
+        return self.decode(self.quantize.embed_code(indices))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
+        quant, quant_loss, _ = self.encode(x)
+        return self.decode(quant), quant_loss
+
+    def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
+        """Return `batch[key]`, (B, H, W, 3) or (B, 3, H, W), as (B, 3, H, W) float32."""
+        x = batch[key]
+        if x.shape[1] != 3:
+            x = x.movedim(-1, 1)
+        return x.to(memory_format=torch.contiguous_format).float()
+
+    def get_last_layer(self) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
+        return self.decoder.conv_out.weight
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """Return Adam over the tokenizer, a second one if the loss has a discriminator, and []."""
+        parts = (
+            self.encoder,
+            self.decoder,
+            self.quantize,
+            self.quant_conv,
+            self.post_quant_conv,
+        )
+        groups = [[p for part in parts for p in part.parameters()]]
+        discriminator = getattr(self.loss, "discriminator", None)
+        if discriminator is not None:
+            groups.append(list(discriminator.parameters()))
+        return [torch.optim.Adam(g, lr=self.learning_rate, betas=(0.9, 0.99)) for g in groups], []
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Return `inputs` and `reconstructions` of a batch, (B, 3, H, W) near [-1, 1]."""
+        x = self.get_input(batch, self.image_key).to(self.get_last_layer().device)
+        return {"inputs": x, "reconstructions": self(x)[0]}
+
+    def init_from_ckpt(self, path: str) -> None:
+        """Load weights; those of the loss may be missing or left over, no others.
+
+        Raises:
+            ConfigError: if the file does not exist or does not fit.
+        """
+        if not Path(path).is_file():
+            raise ConfigError(f"ckpt_path: no file {path!r}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        try:
+            missing, left_over = self.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ConfigError(f"ckpt_path: {path!r} has other sizes: {error}") from error
+        strangers = [key for key in (*missing, *left_over) if not key.startswith("loss.")]
+        if strangers:
+            raise ConfigError(
+                f"ckpt_path: {path!r} is of another model; missing or left over: {strangers[:5]}"
+            )
+        logger.info("weights loaded from %s", path)

@@ -1,0 +1,80 @@
+"""PSNR and SSIM as papers report them: per image, on 8-bit values in [0, 1], then the mean."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from ..sockets import ConfigError
+
+WINDOW = 11  # of the Gaussian of SSIM, sigma 1.5
+PSNR_LIMIT = 100.0  # an image without any error counts so; else one such makes the mean infinite
+
+
+class ReconstructionMetrics(Metric):
+    """Mean PSNR in dB and mean SSIM (Gaussian window 11, sigma 1.5) over all images seen.
+
+    Both sides are rounded to 8 bits first, as if saved and read again. The mean is over images:
+    torchmetrics' own PSNR pools the squared error of the set instead, which gives less.
+
+    Example:
+        >>> metric = ReconstructionMetrics()
+        >>> metric.update(-torch.ones(2, 3, 16, 16), torch.ones(2, 3, 16, 16))
+        >>> float(metric.compute()["psnr"])
+        0.0
+    """
+
+    full_state_update = False
+    psnr_sum: Tensor
+    ssim_sum: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("psnr_sum", "ssim_sum", "count"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor, reconstructions: Tensor) -> None:
+        """Add a batch: both (B, C, H, W) in [-1, 1]; what lies outside is clamped.
+
+        Raises:
+            ConfigError: if the images are smaller than SSIM's window.
+            ValueError: if the shapes differ.
+        """
+        if images.ndim != 4 or images.shape != reconstructions.shape:
+            raise ValueError(
+                "expected two (B, C, H, W) of one shape, got "
+                f"{tuple(images.shape)} and {tuple(reconstructions.shape)}"
+            )
+        if min(images.shape[-2:]) < WINDOW:
+            raise ConfigError(
+                f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got "
+                f"{images.shape[-2]} x {images.shape[-1]}; use larger images"
+            )
+        wanted, given = eight_bit(images), eight_bit(reconstructions)
+        psnr = peak_signal_noise_ratio(
+            given, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3)
+        )
+        ssim = structural_similarity_index_measure(
+            given, wanted, data_range=1.0, sigma=1.5, kernel_size=WINDOW, reduction="none"
+        )
+        self.psnr_sum += psnr.clamp(max=PSNR_LIMIT).double().sum()
+        self.ssim_sum += torch.as_tensor(ssim).double().sum()
+        self.count += images.shape[0]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `psnr` and `ssim`; nan if no image was seen."""
+        return {"psnr": self.psnr_sum / self.count, "ssim": self.ssim_sum / self.count}
+
+
+def eight_bit(images: Tensor) -> Tensor:
+    """Map [-1, 1] to [0, 1] in steps of 1/255.
+
+    Example:
+        >>> eight_bit(torch.tensor([-1.5, 0.0, 1.0])) * 255
+        tensor([  0., 128., 255.])
+    """
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 255

@@ -1,0 +1,109 @@
+"""Names in YAML become classes here: the only dynamic import of the package."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The user's input is wrong; the message says what, where and how to mend it."""
+
+
+def suggest(name: str, known: Mapping[str, Any] | list[str] | set[str]) -> str:
+    """Return " (did you mean ...?)" for the nearest known name, else a list of them all.
+
+    Example:
+        >>> suggest("wieght", ["weight", "start"])
+        "; did you mean 'weight'? Known: start, weight"
+    """
+    names = sorted(str(n) for n in known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Known: {', '.join(names)}"
+
+
+def import_target(path: str) -> Any:
+    """Return the object at "package.module.Class" or "package.module:Class".
+
+    Raises:
+        ConfigError: if the path has no dot, or the module or the attribute does not exist.
+
+    Example:
+        >>> import_target("collections.OrderedDict").__name__
+        'OrderedDict'
+    """
+    module_name, _, attribute = path.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise ConfigError(f"target {path!r} is no dotted path; expected 'package.module.Class'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that is missing *inside* the target's own imports is another story: tell it.
+        missing = error.name or ""
+        if not (module_name == missing or module_name.startswith(missing + ".")):
+            raise ConfigError(f"target {path!r} needs {missing!r}, not installed") from error
+        outer, _, name = module_name.rpartition(".")
+        owner = _try_attribute(outer, name)
+        if owner is None or not hasattr(owner, attribute):
+            raise ConfigError(
+                f"target {path!r} does not exist: no module named {missing!r}; "
+                "check the spelling, or install the package that holds it"
+            ) from error
+        return getattr(owner, attribute)
+    if not hasattr(module, attribute):
+        raise ConfigError(
+            f"target {path!r} does not exist: module {module_name!r} has no "
+            f"{attribute!r}{suggest(attribute, [n for n in vars(module) if n[0] != '_'])}"
+        )
+    return getattr(module, attribute)
+
+
+def _try_attribute(module_name: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module_name), name, None) if module_name else None
+    except ModuleNotFoundError:
+        return None
+
+
+def resolve(socket: str, name: str) -> Any:
+    """Return the member `name` of a socket ("guides", "hosts", ...), or any dotted path.
+
+    Raises:
+        ConfigError: if the name is neither a member nor a dotted path that exists.
+
+    Example:
+        >>> resolve("hosts", "vqvae").__name__
+        'VQVAE'
+    """
+    members = importlib.import_module(f"{__package__}.{socket}").MEMBERS
+    if name in members:
+        return import_target(f"{__package__}.{socket}.{members[name]}")
+    if "." in name or ":" in name:
+        return import_target(name)
+    raise ConfigError(
+        f"unknown member of {socket}: {name!r}{suggest(name, members)}; or give 'pkg.module:Class'"
+    )
+
+
+def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Build `{"target": path, "params": {...}}`, taming's convention.
+
+    Raises:
+        ConfigError: without a `target`, with one that does not exist, or if its constructor
+            does not take the given params.
+
+    Example:
+        >>> instantiate({"target": "fractions.Fraction", "params": {"numerator": 3}})
+        Fraction(3, 1)
+    """
+    if "target" not in config:
+        raise ConfigError(f"expected a mapping with a `target:`, got keys {sorted(config)}")
+    target = import_target(config["target"])
+    params = dict(config.get("params") or {})
+    try:
+        return target(**params, **extra)
+    except TypeError as error:
+        if "argument" not in str(error) or (error.__traceback__ and error.__traceback__.tb_next):
+            raise
+        raise ConfigError(f"{config['target']}: {error}; given params: {sorted(params)}") from error

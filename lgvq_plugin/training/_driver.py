@@ -1,0 +1,271 @@
+"""HostDriver: one training step of any taming-style host under Lightning 2.
+
+batch --host.get_input--> x --host--> xrec, qloss --host.loss(0)--> generator's update
+                                         |________ --host.loss(1)--> discriminator's update
+Lightning refuses two optimizers unless they are driven by hand; so they are, here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..sockets import ConfigError
+from . import _rng
+from ._data import Stream, train_loader
+from ._settings import TrainingConfig
+
+PASSES = ("generator", "discriminator")
+STATE = "lgvq_training"  # our own entry of a checkpoint
+
+
+class HostDriver(pl.LightningModule):
+    """Drives a host; its state dict is the host's, key for key.
+
+    Args:
+        host: follows taming's protocol (`get_input`, `loss`, `get_last_layer`,
+            `configure_optimizers`, forward -> (xrec, qloss, ...)).
+        settings: the `training:` section.
+        dataset: the data set to train on; None if the driver only evaluates.
+        batch_size: samples of one process in a batch.
+        num_workers: processes that load samples.
+        config: the plain config, kept in every checkpoint.
+
+    Attributes:
+        latest: what the host logged in the last step, by key; detached.
+        samples: samples that all processes have taken so far.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        settings: TrainingConfig,
+        *,
+        dataset: Any = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        config: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        check_protocol(host)
+        self.automatic_optimization = False
+        self.host: Any = host
+        self.settings, self.dataset = settings, dataset
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.config = dict(config or {})
+        self.latest: dict[str, Tensor] = {}
+        self.samples = 0
+        self.has_stepped = False  # whether the batch before ended a step
+        self._batches = 0  # of the step under way
+        self._generators: list[dict[str, Any]] | None = None
+
+    # -- the step ----------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Pass `batch` through the host once (or twice) and update all its optimizers."""
+        step, self._batches = self.global_step, self._batches + 1
+        self.has_stepped = self._batches == self.settings.accumulate_grad_batches
+        x = self.host.get_input(batch, self.host.image_key)
+        output = self.host(x)
+        log: dict[str, Tensor] = {}
+        for which, optimizer in enumerate(self._optimizers()):
+            # What belongs to the other optimizer alone has requires_grad off in here.
+            with optimizer.toggle_model(sync_grad=self.has_stepped):
+                if which > 0 and self.settings.two_forward:
+                    output = self.host(x)
+                loss = self._loss(x, output, which, step, "train", log)
+                _check_finite(loss, log, which, step)
+                self.manual_backward(loss / self.settings.accumulate_grad_batches)
+                if self.has_stepped:
+                    self._update(optimizer, is_first=which == 0)
+        self.latest = log
+        self.samples += self.batch_size * self.trainer.world_size
+        if self.has_stepped:
+            self._batches = 0
+            self._share_buffers()
+            self._schedule()
+
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Return the host's validation log of `batch`, from both passes of its loss."""
+        x = self.host.get_input(batch, self.host.image_key)
+        output = self.host(x)
+        log: dict[str, Tensor] = {}
+        for which in range(len(self.trainer.optimizers)):
+            self._loss(x, output, which, self.global_step, "val", log)
+        return log
+
+    def reconstruct(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return inputs and reconstructions, (B, 3, H, W) each, near [-1, 1]."""
+        x = self.host.get_input(batch, self.host.image_key)
+        return x, self.host(x)[0]
+
+    def _loss(
+        self, x: Tensor, output: Any, which: int, step: int, split: str, log: dict[str, Tensor]
+    ) -> Tensor:
+        reconstruction, codebook_loss = output[:2]
+        result = self.host.loss(
+            codebook_loss,
+            x,
+            reconstruction,
+            which,
+            step,
+            last_layer=self.host.get_last_layer(),
+            split=split,
+        )
+        loss, terms = result if isinstance(result, tuple) else (result, {})
+        log.update({key: torch.as_tensor(value).detach() for key, value in terms.items()})
+        log[f"{split}/{('aeloss', 'discloss')[which]}"] = loss.detach()  # taming's names
+        return loss
+
+    def _optimizers(self) -> list[Any]:
+        found = self.optimizers()
+        optimizers = found if isinstance(found, list) else [found]
+        for extra in optimizers[1:]:
+            # Lightning counts every optimizer's step: global_step would go up by 2 a batch, and
+            # disc_start and max_steps would come at half the time (Lightning issue 17958).
+            extra._on_before_step = extra._on_after_step = _nothing
+        return optimizers
+
+    def _update(self, optimizer: Any, *, is_first: bool) -> None:
+        clip = self.settings.gradient_clip_val
+        if clip is not None:
+            # fp16 gradients still carry the scaler's factor here: the limit carries it too.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            limit = clip * (scaler.get_scale() if scaler is not None else 1.0)
+            self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _share_buffers(self) -> None:
+        """Give all processes the first one's buffers (BatchNorm's, an EMA codebook's).
+
+        DDP does so before a forward pass, but not under manual optimization: it takes Lightning's
+        switch for gradients, thrown then, for its own; the processes would drift apart.
+        """
+        if self.trainer.world_size > 1:
+            for buffer in self.host.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def _schedule(self) -> None:
+        """Step the host's learning rate schedules: by step, or where an epoch of data ends."""
+        taken = self.samples // (self.batch_size * self.trainer.world_size)
+        per_epoch = max(1, self._stream().per_epoch // (self.batch_size * self.trainer.world_size))
+        ends_epoch = taken % per_epoch < self.settings.accumulate_grad_batches
+        for config in self.trainer.lr_scheduler_configs:
+            is_due = self.global_step % config.frequency == 0
+            if is_due if config.interval == "step" else ends_epoch:
+                scheduler: Any = config.scheduler
+                scheduler.step()
+
+    # -- what Lightning asks for -------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Return what the host returns; its `learning_rate` is set before."""
+        return self.host.configure_optimizers()
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the endless loader, from the sample on where a resumed run stopped."""
+        return train_loader(
+            self.dataset,
+            self._stream(),
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _stream(self) -> Stream:
+        return Stream(
+            length=len(self.dataset),
+            batch_size=self.batch_size,
+            seed=self.settings.seed,
+            start=self.samples,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def on_fit_start(self) -> None:
+        """Tell modules of the other Lightning package where they are; ours moves only tensors."""
+        part: Any
+        for part in self.host.modules():
+            if "_device" in vars(part):
+                part._device = self.device
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Before the first batch, set the generators: afresh, or as they were when saved."""
+        if self._generators is None:
+            return
+        rank = self.trainer.global_rank
+        if rank < len(self._generators):
+            _rng.restore(self._generators[rank])
+        else:  # resumed on more processes than before
+            _rng.seed_all(self.settings.seed + rank + self.global_step)
+        self._generators = None
+
+    def on_train_start(self) -> None:
+        """Give each process a stream of its own, which no construction before has moved."""
+        if self._generators is None:
+            _rng.seed_all(self.settings.seed + self.trainer.global_rank)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the host's state dict."""
+        return self.host.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load the host's state dict."""
+        return self.host.load_state_dict(state_dict, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a bit-exact resume needs: generators of all processes, place in the data."""
+        generators = [_rng.state()]
+        if self.trainer.world_size > 1:
+            generators = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(generators, _rng.state())
+        checkpoint[STATE] = {
+            "samples": self.samples,
+            "generators": generators,
+            "config": self.config,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back; a checkpoint of another trainer has none."""
+        kept = checkpoint.get(STATE, {})
+        self.samples = kept.get("samples", 0)
+        self._generators = kept.get("generators")
+
+
+def check_protocol(host: nn.Module) -> None:
+    """Refuse a host that this driver cannot drive.
+
+    Raises:
+        ConfigError: if the host optimizes by hand itself, or lacks a part of the protocol.
+    """
+    # The seam for hosts with a manual training_step of their own (SEED-Voken): a driver that
+    # only forwards to it, chosen where run.py builds this one.
+    if getattr(host, "automatic_optimization", True) is False:
+        raise ConfigError(
+            f"{type(host).__name__} optimizes by hand itself; give it to a lightning Trainer "
+            "directly: LGVQLoss needs no more than its line in the config there"
+        )
+    needed = ("get_input", "image_key", "loss", "get_last_layer", "configure_optimizers")
+    missing = [name for name in needed if not hasattr(host, name)]
+    if missing:
+        raise ConfigError(
+            f"{type(host).__name__} has no {', '.join(missing)}: `lgvq train` drives hosts with "
+            "taming's protocol; for others use lgvq_plugin.attach in a loop of your own"
+        )
+
+
+def _check_finite(loss: Tensor, log: Mapping[str, Tensor], which: int, step: int) -> None:
+    if torch.isfinite(loss).all():
+        return
+    bad = [f"{key} = {value.item()}" for key, value in log.items() if not value.isfinite().all()]
+    raise FloatingPointError(
+        f"step {step}: the {PASSES[which]}'s loss is not finite: {', '.join(bad)}; "
+        "lower the learning rate, clip (training.gradient_clip_val), or train in 32-true"
+    )
+
+
+def _nothing() -> None:
+    return

@@ -1,0 +1,77 @@
+"""What others need of training without Lightning: read a config, build its host and its data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from .. import compat
+from ..sockets import ConfigError, import_target, instantiate, resolve
+from ._sections import DataSection, Sections, model_section, read_config, to_plain
+from ._settings import TrainingConfig
+
+__all__ = [
+    "DataSection",
+    "Sections",
+    "TrainingConfig",
+    "build_dataset",
+    "build_host",
+    "read_config",
+]
+
+
+def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
+    """Build the host that the config's `model:` section names.
+
+    Raises:
+        ConfigError: if a target in that section does not exist, or a constructor does not take
+            its params.
+
+    Example:
+        >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
+        Identity()
+    """
+    section = config.get("model")
+    model = model_section(to_plain({"model": section} if section is not None else {}))
+    compat.patch()
+    _check_targets(model, "model")
+    try:
+        return instantiate(model)
+    except TypeError as error:
+        # Constructors inside the host's own (its loss, its encoder) get params of the config too.
+        if "unexpected keyword argument" in str(error) or "required" in str(error):
+            raise ConfigError(f"model.params do not fit: {error}") from error
+        raise
+
+
+def build_dataset(section: Mapping[str, Any]) -> Any:
+    """Build the data set `{target, params}`; the target may be a member's short name.
+
+    Raises:
+        ConfigError: if there is no such data set, it does not take the params, or is empty.
+
+    Example:
+        >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
+        5
+    """
+    compat.patch()
+    member = resolve("datasets", section["target"])
+    path = f"{member.__module__}.{member.__qualname__}"
+    dataset = instantiate({"target": path, "params": section.get("params")})
+    if len(dataset) == 0:
+        raise ConfigError(f"data set {section['target']} with {section.get('params')} is empty")
+    return dataset
+
+
+def _check_targets(node: Any, where: str) -> None:
+    if isinstance(node, Mapping):
+        if isinstance(node.get("target"), str):
+            try:
+                import_target(node["target"])
+            except ConfigError as error:
+                raise ConfigError(f"{where}.target: {error}") from error
+        elif where.endswith("lossconfig"):
+            raise ConfigError(f"{where}: expected a `target:`, got keys {sorted(node)}")
+        for key, value in node.items():
+            _check_targets(value, f"{where}.{key}")

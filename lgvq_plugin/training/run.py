@@ -1,0 +1,267 @@
+"""Train a host from a config: the run folder, Lightning's Trainer, resume, and `lgvq train`.
+
+logs/<name>/  configs/merged.yaml  checkpoints/{last,step=...}.ckpt  metrics.csv
+              images/  tensorboard/
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..sockets import ConfigError
+from . import _checkpoint, _rng
+from ._csv import MetricsFile
+from ._data import validation_loader
+from ._driver import HostDriver
+from ._watch import Stopped, Watch
+from .base import Sections, build_dataset, build_host, read_config
+
+__all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
+
+logger = logging.getLogger(__name__)
+NAME_OF_RUN = "LGVQ_RUN_NAME"  # tells the processes that Lightning starts what the first chose
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system stopped a run; it is saved, and the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind."""
+
+    folder: Path
+    """Of the run."""
+    steps: int
+    """Updates in all, those before a resume included."""
+    metrics: dict[str, float]
+    """The last logged value of every key of metrics.csv."""
+    checkpoint: Path
+    """The newest one."""
+    host: nn.Module
+    """The trained host."""
+
+
+def train(
+    config: DictConfig | Mapping[str, Any],
+    *,
+    name: str | None = None,
+    logdir: str | Path = "logs",
+    resume: str | Path | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the host of `config`.
+
+    Args:
+        config: sections `model`, `data`, `training`; `base.read_config` reads them from YAML.
+        name: of the run folder under `logdir`; a new one by default, from the time.
+        logdir: where run folders lie.
+        resume: "auto" goes on from the newest checkpoint of the run folder if there is one; a
+            path is a checkpoint, or a run folder.
+        progress: whether to show a bar.
+
+    Raises:
+        ConfigError: if the config, the data or the checkpoint is wrong.
+        Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
+        FloatingPointError: if a loss is not finite; it names the term and the step.
+    """
+    sections = Sections.of(config)
+    found = _find_checkpoint(resume, name, Path(logdir))
+    folder = _run_folder(name, found, Path(logdir), sections)
+    checkpoint = _checkpoint.read(found) if found else {}
+    if found:
+        _checkpoint.check_config(checkpoint, sections.plain, found)
+    _rng.seed_all(sections.training.seed)
+    host: Any = build_host(config)
+    driver = HostDriver(
+        host,
+        sections.training,
+        dataset=build_dataset(sections.data.train),
+        batch_size=sections.data.batch_size,
+        num_workers=sections.data.num_workers,
+        config=sections.plain,
+    )
+    resumed_at = int(checkpoint.get("global_step", 0))
+    del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
+    trainer = _trainer(sections, driver, folder, resumed_at)
+    host.learning_rate = sections.learning_rate(trainer.world_size)
+    watch = Watch(folder, validation=_validation(sections, trainer), progress=progress)
+    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+    _write_config(folder, sections.plain)
+    try:
+        with watch.guarding(), warnings.catch_warnings():
+            for known in ("many workers", "in eval mode at the start", "LeafSpec"):
+                warnings.filterwarnings("ignore", f".*{known}")  # LPIPS is in eval mode by right
+            trainer.fit(driver, ckpt_path=str(found) if found else None)
+    except Stopped as stop:
+        raise Interrupted(f"{stop}; go on with: --name {folder.name} --resume auto") from None
+    except SIGTERMException:
+        raise Interrupted("stopped before the first step; nothing new to save") from None
+    last = _checkpoint.newest(folder) or found or folder
+    return TrainResult(folder, trainer.global_step, watch.metrics, last, host)
+
+
+def _find_checkpoint(resume: str | Path | None, name: str | None, logdir: Path) -> Path | None:
+    if resume is None:
+        return None
+    if str(resume) == "auto":
+        if not name:
+            raise ConfigError("--resume auto needs --name: the run folder to go on in")
+        return _checkpoint.newest(logdir / name)
+    path = Path(resume)
+    if path.is_dir():
+        found = _checkpoint.newest(path)
+        if found is None:
+            raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
+        return found
+    if not path.is_file():
+        raise ConfigError(f"--resume {str(path)!r}: no such checkpoint or run folder")
+    return path
+
+
+def _run_folder(
+    name: str | None, checkpoint: Path | None, logdir: Path, sections: Sections
+) -> Path:
+    """Choose the run's folder; all processes of a run choose the same."""
+    is_child = os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
+    if not name and checkpoint is not None and checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
+    if not name:
+        name = _common_name(is_child)
+    if sections.training.devices != 1:
+        os.environ[NAME_OF_RUN] = name
+    folder = logdir / name
+    if checkpoint is None and not is_child and _checkpoint.newest(folder) is not None:
+        raise ConfigError(
+            f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
+            "or choose another --name"
+        )
+    return folder
+
+
+def _common_name(is_child: bool) -> str:
+    """Return a new name: the first process's, where there are several."""
+    name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}"]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(name, src=0)  # from a run before
+    elif is_child:
+        name = [os.environ.get(NAME_OF_RUN, "")]
+        if not name[0]:
+            raise ConfigError("several processes must agree on a run folder: give --name")
+    return name[0]
+
+
+def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: int) -> pl.Trainer:
+    settings = sections.training
+    folder.mkdir(parents=True, exist_ok=True)
+    loggers: list[Any] = [MetricsFile(folder, resumed_at)]
+    if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
+    return pl.Trainer(
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        accelerator=settings.accelerator,
+        strategy=_strategy(settings.strategy, settings.devices, settings.num_nodes),
+        precision=settings.precision,  # type: ignore[arg-type]
+        logger=loggers,
+        plugins=[_checkpoint.AtomicCheckpointIO()],
+        use_distributed_sampler=False,  # Stream deals the samples out itself
+        limit_val_batches=0,  # Watch validates: at steps, with the generators put back
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+def _strategy(name: str, devices: int | str, num_nodes: int) -> str:
+    # Two losses reach two sets of parameters, so each backward pass leaves some unused.
+    is_single = devices == 1 and num_nodes == 1
+    return "ddp_find_unused_parameters_true" if name in ("auto", "ddp") and not is_single else name
+
+
+def _validation(sections: Sections, trainer: pl.Trainer) -> Callable[[], DataLoader] | None:
+    """Return what makes the loader of validation batches, once the process knows its rank."""
+    data, settings = sections.data, sections.training
+    if data.validation is None or not (settings.val_every or settings.images_every):
+        return None
+    dataset = build_dataset(data.validation)
+    return lambda: validation_loader(
+        dataset,
+        batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        seed=settings.seed,
+        max_batches=settings.val_batches,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+
+
+@rank_zero_only
+def _write_config(folder: Path, plain: Mapping[str, Any]) -> None:
+    path = folder / "configs" / "merged.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(dict(plain)), path)
+
+
+def main(argv: list[str]) -> int:
+    """Run `lgvq train`.
+
+    Args:
+        argv: `-b CONFIG... [--name N] [--resume auto|PATH] [--logdir D] [key=value ...]`.
+
+    Returns:
+        0; what went wrong is raised.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq train",
+        description="Train a tokenizer, with or without LG-VQ, from taming-style configs.",
+    )
+    parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG")
+    parser.add_argument("-n", "--name", help="of the run folder; default: time and config's name")
+    parser.add_argument("--logdir", default="logs", help="where run folders lie (default: logs)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    given, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    # `-b a.yaml key=value` puts the overrides among the configs.
+    paths = [word for word in given.base if "=" not in word]
+    overrides = [word for word in given.base if "=" in word] + rest
+    if not paths:
+        raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
+    config = read_config(paths, overrides)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    name, logdir = given.name, Path(given.logdir)
+    stem = Path(paths[0]).stem
+    if given.resume == "auto" and not name:
+        runs = sorted(run for run in logdir.glob(f"*_{stem}") if _checkpoint.newest(run))
+        name = runs[-1].name if runs else None
+    is_child = os.environ.get("LOCAL_RANK", "0") != "0"
+    if not name and given.resume in (None, "auto") and not is_child:
+        name = f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{stem}"
+    resume = None if given.resume == "auto" and not name else given.resume
+    result = train(config, name=name, logdir=logdir, resume=resume, progress=not given.no_progress)
+    logger.info("%d steps in %s", result.steps, result.folder)
+    return 0

@@ -1,0 +1,90 @@
+"""What flows through the package; every shape is written once, here.
+
+Letters: B images in the batch, N code positions (h * w), K codebook entries, C code width,
+T text positions, W words, V vocabulary, Dt token-feature width, Ds sentence-feature width,
+D width of the code-ViT's output.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The quantized grid of one batch, whatever the host's layout was.
+
+    Args:
+        codes: quantized vectors, (B, N, C); differentiable towards the encoder.
+        indices: the code chosen at each position, (B, N) int64, or None if the host tells none.
+        grid: (h, w) with h * w == N.
+        codebook: all code vectors, (K, C), or None for look-up free quantizers.
+    """
+
+    codes: Tensor
+    indices: Tensor | None
+    grid: tuple[int, int]
+    codebook: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Captions as the guide's tokens, before any network ran.
+
+    Args:
+        token_ids: (B, T) int64, with start and end tokens.
+        attention_mask: True at start, words and end; False at padding, (B, T) bool.
+        word_ids: the number of the word that a token is a piece of, counted from 0; -1 at
+            start, end and padding, (B, T) int64.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    word_ids: Tensor
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What the frozen guide says of a batch of captions; nothing here has a gradient.
+
+    Args:
+        token_ids, attention_mask, word_ids: as in :class:`TextTokens`.
+        tokens: contextual feature of each token, (B, T, Dt).
+        sentence: feature of the whole caption, (B, Ds).
+        vocabulary: the guide's token embedding, (V, Dt).
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    word_ids: Tensor
+    tokens: Tensor
+    sentence: Tensor
+    vocabulary: Tensor
+
+
+@dataclass(frozen=True)
+class CodeView:
+    """One batch of codes as the heads see it.
+
+    Args:
+        codes: the quantized grid.
+        cls: the code-ViT's summary of the image, (B, D).
+        tokens: the code-ViT's patch tokens, (B, N, D).
+    """
+
+    codes: Codes
+    cls: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """What an objective returns.
+
+    Args:
+        value: unweighted scalar, differentiable.
+        log: further detached scalars worth logging, by name.
+    """
+
+    value: Tensor
+    log: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,119 @@
+"""What every data set promises, driven through each member."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lgvq_plugin import datasets, sockets
+from lgvq_plugin.datasets.base import CaptionedImages, collate
+
+COUNT = 6
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Constructor arguments of each member, for COUNT images of 16 pixels."""
+    for k in range(COUNT):
+        Image.new("RGB", (30, 20 + k), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text("".join(f"caption {c} of {k}\n" for c in range(8)))
+    return {
+        "folder": {"root": tmp_path, "size": 16, "crop": "random", "flip": True},
+        "scenes": {"split": "test", "size": 16, "length": COUNT},
+    }
+
+
+@pytest.fixture(params=["folder", "scenes"])
+def build(request, params):
+    member = sockets.resolve("datasets", request.param)
+    return lambda **extra: member(**params[request.param], **extra)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        if key == "image":
+            np.testing.assert_array_equal(a[key], b[key])
+        else:
+            assert repr(a[key]) == repr(b[key])
+
+
+def test_every_member_has_parameters_here(params):
+    assert {"folder", "scenes"} <= set(datasets.MEMBERS)
+    assert all(name in datasets.MEMBERS for name in params)
+
+
+def test_a_sample_keeps_the_contract(build):
+    dataset = build()
+    assert isinstance(dataset, CaptionedImages)
+    assert len(dataset) == COUNT
+    samples = [dataset[i] for i in range(COUNT)]
+    for index, sample in enumerate(samples):
+        assert sample["image"].shape == (16, 16, 3)
+        assert sample["image"].dtype == np.float32
+        assert -1 <= sample["image"].min() <= sample["image"].max() <= 1
+        assert sample["index"] == index
+        assert sample["caption"] in sample["captions"]
+    assert len({sample["file"] for sample in samples}) == COUNT
+
+
+def test_channel_first_only_moves_the_axis(build):
+    last, first = build()[1]["image"], build(channel_first=True)[1]["image"]
+    np.testing.assert_array_equal(first.transpose(1, 2, 0), last)
+
+
+def test_negative_index_counts_from_the_end_and_too_large_raises(build):
+    assert_same(build()[-1], build()[COUNT - 1])
+    with pytest.raises(IndexError, match=str(COUNT)):
+        build()[COUNT]
+
+
+def test_epochs_draw_other_captions_and_a_repeat_draws_the_same(build):
+    dataset = build()
+    told = []
+    for epoch in (0, 1, 2, 1):
+        dataset.set_epoch(epoch)
+        told.append([dataset[i]["caption"] for i in range(COUNT)])
+    assert told[1] == told[3]
+    assert told[0] != told[1] != told[2]
+
+
+def test_order_of_access_and_copies_change_nothing(build):
+    dataset = build()
+    dataset.set_epoch(3)
+    forward = [dataset[i] for i in range(COUNT)]
+    copy = pickle.loads(pickle.dumps(dataset))
+    for index in reversed(range(COUNT)):
+        assert_same(copy[index], forward[index])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_workers_change_nothing(build):
+    def epoch(workers):
+        return list(DataLoader(build(), batch_size=4, collate_fn=collate, num_workers=workers))
+
+    for alone, helped in zip(epoch(0), epoch(2), strict=True):
+        assert torch.equal(alone["image"], helped["image"])
+        assert alone["caption"] == helped["caption"]
+
+
+def test_global_random_state_is_left_alone(build):
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    build()[0]
+    assert (before[0] == np.random.get_state()[1]).all()
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+def test_a_batch_stacks_numbers_and_lists_the_rest(build):
+    batch = collate([build()[i] for i in range(4)])
+    assert batch["image"].shape == (4, 16, 16, 3)
+    assert batch["index"].tolist() == [0, 1, 2, 3]
+    assert [type(captions) for captions in batch["captions"]] == [list] * 4
+    if "questions" in batch:
+        assert all(question["answer"] for asked in batch["questions"] for question in asked)
+        assert all(labels["has_color"].shape == (10,) for labels in batch["attributes"])

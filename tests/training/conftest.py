@@ -1,0 +1,85 @@
+"""A tiny taming VQGAN on a tiny data set; LPIPS's download is replaced by nothing."""
+
+import copy
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from lgvq_plugin import compat
+
+CONFIG = {
+    "model": {
+        "base_learning_rate": 1e-3,
+        "target": "taming.models.vqgan.VQModel",
+        "params": {
+            "embed_dim": 4,
+            "n_embed": 16,
+            "ddconfig": {
+                "double_z": False,
+                "z_channels": 4,
+                "resolution": 16,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 32,
+                "ch_mult": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "dropout": 0.1,  # draws from the global generator in every step
+            },
+            "lossconfig": {
+                "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+                "params": {
+                    "disc_start": 2,
+                    "disc_weight": 0.8,
+                    "disc_num_layers": 1,
+                    "disc_ndf": 8,
+                    "perceptual_weight": 0.0,
+                },
+            },
+        },
+    },
+    "data": {
+        "batch_size": 2,
+        "train": {"target": "scenes", "params": {"size": 16, "length": 11}},
+        "validation": {
+            "target": "scenes",
+            "params": {"split": "validation", "size": 16, "length": 3},
+        },
+    },
+    "training": {
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "scale_lr": False,
+        "val_every": None,
+        "images_every": None,
+        "checkpoint_every": None,
+        "log_every": 1,
+    },
+}
+
+
+class NoLPIPS(nn.Module):
+    def forward(self, x, y):
+        raise AssertionError("perceptual_weight is 0")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_taming(monkeypatch):
+    compat.patch()
+    import taming.modules.losses.vqperceptual as losses
+
+    monkeypatch.setattr(losses, "LPIPS", NoLPIPS)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config():
+    """A function of overrides (`training.max_steps=2`) that returns a fresh config."""
+
+    def build(*overrides):
+        base = OmegaConf.create(copy.deepcopy(CONFIG))
+        return OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+
+    return build

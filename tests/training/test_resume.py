@@ -1,0 +1,158 @@
+"""A run that was stopped and resumed is the run that was not, bit for bit."""
+
+import csv
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training.run import Interrupted, train
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(ours, theirs):
+    a, b = (torch.load(run.checkpoint, weights_only=True) for run in (ours, theirs))
+    for key in ("state_dict", "optimizer_states", "ema_state_dict", "global_step"):
+        assert_same(a.get(key), b.get(key), key)
+    for key in ("samples", "generators"):
+        assert_same(a["lgvq_training"][key], b["lgvq_training"][key], key)
+    files = [(run.folder / "metrics.csv").read_text() for run in (ours, theirs)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_half_and_half_is_the_whole(config, tmp_path, workers):
+    # 11 samples, batches of 2: an epoch ends in the middle of the second half.
+    extra = [
+        "training.ema_decay=0.9",
+        "training.val_every=2",
+        "training.images_every=4",
+        f"data.num_workers={workers}",
+    ]
+    whole = train(
+        config(*extra, "training.max_steps=8", "data.num_workers=0"),
+        name="whole",
+        logdir=tmp_path,
+        progress=False,
+    )
+    train(config(*extra, "training.max_steps=4"), name="half", logdir=tmp_path, progress=False)
+    resumed = train(
+        config(*extra, "training.max_steps=8"),
+        name="half",
+        logdir=tmp_path,
+        resume="auto",
+        progress=False,
+    )
+    assert resumed.steps == 8
+    assert_same_run(resumed, whole)
+
+
+def test_accumulation_and_clipping_resume_too(config, tmp_path):
+    extra = ["training.accumulate_grad_batches=3", "training.gradient_clip_val=0.5"]
+    whole = train(
+        config(*extra, "training.max_steps=4"), name="whole", logdir=tmp_path, progress=False
+    )
+    half = config(*extra, "training.max_steps=2")
+    train(half, name="half", logdir=tmp_path, progress=False)
+    resumed = train(
+        config(*extra, "training.max_steps=4"),
+        name="half",
+        logdir=tmp_path,
+        resume=tmp_path / "half",
+        progress=False,
+    )
+    assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", [0, 4])  # while the loader is set up, and in the run
+def test_a_killed_run_is_saved_and_goes_on(config, tmp_path, monkeypatch, number, place):
+    import toy
+
+    monkeypatch.setattr(toy.Killer, "sent", False)
+    before = signal.getsignal(number)
+    whole = train(config("training.max_steps=6"), name="whole", logdir=tmp_path, progress=False)
+    killed = config("training.max_steps=6")
+    at = int(np.random.default_rng([0, 0]).permutation(11)[place])
+    params = {"size": 16, "length": 11, "at": at, "number": int(number)}
+    killed.data.train = {"target": "toy.Killer", "params": params}
+    with pytest.raises(Interrupted, match=r"stopped at step \d.*--name killed --resume auto"):
+        train(killed, name="killed", logdir=tmp_path, progress=False)
+    assert signal.getsignal(number) == before
+    assert torch.load(tmp_path / "killed/checkpoints/last.ckpt")["global_step"] < 6
+    resumed = train(killed, name="killed", logdir=tmp_path, resume="auto", progress=False)
+    assert_same_run(resumed, whole)
+
+
+def test_rows_after_the_checkpoint_are_written_anew(config, tmp_path):
+    first = train(config(), name="a", logdir=tmp_path, progress=False)
+    with (first.folder / "metrics.csv").open("a") as file:
+        file.write("5,1,2,3\n6,1,2,3\n")  # steps of a run that died without a checkpoint
+    train(config("training.max_steps=6"), name="a", logdir=tmp_path, resume="auto", progress=False)
+    with (first.folder / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_auto_begins_anew_where_nothing_is(config, tmp_path):
+    run = train(
+        config("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
+    )
+    assert run.steps == 1
+
+
+def test_a_finished_run_stays_as_it_is(config, tmp_path):
+    first = train(config(), name="a", logdir=tmp_path, progress=False)
+    again = train(config(), name="a", logdir=tmp_path, resume="auto", progress=False)
+    assert again.steps == 4
+    assert_same(first.host.state_dict(), again.host.state_dict())
+
+
+def test_only_the_newest_checkpoints_stay(config, tmp_path):
+    extra = ["training.checkpoint_every=1", "training.keep_checkpoints=2"]
+    run = train(config(*extra), name="a", logdir=tmp_path, progress=False)
+    files = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert files == ["last.ckpt", "step=00000003.ckpt", "step=00000004.ckpt"]
+
+
+def test_what_cannot_be_resumed_is_told(config, tmp_path):
+    train(config("training.max_steps=1"), name="a", logdir=tmp_path, progress=False)
+    other = config("training.max_steps=2")
+    other.model.params.n_embed = 32
+    for resume, given, told in [
+        (tmp_path / "nothing.ckpt", config(), "no such checkpoint"),
+        (tmp_path, config(), "no checkpoint in its checkpoints/"),
+        ("auto", other, r"another config: model\.params\.n_embed: 16 then, 32 now"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            train(given, name="a", logdir=tmp_path, resume=resume, progress=False)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(config(), name="a", logdir=tmp_path, progress=False)
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(ConfigError, match=r"damaged\.ckpt' cannot be read"):
+        train(config(), name="b", logdir=tmp_path, resume=damaged, progress=False)
+    weights = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": {}}, weights)
+    with pytest.raises(ConfigError, match="holds no optimizers"):
+        train(config(), name="b", logdir=tmp_path, resume=weights, progress=False)
