@@ -208,3 +208,13 @@ def sample_truncated_ratio(
     ratio = torch.empty(())
     torch.nn.init.trunc_normal_(ratio, mean, deviation, low, high, generator=generator)
     return float(ratio)
+
+
+def batch_perplexity(counts: Tensor) -> Tensor:
+    """Return exp of the entropy of counts (K,): how many codes would be used if all equally.
+
+    Example:
+        >>> batch_perplexity(torch.tensor([5.0, 5.0, 0.0]))
+        tensor(2.)
+    """
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()

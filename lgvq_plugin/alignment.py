@@ -1,0 +1,214 @@
+"""Alignment: codes and captions in, one weighted sum of objectives out; the heads live here.
+
+Codes --code-ViT--> CodeView --|
+captions --guide--> Caption ---|--> objectives --> sum of weight * term, and what to log
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import LGVQConfig
+from .dist import world_size
+from .functional import batch_perplexity
+from .guides.base import AbstractGuide
+from .heads.code_vit import CodeViT
+from .objectives.base import AbstractObjective, Caption
+from .sockets import ConfigError, resolve
+from .types import Codes, CodeView, Term
+
+logger = logging.getLogger(__name__)
+
+PAPER_GRID = (16, 16)
+Captions = Sequence[str | Sequence[str] | None]
+
+
+class Alignment(nn.Module):
+    """The heads of LG-VQ and the frozen guide beside them; objectives of weight 0 are not built.
+
+    Args:
+        config: the `lgvq:` block.
+        guide: frozen text model; not a submodule, so in no checkpoint, EMA copy or DDP bucket.
+        code_dim: C, width of a code.
+        grid: (h, w) that the code-ViT's positions are trained for.
+
+    The heads' first weights and all later draws come from `config.seed`, never from torch's
+    global generators, so that the host's own random stream stays as it is without us.
+    """
+
+    def __init__(
+        self,
+        config: LGVQConfig,
+        guide: AbstractGuide,
+        *,
+        code_dim: int,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.guide, self.code_dim = config, guide, code_dim
+        self._place = (-1, 0)  # last step seen, and how many batches it had so far
+        self._told: set[str] = set()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.code_vit = CodeViT(
+                code_dim,
+                width=config.code_vit.width,
+                depth=config.code_vit.depth,
+                heads=config.code_vit.heads,
+                out_dim=guide.token_dim,
+                grid=config.grid or grid or PAPER_GRID,
+            )
+            self.objectives = nn.ModuleDict(_objectives(config, guide, code_dim))
+
+    def forward(
+        self, codes: Codes, captions: Captions, *, step: int = 0, split: str = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the objectives and its parts.
+
+        Args:
+            codes: of B images.
+            captions: B entries; a string, several of which one is drawn, or None or "" for an
+                image without a caption, which takes no part.
+            step: batches trained so far; masks and captions are drawn from (seed, step).
+            split: prefix of the log's keys.
+
+        Raises:
+            ConfigError: if the codes or the number of captions do not fit.
+            FloatingPointError: for a term that is not finite (`on_nonfinite: raise`).
+        """
+        self._check(codes, captions)
+        generator = self._generator(step)
+        strings = [_draw(caption, generator) for caption in captions]
+        log = _codebook_log(codes, split)
+        scale = self._scale(step) if split == "train" else 1.0
+        if scale == 0.0 or (not any(strings) and world_size() == 1):
+            if not any(strings):
+                self._tell_once("no captions in a batch: it trains the base loss alone")
+            return codes.codes.new_zeros(()), log
+        view, caption = self._see(codes, strings, generator)
+        total: Tensor = torch.zeros((), device=codes.codes.device)
+        for name, objective in self.objectives.items():
+            term: Term = objective(view, caption)
+            log[f"{split}/lgvq/{name}"] = term.value.detach()
+            log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}
+            if self._is_finite(name, term, step):
+                total = total + scale * self.weight(name) * term.value
+        log[f"{split}/lgvq/total"] = total.detach()
+        return total, log
+
+    def view(self, codes: Codes) -> CodeView:
+        """Return the code-ViT's view of codes, with the codebook's gradient if it is on."""
+        if self.config.codebook_gradient:
+            codes = _with_codebook_gradient(codes)
+        seen = self.code_vit(codes.codes, codes.grid)
+        return CodeView(codes, seen[:, 0], seen[:, 1:])
+
+    def weight(self, name: str) -> float:
+        """Return the configured weight of an objective."""
+        return float(getattr(self.config.objectives, name).weight)
+
+    def _see(
+        self, codes: Codes, strings: list[str], generator: torch.Generator
+    ) -> tuple[CodeView, Caption]:
+        device = codes.codes.device
+        if self.guide.device != device:
+            self.guide.to(device)
+        present = torch.tensor([bool(string) for string in strings], device=device)
+        features = self.guide.encode(strings)
+        return self.view(codes), Caption(strings, present, features, self.guide, generator)
+
+    def _check(self, codes: Codes, captions: Captions) -> None:
+        batch, _, width = codes.codes.shape
+        if width != self.code_dim:
+            raise ConfigError(
+                f"lgvq.code_dim: the heads were built for codes of width {self.code_dim}, the "
+                f"quantizer gives {width}; set lgvq.code_dim: {width}"
+            )
+        if len(captions) != batch:
+            raise ConfigError(
+                f"{len(captions)} captions for {batch} images: expected one entry an image "
+                "(a string, a list of strings, or None)"
+            )
+
+    def _generator(self, step: int) -> torch.Generator:
+        last, count = self._place
+        self._place = (step, count + 1 if step == last else 0)
+        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        seed = torch.tensor([self.config.seed, step, self._place[1], rank], dtype=torch.int64)
+        primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
+        return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
+
+    def _scale(self, step: int) -> float:
+        """Return the share of the weights at `step`: 0 before `start`, then up to 1 by `ramp`."""
+        done = step - self.config.start
+        if done < 0:
+            return 0.0
+        return min(1.0, (done + 1) / (self.config.ramp + 1))
+
+    def _is_finite(self, name: str, term: Term, step: int) -> bool:
+        if bool(torch.isfinite(term.value)):
+            return True
+        told = f"step {step}: lgvq objective {name} is {float(term.value)}"
+        if self.config.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"{told}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
+            )
+        logger.warning("%s; left out of this step", told)
+        return False
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning("%s", message)
+
+
+def _objectives(
+    config: LGVQConfig, guide: AbstractGuide, code_dim: int
+) -> dict[str, AbstractObjective]:
+    needs: dict[str, dict[str, Any]] = {
+        "global_semantic": {"image_dim": guide.token_dim, "sentence_dim": guide.sentence_dim},
+        "masked_text": {"memory_dim": guide.token_dim, "guide": guide},
+        "relationship": {"code_dim": code_dim, "token_dim": guide.token_dim},
+    }
+    return {
+        name: resolve("objectives", name)(getattr(config.objectives, name), **extra)
+        for name, extra in needs.items()
+        if getattr(config.objectives, name).weight > 0
+    }
+
+
+def _draw(caption: str | Sequence[str] | None, generator: torch.Generator) -> str:
+    """Return one caption, "" for none; several: one of them."""
+    if caption is None or isinstance(caption, str):
+        return (caption or "").strip()
+    kept = [text.strip() for text in caption if text and text.strip()]
+    if not kept:
+        return ""
+    return kept[int(torch.randint(len(kept), (), generator=generator))]
+
+
+def _with_codebook_gradient(codes: Codes) -> Codes:
+    """Add e_k - sg(e_k): the value stays, and the objectives' gradient reaches the codebook too."""
+    if codes.codebook is None or codes.indices is None or not codes.codebook.requires_grad:
+        raise ConfigError(
+            "lgvq.codebook_gradient: this host's quantizer has no codebook that takes a gradient "
+            "(moving averages or look-up free); set codebook_gradient: false"
+        )
+    chosen = codes.codebook[codes.indices]
+    return replace(codes, codes=codes.codes + (chosen - chosen.detach()))
+
+
+def _codebook_log(codes: Codes, split: str) -> dict[str, Tensor]:
+    """Usage (share of codes in this batch) and perplexity of this batch."""
+    if codes.indices is None or codes.codebook is None:
+        return {}
+    counts = torch.bincount(codes.indices.flatten(), minlength=len(codes.codebook)).float()
+    usage = (counts > 0).float().mean()
+    return {
+        f"{split}/codebook/usage": usage,
+        f"{split}/codebook/perplexity": batch_perplexity(counts),
+    }
