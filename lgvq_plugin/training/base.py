@@ -18,6 +18,7 @@ __all__ = [
     "build_dataset",
     "build_host",
     "read_config",
+    "to_plain",
 ]
 
 

@@ -1,0 +1,1 @@
+"""Old weights and new ones: safe reading, retrofit, export."""

@@ -1,0 +1,235 @@
+"""Checkpoints of any age: read safely, compared with the host, loaded whole or not at all.
+
+file --load_checkpoint--> Checkpoint --load_into--> host, LoadReport
+                                |______load_host______^
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..sockets import ConfigError
+from ..training.base import build_host, read_config, to_plain
+from ._compare import LoadReport, compare
+from ._layout import sort_tensors, unflatten
+from ._safe_load import How, plain, read_raw
+
+__all__ = ["Checkpoint", "LoadReport", "load_checkpoint", "load_host", "load_into"]
+
+logger = logging.getLogger(__name__)
+STATE = "lgvq_training"  # what training/ keeps there: the config, the place in the data
+NO_LOSS = {"target": "torch.nn.Identity"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's weights, and what it says of itself.
+
+    Args:
+        path: of the file.
+        state_dict: the host's tensors on the CPU, prefixes taken off.
+        config: the run's config in plain containers, if the file or its folder tells.
+        averaged: averaged (EMA) weights by the same names, or None.
+        aside: tensors that belong to no host, by their own names.
+        how: safetensors, weights_only, allow_list (old Lightning's classes stood in for) or pickle.
+        root: the key that held the state dict, "" if none.
+        prefix: what was taken off the names.
+        step: updates so far, if the file tells.
+    """
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    averaged: dict[str, Tensor] | None = None
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    how: How = "weights_only"
+    root: str = ""
+    prefix: str = ""
+    step: int | None = None
+
+
+def load_checkpoint(
+    path: str | Path, trust_pickle: bool = False, *, root: str | None = None
+) -> Checkpoint:
+    """Read a checkpoint: a .safetensors file, a .ckpt/.pt/.pth, a run or `save_pretrained` folder.
+
+    Nothing that lies in the file is run. Names of classes that old Lightning and OmegaConf wrote
+    get inert stand-ins; anything else is refused unless `trust_pickle`.
+
+    Args:
+        path: of the file or the folder.
+        trust_pickle: unpickle fully where nothing less helps; that can run any code.
+        root: key of the state dict; None tries state_dict, model, vae, ema.
+
+    Raises:
+        ConfigError: if there is no such file, it is damaged, holds no tensors, or wants trust.
+    """
+    file = _file_of(Path(path))
+    raw, how = read_raw(file, trust_pickle=trust_pickle)
+    try:
+        layout = sort_tensors(raw, root=root)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
+    step = raw.get("global_step") if isinstance(raw, Mapping) else None
+    return Checkpoint(
+        path=file,
+        state_dict=layout.state_dict,
+        config=_config_in(raw) or _config_beside(file),
+        averaged=layout.averaged,
+        aside=layout.aside,
+        how=how,
+        root=layout.root,
+        prefix=layout.prefix,
+        step=int(step) if isinstance(step, int) else None,
+    )
+
+
+def load_into(
+    host: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    params: Mapping[str, Any] | None = None,
+    optional: Sequence[str] = ("loss.",),
+    averaged: bool = False,
+) -> LoadReport:
+    """Load a checkpoint into a host, after comparing all keys and shapes.
+
+    Args:
+        host: takes the weights; where something does not fit, it is left as it was.
+        checkpoint: from :func:`load_checkpoint`.
+        params: `model.params` of the host's config, compared with the tensors' sizes.
+        optional: keys that start so may be missing, left over or of another shape.
+        averaged: take the averaged weights where there are any.
+
+    Returns:
+        What was loaded and what was not, optional keys and heads included.
+
+    Raises:
+        ConfigError: if a key that is not optional is missing, left over or of another shape, or
+            the host did not take what it was given.
+    """
+    wanted = host.state_dict()
+    given = _tensors_for(wanted, checkpoint, averaged)
+    report = compare(wanted, given, params)
+    firm = tuple(optional)
+    bad = [key for key in (*report.missing, *report.unexpected) if not key.startswith(firm)]
+    bad += [key for key, _, _ in report.mismatched if not key.startswith(firm)]
+    if bad or not report.loaded:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} does not fit {type(host).__name__}; nothing "
+            f"was loaded. {report}"
+        )
+    host.load_state_dict({key: given[key] for key in report.loaded}, strict=False)
+    after = host.state_dict()
+    for key in report.loaded:
+        if not torch.equal(after[key].cpu(), given[key].to(after[key].dtype).cpu()):
+            raise ConfigError(f"{type(host).__name__} did not take {key!r} from the checkpoint")
+    return report
+
+
+def load_host(
+    config: DictConfig | Mapping[str, Any] | str | Path | None,
+    ckpt: str | Path | Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    trust_pickle: bool = False,
+    averaged: bool = False,
+    with_loss: bool = False,
+) -> nn.Module:
+    """Build a config's host and load a checkpoint into it; in evaluation mode.
+
+    Args:
+        config: sections as in training, or the path of a YAML file; None: the config that the
+            checkpoint or its run folder keeps.
+        ckpt: path of the checkpoint, or one that is read already.
+        device: where the host shall lie.
+        trust_pickle: see :func:`load_checkpoint`.
+        averaged: take averaged weights where there are any.
+        with_loss: build the loss too (taming's downloads VGG16), heads included; without it a
+            placeholder stands in `host.loss`.
+
+    Raises:
+        ConfigError: if there is no config, or the checkpoint does not fit it.
+    """
+    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_checkpoint(ckpt, trust_pickle)
+    if isinstance(config, str | Path):
+        config = read_config([config])
+    if config is None:
+        if checkpoint.config is None:
+            raise ConfigError(
+                f"checkpoint {str(checkpoint.path)!r} tells no config, nor does a configs/ folder "
+                "beside it; give one with -b CONFIG"
+            )
+        config = checkpoint.config
+    model = model_of(config, with_loss=with_loss)
+    host = build_host({"model": model})
+    report = load_into(host, checkpoint, params=model.get("params"), averaged=averaged)
+    for difference in report.differences:
+        logger.warning("%s: %s", checkpoint.path, difference)
+    return host.eval().to(device)
+
+
+def model_of(config: DictConfig | Mapping[str, Any], *, with_loss: bool = True) -> dict[str, Any]:
+    """Return the config's `model:` section in plain containers, without weights to start from."""
+    section = config.get("model")
+    if section is None:
+        raise ConfigError(f"the config has no section `model:`; it has {list(config)}")
+    model = dict(to_plain({"model": section})["model"])
+    params = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
+    for key in ("lossconfig", "loss"):
+        if not with_loss and isinstance(params.get(key), Mapping):
+            params[key] = dict(NO_LOSS)
+    if model.get("learning_rate") is None and model.get("base_learning_rate") is None:
+        model["learning_rate"] = 1e-4  # not needed to load weights, but a section must have one
+    return {**model, "params": params}
+
+
+def _tensors_for(
+    wanted: Mapping[str, Tensor], checkpoint: Checkpoint, averaged: bool
+) -> dict[str, Tensor]:
+    given = dict(checkpoint.state_dict)
+    if averaged and checkpoint.averaged is not None:
+        given |= unflatten(checkpoint.averaged, given)
+    if not set(given) & set(wanted):  # nothing but a flattened average, perhaps
+        given = unflatten(given, wanted) or given
+    beside = {key: value for key, value in checkpoint.aside.items() if key in wanted}
+    return {**given, **beside}
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in ("checkpoints/last.ckpt", "model.safetensors", "last.ckpt"):
+        if (path / name).is_file():
+            return path / name
+    steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))
+    if not steps:
+        raise ConfigError(f"folder {str(path)!r} holds no checkpoint: no checkpoints/last.ckpt, "
+                          "no model.safetensors")  # fmt: skip
+    return steps[-1]
+
+
+def _config_in(raw: Any) -> dict[str, Any] | None:
+    kept = raw.get(STATE) if isinstance(raw, Mapping) else None
+    config = kept.get("config") if isinstance(kept, Mapping) else None
+    return plain(config) if isinstance(config, Mapping) and "model" in config else None
+
+
+def _config_beside(file: Path) -> dict[str, Any] | None:
+    """Look where our runs and taming's keep a config, and `save_pretrained` folders."""
+    for run in (file.parent, file.parent.parent):
+        projects = sorted(run.glob("configs/*-project.yaml"), reverse=True)
+        for path in (run / "config.json", run / "configs" / "merged.yaml", *projects):
+            config = read_config([path]) if path.is_file() else {}
+            if "model" in config:
+                try:
+                    return to_plain(config)
+                except ConfigError:  # data that is still ??? does not matter here
+                    return to_plain({"model": config["model"]})
+    return None
