@@ -1,0 +1,203 @@
+"""What flows through an ablation; every record is written once, here.
+
+YAML --plan--> Plan of Jobs --run--> Results of Runs --statistics--> Cells --report--> one page
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..sockets import ConfigError
+
+RESULTS = "results.json"
+REPORT = "report.html"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training and its evaluation.
+
+    Args:
+        data: name of the data set, "" where the plan has only one.
+        variant: name of the variant.
+        seed: of the training; it gives the weights and the order of the samples.
+        config: what `lgvq train` reads, in plain containers.
+        evaluation: keywords of the evaluation.
+        examples: number of images whose reconstructions are kept.
+    """
+
+    data: str
+    variant: str
+    seed: int
+    config: dict[str, Any]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    examples: int = 8
+
+    @property
+    def name(self) -> str:
+        """Folder below the ablation's.
+
+        Example:
+            >>> Job(data="", variant="all", seed=1, config={}).name
+            'all/seed_1'
+        """
+        return "/".join(part for part in (self.data, self.variant, f"seed_{self.seed}") if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole ablation.
+
+    Args:
+        title: of the report.
+        references: variants that the others are compared to; the first is *the* baseline.
+        variants: name -> {"note": str, "changes": plain overrides}.
+        jobs: every combination of data set, variant and seed.
+    """
+
+    title: str
+    references: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What became of one job.
+
+    Args:
+        status: done, failed or missing (not run yet).
+        reason: why it is not done; "" if it is.
+        evaluation: `{"settings", "environment", "metrics": {name: {"value", "n", "unit",
+            "higher_is_better", "per_image"}}}`.
+        curves: log key -> list of [step, value].
+        cost: seconds_per_step, peak_memory_mib, steps, device.
+        examples: `{"caption", "original", "reconstruction"}`, PNG paths below the ablation's
+            folder.
+    """
+
+    data: str
+    variant: str
+    seed: int
+    status: Literal["done", "failed", "missing"] = "done"
+    reason: str = ""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The metrics of a run that is done."""
+        return self.evaluation.get("metrics", {}) if self.status == "done" else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All runs of a plan; `results.json` holds it."""
+
+    title: str
+    references: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+    runs: tuple[Run, ...]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the data sets, in the order of the plan."""
+        return list(dict.fromkeys(run.data for run in self.runs))
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: if there is no such file or it holds something else.
+        """
+        given = read_json(path)
+        try:
+            runs = tuple(Run(**run) for run in given.pop("runs"))
+            return cls(**{**given, "references": tuple(given["references"]), "runs": runs})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not the results of `lgvq ablate`: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A variant minus its reference, paired.
+
+    Args:
+        value: mean difference over the seeds that both have.
+        low, high: ends of the 95 % interval; None where there is nothing to resample.
+        paired_by: "images and seeds", "images" (one seed) or "seeds".
+        seeds, images: how many of each were paired; images is None for pairing by seeds.
+        verdict: better or worse where the interval excludes zero, else "".
+    """
+
+    reference: str
+    value: float
+    low: float | None
+    high: float | None
+    paired_by: str
+    seeds: int
+    images: int | None
+    verdict: Literal["better", "worse", ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One metric of one variant on one data set.
+
+    Args:
+        values: of every seed that is done.
+        mean, sd: over the seeds; sd is None for fewer than two, mean for none.
+        images: that the metric was computed on.
+        differences: to every reference but itself.
+    """
+
+    data: str
+    variant: str
+    metric: str
+    unit: str
+    higher_is_better: bool | None
+    values: dict[int, float]
+    mean: float | None
+    sd: float | None
+    images: int | None
+    differences: tuple[Difference, ...] = ()
+
+    def to(self, reference: str) -> Difference | None:
+        """Return the difference to `reference`, if there is one."""
+        return next((d for d in self.differences if d.reference == reference), None)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON beside the target and rename it, so that a kill leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON mapping.
+
+    Raises:
+        ConfigError: if there is no such file or it is no JSON mapping.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {str(path)!r}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON mapping, got {type(value).__name__}")
+    return value
