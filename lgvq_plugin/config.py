@@ -1,12 +1,11 @@
 """The `lgvq:` block: frozen dataclasses, checked when built, and the two recipes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from ._fields import build, require, to_plain
 from .sockets import ConfigError, suggest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +24,14 @@ class GlobalSemanticConfig:
     """Take negatives from all ranks."""
     exclude_same: bool = True
     """Leave pairs with the very same caption out of the negatives."""
+    source: Literal["cls", "pooled"] = "cls"
+    """What stands for the image: the code-ViT's [CLS], or the mean of its patch tokens."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "weight", ">= 0", self.weight)
-        _require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        require(self.weight >= 0, "weight", ">= 0", self.weight)
+        lowest = 0.01 if self.learnable_temperature else 0.0
+        holds = self.temperature >= lowest and self.temperature > 0
+        require(holds, "temperature", "> 0 (>= 0.01 if learnable)", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class MaskedTextConfig:
     """0.1 in the released code, none in the paper."""
     attend_padding: bool = False
     """The released code's padding mask masks nothing."""
+    attend_cls: bool = False
+    """Let words read the code-ViT's [CLS] beside its patch tokens, as the released code does."""
     depth: int = 2
     """Blocks of the decoder."""
     heads: int = 1
@@ -53,10 +58,14 @@ class MaskedTextConfig:
     """In the decoder; 0.1 in the released code."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "weight", ">= 0", self.weight)
-        _require(self.mask_at in ("input", "output"), "mask_at", "input|output", self.mask_at)
+        require(self.weight >= 0, "weight", ">= 0", self.weight)
         low, high = self.ratio
-        _require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", self.ratio)
+        require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", self.ratio)
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "label_smoothing", ">= 0 and < 1", smoothing)
+        require(0 <= self.dropout < 1, "dropout", ">= 0 and < 1", self.dropout)
+        require(self.depth >= 1, "depth", ">= 1", self.depth)
+        require(self.heads >= 1, "heads", ">= 1", self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +78,14 @@ class RelationshipConfig:
     """See `functional.relationship_loss`."""
     temperature: float = 0.1
     """Of the soft matching; `pairs` only."""
+    matching: Literal["soft", "straight_through"] = "soft"
+    """A word takes a mixture of codes, or the best one with the mixture's gradient; `pairs` only."""
     project: bool = False
     """Compare codes behind a learned layer, as the released code does, or raw (paper)."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "weight", ">= 0", self.weight)
-        _require(self.variant in ("paper", "pairs"), "variant", "paper|pairs", self.variant)
-        _require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        require(self.weight >= 0, "weight", ">= 0", self.weight)
+        require(self.temperature > 0, "temperature", "> 0", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +109,14 @@ class CodeViTConfig:
     depth: int = 2
     """Number of blocks."""
     heads: int = 1
-    """Attention heads."""
+    """Attention heads; must divide the width."""
+
+    def __post_init__(self) -> None:
+        require(self.width is None or self.width >= 1, "width", ">= 1 or null", self.width)
+        require(self.depth >= 1, "depth", ">= 1", self.depth)
+        expected = ">= 1 and a divisor of the width"
+        holds = self.heads >= 1 and (self.width or self.heads) % self.heads == 0
+        require(holds, "heads", expected, self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +135,9 @@ class LGVQConfig:
     """Path of the host's quantizer; found by name if null."""
     code_dim: int | None = None
     """Width of a code; read off the quantizer if null."""
-    grid: tuple[int, int] = (16, 16)
-    """Grid that the code-ViT's positions are trained for; others interpolate."""
+    grid: tuple[int, int] | None = None
+    """(h, w) that the code-ViT's positions are trained for; read off the host, else 16 x 16, if
+    null; other grids interpolate."""
     caption_key: str | None = None
     """Key of the captions in a batch; `caption`, `text` or `txt` if null."""
     codebook_gradient: bool = False
@@ -134,15 +152,21 @@ class LGVQConfig:
     """Of the heads' initial weights, the masks and the choice of captions."""
 
     def __post_init__(self) -> None:
-        _require(self.recipe in RECIPES, "recipe", "|".join(RECIPES), self.recipe)
-        choices = ("raise", "skip")
-        _require(self.on_nonfinite in choices, "on_nonfinite", "raise|skip", self.on_nonfinite)
+        grid = self.grid
+        expected = "two whole numbers >= 1, like [16, 16], or null"
+        require(grid is None or min(grid) >= 1, "grid", expected, grid)
+        width = self.code_dim
+        require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
+        require(self.start >= 0, "start", ">= 0", self.start)
+        require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
+        require(self.seed >= 0, "seed", ">= 0", self.seed)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "corrected": {},
     # Defects by their numbers in the list of the released code: 7 (temperature, one direction,
-    # no gather), 2 (leak), 1 (padding), 10 (masking), 11 (smoothing), 3, 4 and 6 (relationship).
+    # no gather), 2 (leak), 1 (padding), 10 (masking), 11 (smoothing), 12 ([CLS] is read), 3, 4 and
+    # 6 (relationship).
     "paper": {
         "global_semantic": {
             "temperature": 1.0,
@@ -156,6 +180,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "ratio": (0.1, 0.3),
             "label_smoothing": 0.1,
             "attend_padding": True,
+            "attend_cls": True,
             "dropout": 0.1,
         },
         "relationship": {"variant": "paper", "project": True},
@@ -167,7 +192,7 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
     """Read the `lgvq:` block over the defaults of its recipe.
 
     Raises:
-        ConfigError: for an unknown key (the nearest one is named) or a value out of range.
+        ConfigError: for an unknown key (the nearest one is named) or a wrong value.
 
     Example:
         >>> parse({"recipe": "paper"}).objectives.global_semantic.temperature
@@ -176,36 +201,21 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
         Traceback (most recent call last):
         lgvq_plugin.sockets.ConfigError: unknown key lgvq.objectives.masked_text.wieght; did you...
     """
-    block = dict(given or {})
-    recipe = RECIPES.get(block.get("recipe", "corrected"), {})
+    block = to_plain(given) or {}
+    require(isinstance(block, dict), "lgvq", "a mapping, for instance {recipe: paper}", block)
+    recipe = block.get("recipe", "corrected")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise ConfigError(f"lgvq.recipe: no recipe {recipe!r}{suggest(recipe, RECIPES)}")
     objectives = block.get("objectives") or {}
-    _require(isinstance(objectives, Mapping), "lgvq.objectives", "a mapping", objectives)
+    expected = "a mapping, for instance {masked_text: {weight: 0.01}}"
+    require(isinstance(objectives, dict), "lgvq.objectives", expected, objectives)
     merged = dict(objectives)
-    for name, defaults in recipe.items():
+    for name, defaults in RECIPES[recipe].items():
         own = objectives.get(name)
-        if own is None or isinstance(own, Mapping):
+        if own is None or isinstance(own, dict):
             merged[name] = {**defaults, **(own or {})}
-    return _build(LGVQConfig, {**block, "objectives": merged}, "lgvq")
-
-
-def _build(cls: type[T], given: Any, path: str) -> T:
-    _require(isinstance(given, Mapping), path, "a mapping", given)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown key {path}.{key}{suggest(key, list(known))}")
-    types = get_type_hints(cls)
-    values = {}
-    for key, value in given.items():
-        if is_dataclass(types[key]):
-            value = _build(types[key], value or {}, f"{path}.{key}")  # type: ignore[arg-type]
-        values[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _require(holds: bool, key: str, expected: str, got: Any) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+    guide = block.get("guide") or {}
+    expected = "a mapping, for instance {use: micro_clip}"
+    require(isinstance(guide, dict), "lgvq.guide", expected, guide)
+    guide = {"use": "open_clip", **guide}
+    return build(LGVQConfig, {**block, "objectives": merged, "guide": guide}, "lgvq")

@@ -1,13 +1,22 @@
 """The three objectives of LG-VQ (arXiv 2405.14206), equation by equation; pure functions.
 
-Everything is computed in float32, whatever autocast says; cosines carry their eps in the norm.
+Everything is computed in float32, whatever autocast says; cosines carry their eps in the norm, so
+that a vector of zeros has cosine 0 and a finite gradient.
+
+Where the released code guards a division by adding to it (1e-6 to L_gsa's denominator, 5e-6 to
+L_mtp's count), we have the exact quotient: the values differ by less than 3e-6 (L_gsa, batch of
+one; less for more) and 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
+from statistics import NormalDist
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NORM_EPSILON = 1e-6
+"""Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
 
 
 def global_semantic_loss(
@@ -35,10 +44,9 @@ def global_semantic_loss(
         >>> global_semantic_loss(eye, eye)  # -log(e / (e + 1))
         tensor(0.3133)
     """
-    image, text = image.float(), text.detach().float()
     if len(image) == 0:
-        return image.sum()
-    logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT / temperature
+        return (image.float() / temperature).sum()
+    logits = cosines(image, text.detach()) / temperature
     if same is not None:
         others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(others, float("-inf"))
@@ -82,12 +90,13 @@ def relationship_loss(
     *,
     variant: Literal["paper", "pairs"] = "paper",
     temperature: float = 0.1,
+    matching: Literal["soft", "straight_through"] = "soft",
 ) -> Tensor:
     """Mean squared gap between word-word and code-code cosines, L_ras (Eq. 7 and 8).
 
     `paper` is the released arithmetic: a word takes the code of its best token, with the sign of
     their cosine, and the mean runs over all T x T cells, pads and diagonal too. `pairs` matches
-    softly, so tokens get a gradient, and averages over pairs of distinct words.
+    so that tokens get a gradient, and averages over pairs of distinct words.
 
     Args:
         words: text features, (B, T, D); a target, so no gradient flows into it.
@@ -96,12 +105,14 @@ def relationship_loss(
         codes: code vectors, projected or raw, (B, N, E).
         variant: see above.
         temperature: of the soft matching; `pairs` only.
+        matching: `soft` mixes codes by softmax; `straight_through` takes the best code, with the
+            gradient of `soft`; `pairs` only.
 
     Returns:
         Scalar; 0 with a gradient path if `pairs` finds no caption of two words.
 
     Raises:
-        ValueError: for another variant.
+        ValueError: for another variant or matching.
 
     Example:
         >>> eye = torch.eye(3)[None]
@@ -109,28 +120,48 @@ def relationship_loss(
         >>> relationship_loss(eye, mask, eye, eye, variant="paper")
         tensor(0.)
     """
-    words = F.normalize(words.detach().float(), dim=-1)
-    similarity = words @ F.normalize(tokens.float(), dim=-1).mT
-    codes = codes.float()
+    if variant not in ("paper", "pairs"):
+        raise ValueError(f"variant must be 'paper' or 'pairs', got {variant!r}")
+    if matching not in ("soft", "straight_through"):
+        raise ValueError(f"matching must be 'soft' or 'straight_through', got {matching!r}")
+    words, codes = words.detach(), codes.float()
+    similarity = cosines(words, tokens)  # (B, T, N)
     if variant == "paper":
         best, match = similarity.max(dim=-1, keepdim=True)
         # Released code: scales by the cosine, which the normalization cancels but for its sign
         # (so the tokens get no gradient), and divides by zero at a cosine of 0. We: the sign.
         matched = codes.take_along_dim(match, dim=1) * best.detach().sign()
-        keep = word_mask[..., None].float()
-        gap = _cosines(F.normalize(matched, dim=-1) * keep) - _cosines(words * keep)
-        return gap.square().mean() if gap.numel() else gap.sum()
-    if variant != "pairs":
-        raise ValueError(f"variant must be 'paper' or 'pairs', got {variant!r}")
-    matched = F.normalize((similarity / temperature).softmax(dim=-1) @ codes, dim=-1)
-    gap = _cosines(matched) - _cosines(words)
+        cell = word_mask[:, :, None] & word_mask[:, None, :]
+        gap = (cosines(matched, matched) - cosines(words, words)).masked_fill(~cell, 0.0)
+        return gap.square().mean() if gap.numel() else codes.sum()
+    share = (similarity / temperature).softmax(dim=-1)
+    if matching == "straight_through":
+        best = torch.zeros_like(share).scatter(-1, share.argmax(dim=-1, keepdim=True), 1.0)
+        share = best + (share - share.detach())
+    matched = _matmul(share, codes)
+    gap = cosines(matched, matched) - cosines(words, words)
     pair = word_mask[:, :, None] & word_mask[:, None, :]
     pair = pair & ~torch.eye(pair.shape[-1], dtype=torch.bool, device=pair.device)
     return gap.square().masked_fill(~pair, 0.0).sum() / pair.sum().clamp(min=1)
 
 
-def _cosines(unit: Tensor) -> Tensor:
-    return unit @ unit.mT
+def cosines(rows: Tensor, columns: Tensor) -> Tensor:
+    """Cosine of each row with each column, (..., R, D) and (..., C, D) -> (..., R, C) float32.
+
+    Example:
+        >>> cosines(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        tensor([[1., 0.]])
+    """
+    return _matmul(_unit(rows.float()), _unit(columns.float()).mT)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / (vectors.square().sum(dim=-1, keepdim=True) + NORM_EPSILON**2).sqrt()
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
 
 
 def pool_words(tokens: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,15 +180,18 @@ def pool_words(tokens: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
         >>> words.tolist(), is_word.tolist()
         ([[[2.0], [0.0]]], [[True, False]])
     """
-    member = F.one_hot(word_ids + 1, word_ids.shape[1] + 1)[..., 1:].to(tokens.dtype)  # (B, T, W)
-    count = member.sum(dim=1)
-    return member.mT @ tokens / count.clamp(min=1)[..., None], count > 0
+    number = torch.arange(word_ids.shape[1], device=word_ids.device)
+    member = (word_ids[:, None, :] == number[:, None]).float()  # (B, W, T)
+    count = member.sum(dim=2)
+    return _matmul(member, tokens.float()) / count.clamp(min=1)[..., None], count > 0
 
 
 def sample_word_mask(
     word_ids: Tensor, *, ratio: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
     """Choose whole words to hide: a share drawn per caption, at least one word of each.
+
+    The number of hidden words is the share times the number of words, rounded.
 
     Args:
         word_ids: word of each token, -1 for none, (B, T) int64.
@@ -204,10 +238,14 @@ def sample_token_mask(
 def sample_truncated_ratio(
     *, mean: float, deviation: float, low: float, high: float, generator: torch.Generator
 ) -> float:
-    """Draw from a normal distribution cut to [low, high] (MAGE; one draw a batch when released)."""
-    ratio = torch.empty(())
-    torch.nn.init.trunc_normal_(ratio, mean, deviation, low, high, generator=generator)
-    return float(ratio)
+    """Draw from a normal distribution cut to [low, high] (MAGE; one draw a batch when released).
+
+    By the inverse of its distribution: one uniform number a draw, in every version of torch.
+    """
+    normal = NormalDist(mean, deviation)
+    start, end = normal.cdf(low), normal.cdf(high)
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    return min(max(normal.inv_cdf(start + (end - start) * uniform), low), high)
 
 
 def batch_perplexity(counts: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -10,14 +10,16 @@ class ConfigError(ValueError):
     """The user's input is wrong; the message says what, where and how to mend it."""
 
 
-def suggest(name: str, known: Mapping[str, Any] | list[str] | set[str]) -> str:
-    """Return " (did you mean ...?)" for the nearest known name, else a list of them all.
+def suggest(name: object, known: Iterable[object]) -> str:
+    """Return the end of a message: the nearest known name, if one is near, and a list of all.
 
     Example:
         >>> suggest("wieght", ["weight", "start"])
         "; did you mean 'weight'? Known: start, weight"
     """
     names = sorted(str(n) for n in known)
+    if not names:
+        return ""
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Known: {', '.join(names)}"
@@ -33,9 +35,10 @@ def import_target(path: str) -> Any:
         >>> import_target("collections.OrderedDict").__name__
         'OrderedDict'
     """
-    module_name, _, attribute = path.replace(":", ".").rpartition(".")
-    if not module_name:
+    parts = path.replace(":", ".").split(".") if isinstance(path, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ConfigError(f"target {path!r} is no dotted path; expected 'package.module.Class'")
+    module_name, attribute = ".".join(parts[:-1]), parts[-1]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -77,6 +80,8 @@ def resolve(socket: str, name: str) -> Any:
         'VQVAE'
     """
     members = importlib.import_module(f"{__package__}.{socket}").MEMBERS
+    if not isinstance(name, str):
+        raise ConfigError(f"a member of {socket} is named by a string, got {name!r}")
     if name in members:
         return import_target(f"{__package__}.{socket}.{members[name]}")
     if "." in name or ":" in name:
@@ -92,15 +97,19 @@ def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
     Raises:
         ConfigError: without a `target`, with one that does not exist, or if its constructor
             does not take the given params.
+        TypeError: one that the constructor itself raised.
 
     Example:
         >>> instantiate({"target": "fractions.Fraction", "params": {"numerator": 3}})
         Fraction(3, 1)
     """
-    if "target" not in config:
-        raise ConfigError(f"expected a mapping with a `target:`, got keys {sorted(config)}")
+    if not isinstance(config, Mapping) or "target" not in config:
+        got = f"keys {[*config]}" if isinstance(config, Mapping) else repr(config)
+        raise ConfigError(f"expected a mapping with a `target:`, got {got}")
     target = import_target(config["target"])
-    params = dict(config.get("params") or {})
+    params = config.get("params") or {}
+    if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
+        raise ConfigError(f"{config['target']}: `params:` must be a mapping, got {params!r}")
     try:
         return target(**params, **extra)
     except TypeError as error:

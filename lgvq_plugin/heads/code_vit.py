@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._width import check_heads
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's activation, x * sigmoid(1.702 x)."""
@@ -24,6 +26,9 @@ class CodeViT(nn.Module):
         out_dim: D, width of the text features.
         grid: (h, w) that the positions are trained for; other grids interpolate them.
 
+    Raises:
+        ConfigError: if the heads do not divide the width.
+
     Example:
         >>> CodeViT(8, out_dim=6, grid=(2, 2))(torch.zeros(3, 8, 2, 2)).shape
         torch.Size([3, 5, 6])
@@ -40,8 +45,7 @@ class CodeViT(nn.Module):
     ) -> None:
         super().__init__()
         width = width or code_dim
-        if width % heads:
-            raise ValueError(f"heads must divide the width: {heads} does not divide {width}")
+        check_heads(width, heads, of="code-ViT")
         self.code_dim, self.grid = code_dim, (int(grid[0]), int(grid[1]))
         self.enter = nn.Identity() if width == code_dim else nn.Linear(code_dim, width)
         self.cls = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.01))

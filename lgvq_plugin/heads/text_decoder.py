@@ -6,6 +6,8 @@ masked text -> self-attention -> cross-attention to code-ViT tokens -> FFN -> vo
 import torch
 from torch import Tensor, nn
 
+from ._width import check_heads
+
 
 class TextDecoder(nn.Module):
     """Predict masked words; the output matrix is the guide's own token embedding, frozen.
@@ -15,7 +17,11 @@ class TextDecoder(nn.Module):
         memory_dim: D, of the code-ViT's tokens.
         vocabulary_size: V.
         max_length: T, longest caption in tokens.
-        depth, heads, dropout: of the decoder (2, 1 and 0.1 in the released code).
+        depth, heads, dropout: of the decoder (2, 1 and 0.1 in the released code); the heads must
+            divide the width.
+
+    Raises:
+        ConfigError: if they do not.
 
     Example:
         >>> decoder = TextDecoder(8, memory_dim=6, vocabulary_size=11, max_length=5)
@@ -37,6 +43,7 @@ class TextDecoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_heads(width, heads, of="text decoder")
         # One learned vector a position stands for a masked word; position-specific in the paper.
         self.mask_tokens = nn.Parameter(torch.empty(1, max_length, width).normal_(std=0.01))
         self.enter = nn.Identity() if memory_dim == width else nn.Linear(memory_dim, width)
@@ -65,12 +72,21 @@ class TextDecoder(nn.Module):
             memory: code-ViT tokens, (B, N, D).
             vocabulary: the guide's token embedding, (V, Dt); detached.
             attention_mask: True at real tokens, (B, T) bool; None attends to padding too, as the
-                released code does.
+                released code does. A row without a real token attends to all of it: attention
+                over nothing is no number.
+
+        Raises:
+            ValueError: for captions longer than `max_length`.
         """
-        length = text.shape[1]
+        length, longest = text.shape[1], self.mask_tokens.shape[1]
+        if length > longest:
+            raise ValueError(f"captions of {length} tokens, but max_length is {longest}")
         hidden = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
-        padding = None if attention_mask is None else ~attention_mask
+        padding = None
+        if attention_mask is not None:
+            padding = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
         memory = self.enter(memory)
         for block in self.blocks:
             hidden = block(hidden, memory, tgt_key_padding_mask=padding)
-        return self.head(hidden[mask]) @ vocabulary.detach().mT + self.bias
+        hidden = self.head(hidden[mask])
+        return hidden @ vocabulary.detach().to(hidden.dtype).mT + self.bias

@@ -1,14 +1,13 @@
 """Global semantic alignment (L_gsa, Eq. 5): the image's [CLS] finds its caption's [EOT]."""
 
 import math
-import zlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import GlobalSemanticConfig
 from ..dist import gather_rows
-from ..functional import global_semantic_loss
+from ..functional import cosines, global_semantic_loss
 from ..types import CodeView, Term
 from .base import AbstractObjective, Caption
 
@@ -36,26 +35,38 @@ class GlobalSemantic(AbstractObjective):
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_gsa over the captions that are present, on all ranks if `gather`."""
-        keep = caption.present
-        image, text = self.project(view.cls)[keep], caption.features.sentence[keep]
-        same = [
-            zlib.crc32(s.encode()) for s, k in zip(caption.strings, keep.tolist(), strict=True) if k
-        ]
-        keys = torch.tensor(same, dtype=torch.long, device=image.device)
+        text, keep = caption.features, caption.present
+        summary = view.tokens.mean(dim=1) if self.config.source == "pooled" else view.cls
+        image, sentence = self.project(summary)[keep].float(), text.sentence[keep].float()
+        # Captions of the same tokens have the same features: no negatives of each other.
+        token_ids = text.token_ids[keep]
         if self.config.gather:
-            image, text, keys = gather_rows(image), gather_rows(text), gather_rows(keys)
-        temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
+            # The whole loss on every rank: its mean gradient over ranks is that of one process
+            # with all rows, and all ranks agree on whether the value is finite.
+            image, sentence, token_ids = (gather_rows(x) for x in (image, sentence, token_ids))
+        same = (token_ids[:, None] == token_ids[None]).all(dim=-1)
+        temperature = self._temperature()
         value = global_semantic_loss(
             image,
-            text,
+            sentence,
             temperature=temperature,
             symmetric=self.config.symmetric,
-            same=keys[:, None] == keys[None] if self.config.exclude_same else None,
+            same=same if self.config.exclude_same else None,
         )
-        with torch.no_grad():
-            cosines = torch.nn.functional.normalize(image.float(), dim=-1) @ (
-                torch.nn.functional.normalize(text.float(), dim=-1).mT
-            )
-            best = cosines.argmax(dim=-1) if len(cosines) else cosines.new_zeros(0).long()
-            top1 = (keys[best] == keys).float().sum() / max(len(keys), 1)
+        top1 = _retrieval_top1(image.detach(), sentence, same)
         return Term(value, {"temperature": temperature.detach(), "retrieval_top1": top1})
+
+    def _temperature(self) -> Tensor:
+        if self.config.learnable_temperature:
+            # On the parameter, as clamping its exponential would leave it without a gradient.
+            with torch.no_grad():
+                self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
+        return self.log_temperature.exp()
+
+
+def _retrieval_top1(image: Tensor, sentence: Tensor, same: Tensor) -> Tensor:
+    """Share of images whose nearest caption reads as their own; 0 without images."""
+    if len(image) == 0:
+        return image.new_zeros(())
+    best = cosines(image, sentence).argmax(dim=-1, keepdim=True)
+    return same.gather(1, best).float().mean()

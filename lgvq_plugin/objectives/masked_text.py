@@ -2,6 +2,7 @@
 
 mask_at input:   words are hidden before the text encoder, so no visible feature knows them.
 mask_at output:  the released code; the encoder saw the whole caption, so later tokens leak them.
+                 One ratio a batch hides each token by itself: words may be halved, or none hidden.
 """
 
 import torch
@@ -15,7 +16,7 @@ from ..functional import (
 )
 from ..guides.base import AbstractGuide
 from ..heads.text_decoder import TextDecoder
-from ..types import CodeView, Term
+from ..types import CodeView, Term, TextFeatures
 from .base import AbstractObjective, Caption
 
 
@@ -48,10 +49,10 @@ class MaskedText(AbstractObjective):
         if self.config.mask_at == "input":
             text = caption.guide.encode(caption.strings, token_mask=mask)
         memory = view.tokens
-        if self.config.mask_at == "output":  # released code: [CLS] is part of the memory
+        if self.config.attend_cls:
             memory = torch.cat([view.cls[:, None], memory], dim=1)
         logits = self.decoder(
-            text.tokens,
+            text.tokens.masked_fill(~self._is_real(text)[..., None], 0.0),
             mask,
             memory,
             text.vocabulary,
@@ -76,5 +77,11 @@ class MaskedText(AbstractObjective):
             mean=0.5, deviation=0.1, low=low, high=high, generator=caption.generator
         )
         return sample_token_mask(
-            text.attention_mask, text.word_ids, ratio=ratio, generator=caption.generator
+            self._is_real(text), text.word_ids, ratio=ratio, generator=caption.generator
         )
+
+    def _is_real(self, text: TextFeatures) -> torch.Tensor:
+        if self.config.mask_at == "input":
+            return text.attention_mask
+        # Released code: a word piece of id 0 counts as padding, too.
+        return text.attention_mask & (text.token_ids != 0)

@@ -35,8 +35,8 @@ class Relationship(AbstractObjective):
         """Return L_ras over the captions that are present."""
         text, keep = caption.features, caption.present
         if self.config.variant == "paper":
-            # Released code: start and end count as words, and id 0 as padding.
-            words, mask = text.tokens, text.token_ids != 0
+            # Released code: start and end count as words, and a word piece of id 0 as padding.
+            words, mask = text.tokens, text.attention_mask & (text.token_ids != 0)
         else:
             words, mask = pool_words(text.tokens, text.word_ids)
         value = relationship_loss(
@@ -46,5 +46,6 @@ class Relationship(AbstractObjective):
             self.project(view.codes.codes)[keep],
             variant=self.config.variant,
             temperature=self.config.temperature,
+            matching=self.config.matching,
         )
         return Term(value)

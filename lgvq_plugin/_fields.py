@@ -1,0 +1,102 @@
+"""Plain YAML values -> frozen dataclasses: types checked, unknown keys refused by name."""
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .sockets import ConfigError, suggest
+
+T = TypeVar("T")
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
+
+
+def require(holds: bool, key: str, expected: str, got: Any) -> None:
+    """Raise a ConfigError that names the key and what it should hold, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def to_plain(value: Any) -> Any:
+    """Turn OmegaConf's (or any) mappings and sequences into dicts and lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [to_plain(inner) for inner in value]
+    return value
+
+
+def build(cls: type[T], given: Any, path: str) -> T:
+    """Build a dataclass from a mapping.
+
+    Args:
+        cls: whose field types are numbers, booleans, strings, Literals, pairs, mappings, None
+            or dataclasses of the same kind.
+        given: the mapping; a missing key, and None for a dataclass, means the default.
+        path: where it stands in the config, for messages.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong type, by its path.
+    """
+    require(isinstance(given, Mapping), path, f"a mapping of {_names(cls)}", given)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown key {path}.{key}{suggest(key, known)}")
+    hints = get_type_hints(cls)
+    values = {key: read(value, hints[key], f"{path}.{key}") for key, value in given.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:  # from __post_init__, which knows the key but not the path
+        raise ConfigError(f"{path}.{error}") from error
+
+
+def read(value: Any, hint: Any, path: str) -> Any:
+    """Return `value` as the type `hint` says; numbers may be strings (YAML 1.1 reads 1e-3 so).
+
+    Raises:
+        ConfigError: if it is of another type.
+
+    Example:
+        >>> read("1e-3", float, "weight"), read([1, 2], tuple[int, int] | None, "grid")
+        (0.001, (1, 2))
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (h for h in inner if h is not type(None))
+        return read(value, hint, path)
+    if is_dataclass(hint):
+        return build(hint, {} if value is None else value, path)  # type: ignore[arg-type]
+    if origin is Literal:
+        require(value in inner, path, " or ".join(map(repr, inner)), value)
+        return value
+    if origin is tuple:
+        example = "[16, 16]" if inner[0] is int else "[0.1, 0.5]"
+        expected = f"{len(inner)} values, each {WORDS[inner[0]]}, like {example}"
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        require(is_list and len(value) == len(inner), path, expected, value)
+        return tuple(read(v, h, path) for v, h in zip(value, inner, strict=True))
+    if hint in (float, int):
+        return _number(value, hint, path)
+    if hint in (bool, str):
+        require(isinstance(value, hint), path, WORDS[hint], value)
+    elif origin is not None:
+        require(isinstance(value, Mapping), path, "a mapping", value)
+    return value
+
+
+def _number(value: Any, hint: type, path: str) -> float | int:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    holds = math.isfinite(number) and (hint is float or number.is_integer())
+    require(holds, path, WORDS[hint], value)
+    return number if hint is float else int(number)
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in fields(cls))  # type: ignore[arg-type]
