@@ -1,0 +1,161 @@
+"""One job, in a process of its own: train, evaluate, keep curves, cost and examples.
+
+<ablation>/<variant>/seed_<n>/   job.json  run.json  log.txt, and the run folder of `lgvq train`
+"""
+
+import csv
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.base import load_host
+from ..evaluation import evaluate
+from ..hosts.base import reconstruct
+from ..training.base import Sections, build_dataset
+from ..training.run import train
+from ._page import write_png
+from .base import Job, Run, read_json, write_json
+
+JOB, RUN, LOG = "job.json", "run.json", "log.txt"
+POINTS = 200  # of a curve, at most
+logger = logging.getLogger(__name__)
+
+
+def run_job(job: Job, folder: Path, *, root: Path) -> Run:
+    """Train and evaluate; goes on from the folder's newest checkpoint, if there is one.
+
+    Args:
+        job: what to do.
+        folder: of the job.
+        root: of the ablation; paths in the result are below it.
+    """
+    steps_before = _last_step(folder)
+    begun = time.perf_counter()
+    trained = train(job.config, name=folder.name, logdir=folder.parent, resume="auto", progress=False)
+    cost = _cost(trained.steps, trained.steps - steps_before, time.perf_counter() - begun, folder)
+    logger.info("evaluating %s", job.name)
+    host = load_host(job.config, trained.checkpoint, device=_device())
+    evaluation = evaluate(host, job.config, **job.evaluation)
+    run = Run(
+        data=job.data,
+        variant=job.variant,
+        seed=job.seed,
+        evaluation=evaluation,
+        curves=read_curves(folder / "metrics.csv"),
+        cost=cost,
+        examples=_examples(host, job, folder, root),
+    )
+    write_json(folder / RUN, asdict(run))
+    return run
+
+
+def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[list[float]]]:
+    """Return metrics.csv as log key -> list of [step, value], thinned to `points` or fewer."""
+    curves: dict[str, list[list[float]]] = {}
+    if not path.is_file():
+        return curves
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for key, text in row.items():
+                if text and math.isfinite(float(text)):
+                    curves.setdefault(key, []).append([step, float(text)])
+    return {key: _thinned(curve, points) for key, curve in curves.items()}
+
+
+def _thinned(curve: list[list[float]], points: int) -> list[list[float]]:
+    """The first and the last value stay."""
+    if len(curve) <= points:
+        return curve
+    last = len(curve) - 1
+    return [curve[round(i * last / (points - 1))] for i in range(points)]
+
+
+def _last_step(folder: Path) -> int:
+    saved = [int(path.stem.partition("=")[2]) for path in folder.glob("checkpoints/step=*.ckpt")]
+    return max(saved, default=0)
+
+
+def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """Seconds a step (of this process; kept from before if it trained nothing) and peak memory."""
+    before = read_json(folder / "cost.json") if (folder / "cost.json").is_file() else {}
+    if steps_now <= 0 and before:
+        return before
+    has_gpu = torch.cuda.is_available()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if has_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    cost = {
+        "steps": steps,
+        "seconds_per_step": seconds / steps_now if steps_now > 0 else None,
+        "peak_memory_mib": peak / 2**20,
+        "memory_of": "GPU" if has_gpu else "process",
+        "device": torch.cuda.get_device_name() if has_gpu else f"CPU, {torch.get_num_threads()} threads",
+    }
+    write_json(folder / "cost.json", cost)
+    return cost
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[dict[str, str]]:
+    """Write the first images and their reconstructions."""
+    data = Sections.of(job.config).data
+    dataset = build_dataset(data.validation or data.train)
+    samples = [dataset[i] for i in range(min(job.examples, len(dataset)))]
+    if not samples:
+        return []
+    images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
+    images = images if images.shape[1] == 3 else images.movedim(-1, 1)
+    images = images.float().contiguous()
+    device = next(host.parameters()).device
+    rebuilt = reconstruct(host, images.to(device)).cpu()
+    examples = []
+    for i, sample in enumerate(samples):
+        paths = {
+            kind: folder / "examples" / f"{kind}_{i:02d}.png"
+            for kind in ("original", "reconstruction")
+        }
+        write_png(paths["original"], images[i])
+        write_png(paths["reconstruction"], rebuilt[i])
+        told = {kind: str(path.relative_to(root)) for kind, path in paths.items()}
+        examples.append({"caption": str(sample.get("caption", "")), **told})
+    return examples
+
+
+def _end_with_parent(parent: int) -> None:
+    """Stop, with a checkpoint, when the process that started this one is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str]) -> int:
+    """Run the job of a folder: `python -m lgvq_plugin.ablation._job FOLDER ROOT PARENT`."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    folder, root, parent = Path(argv[0]), Path(argv[1]), int(argv[2])
+    _end_with_parent(parent)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    run_job(Job(**read_json(folder / JOB)), folder, root=root)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""A plan lists only what differs; everything else is the same, or it is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lgvq_plugin.ablation.plan import apply_changes, read_plan
+from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training.base import Sections, build_dataset, build_host
+
+PLANS = sorted((Path(__file__).parents[2] / "configs" / "ablation").glob("*.yaml"))
+SMALL = {
+    "model": {
+        "target": "lgvq_plugin.hosts.vqvae.VQVAE",
+        "learning_rate": 1e-3,
+        "params": {
+            "lossconfig": {"target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss"},
+        },
+    },
+    "data": {"batch_size": 4, "train": {"target": "scenes", "params": {"length": 8}}},
+    "training": {"max_steps": 2},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a plan over the small config and returns its path."""
+    OmegaConf.save(OmegaConf.create(SMALL), tmp_path / "small.yaml")
+
+    def build(**plan):
+        path = tmp_path / "plan.yaml"
+        OmegaConf.save(OmegaConf.create({"base": "small.yaml", **plan}), path)
+        return path
+
+    return build
+
+
+def lgvq(job):
+    return job.config["model"]["params"]["lossconfig"]["params"]["lgvq"]
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_of_ours_is_good(path):
+    plan = read_plan(path)
+    assert len(plan.jobs) == len(plan.variants) * len({job.seed for job in plan.jobs})
+    for job in plan.jobs:
+        Sections.of(job.config)
+
+
+def test_the_rows_of_table_2():
+    """Host; gsa; mtp; mtp + ras; mtp + gsa; all. L_ras alone is ours."""
+    plan = read_plan(next(path for path in PLANS if path.stem == "objectives"))
+    used = {}
+    for job in plan.jobs:
+        if job.variant == "baseline":
+            continue
+        weights = {n: o["weight"] for n, o in lgvq(job).get("objectives", {}).items()}
+        names = ("global_semantic", "masked_text", "relationship")
+        used[job.variant] = {name for name in names if weights.get(name) != 0}
+    g, m, r = "global_semantic", "masked_text", "relationship"
+    assert list(used.values()) == [{g}, {m}, {r}, {m, r}, {m, g}, {g, m, r}]
+
+
+def test_jobs_are_every_combination(write):
+    path = write(
+        seeds=[3, 5],
+        data={"few": {}, "many": {"data.train.params.length": 16}},
+        variants={"a": None, "b": {"training.ema_decay": 0.9}},
+    )
+    names = [job.name for job in read_plan(path).jobs]
+    assert names == [f"{d}/{v}/seed_{s}" for d in ("few", "many") for v in "ab" for s in (3, 5)]
+
+
+def test_the_seed_is_the_runs_and_the_heads(write):
+    for job in read_plan(write(variants={"a": {}}), seeds=2).jobs:
+        assert job.config["training"]["seed"] == job.seed
+        assert lgvq(job)["seed"] == job.seed
+
+
+def test_changes_nested_dotted_and_listed_are_the_same():
+    base = OmegaConf.create(SMALL)
+    nested = apply_changes(base, {"training": {"log_every": 3}, "lgvq": {"start": 5}})
+    dotted = apply_changes(base, {"training.log_every": 3, "lgvq.start": 5})
+    listed = apply_changes(
+        base, ["training.log_every=3", "model.params.lossconfig.params.lgvq.start=5"]
+    )
+    assert nested == dotted == listed
+    assert base == OmegaConf.create(SMALL)
+
+
+def test_a_list_of_objectives_switches_the_others_off(write):
+    (job,) = read_plan(write(variants={"a": {"objectives": "masked_text"}}), seeds=1).jobs
+    assert lgvq(job)["objectives"] == {
+        "global_semantic": {"weight": 0.0},
+        "relationship": {"weight": 0.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"variants": {"a": {}}, "seed": 3}, "no key 'seed'.*'seeds'"),
+        ({"variants": {}}, "expected a mapping of names"),
+        ({"variants": {"a/b": {}}}, "a name is made of"),
+        ({"variants": {"a": {}}, "baseline": "b"}, "no variant 'b'"),
+        ({"variants": {"a": {}}, "seeds": 0}, "seeds: expected"),
+        ({"variants": {"a": {}}, "seeds": [1, 1]}, "seeds: expected"),
+        ({"variants": {"a": {"recipe": "papr"}}}, "plan.yaml: a: .*recipe"),
+        ({"variants": {"a": {"lgvq": {"strat": 1}}}}, "did you mean 'start'"),
+        ({"variants": {"a": {"objectives": ["masked"]}}}, "did you mean 'masked_text'"),
+        ({"variants": {"a": {"modle": {}}}}, "did you mean 'model'"),
+        ({"variants": {"a": {"base": "nowhere.yaml"}}}, "does not exist"),
+        ({"variants": {"a": {}, "b": {"training.max_steps": 9}}}, "must see the same batches"),
+        ({"variants": {"a": {}, "b": {"data.batch_size": 2}}}, "must see the same batches"),
+    ],
+)
+def test_what_is_wrong_is_told(write, plan, message):
+    with pytest.raises(ConfigError, match=message):
+        read_plan(write(**plan))
+
+
+def test_lgvq_changes_need_a_loss_that_takes_them(write):
+    loss = {"model.params.lossconfig.target": "lgvq_plugin.hosts.vqvae.VQVAELoss"}
+    with pytest.raises(ConfigError, match="takes none"):
+        read_plan(write(config=loss, variants={"a": {"recipe": "paper"}}))
+
+
+def test_variants_of_a_seed_start_alike():
+    """Same weights of the host, same samples in the same order."""
+    path = next(path for path in PLANS if path.stem == "smoke")
+    hosts, samples = {}, {}
+    for job in read_plan(path).jobs:
+        torch.manual_seed(job.seed)
+        hosts[job.variant, job.seed] = build_host(job.config).state_dict()
+        dataset = build_dataset(Sections.of(job.config).data.train)
+        samples[job.variant, job.seed] = [dataset[i]["caption"] for i in range(5)]
+    for seed in (0, 1):
+        plain, ours = hosts["baseline", seed], hosts["all", seed]
+        assert {key for key in ours if not key.startswith("loss.lgvq.")} == {*plain}
+        assert all(torch.equal(ours[key], plain[key]) for key in plain)
+        assert samples["baseline", seed] == samples["all", seed]
+    assert not torch.equal(*(hosts["all", s]["encoder.0.weight"] for s in (0, 1)))
