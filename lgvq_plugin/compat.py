@@ -8,7 +8,20 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from .sockets import ConfigError, import_target
+
+VGG_FILE = "vgg16-397923af.pth"
+VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
+LPIPS_LOSSES = (  # modules that build taming's LPIPS whatever its weight is
+    "taming.modules.losses.vqperceptual",
+    "ldm.modules.losses.vqperceptual",
+    "ldm.modules.losses.contperceptual",
+)
 
 _SUPPLIED: dict[str, str] = {}
 
@@ -54,3 +67,93 @@ def _supply(name: str, why: str, *, parent: str, attributes: Any) -> None:
     sys.modules[name] = module
     setattr(importlib.import_module(parent), name.rpartition(".")[2], module)
     _SUPPLIED[name] = why
+
+
+@contextmanager
+def lpips_only_if_used(perceptual_weight: float) -> Iterator[None]:
+    """Inside the context taming's losses build no LPIPS network if its weight is 0.
+
+    With a weight above 0 the linear heads come from torchmetrics, which carries the very file
+    that taming would download, and a missing VGG16 is told in full.
+
+    Raises:
+        ConfigError: if VGG16's weights are needed, not there, and cannot be downloaded.
+    """
+    modules = [sys.modules[name] for name in LPIPS_LOSSES if name in sys.modules]
+    kept = [(module, module.LPIPS) for module in modules if hasattr(module, "LPIPS")]
+    try:
+        for module, network in kept:
+            module.LPIPS = (  # type: ignore[attr-defined]
+                _no_lpips if perceptual_weight == 0 else _Told(network)
+            )
+        yield
+    finally:
+        for module, network in kept:
+            module.LPIPS = network  # type: ignore[attr-defined]
+
+
+def build_loss(target: str, args: tuple[Any, ...], params: Mapping[str, Any]) -> Any:
+    """Build the loss class at `target`, taming's default weight of LPIPS being 1.
+
+    Raises:
+        ConfigError: if it does not exist or does not take the params, or misses weights.
+    """
+    patch()
+    loss = import_target(target)
+    with lpips_only_if_used(float(params.get("perceptual_weight", 1.0))):
+        try:
+            return loss(*args, **params)
+        except TypeError as error:
+            inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+            if "argument" not in str(error) or inside:
+                raise
+            raise ConfigError(f"{target}: {error}; given params: {sorted(params)}") from error
+
+
+def vgg_path() -> Path:
+    """Return where torchvision looks for VGG16's weights."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+
+
+def _no_lpips(*args: Any, **kwargs: Any) -> Any:
+    """Stand in for a network that a weight of 0 never calls; it has no parameters."""
+    from torch import nn
+
+    return nn.Identity()
+
+
+class _Told:
+    """Builds LPIPS with torchmetrics' copy of its heads; tells what is missing."""
+
+    def __init__(self, network: Any):
+        self.network = network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = sys.modules[self.network.__module__]
+        kept = owner.get_ckpt_path  # type: ignore[attr-defined]
+        owner.get_ckpt_path = _heads_path(kept)  # type: ignore[attr-defined]
+        try:
+            return self.network(*args, **kwargs)
+        except OSError as error:  # URLError, timeouts and requests' errors are all OSErrors
+            raise ConfigError(
+                f"perceptual_weight > 0 needs VGG16's weights: {VGG_FILE}, from {VGG_URL}, "
+                f"to {vgg_path()}; that failed ({error}). Copy the file there, or set "
+                "perceptual_weight: 0 to train without LPIPS"
+            ) from error
+        finally:
+            owner.get_ckpt_path = kept  # type: ignore[attr-defined]
+
+
+def _heads_path(fallback: Any) -> Any:
+    """Return a stand-in for taming's get_ckpt_path that finds the file in torchmetrics' wheel."""
+    spec = importlib.util.find_spec("torchmetrics")
+    root = Path(spec.origin).parent if spec is not None and spec.origin else Path()
+    bundled = root / "functional" / "image" / "lpips_models" / "vgg.pth"
+
+    def path(name: str, *args: Any, **kwargs: Any) -> str:
+        is_there = name == "vgg_lpips" and bundled.is_file()
+        return str(bundled) if is_there else fallback(name, *args, **kwargs)
+
+    return path

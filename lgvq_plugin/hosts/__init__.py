@@ -1,5 +1,6 @@
 """Tokenizers and their adapters; `model: {target: ...}` takes any dotted path."""
 
 MEMBERS = {
+    "sonnet_vqvae": "sonnet_vqvae.SonnetVQVAE",
     "vqvae": "vqvae.VQVAE",
 }

@@ -41,7 +41,9 @@ def codebook_of(quantizer: nn.Module) -> Tensor | None:
             continue
         # rosinality keeps its codebook as a buffer (C, K).
         is_transposed = name == "embed" and not isinstance(found, nn.Parameter)
-        return found.mT if is_transposed and _attribute(quantizer, ("dim",)) == len(found) else found
+        return (
+            found.mT if is_transposed and _attribute(quantizer, ("dim",)) == len(found) else found
+        )
     return None
 
 
@@ -56,21 +58,20 @@ def code_width(quantizer: nn.Module) -> int | None:
     return codebook.shape[1] if codebook is not None else _attribute(quantizer, WIDTHS)
 
 
-def read_codes(
-    output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | None = None, source: Tensor
-) -> Codes:
+def read_codes(output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | None = None) -> Codes:
     """Turn what `quantizer(source)` returned into a record.
 
     Args:
         output: of the quantizer.
         quantizer: gives the codebook.
         grid: (h, w), for hosts whose codes are (B, N, C); square if None.
-        source: the quantizer's first input.
 
     Raises:
         ConfigError: if there are no codes in the output, or they are no grid.
     """
-    vectors = next((t for t in _tensors(output) if t.is_floating_point() and t.ndim in (3, 4)), None)
+    vectors = next(
+        (t for t in _tensors(output) if t.is_floating_point() and t.ndim in (3, 4)), None
+    )
     if vectors is None:
         raise ConfigError(
             f"lgvq.quantizer: {type(quantizer).__name__} returns no quantized vectors of 3 or 4 "
@@ -142,4 +143,6 @@ def _attribute(quantizer: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def _described(output: Any) -> str:
     shapes = [tuple(t.shape) for t in _tensors(output)]
-    return f"{type(output).__name__} with tensors of shapes {shapes}" if shapes else repr(output)[:80]
+    return (
+        f"{type(output).__name__} with tensors of shapes {shapes}" if shapes else repr(output)[:80]
+    )

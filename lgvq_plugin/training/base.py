@@ -37,8 +37,11 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     model = model_section(to_plain({"model": section} if section is not None else {}))
     compat.patch()
     _check_targets(model, "model")
+    loss = (model.get("params") or {}).get("lossconfig") or {}
+    weight = (loss.get("params") or {}).get("perceptual_weight", 1.0)
     try:
-        return instantiate(model)
+        with compat.lpips_only_if_used(float(weight)):
+            return instantiate(model)
     except TypeError as error:
         # Constructors inside the host's own (its loss, its encoder) get params of the config too.
         if "unexpected keyword argument" in str(error) or "required" in str(error):

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from lgvq_plugin.datasets.base import collate
 from lgvq_plugin.datasets.scenes import Scenes
-from lgvq_plugin.sockets import ConfigError, instantiate
+from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training._driver import HostDriver
-from lgvq_plugin.training.base import TrainingConfig
+from lgvq_plugin.training.base import TrainingConfig, build_host
 from lgvq_plugin.training.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,7 +44,7 @@ def batches(config, count):
 def taming_by_hand(config, steps):
     """taming's training_step under Lightning 1.x, written out: two forwards, one frozen side."""
     torch.manual_seed(0)
-    host = instantiate(OmegaConf.to_container(config.model))
+    host = build_host(config)
     host.learning_rate = config.model.base_learning_rate
     (generator, discriminator), _ = host.configure_optimizers()
     sides = [[p for g in o.param_groups for p in g["params"]] for o in (generator, discriminator)]
@@ -108,7 +107,7 @@ def test_steps_are_counted_in_batches(config, tmp_path):
 
 
 def test_state_dict_is_the_hosts(config):
-    host = instantiate(OmegaConf.to_container(config().model))
+    host = build_host(config())
     driver = HostDriver(host, TrainingConfig(max_steps=1))
     assert list(driver.state_dict()) == list(host.state_dict())
     driver.load_state_dict({k: torch.zeros_like(v) for k, v in host.state_dict().items()})

@@ -1,0 +1,191 @@
+"""Attach the heads to a model whose training loop is the user's own."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment import Alignment, Captions
+from ..config import parse
+from ..guides.base import build_guide
+from ..sockets import ConfigError
+from ._optimizers import add_heads
+from ._reading import code_width
+from ._tap import Tap, find_quantizer
+
+
+def build_alignment(
+    given: Mapping[str, Any] | None, quantizer: nn.Module, grid: tuple[int, int] | None = None
+) -> Alignment:
+    """Build the heads for a quantizer from the `lgvq:` block.
+
+    Raises:
+        ConfigError: if the block is wrong, or the quantizer does not tell the width of a code.
+    """
+    config = parse(given)
+    width = config.code_dim or code_width(quantizer)
+    if width is None:
+        raise ConfigError(
+            f"lgvq.code_dim: {type(quantizer).__name__} does not tell the width of a code; set it"
+        )
+    return Alignment(config, build_guide(config.guide), code_dim=width, grid=grid)
+
+
+class Handle:
+    """What :func:`attach` returns: the heads of a model whose training loop is the user's own.
+
+    Attributes:
+        model: the host, unchanged but for one forward hook.
+        heads: an `nn.Module` to optimize beside the model.
+    """
+
+    def __init__(self, model: nn.Module, path: str, heads: Alignment, tap: Tap) -> None:
+        self.model, self.path, self.heads, self._tap = model, path, heads, tap
+        self._step = 0
+
+    def loss(
+        self, captions: Captions, *, step: int | None = None, split: str = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (loss, log) for the model's last forward pass; add the loss to the model's own.
+
+        Args:
+            captions: one entry an image: a string, a list of strings, or None.
+            step: of the training; counted here if None.
+            split: prefix of the log's keys.
+
+        Raises:
+            RuntimeError: if the model did not run since the last call, or after detach.
+            ConfigError: if the number of captions is wrong.
+        """
+        if not self._tap.enabled:
+            return torch.zeros(()), {}
+        codes = self._tap.take()
+        if next(self.heads.parameters()).device != codes.codes.device:
+            self.heads.to(codes.codes.device)
+        loss, log = self.heads(
+            codes, captions, step=self._step if step is None else step, split=split
+        )
+        if step is None and split == "train":
+            self._step += 1
+        return loss, log
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the heads' parameters, for an optimizer of the user's."""
+        return self.heads.parameters()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Train the model alone inside the context: `loss` gives 0."""
+        self._tap.enabled, before = False, self._tap.enabled
+        try:
+            yield
+        finally:
+            self._tap.enabled = before
+
+    def status(self) -> dict[str, Any]:
+        """Return what is attached where: quantizer, objectives and weights, parameters, guide."""
+        return status(self.heads, self.path) | {"enabled": self._tap.enabled}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the heads alone: `lgvq_heads.safetensors` and `lgvq_config.json`."""
+        save_heads(self.heads, Path(folder))
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            ConfigError: if it is missing or does not fit.
+        """
+        load_heads(self.heads, Path(folder))
+
+    def detach(self) -> nn.Module:
+        """Remove the hook; the model is as before. Returns it."""
+        self._tap.remove()
+        return self.model
+
+
+def attach(
+    model: nn.Module,
+    quantizer: str | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
+) -> Handle:
+    """Attach the three objectives to any tokenizer; its state dict and its code stay as they are.
+
+    Args:
+        model: the tokenizer.
+        quantizer: path of its quantizer, found by name if None.
+        optimizer: gets the heads as a new parameter group; else optimize `handle.parameters()`.
+        options: keys of the `lgvq:` block: recipe, objectives, guide, code_vit, ...
+
+    Raises:
+        ConfigError: for a wrong option, or if the quantizer cannot be found.
+
+    Example:
+        >>> from lgvq_plugin.hosts._vector_quantizer import VectorQuantizer
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), VectorQuantizer(16, 8))
+        >>> handle = attach(model, "1", guide={"use": "micro_clip"})
+        >>> _ = model(torch.randn(2, 3, 16, 16))
+        >>> loss, log = handle.loss(["a red square", None])
+        >>> loss.requires_grad, "train/lgvq/total" in log
+        (True, True)
+        >>> handle.detach() is model
+        True
+    """
+    found = find_quantizer(model, quantizer)
+    assert found is not None
+    path, module = found
+    heads = build_alignment({**options, "quantizer": path}, module)
+    tap = Tap(heads.config.grid).install(module)
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        heads.to(parameter.device)
+    if optimizer is not None:
+        add_heads([optimizer], list(heads.parameters()), list(model.parameters()))
+    return Handle(model, path, heads, tap)
+
+
+def status(heads: Alignment, path: str) -> dict[str, Any]:
+    """Describe attached heads in plain values."""
+    names = list(heads.objectives)
+    return {
+        "quantizer": path,
+        "recipe": heads.config.recipe,
+        "objectives": {name: heads.weight(name) for name in names},
+        "guide": dict(heads.guide.config) | {"use": type(heads.guide).__name__},
+        "parameters": sum(p.numel() for p in heads.parameters()),
+        "truncated_captions": heads.guide.truncated,
+    }
+
+
+def save_heads(heads: Alignment, folder: Path) -> None:
+    """Write the heads to `folder`; safetensors and the config they were built from."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
+    save_file(state, str(folder / "lgvq_heads.safetensors"))
+    told = status(heads, heads.config.quantizer or "") | {"code_dim": heads.code_dim}
+    (folder / "lgvq_config.json").write_text(json.dumps(told, indent=2, default=str) + "\n")
+
+
+def load_heads(heads: Alignment, folder: Path) -> None:
+    """Read heads from `folder`.
+
+    Raises:
+        ConfigError: if the file is missing, or other heads lie in it.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / "lgvq_heads.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"no heads at {path}; expected what save_pretrained wrote")
+    try:
+        heads.load_state_dict(load_file(str(path)))
+    except RuntimeError as error:
+        raise ConfigError(f"{path} holds other heads than these: {error}") from error

@@ -1,0 +1,126 @@
+"""Find a host's quantizer, and listen to it."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sockets import ConfigError, suggest
+from ..types import Codes
+from ._reading import read_codes
+
+NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
+LIKELY = ("quantiz", "quantis", "codebook", "bottleneck", "fsq", "lfq", "simvq")
+
+
+def find_quantizer(
+    model: nn.Module, path: str | None = None, *, required: bool = True
+) -> tuple[str, nn.Module] | None:
+    """Return (path, module) of the model's quantizer.
+
+    Args:
+        model: any tokenizer.
+        path: dotted path from the config; None looks for the usual names, then for the one
+            outermost module whose class is named like a quantizer.
+        required: raise if there is none, else return None.
+
+    Raises:
+        ConfigError: if the path does not exist, or there is no quantizer or more than one.
+    """
+    if path is not None:
+        module = dict(model.named_modules()).get(path)
+        if module is None:
+            if not required:
+                return None
+            known = [name for name, _ in model.named_modules() if name]
+            near = suggest(path, [name for name in known if name.count(".") <= path.count(".")])
+            raise ConfigError(f"lgvq.quantizer: {type(model).__name__} has no {path!r}{near}")
+        return path, module
+    children = dict(model.named_children())
+    for name in NAMES:
+        if name in children:
+            return name, children[name]
+    found = _likely(model)
+    if len(found) == 1:
+        return found[0]
+    if not required:
+        return None
+    told = ", ".join(name for name, _ in found)
+    raise ConfigError(
+        f"lgvq.quantizer: {type(model).__name__} has "
+        + (
+            f"several modules that could be it ({told})"
+            if found
+            else "no module that looks like it"
+        )
+        + f"; name it with lgvq.quantizer: PATH. Modules: {', '.join(sorted(children))}"
+    )
+
+
+def _likely(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Outermost modules whose class or name says quantizer; the loss is not searched."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        last = name.rpartition(".")[2]
+        if not name or inside or name.split(".")[0] in ("loss", "vq_loss"):
+            continue
+        if last in NAMES or any(word in type(module).__name__.lower() for word in LIKELY):
+            found.append((name, module))
+    return found
+
+
+class Tap:
+    """A forward hook on a quantizer that keeps the codes of the last pass until they are taken.
+
+    Attributes:
+        codes: the record of the last pass, or None.
+        enabled: whether passes are recorded.
+    """
+
+    def __init__(self, grid: tuple[int, int] | None = None) -> None:
+        self.grid, self.enabled = grid, True
+        self.codes: Codes | None = None
+        self._handle: Any = None
+
+    def install(self, quantizer: nn.Module) -> "Tap":
+        """Start listening to `quantizer`."""
+        self._handle = quantizer.register_forward_hook(self.record)
+        return self
+
+    def remove(self) -> None:
+        """Stop listening, and forget."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self.codes = None, None
+
+    @torch.compiler.disable
+    def record(self, quantizer: nn.Module, args: Any, output: Any) -> None:
+        """Keep what `quantizer` just returned; its hook."""
+        if self.enabled:
+            self.codes = read_codes(output, quantizer, grid=self.grid)
+
+    def take(self) -> Codes:
+        """Return the codes and forget them.
+
+        Raises:
+            RuntimeError: if no pass was recorded.
+        """
+        codes, self.codes = self.codes, None
+        if codes is None:
+            raise RuntimeError(
+                "the quantizer's hook saw no codes since the last step: run the model before its "
+                "loss; under torch.compile attach before the first compiled call; or the model "
+                "does not call this module (set lgvq.quantizer)"
+            )
+        return codes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "codes": None}  # no graph in a copy or a file
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return other

@@ -1,0 +1,234 @@
+"""The VQ-VAE of DeepMind's Sonnet example, as its PyTorch ports name their weights.
+
+image --2 x conv 4x4 /2, conv 3x3, residual stack--> quant_conv --quantize--> decoder, mirrored
+Many small VQ-VAEs found on the web (f4, 512 codes of 64) are this one. Their files call the
+parts `_encoder`, `_pre_vq_conv`, `_vq_vae` and `_decoder`; :meth:`SonnetVQVAE.translate` knows.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..sockets import instantiate
+from ._vector_quantizer import VectorQuantizer
+
+FOREIGN = (  # pattern at the start of a foreign name, ours
+    (r"_(encoder|decoder)\._conv_(\d)\.", r"\1.conv_\2."),
+    (r"_(encoder|decoder)\._residual_stack\._layers\.(\d+)\._block\.", r"\1.blocks.\2.body."),
+    (r"_decoder\._conv_trans_(\d)\.", r"decoder.conv_trans_\1."),
+    (r"_pre_vq_conv\.", "quant_conv."),
+    (r"_vq_vae\._embedding\.weight", "quantize.embedding.weight"),
+    (r"_vq_vae\._ema_w", "quantize.embed_avg"),
+    (r"_vq_vae\._ema_cluster_size", "quantize.cluster_size"),
+)
+
+
+class ResidualBlock(nn.Module):
+    """relu(x) + conv1(relu(conv3(relu(x)))): the ports' ReLU works in place, so the skip has it."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, inner, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(inner, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, channels, h, w) to the same shape."""
+        return x.relu() + self.body(x)
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) to features (B, channels, H / 4, W / 4)."""
+
+    def __init__(self, channels: int, inner: int, count: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(3, channels // 2, 4, stride=2, padding=1)
+        self.conv_2 = nn.Conv2d(channels // 2, channels, 4, stride=2, padding=1)
+        self.conv_3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels, inner) for _ in range(count)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, H, W); H and W are multiples of 4."""
+        x = self.conv_2(self.conv_1(x).relu()).relu()
+        return self.blocks(self.conv_3(x)).relu()
+
+
+class Decoder(nn.Module):
+    """Codes (B, embed_dim, h, w) to image (B, 3, 4 h, 4 w), not clamped."""
+
+    def __init__(self, embed_dim: int, channels: int, inner: int, count: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels, inner) for _ in range(count)])
+        self.conv_trans_1 = nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
+        self.conv_trans_2 = nn.ConvTranspose2d(channels // 2, 3, 4, stride=2, padding=1)
+
+    def forward(self, quant: Tensor) -> Tensor:
+        """Decode (B, embed_dim, h, w)."""
+        x = self.blocks(self.conv_1(quant)).relu()
+        return self.conv_trans_2(self.conv_trans_1(x).relu())
+
+
+class SonnetVQVAE(nn.Module):
+    """A foreign VQ-VAE with the attributes and methods of taming's VQModel.
+
+    Args:
+        lossconfig: `{target, params}` of a loss that is called as taming's.
+        n_embed: K, the number of codes.
+        embed_dim: C, the width of a code.
+        channels: width of the convolutions, even.
+        residual_channels: width inside a residual block.
+        num_res_blocks: residual blocks in the encoder, and as many in the decoder.
+        quantizer, decay, commitment, restart_dead, dead_threshold: see
+            :class:`~lgvq_plugin.hosts._vector_quantizer.VectorQuantizer`; "ema" for files that
+            have moving averages, "gradient" for those that have none.
+        image_key: where a batch holds its images.
+
+    Attributes:
+        learning_rate: of Adam; set it before :meth:`configure_optimizers`.
+    """
+
+    learning_rate: float = 1e-3
+
+    def __init__(
+        self,
+        *,
+        lossconfig: Mapping[str, Any],
+        n_embed: int = 512,
+        embed_dim: int = 64,
+        channels: int = 128,
+        residual_channels: int = 32,
+        num_res_blocks: int = 2,
+        quantizer: Literal["ema", "gradient"] = "ema",
+        decay: float = 0.99,
+        commitment: float = 0.25,
+        restart_dead: bool = True,
+        dead_threshold: float = 0.05,
+        image_key: str = "image",
+    ):
+        super().__init__()
+        self.image_key = image_key
+        self.encoder = Encoder(channels, residual_channels, num_res_blocks)
+        self.decoder = Decoder(embed_dim, channels, residual_channels, num_res_blocks)
+        self.loss = instantiate(lossconfig)
+        self.quant_conv = nn.Conv2d(channels, embed_dim, 1)
+        self.quantize = VectorQuantizer(
+            n_embed,
+            embed_dim,
+            mode=quantizer,
+            decay=decay,
+            commitment=commitment,
+            restart_dead=restart_dead,
+            dead_threshold=dead_threshold,
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
+
+        Raises:
+            ValueError: if x is not (B, 3, H, W) with H and W multiples of 4.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or any(n % 4 for n in x.shape[2:]):
+            raise ValueError(
+                f"SonnetVQVAE: expected images (B, 3, H, W) with H and W multiples of 4, got "
+                f"{tuple(x.shape)}"
+            )
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
+        return self.decoder(quant)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
+        quant, quant_loss, _ = self.encode(x)
+        return self.decode(quant), quant_loss
+
+    def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
+        """Return `batch[key]`, (B, H, W, 3) or (B, 3, H, W), as (B, 3, H, W) float32."""
+        x = batch[key]
+        if x.shape[1] != 3:
+            x = x.movedim(-1, 1)
+        return x.to(memory_format=torch.contiguous_format).float()
+
+    def get_last_layer(self) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
+        return self.decoder.conv_trans_2.weight
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """Return Adam over the tokenizer, a second one if the loss has a discriminator, and []."""
+        parts = (self.encoder, self.decoder, self.quantize, self.quant_conv)
+        groups = [[p for part in parts for p in part.parameters()]]
+        discriminator = getattr(self.loss, "discriminator", None)
+        if discriminator is not None:
+            groups.append(list(discriminator.parameters()))
+        return [torch.optim.Adam(g, lr=self.learning_rate) for g in groups], []
+
+    def translate(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a foreign file's tensors by our names; ours pass as they are.
+
+        What our quantizer keeps and the file lacks is filled in: the usage averages, and the
+        moving sums that give the file's very codebook.
+        """
+        ours = {_ours(key): value for key, value in state_dict.items()}
+        codebook = ours.get("quantize.embedding.weight")
+        if codebook is None or "quantize.steps" in ours:
+            return ours
+        fresh = torch.ones(len(codebook))
+        ours.setdefault("quantize.cluster_size", fresh)
+        if self.quantize.mode == "ema":
+            size = ours["quantize.cluster_size"]
+            ours.setdefault("quantize.embed_avg", codebook * size[:, None])
+        else:
+            ours.pop("quantize.embed_avg", None)
+        ours["quantize.steps"] = torch.ones((), dtype=torch.int64)  # 0 would draw all codes anew
+        return ours
+
+    def foreign_state_dict(self) -> dict[str, Tensor]:
+        """Return the tokenizer's tensors as the foreign file names them, the loss left out."""
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("loss.")}
+        extra = {"quantize.steps"}
+        if self.quantize.mode == "gradient":
+            extra.add("quantize.cluster_size")
+        return {_foreign(key): value for key, value in state.items() if key not in extra}
+
+
+def _ours(key: str) -> str:
+    """Return our name of a foreign key.
+
+    Example:
+        >>> _ours("_encoder._residual_stack._layers.0._block.1.weight")
+        'encoder.blocks.0.body.1.weight'
+    """
+    for pattern, name in FOREIGN:
+        if re.match(pattern, key):
+            return re.sub(f"^{pattern}", name, key)
+    return key
+
+
+def _foreign(key: str) -> str:
+    """Return the foreign name of a key of ours.
+
+    Example:
+        >>> _foreign("decoder.conv_trans_1.bias")
+        '_decoder._conv_trans_1.bias'
+    """
+    pairs = (
+        (r"(encoder|decoder)\.conv_(\d)\.", r"_\1._conv_\2."),
+        (r"(encoder|decoder)\.blocks\.(\d+)\.body\.", r"_\1._residual_stack._layers.\2._block."),
+        (r"decoder\.conv_trans_(\d)\.", r"_decoder._conv_trans_\1."),
+        (r"quant_conv\.", "_pre_vq_conv."),
+        (r"quantize\.embedding\.weight", "_vq_vae._embedding.weight"),
+        (r"quantize\.embed_avg", "_vq_vae._ema_w"),
+        (r"quantize\.cluster_size", "_vq_vae._ema_cluster_size"),
+    )
+    for pattern, name in pairs:
+        if re.match(pattern, key):
+            return re.sub(f"^{pattern}", name, key)
+    return key

@@ -1,0 +1,204 @@
+"""Train the embedded guide `micro_clip` on the embedded scenes: CLIP's loss, some minutes of CPU.
+
+python -m lgvq_plugin.training.micro_clip
+    scenes -> image tower, text tower -> symmetric InfoNCE -> guides/_micro_clip/
+
+The same arguments on the same machine give the same file.
+"""
+
+import argparse
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..functional import global_semantic_loss
+from ..metrics.retrieval import retrieval_recall
+from ..sockets import ConfigError, resolve
+
+FOLDER = Path(__file__).parents[1] / "guides" / "_micro_clip"
+WARMUP = 0.05  # share of the steps
+JOINED = 0.2  # share of captions that are two captions of the scene, for the late positions
+HIGHEST_SCALE = 100.0  # of the logits, as in CLIP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the embedded model is trained; defaults are those of the shipped weights."""
+
+    seed: int = 0
+    """Of weights, scenes and batches."""
+    steps: int = 1500
+    """Optimizer steps."""
+    batch: int = 192
+    """Scenes a step."""
+    scenes: int = 8192
+    """Training scenes."""
+    held_out: int = 512
+    """Scenes of the validation split, for retrieval."""
+    learning_rate: float = 1e-3
+    """Highest; cosine to 0 behind a warm-up."""
+    weight_decay: float = 0.1
+    """Of matrices; token embeddings have none, so rows without a gradient stay."""
+    threads: int = 1
+    """Of torch; part of the plan since the last bits depend on it."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < (0 if name in ("seed", "weight_decay") else 1e-12):
+                raise ConfigError(f"micro_clip: --{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Scenes in memory: images (N, 3, 64, 64) in [-1, 1], and their captions."""
+
+    images: Tensor
+    captions: list[list[str]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the training; returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lgvq_plugin.training.micro_clip", description=__doc__
+    )
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder of the weights")
+    for name, default in asdict(Plan()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    given = vars(parser.parse_args(argv))
+    output = given.pop("output")
+    facts = train(Plan(**given), output)
+    tqdm.write(f"{output}: {facts['held_out']}")
+    return 0
+
+
+def train(plan: Plan, output: Path) -> dict[str, Any]:
+    """Train and write the weights; returns what is known of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed)
+            return _train(plan, output)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(plan: Plan, output: Path) -> dict[str, Any]:
+    guide = resolve("guides", "micro_clip")
+    tokenizer = guide.new_tokenizer()
+    network = guide.new_network(plan.seed)
+    pairs = _draw("train", plan.scenes, plan.seed)
+    # Tokenized once: (captions of all scenes in a row), C a scene.
+    tokens = tokenizer([caption for told in pairs.captions for caption in told])
+    start = time.perf_counter()
+    loss = _fit(network, pairs, tokenizer, plan)
+    minutes = (time.perf_counter() - start) / 60
+    facts = {
+        **asdict(plan),
+        "data": "lgvq_plugin.datasets.scenes",
+        "loss": round(loss, 4),
+        "held_out": _retrieval(network, _draw("validation", plan.held_out, plan.seed), tokenizer),
+        "minutes": round(minutes, 1),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "command": "python -m lgvq_plugin.training.micro_clip",
+    }
+    guide.save(network, tokens.unique(), output, facts)
+    return facts
+
+
+def _fit(network: nn.Module, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
+    """Train in place; returns the mean loss of the last tenth of the steps."""
+    optimizer = torch.optim.AdamW(_groups(network, plan.weight_decay), lr=plan.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
+    generator = torch.Generator().manual_seed(plan.seed)
+    network.train()
+    losses: list[float] = []
+    bar = tqdm(range(plan.steps), desc="micro_clip", mininterval=2)
+    for _ in bar:
+        batch = torch.randperm(len(pairs.images), generator=generator)[: plan.batch]
+        captions = [_caption(pairs.captions[i], generator) for i in batch.tolist()]
+        loss = global_semantic_loss_both(network, pairs.images[batch], captions, tokenizer)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            network.logit_scale.clamp_(0, math.log(HIGHEST_SCALE))
+        losses.append(float(loss.detach()))
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    network.eval()
+    last = losses[-max(1, plan.steps // 10) :]
+    return sum(last) / len(last)
+
+
+def global_semantic_loss_both(
+    network: nn.Module, images: Tensor, captions: list[str], tokenizer: Any
+) -> Tensor:
+    """Return CLIP's loss; unlike our objective it trains the text tower too."""
+    image, text = network.encode_image(images), network.encode_text(tokenizer(captions))
+    temperature = 1 / network.logit_scale.exp()
+    same = torch.tensor([[a == b for b in captions] for a in captions])
+    options = {"temperature": temperature, "same": same}
+    return (
+        global_semantic_loss(image, text, **options) + global_semantic_loss(text, image, **options)
+    ) / 2
+
+
+def _draw(split: str, length: int, seed: int) -> Pairs:
+    scenes = resolve("datasets", "scenes")(split, length=length, seed=seed, channel_first=True)
+    samples = [scenes[i] for i in tqdm(range(length), desc=f"scenes, {split}", mininterval=2)]
+    images = torch.stack([torch.from_numpy(sample["image"]) for sample in samples])
+    return Pairs(images, [sample["captions"] for sample in samples])
+
+
+def _caption(told: list[str], generator: torch.Generator) -> str:
+    first, second, chance = torch.rand(3, generator=generator).tolist()
+    caption = told[int(first * len(told))]
+    return f"{caption}. {told[int(second * len(told))]}" if chance < JOINED else caption
+
+
+def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    def decays(name: str, parameter: Tensor) -> bool:
+        return parameter.ndim > 1 and "embedding" not in name
+
+    named = list(network.named_parameters())
+    return [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+
+
+def _rate(step: int, steps: int) -> float:
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def _retrieval(network: nn.Module, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
+    """Return R@1 both ways among held-out scenes, each with its caption that tells of all."""
+    captions = [told[0] for told in pairs.captions]
+    image = network.encode_image(pairs.images, normalize=True)
+    text = network.encode_text(tokenizer(captions), normalize=True)
+    relevant = torch.tensor([[a == b for b in captions] for a in captions])
+    similarity = image @ text.T
+    return {
+        "scenes": len(captions),
+        "image_to_text_recall@1": retrieval_recall(similarity, relevant, ks=(1,))["recall@1"],
+        "text_to_image_recall@1": retrieval_recall(similarity.T, relevant, ks=(1,))["recall@1"],
+        "chance": 1 / len(captions),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
