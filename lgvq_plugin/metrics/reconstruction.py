@@ -44,30 +44,38 @@ class ReconstructionMetrics(Metric):
             ConfigError: if the images are smaller than SSIM's window.
             ValueError: if the shapes differ.
         """
-        if images.ndim != 4 or images.shape != reconstructions.shape:
-            raise ValueError(
-                "expected two (B, C, H, W) of one shape, got "
-                f"{tuple(images.shape)} and {tuple(reconstructions.shape)}"
-            )
-        if min(images.shape[-2:]) < WINDOW:
-            raise ConfigError(
-                f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got "
-                f"{images.shape[-2]} x {images.shape[-1]}; use larger images"
-            )
-        wanted, given = eight_bit(images), eight_bit(reconstructions)
-        psnr = peak_signal_noise_ratio(
-            given, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3)
-        )
-        ssim = structural_similarity_index_measure(
-            given, wanted, data_range=1.0, sigma=1.5, kernel_size=WINDOW, reduction="none"
-        )
-        self.psnr_sum += psnr.clamp(max=PSNR_LIMIT).double().sum()
-        self.ssim_sum += torch.as_tensor(ssim).double().sum()
+        psnr, ssim = psnr_and_ssim(images, reconstructions)
+        self.psnr_sum += psnr.double().sum()
+        self.ssim_sum += ssim.double().sum()
         self.count += images.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
         """Return `psnr` and `ssim`; nan if no image was seen."""
         return {"psnr": self.psnr_sum / self.count, "ssim": self.ssim_sum / self.count}
+
+
+def psnr_and_ssim(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return PSNR in dB (100 at the most) and SSIM of each image, two (B,) float32.
+
+    Raises:
+        ConfigError, ValueError: as :meth:`ReconstructionMetrics.update`.
+    """
+    if images.ndim != 4 or images.shape != reconstructions.shape:
+        raise ValueError(
+            "expected two (B, C, H, W) of one shape, got "
+            f"{tuple(images.shape)} and {tuple(reconstructions.shape)}"
+        )
+    if min(images.shape[-2:]) < WINDOW:
+        raise ConfigError(
+            f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got "
+            f"{images.shape[-2]} x {images.shape[-1]}; use larger images"
+        )
+    wanted, given = eight_bit(images), eight_bit(reconstructions)
+    psnr = peak_signal_noise_ratio(given, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(
+        given, wanted, data_range=1.0, sigma=1.5, kernel_size=WINDOW, reduction="none"
+    )
+    return psnr.clamp(max=PSNR_LIMIT).reshape(-1), torch.as_tensor(ssim).reshape(-1)
 
 
 def eight_bit(images: Tensor) -> Tensor:
