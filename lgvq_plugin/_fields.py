@@ -99,4 +99,4 @@ def _number(value: Any, hint: type, path: str) -> float | int:
 
 
 def _names(cls: type) -> str:
-    return ", ".join(f.name for f in fields(cls))  # type: ignore[arg-type]
+    return ", ".join(f.name for f in fields(cls))

@@ -79,7 +79,7 @@ class RelationshipConfig:
     temperature: float = 0.1
     """Of the soft matching; `pairs` only."""
     matching: Literal["soft", "straight_through"] = "soft"
-    """A word takes a mixture of codes, or the best one with the mixture's gradient; `pairs` only."""
+    """A word takes a mixture of codes, or the best with the gradient of `soft`; `pairs` only."""
     project: bool = False
     """Compare codes behind a learned layer, as the released code does, or raw (paper)."""
 
