@@ -11,6 +11,7 @@ from .sockets import ConfigError
 
 COMMANDS = {  # name: ("module:function of argv", what it does)
     "train": ("training.run:main", "train a tokenizer from configs"),
+    "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
 }
 """Resolved below this package, and only when called: `lgvq --help` imports no torch."""
 

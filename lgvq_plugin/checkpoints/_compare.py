@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 Shape = tuple[int, ...]
+HEADS = "loss.lgvq."
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class LoadReport:
         unexpected: keys of the checkpoint that the host lacks.
         mismatched: (key, shape in the checkpoint, shape in the host).
         heads: keys of our own heads that the host has no place for.
+        new_heads: keys of heads that the host has and the checkpoint lacks.
         differences: sizes in the config that the tensors contradict, in words.
     """
 
@@ -28,6 +30,7 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[tuple[str, Shape, Shape], ...] = ()
     heads: tuple[str, ...] = ()
+    new_heads: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
     @property
@@ -42,7 +45,10 @@ class LoadReport:
         lines += _listed("unexpected in the checkpoint", self.unexpected)
         shapes = [f"{key}: {then} then, {now} now" for key, then, now in self.mismatched]
         lines += _listed("of another shape", shapes)
-        lines += _listed("of heads, left out", self.heads)
+        if self.heads:
+            lines.append(f"  {len(self.heads)} of LG-VQ's heads, left out")
+        if self.new_heads:
+            lines.append(f"  {len(self.new_heads)} of LG-VQ's heads start anew")
         return "\n".join(lines)
 
 
@@ -147,11 +153,13 @@ def compare(
     shared = [key for key in given if key in wanted]
     wrong = [key for key in shared if given[key].shape != wanted[key].shape]
     strange = [key for key in given if key not in wanted]
+    lacking = [key for key in wanted if key not in given]
     return LoadReport(
         loaded=tuple(key for key in shared if key not in set(wrong)),
-        missing=tuple(key for key in wanted if key not in given),
-        unexpected=tuple(key for key in strange if not key.startswith("loss.lgvq.")),
+        missing=tuple(key for key in lacking if not key.startswith(HEADS)),
+        unexpected=tuple(key for key in strange if not key.startswith(HEADS)),
         mismatched=tuple((k, tuple(given[k].shape), tuple(wanted[k].shape)) for k in wrong),
-        heads=tuple(key for key in strange if key.startswith("loss.lgvq.")),
+        heads=tuple(key for key in strange if key.startswith(HEADS)),
+        new_heads=tuple(key for key in lacking if key.startswith(HEADS)),
         differences=differences(params or {}, given),
     )

@@ -116,6 +116,8 @@ def load_into(
     """
     wanted = host.state_dict()
     given = _tensors_for(wanted, checkpoint, averaged)
+    translate = getattr(host, "translate", None)  # a host that knows files of other key names
+    given = translate(given) if translate is not None else given
     report = compare(wanted, given, params)
     firm = tuple(optional)
     bad = [key for key in (*report.missing, *report.unexpected) if not key.startswith(firm)]

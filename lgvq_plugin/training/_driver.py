@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ..sockets import ConfigError
 from . import _rng
 from ._data import Stream, train_loader
+from ._freeze import Freeze
 from ._settings import TrainingConfig
 
 PASSES = ("generator", "discriminator")
@@ -56,6 +57,7 @@ class HostDriver(pl.LightningModule):
         self.settings, self.dataset = settings, dataset
         self.batch_size, self.num_workers = batch_size, num_workers
         self.config = dict(config or {})
+        self.freeze = Freeze(host, tuple(settings.freeze), settings.heads_first)
         self.latest: dict[str, Tensor] = {}
         self.samples = 0
         self.has_stepped = False  # whether the batch before ended a step
@@ -68,10 +70,13 @@ class HostDriver(pl.LightningModule):
         """Pass `batch` through the host once (or twice) and update all its optimizers."""
         step, self._batches = self.global_step, self._batches + 1
         self.has_stepped = self._batches == self.settings.accumulate_grad_batches
+        self.freeze.quiet(step)
         x = self.host.get_input(batch, self.host.image_key)
         output = self.host(x)
         log: dict[str, Tensor] = {}
         for which, optimizer in enumerate(self._optimizers()):
+            if which > 0 and self.freeze.trains_heads_only(step):
+                break
             # What belongs to the other optimizer alone has requires_grad off in here.
             with optimizer.toggle_model(sync_grad=self.has_stepped):
                 if which > 0 and self.settings.two_forward:
@@ -80,6 +85,7 @@ class HostDriver(pl.LightningModule):
                 _check_finite(loss, log, which, step)
                 self.manual_backward(loss / self.settings.accumulate_grad_batches)
                 if self.has_stepped:
+                    self.freeze.drop_gradients(step)
                     self._update(optimizer, is_first=which == 0)
         self.latest = log
         self.samples += self.batch_size * self.trainer.world_size

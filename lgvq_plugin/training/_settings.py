@@ -6,6 +6,8 @@ from typing import Any
 
 from ..sockets import ConfigError, suggest
 
+FROZEN = ("encoder", "decoder", "codebook")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -52,6 +54,10 @@ class TrainingConfig:
     """Lightning's name; auto is ddp that tolerates unused parameters where there are several."""
     two_forward: bool = False
     """taming's scheme: a second forward pass, with the new weights, for the discriminator."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the host that keep their weights: some of encoder, decoder, codebook."""
+    heads_first: int = 0
+    """For so many steps at the start only the heads of LG-VQ learn; 0 = never."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate_grad_batches", "log_every", "num_nodes"):
@@ -68,6 +74,10 @@ class TrainingConfig:
         self._check("seed", self.seed == 0 or _is_count(self.seed), "a whole number >= 0")
         devices = self.devices
         self._check("devices", devices == "auto" or _is_count(devices), "a number > 0, or auto")
+        first = self.heads_first
+        self._check("heads_first", first == 0 or _is_count(first), "a whole number >= 0")
+        is_list = isinstance(self.freeze, list | tuple) and set(self.freeze) <= set(FROZEN)
+        self._check("freeze", is_list, f"a list of some of {', '.join(FROZEN)}")
         for name in ("scale_lr", "two_forward"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         for name in ("precision", "accelerator", "strategy"):

@@ -65,6 +65,7 @@ def train(
     logdir: str | Path = "logs",
     resume: str | Path | None = None,
     progress: bool = True,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> TrainResult:
     """Train the host of `config`.
 
@@ -75,6 +76,7 @@ def train(
         resume: "auto" goes on from the newest checkpoint of the run folder if there is one; a
             path is a checkpoint, or a run folder.
         progress: whether to show a bar.
+        prepare: called with the host before a new run starts, not when one is resumed.
 
     Raises:
         ConfigError: if the config, the data or the checkpoint is wrong.
@@ -89,6 +91,8 @@ def train(
         _checkpoint.check_config(checkpoint, sections.plain, found)
     _rng.seed_all(sections.training.seed)
     host: Any = build_host(config)
+    if prepare is not None and found is None:
+        prepare(host)
     driver = HostDriver(
         host,
         sections.training,

@@ -1,0 +1,87 @@
+"""From an old run's config to one of LG-VQ over the same loss."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import parse
+from ..sockets import ConfigError
+from .base import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+TAMING = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
+LOSSES = ("lossconfig", "loss")
+
+
+def over_old_loss(
+    model: Mapping[str, Any], lgvq: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the `model:` section with LG-VQ over its loss.
+
+    Args:
+        model: of the old config, in plain containers.
+        lgvq: laid over the section's own `lgvq:` block, key by key.
+
+    Raises:
+        ConfigError: if the section names no loss.
+
+    Example:
+        >>> old = {"target": "m.VQModel", "params": {"lossconfig": {"target": "m.Loss"}}}
+        >>> over_old_loss(old)["params"]["lossconfig"]["target"]
+        'lgvq_plugin.over.m.Loss'
+    """
+    made = copy.deepcopy(dict(model))
+    params = made["params"] = dict(made.get("params") or {})
+    key = next((k for k in LOSSES if isinstance(params.get(k), Mapping)), None)
+    if key is None or "target" not in params[key]:
+        raise ConfigError(
+            f"model.params has no {' or '.join(LOSSES)} with a target, so there is no loss to put "
+            "LG-VQ over; for such a model use lgvq_plugin.attach in a loop of your own"
+        )
+    loss = params[key] = dict(params[key])
+    target = str(loss["target"])
+    if target == TAMING:
+        loss["target"] = OURS[0]
+    elif not target.startswith(OURS):
+        loss["target"] = OURS[-1] + target
+    inner = loss["params"] = dict(loss.get("params") or {})
+    block = _laid_over(inner.get("lgvq") or {}, lgvq or {})
+    parse(block)
+    inner["lgvq"] = block
+    params.pop("ckpt_path", None)
+    return made
+
+
+def lgvq_block(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `lgvq:` block of a section that :func:`over_old_loss` made."""
+    key = next(k for k in LOSSES if k in model["params"])
+    return model["params"][key]["params"]["lgvq"]
+
+
+def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Count the steps until the discriminator starts from the old run's beginning."""
+    key = next(k for k in LOSSES if k in model["params"])
+    params = model["params"][key]["params"]
+    has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
+    if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):
+        return
+    shifted = max(0, params["disc_start"] - checkpoint.step)
+    if shifted != params["disc_start"]:
+        logger.info(
+            "disc_start: %d of the old run, which made %d steps and brings its discriminator: "
+            "%d of the new run",
+            *(params["disc_start"], checkpoint.step, shifted),
+        )
+        params["disc_start"] = shifted
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        is_both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        merged[key] = _laid_over(inner, value) if is_both else value  # type: ignore[arg-type]
+    return merged

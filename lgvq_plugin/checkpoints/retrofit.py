@@ -1,0 +1,239 @@
+"""`lgvq retrofit`: an old tokenizer's checkpoint becomes an LG-VQ run.
+
+old config --over_old_loss--> LG-VQ config --train--> DIR, a run folder like any other
+old weights --load_into, checked bit by bit--^        DIR/retrofit.{json,md}: old against new
+"""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..config import parse
+from ..guides.base import build_guide
+from ..hosts.base import reconstruct
+from ..sockets import ConfigError
+from ..training.base import Sections, build_dataset, read_config, to_plain
+from ..training.run import TrainResult, train
+from ._retrofit_config import lgvq_block, over_old_loss, shift_discriminator
+from ._side_by_side import as_table, compare_hosts
+from .base import Checkpoint, LoadReport, load_checkpoint, load_host, load_into
+
+logger = logging.getLogger(__name__)
+
+CHECKED = 4  # images on which old and new must agree bit by bit
+
+
+@dataclass(frozen=True)
+class RetrofitResult:
+    """What a retrofit left behind."""
+
+    run: TrainResult
+    """The new run."""
+    loaded: LoadReport | None
+    """What of the old checkpoint went into the new host; None in a resumed run."""
+    rows: dict[str, Any]
+    """Old against new on the same held-out images, by metric."""
+
+
+def retrofit(
+    config: DictConfig | Mapping[str, Any],
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    *,
+    averaged: bool = False,
+    resume: str | None = None,
+    progress: bool = True,
+    most: int = 500,
+) -> RetrofitResult:
+    """Train LG-VQ on from an old checkpoint, and compare old and new.
+
+    Args:
+        config: of the old run, `training:` given; a top-level `lgvq:` goes to the loss.
+        checkpoint: the old weights.
+        folder: of the new run.
+        averaged: start from the averaged weights where there are any.
+        resume: "auto" goes on with a run in `folder`.
+        progress: whether to show a bar.
+        most: images of the comparison.
+
+    Raises:
+        ConfigError: if the config is wrong, or the checkpoint does not fit it.
+        RuntimeError: if the new host does not reconstruct bit by bit as the old one.
+    """
+    folder = Path(folder)
+    plain = to_plain(config)
+    lgvq = plain.pop("lgvq", None)
+    old = load_host(plain, checkpoint, averaged=averaged)
+    new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
+    shift_discriminator(new["model"], checkpoint)
+    sections = Sections.of(new)
+    held_out = build_dataset(sections.data.validation or sections.data.train)
+    reports: list[LoadReport] = []
+
+    def start(host: nn.Module) -> None:
+        params = sections.model.get("params")
+        reports.append(load_into(host, checkpoint, params=params, averaged=averaged))
+        logger.info("old weights: %s", reports[0])
+        images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
+        require_same(old, host, images)
+
+    run = train(
+        new,
+        name=folder.name,
+        logdir=folder.parent,
+        resume=resume,
+        progress=progress,
+        prepare=start,
+    )
+    guide = build_guide(parse(lgvq_block(sections.model)).guide)
+    new_host = run.host.eval().cpu()
+    rows = compare_hosts(
+        old,
+        new_host,
+        held_out=held_out,
+        train=build_dataset(sections.data.train),
+        guide=guide.to("cpu"),
+        batch_size=sections.data.batch_size,
+        most=most,
+    )
+    result = RetrofitResult(run, reports[0] if reports else None, rows)
+    _write_report(result, checkpoint, folder, is_held_out=sections.data.validation is not None)
+    return result
+
+
+def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
+    """Check that two hosts reconstruct images (B, 3, H, W) bit by bit alike, in eval mode.
+
+    Raises:
+        RuntimeError: if they do not; it tells the largest difference.
+    """
+    modes = {part: part.training for part in new.modules()}
+    device = next(old.parameters()).device
+    try:
+        before = reconstruct(old.eval(), images.to(device))
+        after = reconstruct(new.eval(), images.to(next(new.parameters()).device)).to(device)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if not torch.equal(before, after):
+        gap = float((before - after).abs().max())
+        raise RuntimeError(
+            f"the retrofitted {type(new).__name__} does not reconstruct as the old one does: "
+            f"largest difference {gap:.3g}; some of its weights are not the checkpoint's"
+        )
+
+
+def _image(sample: Mapping[str, Any]) -> Tensor:
+    image = torch.as_tensor(sample["image"]).float()
+    return image if image.shape[0] == 3 else image.movedim(-1, 0).contiguous()
+
+
+def _write_report(
+    result: RetrofitResult, checkpoint: Checkpoint, folder: Path, *, is_held_out: bool
+) -> None:
+    told = {
+        "old": str(checkpoint.path),
+        "old_step": checkpoint.step,
+        "read_as": checkpoint.how,
+        "new": str(result.run.checkpoint),
+        "steps": result.run.steps,
+        "images": "data.validation" if is_held_out else "data.train (no validation in the config)",
+        "metrics": result.rows,
+    }
+    if result.loaded is not None:
+        told["loaded"] = {
+            "tensors": len(result.loaded.loaded),
+            "missing": list(result.loaded.missing),
+            "unexpected": list(result.loaded.unexpected),
+            "mismatched": [list(entry) for entry in result.loaded.mismatched],
+        }
+    text = f"# {checkpoint.path.name} and {result.run.steps} steps of LG-VQ later\n\n"
+    text += f"On the images of {told['images']}; ± is half the 95 % interval over images.\n\n"
+    text += as_table(result.rows) + "\n"
+    for name, content in (
+        ("retrofit.json", json.dumps(told, indent=2) + "\n"),
+        ("retrofit.md", text),
+    ):
+        part = folder / f"{name}.part"
+        part.write_text(content)
+        os.replace(part, folder / name)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lgvq retrofit`.
+
+    Args:
+        argv: `-b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`.
+
+    Returns:
+        0; what went wrong is raised.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq retrofit",
+        description="Turn an old tokenizer's checkpoint into an LG-VQ run, and compare both.",
+        epilog="key=value: training.max_steps=5000, lgvq.guide.use=micro_clip, lgvq.ramp=1000, ...",
+    )
+    parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
+                        help="the old config (and more over it); default: the one in the "
+                        "checkpoint or its run folder")  # fmt: skip
+    parser.add_argument("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder of the new run"
+    )
+    parser.add_argument("--freeze", metavar="PARTS", help="keep encoder,decoder,codebook: any of")
+    parser.add_argument("--heads-first", type=int, metavar="N", help="train the heads alone first")
+    parser.add_argument("--averaged", action="store_true", help="start from the averaged weights")
+    parser.add_argument("--images", type=int, default=500, help="of the comparison (default: 500)")
+    parser.add_argument("--resume", choices=["auto"], help="go on with a run in DIR")
+    parser.add_argument("--trust-pickle", action="store_true",
+                        help="unpickle fully; whoever made the file can run code")  # fmt: skip
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    given, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    paths = [word for word in given.base if "=" not in word]
+    overrides = [word for word in given.base if "=" in word] + rest
+    if given.heads_first is not None:
+        overrides.append(f"training.heads_first={given.heads_first}")
+    if given.freeze:
+        overrides.append(f"training.freeze=[{given.freeze}]")
+    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    config = _config(paths, overrides, checkpoint)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    result = retrofit(
+        config,
+        checkpoint,
+        given.output,
+        averaged=given.averaged,
+        resume=given.resume,
+        progress=not given.no_progress,
+        most=given.images,
+    )
+    print(as_table(result.rows))
+    logger.info("%d steps in %s; the table is in retrofit.md", result.run.steps, result.run.folder)
+    return 0
+
+
+def _config(paths: list[str], overrides: list[str], checkpoint: Checkpoint) -> DictConfig:
+    from omegaconf import OmegaConf
+
+    if paths:
+        return read_config(paths, overrides)
+    if checkpoint.config is None:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} tells no config, nor does a configs/ folder "
+            "beside it; give the old run's with -b CONFIG"
+        )
+    merged = OmegaConf.merge(OmegaConf.create(checkpoint.config), read_config([], overrides))
+    assert isinstance(merged, DictConfig)
+    return merged

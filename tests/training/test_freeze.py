@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training.run import train
+
+VQVAE = {
+    "model": {
+        "learning_rate": 1e-2,
+        "target": "lgvq_plugin.hosts.vqvae.VQVAE",
+        "params": {
+            "n_embed": 8,
+            "embed_dim": 4,
+            "channels": 8,
+            "num_res_blocks": 1,
+            "downsample": 4,
+            "lossconfig": {
+                "target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss",
+                "params": {"lgvq": {"guide": {"use": "micro_clip"}}},
+            },
+        },
+    },
+    "data": {"batch_size": 4, "train": {"target": "scenes", "params": {"size": 16, "length": 12}}},
+}
+
+
+def run(tmp_path, **training):
+    """Train; return tensors before the first step and after the last."""
+    before = {}
+    config = {
+        **VQVAE,
+        "training": {"accelerator": "cpu", "val_every": None, "images_every": None, **training},
+    }
+
+    def keep(host):
+        before.update({key: value.clone() for key, value in host.state_dict().items()})
+
+    host = train(config, name="run", logdir=tmp_path, progress=False, prepare=keep).host
+    return before, host.state_dict()
+
+
+def moved(before, after, prefixes):
+    keys = [key for key in before if key.startswith(prefixes)]
+    assert keys
+    return [key for key in keys if not torch.equal(before[key], after[key])]
+
+
+def test_prepare_sees_the_host_before_the_first_step(tmp_path):
+    before, after = run(tmp_path, max_steps=1)
+    assert moved(before, after, ("encoder.",))
+
+
+@pytest.mark.parametrize(
+    ("part", "still", "moves"),
+    [
+        ("encoder", ("encoder.", "quant_conv."), ("decoder.", "quantize.", "loss.lgvq.")),
+        ("decoder", ("decoder.", "post_quant_conv."), ("encoder.", "quantize.")),
+        ("codebook", ("quantize.",), ("encoder.", "decoder.")),
+    ],
+)
+def test_a_frozen_part_keeps_its_weights_and_buffers(tmp_path, part, still, moves):
+    before, after = run(tmp_path, max_steps=3, freeze=[part])
+    assert moved(before, after, still) == []
+    for prefix in moves:
+        assert moved(before, after, (prefix,)), prefix
+
+
+def test_at_first_only_the_heads_learn(tmp_path):
+    before, after = run(tmp_path / "first", max_steps=3, heads_first=3)
+    host = tuple(key for key in before if not key.startswith("loss.lgvq."))
+    assert moved(before, after, host) == []
+    assert moved(before, after, ("loss.lgvq.code_vit.",))
+    before, after = run(tmp_path / "then", max_steps=4, heads_first=3)
+    for prefix in ("encoder.", "decoder.", "quantize."):
+        assert moved(before, after, (prefix,)), prefix
+
+
+def test_at_first_the_discriminator_rests_too(config, tmp_path):
+    before = {}
+    section = config("training.max_steps=3", "training.heads_first=2")
+    section.model.params.lossconfig.target = "lgvq_plugin.LGVQLoss"
+    section.model.params.lossconfig.params.lgvq = {"guide": {"use": "micro_clip"}}
+    section.model.params.lossconfig.params.disc_start = 0
+
+    def keep(host):
+        before.update({key: value.clone() for key, value in host.state_dict().items()})
+
+    section.training.max_steps = 2
+    after = train(section, name="a", logdir=tmp_path, progress=False, prepare=keep).host
+    parts = ("loss.discriminator.", "encoder.", "decoder.", "quantize.")
+    assert moved(before, after.state_dict(), parts) == []
+    section.training.max_steps = 3
+    after = train(section, name="b", logdir=tmp_path, progress=False, prepare=keep).host
+    for prefix in parts:
+        assert moved(before, after.state_dict(), (prefix,)), prefix
+
+
+def test_with_a_frozen_decoder_the_adaptive_weight_is_still_there(config, tmp_path):
+    section = config("training.max_steps=3", "training.freeze=[decoder]")
+    section.model.params.lossconfig.params.disc_start = 0
+    result = train(section, name="a", logdir=tmp_path, progress=False)
+    assert result.metrics["train/d_weight"] > 0
+
+
+def test_heads_first_asks_for_heads(config, tmp_path):
+    with pytest.raises(ConfigError, match="has no heads of LG-VQ"):
+        train(config("training.heads_first=1"), name="a", logdir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("wrong", ["training.freeze=[encodr]", "training.heads_first=-1"])
+def test_wrong_values_are_refused(config, tmp_path, wrong):
+    with pytest.raises(ConfigError, match=r"training\.(freeze|heads_first) must be"):
+        train(config(wrong), name="a", logdir=tmp_path, progress=False)
