@@ -303,13 +303,17 @@ class LGVQLoss(nn.Module):
         """Refuse a host in which no quantizer was found; warn of a loss without any host."""
         if self._is_on() and not self._orphan_told:
             self._orphan_told = True
+            self.require_host()
             self._stop_listening()
-            if self._ancestors:
-                find_quantizer(self._ancestors[-1], self._config.quantizer)
             logger.warning(
                 "LGVQLoss has no host with a quantizer: it computes the base loss alone; "
                 "name the quantizer (lgvq.quantizer: PATH), or call loss.adopt(model)"
             )
+
+    def require_host(self) -> None:
+        """Raise ConfigError if the host that took this loss has no quantizer that is found."""
+        if self._is_on() and self._tap is None and self._ancestors:
+            find_quantizer(self._ancestors[-1], self._config.quantizer)
 
     def _watch_optimizer(self) -> None:
         """At the first update of the host's weights: are the heads updated with them?"""

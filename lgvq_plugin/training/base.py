@@ -41,7 +41,11 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     weight = (loss.get("params") or {}).get("perceptual_weight", 1.0)
     try:
         with compat.lpips_only_if_used(float(weight)):
-            return instantiate(model)
+            host = instantiate(model)
+        require_host = getattr(getattr(host, "loss", None), "require_host", None)
+        if callable(require_host):  # LGVQLoss: say now, not at the first step, what is not found
+            require_host()
+        return host
     except TypeError as error:
         # Constructors inside the host's own (its loss, its encoder) get params of the config too.
         if "unexpected keyword argument" in str(error) or "required" in str(error):
