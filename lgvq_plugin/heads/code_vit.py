@@ -1,6 +1,8 @@
 """CodeViT: a small vision transformer over quantized codes (paper section 3.2, Eq. 4).
 
-codes (B, N, C) -> [CLS] + codes + positions -> blocks -> LayerNorm -> projection (B, 1 + N, D)
+codes (B, N, C) -> [CLS] + codes + positions -> LayerNorm -> blocks -> LayerNorm -> (B, 1 + N, D)
+
+Shape and first weights are those of the released code, which took CLIP's.
 """
 
 import torch
@@ -51,6 +53,7 @@ class CodeViT(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.01))
         cells = 1 + self.grid[0] * self.grid[1]
         self.positions = nn.Parameter(torch.empty(1, cells, width).normal_(std=0.01))
+        self.enter_norm = nn.LayerNorm(width)  # codes may be tiny: 1/K at first
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width,
@@ -65,6 +68,7 @@ class CodeViT(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.project = nn.Parameter(torch.empty(width, out_dim).normal_(std=0.01))
+        self._initialize_blocks(width, depth)
 
     def forward(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return (B, 1 + N, D); row 0 is [CLS].
@@ -86,10 +90,18 @@ class CodeViT(nn.Module):
                 f"got (N, C) = {tuple(codes.shape[1:])}"
             )
         cells = torch.cat([self.cls.expand(len(codes), -1, -1), self.enter(codes)], dim=1)
-        cells = cells + self._positions_on(grid)
+        cells = self.enter_norm(cells + self._positions_on(grid))
         for block in self.blocks:
             cells = block(cells)
         return self.norm(cells) @ self.project
+
+    def _initialize_blocks(self, width: int, depth: int) -> None:
+        leaving = (2 * depth * width) ** -0.5  # the sum over all branches keeps its size
+        for block in self.blocks:
+            nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.self_attn.out_proj.weight, std=leaving)
+            nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.linear2.weight, std=leaving)
 
     def _positions_on(self, grid: tuple[int, int]) -> Tensor:
         if tuple(grid) == self.grid:

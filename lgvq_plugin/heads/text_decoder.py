@@ -1,6 +1,9 @@
 """TextDecoder: fill the masked words of a caption from the image's codes (paper section 3.3).
 
 masked text -> self-attention -> cross-attention to code-ViT tokens -> FFN -> vocabulary
+
+Shape and first weights are those of the released code: no positions but those in the guide's
+features and in the masked words' vectors, no dropout inside the attention.
 """
 
 import torch
@@ -53,6 +56,8 @@ class TextDecoder(nn.Module):
             )
             for _ in range(depth)
         )
+        for block in self.blocks:
+            _initialize(block, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
@@ -90,3 +95,12 @@ class TextDecoder(nn.Module):
             hidden = block(hidden, memory, tgt_key_padding_mask=padding)
         hidden = self.head(hidden[mask])
         return hidden @ vocabulary.detach().to(hidden.dtype).mT + self.bias
+
+
+def _initialize(block: nn.TransformerDecoderLayer, width: int) -> None:
+    for attention in (block.self_attn, block.multihead_attn):
+        attention.dropout = 0.0
+        nn.init.normal_(attention.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(attention.out_proj.weight, std=width**-0.5)
+    for linear in (block.linear1, block.linear2):
+        nn.init.normal_(linear.weight, std=width**-0.5)

@@ -52,7 +52,7 @@ class MaskedText(AbstractObjective):
         if self.config.attend_cls:
             memory = torch.cat([view.cls[:, None], memory], dim=1)
         logits = self.decoder(
-            text.tokens.masked_fill(~self._is_real(text)[..., None], 0.0),
+            text.tokens.detach().masked_fill(~self._is_real(text)[..., None], 0.0),
             mask,
             memory,
             text.vocabulary,

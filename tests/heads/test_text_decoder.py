@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lgvq_plugin.heads.text_decoder import TextDecoder
 from lgvq_plugin.sockets import ConfigError
@@ -84,6 +85,19 @@ def test_the_papers_size():
     assert module.mask_tokens.numel() == 30 * 512  # "0.015 M"
     assert module.mask_tokens.std().item() == pytest.approx(0.01, rel=0.05)
     assert not module.bias.any()
+    for block in module.blocks:
+        for attention in (block.self_attn, block.multihead_attn):
+            assert attention.in_proj_weight.std().item() == pytest.approx(512**-0.5, rel=0.02)
+            assert attention.out_proj.weight.std().item() == pytest.approx(512**-0.5, rel=0.02)
+        assert block.linear1.weight.std().item() == pytest.approx(512**-0.5, rel=0.02)
+        assert block.linear2.weight.std().item() == pytest.approx(512**-0.5, rel=0.02)
+
+
+def test_dropout_is_between_the_layers_only():
+    module = TextDecoder(8, memory_dim=8, vocabulary_size=11, dropout=0.1)
+    for block in module.blocks:
+        assert block.self_attn.dropout == block.multihead_attn.dropout == 0.0
+        assert {m.p for m in block.modules() if isinstance(m, nn.Dropout)} == {0.1}
 
 
 def test_what_is_masked_is_never_read(decoder, batch):

@@ -1,0 +1,104 @@
+"""GlobalSemantic: the released loss, and what the corrected recipe adds to it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lgvq_plugin.functional import global_semantic_loss
+
+
+def double(tensor):
+    return tensor.detach().numpy().astype(np.float64)
+
+
+def normalized(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def scores_of(given):
+    """Cosines of all images with all captions, by NumPy."""
+    projection = given.objective.project
+    image = double(given.view.cls) @ double(projection.weight).T + double(projection.bias)
+    return normalized(image) @ normalized(double(given.caption.features.sentence)).T
+
+
+def nll(scores):
+    return np.log(np.exp(scores).sum(1)) - np.diag(scores)
+
+
+def test_paper_is_the_released_arithmetic(batch):
+    given = batch("global_semantic", "paper")
+    scores = np.exp(scores_of(given))
+    expected = -np.log(np.diag(scores) / (scores.sum(1) + 1e-6)).mean()
+    term = given.term()
+    assert term.value.item() == pytest.approx(expected, abs=1e-5)
+    assert term.log["temperature"] == 1.0
+
+
+def test_corrected_is_symmetric_at_its_temperature(batch):
+    given = batch("global_semantic", "corrected")
+    scores = scores_of(given) / 0.07
+    expected = (nll(scores).mean() + nll(scores.T).mean()) / 2
+    assert given.term().value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_caption_is_no_negative(batch):
+    strings = ["a red circle", "two boxes", "a  red circle"]
+    corrected = batch("global_semantic", "corrected", strings, symmetric=False, temperature=1.0)
+    scores = scores_of(corrected)
+    rows = [[0, 1], [0, 1, 2], [1, 2]]
+    expected = np.mean(
+        [np.log(np.exp(scores[i, k]).sum()) - scores[i, i] for i, k in enumerate(rows)]
+    )
+    assert corrected.term().value.item() == pytest.approx(expected, abs=1e-5)
+    paper = batch("global_semantic", "paper", strings)
+    assert paper.term().value.item() == pytest.approx(nll(scores_of(paper)).mean(), abs=1e-5)
+
+
+def test_temperature_learns_and_stays_in_range(batch):
+    given = batch("global_semantic", "corrected")
+    parameter = given.objective.log_temperature
+    given.term().value.backward()
+    assert parameter.grad.abs() > 0
+    with torch.no_grad():
+        parameter.fill_(math.log(1e-5))
+    parameter.grad = None
+    term = given.term()
+    assert term.log["temperature"].item() == pytest.approx(0.01)
+    term.value.backward()
+    assert parameter.grad.abs() > 0  # not stuck at the border
+    assert not batch("global_semantic", "paper").objective.log_temperature.requires_grad
+    cold = batch("global_semantic", "paper", temperature=0.005).term()
+    assert cold.log["temperature"].item() == pytest.approx(0.005)  # fixed: as it was asked for
+
+
+def test_retrieval_top1_is_a_share_of_images(batch):
+    strings = ["a red circle", "two boxes", "triangles", "two boxes"]
+    given = batch("global_semantic", "corrected", strings)
+    best = scores_of(given).argmax(1)
+    expected = np.mean([strings[b] == own for b, own in zip(best, strings, strict=True)])
+    assert given.term().log["retrieval_top1"].item() == pytest.approx(expected)
+
+
+def test_pooled_reads_the_tokens(batch):
+    given = batch("global_semantic", "corrected", source="pooled")
+    mean = given.view.tokens.mean(1)
+    expected = global_semantic_loss(
+        given.objective.project(mean),
+        given.caption.features.sentence,
+        temperature=0.07,
+        symmetric=True,
+    )
+    assert given.term().value.item() == pytest.approx(expected.item(), rel=1e-5)
+    given.term().value.backward()
+    assert given.view.cls.grad is None
+    assert given.view.tokens.grad.abs().sum() > 0
+
+
+def test_chance_and_perfect(batch):
+    strings = ["a red circle", "two boxes"]
+    given = batch("global_semantic", "paper", strings)
+    same = given.but(cls=torch.zeros_like(given.view.cls))
+    assert same.term().value.item() == pytest.approx(math.log(2), abs=0.2)
