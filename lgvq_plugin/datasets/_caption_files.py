@@ -11,6 +11,7 @@ from ..sockets import ConfigError, suggest
 FILE_KEYS = ("file_name", "file", "image", "filepath", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "title", "name")
 TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
+SIDECARS = (".txt", ".caption")
 KEYWORD_KEYS = ("keywords", "emojilib")
 MAX_KEYWORDS = 12  # a CLIP text tower reads 77 tokens
 EXPECTED = (
@@ -51,9 +52,9 @@ def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, 
     Raises:
         ConfigError: naming file and line where one cannot be parsed or lacks its keys.
     """
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
     if path.suffix.lower() not in readers:
-        raise ConfigError(f"captions: {path} is neither {' nor '.join(readers)}")
+        raise ConfigError(f"captions: {path} is none of {', '.join(readers)}")
     found: dict[str, list[str]] = {}
     for line, row in readers[path.suffix.lower()](path):
         where = f"{path}:{line}"
@@ -71,12 +72,14 @@ def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, 
 
 
 def read_sidecar(image: Path) -> list[str] | None:
-    """Return the lines of the .txt file beside an image, or None if there is none."""
-    try:
-        text = image.with_suffix(".txt").read_text("utf-8-sig", errors="replace")
-    except FileNotFoundError:
-        return None
-    return [line for line in map(clean, text.splitlines()) if line]
+    """Return the lines of the .txt or .caption file beside an image, or None if there is none."""
+    for suffix in SIDECARS:
+        try:
+            text = image.with_suffix(suffix).read_text("utf-8-sig", errors="replace")
+        except FileNotFoundError:
+            continue
+        return [line for line in map(clean, text.splitlines()) if line]
+    return None
 
 
 def clean(caption: str) -> str:

@@ -1,14 +1,17 @@
 """From an image file to the network's input: open, turn upright, put on white, crop, resize."""
 
-import warnings
+import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..sockets import ConfigError, suggest
 from ._draws import Draws
+from .base import Health
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CROPS = ("center", "random", "none")
@@ -16,6 +19,20 @@ CROPS = ("center", "random", "none")
 
 class UnreadableImage(ConfigError):
     """An image file is missing or broken; a data set may skip it if the user says so."""
+
+
+class DecompressionBomb(ConfigError):
+    """An image file unpacks to more pixels than PIL's limit; never skipped in silence."""
+
+
+class Source(Protocol):
+    """Where an image's bytes lie: a `pathlib.Path`, or a member of an archive."""
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image; raises OSError."""
+
+    def is_file(self) -> bool:
+        """Return whether there is anything to read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +55,7 @@ class Pipeline:
         if self.crop not in CROPS:
             raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(CROPS))}")
 
-    def __call__(self, path: Path, draws: Draws) -> np.ndarray:
+    def __call__(self, path: Source, draws: Draws) -> np.ndarray:
         """Return float32 in [-1, 1], (size, size, 3), or (3, size, size) if channel_first.
 
         Raises:
@@ -52,27 +69,98 @@ class Pipeline:
         return np.ascontiguousarray(array.transpose(2, 0, 1)) if self.channel_first else array
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Source) -> Image.Image:
     """Return the first frame as an upright 8-bit RGB image, transparency put on white.
 
     Raises:
         UnreadableImage: if the file is missing or broken.
-        ConfigError: if it has more pixels than PIL's limit against decompression bombs.
+        DecompressionBomb: if it has more pixels than PIL's limit.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(_readable(path)) as image:
+            _refuse_bomb(image.size)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ConfigError(
+        raise DecompressionBomb(
             f"image {path}: {error}; shrink or remove the file, or exclude it by name"
         ) from error
     except FileNotFoundError as error:
         raise UnreadableImage(f"image {path} does not exist") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL's decoders raise
         raise UnreadableImage(f"image {path} cannot be read: {error}") from error
+
+
+def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
+    """Return an encoded image whose shorter side is at most `size`, and its suffix.
+
+    An upright RGB JPEG or PNG that is small enough is handed on byte for byte; anything else is
+    decoded as for training and written as JPEG of quality 95, or as PNG where it was lossless.
+
+    Args:
+        source: the image.
+        size: pixels of the shorter side; smaller images are not blown up.
+        square: also cut the largest square from the middle.
+
+    Raises:
+        UnreadableImage: if the file is missing or broken.
+        ConfigError: if it is a decompression bomb.
+    """
+    image = open_image(source)
+    side = min(image.size)
+    target = min(side, size)
+    is_cut = square and image.width != image.height
+    raw = source.read_bytes()
+    with Image.open(io.BytesIO(raw)) as stored:
+        kind, is_plain = stored.format, stored.mode == "RGB" and stored.size == image.size
+        is_plain = is_plain and stored.getexif().get(0x0112, 1) == 1
+        is_plain = is_plain and "transparency" not in stored.info
+    if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
+        return raw, ".jpg" if kind == "JPEG" else ".png"
+    if is_cut:
+        image = fit(image, target, "center", Draws(0))
+    elif target != side:
+        scaled = [max(1, round(length * target / side)) for length in image.size]
+        image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+    written = io.BytesIO()
+    if kind in ("PNG", "BMP", "GIF", "TIFF"):
+        image.save(written, "PNG")
+        return written.getvalue(), ".png"
+    image.save(written, "JPEG", quality=95, subsampling=0)
+    return written.getvalue(), ".jpg"
+
+
+def _readable(source: Source) -> Path | io.BytesIO:
+    return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())
+
+
+def _refuse_bomb(size: tuple[int, int]) -> None:
+    # PIL warns above its limit and raises above twice that; a warning stops nobody.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:
+        raise Image.DecompressionBombError(
+            f"{size[0]} x {size[1]} pixels are above PIL's limit of {limit}"
+        )
+
+
+def examine(file: str, source: Source) -> Health:
+    """Read and decode one file as training would; never raises for what is in it."""
+    if not source.is_file():
+        return Health(file, "missing", f"{source} does not exist")
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        return Health(file, "corrupt", f"{source}: {error}")
+    if not content:
+        return Health(file, "empty", f"{source} has no bytes")
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        image = open_image(source)
+    except DecompressionBomb as error:
+        return Health(file, "bomb", str(error), digest)
+    except UnreadableImage as error:
+        return Health(file, "corrupt", str(error), digest)
+    return Health(file, "", "", digest, image.width, image.height)
 
 
 def fit(image: Image.Image, size: int, crop: str, draws: Draws) -> Image.Image:

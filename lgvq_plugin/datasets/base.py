@@ -1,9 +1,15 @@
 """The contract of a data set: captioned images in taming's batch convention."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+
+from ..sockets import ConfigError, resolve
+from . import MEMBERS
 
 
 class CaptionedImages(Dataset):
@@ -24,11 +30,105 @@ class CaptionedImages(Dataset):
         """Draw other captions, crops and flips from now on."""
         self.epoch = epoch
 
+    def captions_of(self, index: int) -> list[str]:
+        """Return all captions of a sample; members do so without opening the image."""
+        return list(self[index]["captions"])
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Return split -> keyword arguments if `root` is laid out as this data set, else {}."""
+        return {}
+
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a look at one image file found.
+
+    Args:
+        file: the name that samples show.
+        problem: missing, empty, corrupt or bomb; "" for a good one.
+        reason: what was wrong, in words.
+        digest: sha256 of the file's bytes, "" if it could not be read.
+        width, height: in pixels, upright; 0 if it could not be decoded.
+    """
+
+    file: str
+    problem: str = ""
+    reason: str = ""
+    digest: str = ""
+    width: int = 0
+    height: int = 0
+
+
+class CaptionedFiles(CaptionedImages):
+    """Captioned images that are files, so that they can be checked and converted."""
+
+    @abstractmethod
+    def examine(self, index: int) -> Health:
+        """Read and decode one file as training would."""
+
+    @abstractmethod
+    def shrunken(self, index: int, size: int, *, square: bool) -> tuple[bytes, str]:
+        """Return the encoded image with its shorter side at most `size`, and its suffix.
+
+        Args:
+            index: of the sample.
+            size: pixels of the shorter side; smaller images are not blown up.
+            square: also cut the largest square from the middle.
+
+        Raises:
+            ConfigError: if the file cannot be read.
+        """
+
+    @abstractmethod
+    def extra_of(self, index: int) -> dict[str, Any]:
+        """Return the further keys of a sample, such as questions, labels and ids."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a path was recognized as.
+
+    Args:
+        member: name of the data set in `MEMBERS`.
+        splits: split -> keyword arguments of that data set.
+    """
+
+    member: str
+    splits: Mapping[str, Mapping[str, Any]]
+
+    def build(self, split: str, **options: Any) -> CaptionedFiles:
+        """Return the data set of one split."""
+        return resolve("datasets", self.member)(**self.splits[split], **options)
+
+
+def recognize(root: str | Path, member: str | None = None) -> Layout:
+    """Find out which data set lies at a path; the members are asked in their order.
+
+    Args:
+        root: a folder, or a table or list of paths.
+        member: ask this one only.
+
+    Raises:
+        ConfigError: if nobody knows the layout.
+    """
+    root = Path(root).expanduser()
+    if not root.exists():
+        raise ConfigError(f"{root} does not exist; expected a folder of images or a table")
+    for name in [member] if member else MEMBERS:
+        splits = resolve("datasets", name).recognize(root)
+        if splits:
+            return Layout(name, splits)
+    raise ConfigError(
+        f"{root}: not laid out as {member or 'any data set known here'}; known: "
+        f"{', '.join(MEMBERS)}. The smallest layout is x.jpg with x.txt beside it"
+    )
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 root/captions.jsonl | metadata.jsonl | metadata.csv | *.csv     root/[images/]x.jpg
 root/x.jpg + root/x.txt (one caption a line)                    root/class_name/x.jpg
+any of these in root/train, root/validation, root/test
 """
 
 import hashlib
@@ -9,15 +10,17 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from ..sockets import ConfigError, suggest
-from ._caption_files import EXPECTED, clean, find_table, read_sidecar, read_table
-from ._image import SUFFIXES, Pipeline
-from ._listed import ListedImages, Record
+from ..sockets import ConfigError
+from ._caption_files import EXPECTED, TABLES, clean, find_table, read_sidecar, read_table
+from ._image import SUFFIXES
+from ._listed import ListedImages, Reading, Record
+from ._names import SPLIT_ALIASES, choose_split
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "all")
+SPLITS = ("train", "validation", "test", "all")
 
 
 class CaptionedFolder(ListedImages):
@@ -26,7 +29,9 @@ class CaptionedFolder(ListedImages):
     Args:
         root: the folder; images lie in it, in its `images/`, or below.
         captions: the table, relative to root or to where you are; None looks for one.
-        split: train or validation, parted by a hash of each file's name; None or all: both.
+        split: train, validation or test: the folder of that name, if root has one and no table
+            itself; else train or validation, parted by a hash of each file's name. None or
+            all: everything.
         holdout: share of the validation split, 0 < holdout < 1.
         size: height and width in pixels.
         crop: center, random (largest square), or none (whole image, padded with white).
@@ -62,33 +67,53 @@ class CaptionedFolder(ListedImages):
         skip_corrupt: bool = False,
     ):
         root = Path(root).expanduser()
-        _check(root, split, holdout, captions_per_image, caption_template)
-        pipeline = Pipeline(size=size, crop=crop, flip=flip, channel_first=channel_first)
+        reading = Reading(
+            size=size,
+            crop=crop,
+            flip=flip,
+            captions_per_image=captions_per_image,
+            seed=seed,
+            channel_first=channel_first,
+            skip_corrupt=skip_corrupt,
+        )
+        split = None if split is None else choose_split(split, SPLITS)
+        _check(root, holdout, caption_template)
+        inner = _split_folder(root, split) if captions is None else None
+        root, split = (root, split) if inner is None else (inner, None)
         records = _records(root, captions, caption_key, caption_template)
         records = _kept(records, exclude, split, holdout, root)
-        lost = [record for record in records if not record.path.is_file()]
-        if lost and not skip_corrupt:
-            raise ConfigError(
-                f"{root}: {len(lost)} of {len(records)} images do not exist, first: "
-                f"{lost[0].file}, sought in {root}, {root / 'images'} and beside the table; "
-                "mend the table, or set `skip_corrupt: true` to skip them"
-            )
-        if captions_per_image:
-            records = [Record(r.file, r.path, r.captions[:captions_per_image]) for r in records]
-        super().__init__(records, pipeline, seed=seed, skip_corrupt=skip_corrupt)
+        super().__init__(records, reading, where=root)
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Take any folder with images; folders named after splits are those."""
+        if not root.is_dir():
+            return {}
+        found = {s: {"root": root, "split": s} for s in SPLITS[:3] if _split_folder(root, s)}
+        if found:
+            return found
+        images = _image_files(root)
+        is_told = find_table(root, None) or any(read_sidecar(path) for path in images)
+        if not is_told and all(path.parent not in (root, root / "images") for path in images):
+            is_classes = {"root": root, "caption_template": "a photo of a {}"}
+            return {"all": is_classes} if images else {}
+        return {"all": {"root": root}} if images else {}
 
 
-def _check(
-    root: Path, split: str | None, holdout: float, per_image: int | None, template: str | None
-) -> None:
+def _split_folder(root: Path, split: str | None) -> Path | None:
+    """Return root/train and the like, if root has no table of its own."""
+    if split in (None, "all") or any((root / name).is_file() for name in TABLES):
+        return None
+    names = [split, *(alias for alias, name in SPLIT_ALIASES.items() if name == split)]
+    folders = (root / str(name) for name in names)
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _check(root: Path, holdout: float, template: str | None) -> None:
     if not root.is_dir():
         raise ConfigError(f"root: {root} is no folder; expected one with images and {EXPECTED}")
-    if split is not None and split not in SPLITS:
-        raise ConfigError(f"split: {split!r}{suggest(str(split), list(SPLITS))}")
     if not 0 < holdout < 1:
         raise ConfigError(f"holdout must lie between 0 and 1, got {holdout!r}")
-    if per_image is not None and per_image < 1:
-        raise ConfigError(f"captions_per_image must be >= 1 or null, got {per_image!r}")
     if template is not None and template.count("{}") != 1:
         raise ConfigError(
             f"caption_template must hold one {{}}, such as 'a photo of a {{}}'; got {template!r}"
@@ -155,6 +180,8 @@ def _kept(
         raise ConfigError(f"exclude: {exclude!r} is no regular expression: {error}") from error
     if unwanted:
         records = [record for record in records if not unwanted.search(record.file)]
+    if split == "test":
+        raise ConfigError(f"{root}: split 'test' needs a folder {root / 'test'}")
     if split in ("train", "validation"):
         wanted = split == "validation"
         records = [r for r in records if (_share(r.file) < holdout) == wanted]

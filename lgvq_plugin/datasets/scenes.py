@@ -80,6 +80,10 @@ class Scenes(CaptionedImages):
             "attributes": _attributes(scene),
         }
 
+    def captions_of(self, index: int) -> list[str]:
+        """Return the captions of sample `index` (>= 0) without drawing it."""
+        return _scene_language.captions(self.scene(index), self._draws(index, WORDS))
+
     def scene(self, index: int) -> Scene:
         """Return the symbolic scene behind sample `index` (>= 0)."""
         return compose(self._draws(index, LOOK))

@@ -5,31 +5,23 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from lgvq_plugin import datasets, sockets
-from lgvq_plugin.datasets.base import CaptionedImages, collate
+from lgvq_plugin.datasets.base import CaptionedImages, collate, recognize
+from lgvq_plugin.sockets import ConfigError
 
 COUNT = 6
 
 
-@pytest.fixture
-def params(tmp_path):
-    """Constructor arguments of each member, for COUNT images of 16 pixels."""
-    for k in range(COUNT):
-        Image.new("RGB", (30, 20 + k), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
-        (tmp_path / f"{k}.txt").write_text("".join(f"caption {c} of {k}\n" for c in range(8)))
-    return {
-        "folder": {"root": tmp_path, "size": 16, "crop": "random", "flip": True},
-        "scenes": {"split": "test", "size": 16, "length": COUNT},
-    }
-
-
-@pytest.fixture(params=["folder", "scenes"])
-def build(request, params):
+@pytest.fixture(params=sorted(datasets.MEMBERS))
+def build(request, tmp_path, trees):
+    """A function that builds one member over COUNT images of 16 pixels, eight captions each."""
     member = sockets.resolve("datasets", request.param)
-    return lambda **extra: member(**params[request.param], **extra)
+    if request.param == "scenes":
+        return lambda **extra: member(split="test", size=16, length=COUNT, **extra)
+    params = trees[request.param](tmp_path)
+    return lambda **extra: member(**params, size=16, crop="random", flip=True, **extra)
 
 
 def assert_same(a, b):
@@ -41,9 +33,25 @@ def assert_same(a, b):
             assert repr(a[key]) == repr(b[key])
 
 
-def test_every_member_has_parameters_here(params):
-    assert {"folder", "scenes"} <= set(datasets.MEMBERS)
-    assert all(name in datasets.MEMBERS for name in params)
+def test_every_member_has_a_tree(trees):
+    assert {*trees, "scenes"} == {*datasets.MEMBERS}
+
+
+@pytest.mark.parametrize("name", sorted({*datasets.MEMBERS} - {"scenes"}))
+def test_a_tree_is_recognized_as_its_own(name, trees, tmp_path):
+    params = trees[name](tmp_path)
+    layout = recognize(tmp_path / "train.txt" if name == "list_file" else tmp_path)
+    assert layout.member == name
+    split = next(iter(layout.splits))
+    assert len(layout.build(split, size=16)) == COUNT
+    assert set(layout.splits[split]) >= {"root"} <= set(params)
+
+
+def test_nothing_is_recognized_in_an_empty_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"smallest layout is x\.jpg with x\.txt"):
+        recognize(tmp_path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        recognize(tmp_path / "nowhere")
 
 
 def test_a_sample_keeps_the_contract(build):
@@ -58,6 +66,27 @@ def test_a_sample_keeps_the_contract(build):
         assert sample["index"] == index
         assert sample["caption"] in sample["captions"]
     assert len({sample["file"] for sample in samples}) == COUNT
+
+
+def test_captions_are_told_without_the_image(build):
+    dataset = build()
+    assert [dataset.captions_of(i) for i in range(COUNT)] == [
+        dataset[i]["captions"] for i in range(COUNT)
+    ]
+
+
+def test_captions_per_image_keeps_the_first_ones(build):
+    if not hasattr(build(), "records"):
+        pytest.skip("makes its captions")
+    full, cut = build(), build(captions_per_image=2)
+    assert [cut[i]["captions"] for i in range(COUNT)] == [
+        full[i]["captions"][:2] for i in range(COUNT)
+    ]
+
+
+def test_an_unknown_option_is_told_with_the_nearest(build):
+    with pytest.raises((ConfigError, TypeError), match="flipp"):
+        build(flipp=True)
 
 
 def test_channel_first_only_moves_the_axis(build):
@@ -116,4 +145,3 @@ def test_a_batch_stacks_numbers_and_lists_the_rest(build):
     assert [type(captions) for captions in batch["captions"]] == [list] * 4
     if "questions" in batch:
         assert all(question["answer"] for asked in batch["questions"] for question in asked)
-        assert all(labels["has_color"].shape == (10,) for labels in batch["attributes"])

@@ -1,0 +1,150 @@
+"""MS-COCO captions of 2014 and 2017, by the official splits or Karpathy's; objects on request.
+
+root/annotations/captions_{train,val}{2014,2017}.json  instances_{train,val}{2014,2017}.json
+root/train2014/COCO_train2014_000000000009.jpg         root/train2017/000000000009.jpg
+dataset_coco.json (Karpathy)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..sockets import ConfigError
+from ._caption_files import clean
+from ._coco import CocoImages, annotation_file, captions_by_image, entries, read_json
+from ._listed import ListedImages, Reading, Record
+from ._names import choose_split
+
+SPLITS = {"train": "train", "validation": "val"}
+KARPATHY_SPLITS = ("train", "restval", "validation", "test")
+YEARS = (2017, 2014)
+
+
+class Coco(ListedImages):
+    """COCO images with their five or more captions; samples also have `image_id`.
+
+    Args:
+        root: the folder that holds `annotations/` and the image folders.
+        split: train or validation; with `karpathy` train, restval, validation or test.
+        year: 2014 or 2017; null takes the one that is there.
+        karpathy: path of `dataset_coco.json`, from root or from where you are, to split by it.
+        restval: add Karpathy's 30,504 `restval` images to his train split, as is usual.
+        instances: also read the object annotations: `objects`, a list of `{"name", "box"
+            (x, y, width, height in pixels of the file), "is_crowd"}`, and `attributes`, whose
+            `has_object` says which of the 80 classes are there.
+        options: see `Reading`.
+
+    Raises:
+        ConfigError: if a file or an image is missing, or a file is not as COCO's.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        year: int | None = None,
+        karpathy: str | Path | None = None,
+        restval: bool = False,
+        instances: bool = False,
+        **options: Any,
+    ):
+        reading, root = Reading.of(options), Path(root).expanduser()
+        self.object_names: tuple[str, ...] = ()
+        if karpathy is not None:
+            path = next((p for p in (root / karpathy, Path(karpathy)) if p.is_file()), None)
+            if path is None:
+                raise ConfigError(f"karpathy: {karpathy} is neither in {root} nor a path")
+            if instances:
+                raise ConfigError("instances: not with karpathy, whose file lists no objects")
+            records = _karpathy_records(root, path, choose_split(split, KARPATHY_SPLITS), restval)
+        else:
+            part = SPLITS[choose_split(split, list(SPLITS))]
+            path = _captions_file(root, part, year)
+            records = _official_records(root, path)
+            if instances:
+                records = self._with_objects(records, path)
+        super().__init__(records, reading, where=path)
+
+    def attribute_names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the columns of `attributes`; {} without `instances`."""
+        return {"has_object": self.object_names} if self.object_names else {}
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Look for captions_*.json."""
+        found: dict[str, dict[str, Any]] = {}
+        for year in YEARS:
+            for split, part in SPLITS.items():
+                if annotation_file(root, f"captions_{part}{year}.json"):
+                    found[f"{split}{year}"] = {"root": root, "split": split, "year": year}
+        return found
+
+    def _with_objects(self, records: list[Record], captions: Path) -> list[Record]:
+        path = captions.with_name(captions.name.replace("captions_", "instances_"))
+        content = read_json(path)
+        names = {e["id"]: e["name"] for e in entries(content, "categories", ("id", "name"), path)}
+        self.object_names = tuple(names[key] for key in sorted(names))
+        objects: dict[int, list[dict[str, Any]]] = {}
+        needed = ("image_id", "category_id", "bbox")
+        for entry in entries(content, "annotations", needed, path):
+            thing = {
+                "name": names[entry["category_id"]],
+                "box": tuple(entry["bbox"]),
+                "is_crowd": bool(entry.get("iscrowd")),
+            }
+            objects.setdefault(entry["image_id"], []).append(thing)
+        return [self._with_own(record, objects) for record in records]
+
+    def _with_own(self, record: Record, objects: dict[int, list[dict[str, Any]]]) -> Record:
+        own = objects.get(record.extra["image_id"], [])
+        there = {thing["name"] for thing in own}
+        labels = np.array([name in there for name in self.object_names], np.int64)
+        extra = {**record.extra, "objects": own, "attributes": {"has_object": labels}}
+        return Record(record.file, record.path, record.captions, extra)
+
+
+def _captions_file(root: Path, part: str, year: int | None) -> Path:
+    if year is not None and year not in YEARS:
+        raise ConfigError(f"year must be one of {', '.join(map(str, YEARS))}, got {year!r}")
+    names = [f"captions_{part}{y}.json" for y in YEARS if year in (None, y)]
+    found = [path for path in (annotation_file(root, name) for name in names) if path]
+    if len(found) > 1:
+        raise ConfigError(f"{root} holds {part} captions of both years; give `year: 2014` or 2017")
+    if not found:
+        raise ConfigError(f"{root}: neither annotations/{names[0]} nor {' or '.join(names)} there")
+    return found[0]
+
+
+def _official_records(root: Path, path: Path) -> list[Record]:
+    content = read_json(path)
+    captions, images = captions_by_image(content, path), CocoImages(root)
+    # The names stand in the file: made from ids they would lack zeros for short ids.
+    return [
+        Record(
+            entry["file_name"],
+            images.find(number=int(entry["id"]), name=entry["file_name"]),
+            tuple(captions.get(int(entry["id"]), ())),
+            {"image_id": int(entry["id"])},
+        )
+        for entry in entries(content, "images", ("id", "file_name"), path)
+    ]
+
+
+def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list[Record]:
+    wanted = {"val" if split == "validation" else split}
+    if restval:
+        wanted.add("restval")
+    images, records = CocoImages(root), []
+    needed = ("filename", "split", "sentences")
+    for entry in entries(read_json(path), "images", needed, path):
+        if entry["split"] not in wanted:
+            continue
+        name = entry["filename"]
+        number = int(entry.get("cocoid", entry.get("imgid", -1)))
+        texts = (clean(sentence["raw"]) for sentence in entry["sentences"])
+        captions = tuple(text for text in texts if text)
+        where = images.find(number=number, name=name)
+        records.append(Record(name, where, captions, {"image_id": number}))
+    return records

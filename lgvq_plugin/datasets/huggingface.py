@@ -1,0 +1,148 @@
+"""Hugging Face data sets with an image column: imagefolder, save_to_disk, parquet, or the hub.
+
+root/train/metadata.jsonl (imagefolder)   root/dataset_dict.json or state.json (save_to_disk)
+root/data/train-00000-of-00001.parquet    root: "lmms-lab/TextCaps" (hub; downloads)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..sockets import ConfigError, suggest
+from ._caption_files import CAPTION_KEYS, clean
+from ._listed import ListedImages, Reading, Record
+from ._names import SPLIT_ALIASES
+
+CAPTION_COLUMNS = (*CAPTION_KEYS[:-1], "prompt", "caption_str", "sentences")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """An image in a row of a `datasets.Dataset`."""
+
+    table: Any
+    row: int
+    column: str
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image, from the table or from the file it names."""
+        cell = self.table[self.row][self.column]
+        if not isinstance(cell, dict):
+            raise OSError(f"{self}: expected an encoded image, got {type(cell).__name__}")
+        if cell.get("bytes"):
+            return cell["bytes"]
+        if cell.get("path"):
+            return Path(cell["path"]).read_bytes()
+        raise OSError(f"{self} is empty")
+
+    def is_file(self) -> bool:
+        """Return True: the row is there."""
+        return True
+
+    def __str__(self) -> str:
+        return f"row {self.row}, column {self.column!r}"
+
+
+class HuggingFaceImages(ListedImages):
+    """Any data set that the `datasets` library reads and that has an image column.
+
+    Args:
+        root: a folder, or a name on the hub (which downloads).
+        split: its name there; validation also finds val, valid and dev.
+        image_column: null takes the first of image, img, jpg or png.
+        caption_column: null takes the first usual one; its cells are texts or lists of texts.
+        name: of the configuration, for hub data sets with several.
+        options: see `Reading`.
+
+    Raises:
+        ConfigError: if `datasets` is not installed (extra `[data]`), or it cannot read root, or
+            a column is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        name: str | None = None,
+        **options: Any,
+    ):
+        reading = Reading.of(options)
+        table = _load(str(Path(root).expanduser()) if Path(root).exists() else str(root), name)
+        table = _part(table, split)
+        column = _column(table, image_column, ("image", "img", "jpg", "png"), "image_column")
+        words = _column(table, caption_column, CAPTION_COLUMNS, "caption_column")
+        table = _undecoded(table, column)
+        pictures = table.select_columns([column])
+        records = []
+        for row, told in enumerate(table[words]):
+            texts = [told] if isinstance(told, str) else told or []
+            captions = tuple(text for text in (clean(str(text)) for text in texts) if text)
+            file = f"{split}_{row:08d}"
+            records.append(Record(file, Cell(pictures, row, column), captions))
+        super().__init__(records, reading, where=root)
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Look for save_to_disk and parquet files; plain imagefolders are a `folder` too."""
+        if not root.is_dir():
+            return {}
+        is_saved = any((root / n).is_file() for n in ("dataset_dict.json", "state.json"))
+        if is_saved or any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")):
+            table = _load(str(root), None)
+            splits = list(table) if isinstance(table, dict) else ["train"]
+            return {split: {"root": root, "split": split} for split in splits}
+        return {}
+
+
+def _load(root: str, name: str | None) -> Any:
+    """Return a Dataset or a dict of them."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{root}: reading Hugging Face data sets needs `pip install lgvq_plugin[data]`"
+        ) from error
+    folder = Path(root)
+    try:
+        if any((folder / n).is_file() for n in ("dataset_dict.json", "state.json")):
+            return datasets.load_from_disk(root)
+        if not folder.is_dir():
+            return datasets.load_dataset(root, name)
+        if any(folder.rglob("metadata.*")) or not any(folder.rglob("*.parquet")):
+            # load_dataset(root) overlooks metadata files that lie in root itself.
+            return datasets.load_dataset("imagefolder", data_dir=root)
+        return datasets.load_dataset(root)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{root}: the datasets library cannot read it: {error}") from error
+
+
+def _part(table: Any, split: str) -> Any:
+    if not isinstance(table, dict):
+        return table
+    wanted = SPLIT_ALIASES.get(split, split)
+    for known in table:
+        if known == split or SPLIT_ALIASES.get(known, known) == wanted:
+            return table[known]
+    raise ConfigError(f"split: {split!r}{suggest(split, list(table))}")
+
+
+def _column(table: Any, given: str | None, usual: tuple[str, ...], option: str) -> str:
+    names = list(table.column_names)
+    if given is not None and given not in names:
+        raise ConfigError(f"{option}: {given!r}{suggest(given, names)}")
+    found = given or next((name for name in usual if name in names), None)
+    if found is None:
+        raise ConfigError(f"no usual column; name one with `{option}`; there are {names}")
+    return found
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    import datasets
+
+    if isinstance(table.features[column], datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    return table

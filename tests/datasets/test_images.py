@@ -1,0 +1,147 @@
+"""What comes off the disk: odd modes, rotations, bombs and broken files."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgvq_plugin.datasets._draws import Draws
+from lgvq_plugin.datasets._image import Pipeline, UnreadableImage, open_image, shrink
+from lgvq_plugin.datasets.folder import CaptionedFolder
+from lgvq_plugin.sockets import ConfigError
+
+
+def read(path, size=8, **options):
+    return Pipeline(size=size, **options)(path, Draws(0))
+
+
+def levels(array):
+    return np.rint((array + 1) * 127.5).astype(int)
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).round().astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    seen = levels(read(tmp_path / "a.png"))
+    assert np.abs(seen[..., 0] - ramp / 257).max() <= 0.51
+    assert (seen[..., 0] == seen[..., 2]).all()
+
+
+def test_cmyk_and_grey_become_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red = levels(read(tmp_path / "a.jpg")).mean(axis=(0, 1))
+    assert red[0] > 230
+    assert max(red[1:]) < 25
+    Image.new("L", (8, 8), 100).save(tmp_path / "b.png")
+    assert (levels(read(tmp_path / "b.png")) == 100).all()
+
+
+def test_transparency_lies_on_white(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 0, 255, 0)).save(tmp_path / "a.png")
+    assert (read(tmp_path / "a.png") == 1).all()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    palette.save(tmp_path / "b.png", transparency=0)
+    assert (read(tmp_path / "b.png") == 1).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_upright(tmp_path, orientation):
+    # The pixel that belongs to the top left lies elsewhere in the file: EXIF 2.3, table 6.
+    row, column = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0)}.get(
+        orientation, {5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}.get(orientation)
+    )
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[row, column] = 255
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    seen = read(tmp_path / "a.png")
+    assert seen[0, 0].tolist() == [1, 1, 1]
+    assert (seen == 1).sum() == 3
+
+
+def png_of(width, height):
+    """Return a PNG of claimed size whose data is a few bytes."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_decompression_bomb_is_refused_even_where_broken_files_are_skipped(tmp_path, side):
+    (tmp_path / "a.png").write_bytes(png_of(side, side))
+    (tmp_path / "a.txt").write_text("a bomb")
+    with pytest.raises(ConfigError, match=r"a\.png.*shrink or remove"):
+        CaptionedFolder(tmp_path, skip_corrupt=True)[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0\0\x10JFIF\0"])
+def test_a_broken_file_is_named(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"a\.jpg cannot be read"):
+        open_image(tmp_path / "a.jpg")
+
+
+def test_a_truncated_photo_is_broken(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UnreadableImage, match=r"a\.jpg"):
+        open_image(tmp_path / "a.jpg")
+
+
+def test_the_next_good_image_takes_the_place_of_a_broken_one(tmp_path):
+    for k in range(3):
+        Image.new("RGB", (8, 8), (k, k, k)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"number {k}")
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"1\.png.*skip_corrupt"):
+        CaptionedFolder(tmp_path)[1]
+    dataset = CaptionedFolder(tmp_path, skip_corrupt=True)
+    assert dataset[1]["caption"] == "number 2"
+    assert "1 of 3 images skipped" in dataset.skipped_summary()
+
+
+def test_aspect_ratio_is_kept(tmp_path):
+    # A circle in a wide picture stays as wide as it is high.
+    y, x = np.mgrid[:100, :200]
+    disc = ((x - 100) ** 2 + (y - 50) ** 2 < 40**2).astype(np.uint8) * 255
+    Image.fromarray(disc).save(tmp_path / "a.png")
+    for crop, height in (("center", 40), ("none", 20)):
+        seen = read(tmp_path / "a.png", size=50, crop=crop)[..., 0] > 0
+        if crop == "none":
+            assert seen[:12].all()  # white padding
+            seen = seen[13:37]
+        assert abs(int(seen.any(axis=0).sum()) - height) <= 2
+        assert abs(int(seen.any(axis=1).sum()) - height) <= 2
+
+
+def test_shrinking_copies_what_is_small_enough_byte_for_byte(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg")
+    content, suffix = shrink(tmp_path / "a.jpg", 30, square=False)
+    assert (content, suffix) == ((tmp_path / "a.jpg").read_bytes(), ".jpg")
+
+
+@pytest.mark.parametrize(("square", "expected"), [(False, (20, 15)), (True, (15, 15))])
+def test_shrinking_keeps_the_shorter_side(tmp_path, square, expected):
+    Image.new("RGBA", (40, 30), "red").save(tmp_path / "a.png")
+    content, suffix = shrink(tmp_path / "a.png", 15, square=square)
+    (tmp_path / "b").write_bytes(content)
+    with Image.open(tmp_path / "b") as image:
+        assert (image.size, image.mode, suffix) == (expected, "RGB", ".png")

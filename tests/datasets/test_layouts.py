@@ -1,0 +1,206 @@
+"""General layouts: tables, lists, tar shards, Hugging Face, class folders; and foreign readers."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from disk_trees import COUNT, captions, encoded, photo, write
+from PIL import Image
+
+from lgvq_plugin.datasets.base import recognize
+from lgvq_plugin.datasets.folder import CaptionedFolder
+from lgvq_plugin.datasets.huggingface import HuggingFaceImages
+from lgvq_plugin.datasets.list_file import ListFile
+from lgvq_plugin.datasets.pairs_table import PairsTable
+from lgvq_plugin.datasets.webdataset import WebDataset
+from lgvq_plugin.sockets import ConfigError
+
+
+def told(dataset):
+    return [record.captions for record in dataset.records]
+
+
+# Tables and lists
+
+
+def test_a_comma_table_with_quoted_captions(tmp_path):
+    photo(tmp_path / "a.jpg", 0)
+    write(tmp_path / "x.csv", 'title,filepath\r\n"a dog, running ",a.jpg\r\n')
+    assert told(PairsTable(tmp_path / "x.csv")) == [("a dog, running",)]
+
+
+def test_jsonl_with_a_list_of_captions_and_an_absolute_path(tmp_path):
+    photo(tmp_path / "elsewhere/a.jpg", 0)
+    row = {"image": str(tmp_path / "elsewhere/a.jpg"), "caption": ["one", "two"]}
+    write(tmp_path / "x.jsonl", row)
+    assert told(PairsTable(tmp_path / "x.jsonl")) == [("one", "two")]
+
+
+def test_a_table_that_is_missing_or_names_no_file(tmp_path):
+    write(tmp_path / "x.csv", "a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"x\.csv:2: no file name"):
+        PairsTable(tmp_path / "x.csv")
+    with pytest.raises(ConfigError, match="no table of split 'train'"):
+        PairsTable(tmp_path, "train")
+
+
+def test_a_list_takes_captions_behind_a_tab_or_beside(tmp_path):
+    for k in range(3):
+        photo(tmp_path / f"{k}.jpg", k)
+    write(tmp_path / "1.caption", "beside\n")
+    write(tmp_path / "list.txt", "0.jpg\ta dog\n0.jpg\ta hound\n\n1.jpg\n2.jpg\n")
+    dataset = ListFile(tmp_path / "list.txt")
+    assert told(dataset) == [("a dog", "a hound"), ("beside",), ()]
+
+
+# Tar shards
+
+
+def test_shards_written_by_the_webdataset_package(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    with wds.TarWriter(str(tmp_path / "train-000000.tar")) as sink:
+        for k in range(COUNT):
+            meta = {"caption": captions(k), "image_id": k}
+            sink.write({"__key__": f"a/{k:04d}", "jpg": encoded(k), "json": meta})
+    dataset = WebDataset(tmp_path, "train")
+    assert told(dataset) == [tuple(captions(k)) for k in range(COUNT)]
+    assert dataset[3]["image_id"] == 3
+    assert dataset[0]["file"] == "train-000000.tar:a/0000.jpg"
+
+
+def test_img2dataset_keeps_its_text_and_ignores_the_rest(tmp_path):
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        add(tar, "000000000.jpg", encoded(0))
+        add(tar, "000000000.json", json.dumps({"caption": "a dog", "url": "x"}).encode())
+        add(tar, "000000000.txt", b"a dog")
+        add(tar, "000000001.json", b'{"caption": "its image failed"}')
+        add(tar, "000000002.jpg", encoded(2))
+    assert told(WebDataset(tmp_path)) == [("a dog",), ()]
+    assert told(WebDataset(f"{tmp_path}/{{00000..00000}}.tar")) == [("a dog",), ()]
+
+
+def test_a_cut_off_shard_and_a_compressed_one_are_named(tmp_path, trees):
+    trees["webdataset"](tmp_path)
+    path = tmp_path / "shard_000001.tar"
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ConfigError, match=r"shard_000001\.tar"):
+        WebDataset(tmp_path)[5]
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tmp_path / "shard_000000.tar", "x.jpg")
+    with pytest.raises(ConfigError, match=r"shard_000001\.tar.*uncompressed"):
+        WebDataset(tmp_path)
+
+
+def test_missing_shards_are_counted(tmp_path):
+    with pytest.raises(ConfigError, match="3 shards do not exist"):
+        WebDataset(f"{tmp_path}/a_{{0..2}}.tar")
+    with pytest.raises(ConfigError, match="no shards"):
+        WebDataset(tmp_path)
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def imagefolder(tmp_path):
+    for split, first in (("train", 0), ("validation", 4)):
+        rows = ""
+        for k in range(first, first + 2):
+            photo(tmp_path / f"hf/{split}/{k}.jpg", k)
+            rows += json.dumps({"file_name": f"{k}.jpg", "text": captions(k)[0]}) + "\n"
+        write(tmp_path / f"hf/{split}/metadata.jsonl", rows)
+    return tmp_path / "hf"
+
+
+def test_imagefolder_reads_the_same_with_and_without_the_library(imagefolder, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(imagefolder.parent / "cache"))
+    for split in ("train", "validation"):
+        theirs = HuggingFaceImages(imagefolder, split, size=16)
+        ours = CaptionedFolder(imagefolder, split=split, size=16)
+        assert told(theirs) == told(ours)
+        assert all((theirs[i]["image"] == ours[i]["image"]).all() for i in range(2))
+    assert recognize(imagefolder).member == "folder"
+
+
+def test_parquet_files_with_image_bytes(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"image": {"bytes": encoded(k), "path": f"{k}.jpg"}, "caption": captions(k)[0]}
+        for k in range(3)
+    ]
+    (tmp_path / "set/data").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "set/data/train-00000-of-00001.parquet")
+    layout = recognize(tmp_path / "set")
+    assert layout.member == "huggingface"
+    dataset = layout.build("train", size=16)
+    assert told(dataset) == [(captions(k)[0],) for k in range(3)]
+    assert dataset[2]["image"].shape == (16, 16, 3)
+
+
+def test_a_column_that_is_not_there_is_told(tmp_path, trees):
+    params = trees["huggingface"](tmp_path)
+    with pytest.raises(ConfigError, match=r"caption_column: 'txet'.*captions"):
+        HuggingFaceImages(**params, caption_column="txet")
+    with pytest.raises(ConfigError, match="split: 'test'"):
+        HuggingFaceImages(**params, split="test")
+
+
+# Folders
+
+
+def test_class_folders_take_a_template(tmp_path):
+    for k, name in enumerate(("brown_bear", "red_fox")):
+        photo(tmp_path / name / "0.jpg", k)
+    layout = recognize(tmp_path)
+    assert told(layout.build("all")) == [("a photo of a brown bear",), ("a photo of a red fox",)]
+
+
+def test_folders_named_after_splits_are_the_splits(tmp_path):
+    for split, count in (("train", 3), ("val", 1)):
+        for k in range(count):
+            photo(tmp_path / split / f"{k}.jpg", k)
+            write(tmp_path / split / f"{k}.txt", "a dog")
+    assert len(CaptionedFolder(tmp_path, split="train")) == 3
+    assert len(CaptionedFolder(tmp_path, split="validation")) == 1
+    with pytest.raises(ConfigError, match="split 'test' needs a folder"):
+        CaptionedFolder(tmp_path, split="test")
+
+
+def test_a_folder_without_captions_says_what_would_do(tmp_path):
+    photo(tmp_path / "0.jpg", 0)
+    with pytest.raises(ConfigError, match=r"no captions found.*caption_template"):
+        CaptionedFolder(tmp_path)
+
+
+def test_holdout_parts_the_same_way_whatever_else_lies_there(tmp_path):
+    for k in range(40):
+        photo(tmp_path / f"{k}.jpg", 0)
+        write(tmp_path / f"{k}.txt", "a dog")
+    parts = [{r.file for r in CaptionedFolder(tmp_path, split=s).records} for s in ("train", "val")]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 40
+    (tmp_path / "0.jpg").unlink()
+    again = {r.file for r in CaptionedFolder(tmp_path, split="val").records}
+    assert again == parts[1] - {"0.jpg"}
+
+
+def test_real_photos_and_emoji(shared):
+    photos = recognize(shared / "coco_captioned_mini_256").build("all", size=256)
+    assert (len(photos), photos[0]["image"].shape) == (476, (256, 256, 3))
+    assert all(len(captions) >= 5 for captions in told(photos))
+    emoji = recognize(shared / "emoji_noto128").build("all", size=32)
+    assert len(emoji) == 3530
+    assert emoji[0]["captions"][0] == "hash sign"
+    with Image.open(shared / "emoji_noto128/images" / emoji[0]["file"]) as image:
+        assert image.size == (128, 128)
