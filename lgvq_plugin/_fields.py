@@ -78,7 +78,10 @@ def read(value: Any, hint: Any, path: str) -> Any:
         expected = f"{len(inner)} values, each {WORDS[inner[0]]}, like {example}"
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         require(is_list and len(value) == len(inner), path, expected, value)
-        return tuple(read(v, h, path) for v, h in zip(value, inner, strict=True))
+        try:
+            return tuple(read(v, h, path) for v, h in zip(value, inner, strict=True))
+        except ConfigError:
+            raise ConfigError(f"{path}: expected {expected}, got {value!r}") from None
     if hint in (float, int):
         return _number(value, hint, path)
     if hint in (bool, str):

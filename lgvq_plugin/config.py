@@ -60,7 +60,7 @@ class MaskedTextConfig:
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", ">= 0", self.weight)
         low, high = self.ratio
-        require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", self.ratio)
+        require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", [low, high])
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", ">= 0 and < 1", smoothing)
         require(0 <= self.dropout < 1, "dropout", ">= 0 and < 1", self.dropout)
@@ -154,7 +154,7 @@ class LGVQConfig:
     def __post_init__(self) -> None:
         grid = self.grid
         expected = "two whole numbers >= 1, like [16, 16], or null"
-        require(grid is None or min(grid) >= 1, "grid", expected, grid)
+        require(grid is None or min(grid) >= 1, "grid", expected, [*(grid or ())])
         width = self.code_dim
         require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
         require(self.start >= 0, "start", ">= 0", self.start)

@@ -155,15 +155,15 @@ def test_it_learns_from_the_image_alone(batch):
     """Four images, four one-word captions: nothing but the tokens can tell the word."""
     strings = ["alfa", "echo", "kilo", "zulu"]
     given = batch("masked_text", "corrected", strings)
-    optimizer = torch.optim.Adam(given.objective.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(given.objective.parameters(), lr=5e-3)
     view = replace(given.view, tokens=given.view.tokens.detach())
     given = replace(given, view=view)
     first = given.term()
-    for _ in range(150):
+    for _ in range(80):
         optimizer.zero_grad()
         given.term().value.backward()
         optimizer.step()
     last = given.term()
     assert first.log["word_recall"] < 1
     assert last.log["word_recall"] == 1
-    assert last.value < 0.1 * first.value
+    assert last.value < 0.2 * first.value

@@ -1,0 +1,139 @@
+"""Names become classes; a name that is none gets one clear message."""
+
+import importlib
+import sys
+
+import pytest
+
+from lgvq_plugin.sockets import ConfigError, import_target, instantiate, resolve, suggest
+
+
+def test_suggest():
+    assert suggest("wieght", ["weight", "start"]) == "; did you mean 'weight'? Known: start, weight"
+    assert suggest("zzz", ["weight"]) == ". Known: weight"
+    assert suggest("zzz", []) == ""
+    assert suggest(3, {"30": 1}) == "; did you mean '30'? Known: 30"
+
+
+@pytest.mark.parametrize(
+    "path", ["collections.OrderedDict", "collections:OrderedDict", "lgvq_plugin.types.Codes"]
+)
+def test_a_path_that_exists(path):
+    module, _, name = path.replace(":", ".").rpartition(".")
+    assert import_target(path) is getattr(importlib.import_module(module), name)
+
+
+def test_a_class_in_a_class():
+    import unittest.mock
+
+    assert import_target("unittest.mock.MagicMock.mock_add_spec") is (
+        unittest.mock.MagicMock.mock_add_spec
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("OrderedDict", "no dotted path; expected 'package.module.Class'"),
+        ("", "no dotted path"),
+        (".relative", "no dotted path"),
+        ("a..b", "no dotted path"),
+        ("a b.c", "no dotted path"),
+        (None, "no dotted path"),
+        (3, "no dotted path"),
+        ("nowhere_at_all.Thing", "no module named 'nowhere_at_all'"),
+        ("collections.nowhere.Thing", "no module named 'collections.nowhere'"),
+        ("collections.OrderedDic", "did you mean 'OrderedDict'"),
+        ("lgvq_plugin.hosts.vqvae.VQVEA", "did you mean 'VQVAE'"),
+    ],
+)
+def test_a_path_that_does_not(path, told):
+    with pytest.raises(ConfigError) as raised:
+        import_target(path)
+    assert repr(path) in str(raised.value)
+    assert told in str(raised.value)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module that a test may import."""
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return write
+
+
+def test_a_library_that_is_missing_inside(module):
+    module("needs_more", "import a_library_nobody_has\nclass Thing: pass\n")
+    with pytest.raises(ConfigError, match="needs 'a_library_nobody_has', not installed"):
+        import_target("needs_more.Thing")
+
+
+def test_a_broken_module_shows_its_own_error(module):
+    module("breaks", "1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        import_target("breaks.Thing")
+
+
+@pytest.mark.parametrize("room", ["guides", "objectives", "datasets", "hosts"])
+def test_members_are_strings(room):
+    members = importlib.import_module(f"lgvq_plugin.{room}").MEMBERS
+    assert members
+    for path in members.values():
+        module, _, name = path.rpartition(".")
+        assert module.isidentifier()
+        assert name.isidentifier()
+
+
+def test_resolve():
+    assert resolve("objectives", "masked_text").__name__ == "MaskedText"
+    assert resolve("objectives", "collections.OrderedDict").__name__ == "OrderedDict"
+    assert resolve("objectives", "collections:OrderedDict").__name__ == "OrderedDict"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("masked_tex", "unknown member of objectives: 'masked_tex'; did you mean 'masked_text'"),
+        ("zzz", "Known: global_semantic, masked_text, relationship; or give 'pkg.module:Class'"),
+        (3, "a member of objectives is named by a string, got 3"),
+        (None, "got None"),
+        ("nowhere_at_all:Thing", "no module named"),
+    ],
+)
+def test_resolve_refuses(name, told):
+    with pytest.raises(ConfigError) as raised:
+        resolve("objectives", name)
+    assert told in str(raised.value)
+
+
+def test_instantiate():
+    assert instantiate({"target": "fractions.Fraction", "params": {"numerator": 3}}) == 3
+    assert instantiate({"target": "fractions.Fraction", "params": None}, numerator=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"params": {}}, "expected a mapping with a `target:`, got keys ['params']"),
+        ("fractions.Fraction", "expected a mapping with a `target:`"),
+        ({"target": "fractions.Fraction", "params": [1]}, "`params:` must be a mapping, got [1]"),
+        ({"target": "fractions.Fraction", "params": {1: 2}}, "`params:` must be a mapping"),
+        ({"target": "fractions.Fraction", "params": {"nume": 1}}, "given params: ['nume']"),
+    ],
+)
+def test_instantiate_refuses(config, told):
+    with pytest.raises(ConfigError) as raised:
+        instantiate(config)
+    assert told in str(raised.value)
+
+
+def test_an_error_inside_the_constructor_stays_itself(module):
+    module("inside", "class Thing:\n    def __init__(self): len(1, 2)\n")
+    with pytest.raises(TypeError) as raised:
+        instantiate({"target": "inside.Thing"})
+    assert not isinstance(raised.value, ConfigError)
