@@ -1,1 +1,102 @@
-"""Ablations and pages: plan.py -> run.py -> statistics.py -> report.py; explorer.py is apart."""
+"""Ablations: plan -> run -> statistics -> report; explorer.py, `lgvq inspect`, stands apart.
+
+This file strings the parts together, so that none of them knows another.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..sockets import ConfigError
+from .base import REPORT, RESULTS, Results
+
+logger = logging.getLogger(__name__)
+
+
+def publish(results: Results, folder: Path) -> Path:
+    """Write results.json and report.html; returns the path of the page.
+
+    Args:
+        results: of all runs; the paths of their examples are below `folder`.
+        folder: of the ablation.
+    """
+    from .report import write_report
+    from .statistics import compare
+
+    results.save(folder / RESULTS)
+    return write_report(results, compare(results), folder / REPORT, root=folder)
+
+
+def ablate(
+    path: str | Path,
+    folder: Path,
+    *,
+    seeds: int | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Run the plan at `path` in `folder` and write its report; returns the path of the page.
+
+    Args:
+        path, seeds, overrides: see `plan.read_plan`.
+        folder, resume, jobs, progress: see `run.run_plan`.
+    """
+    from .plan import read_plan
+    from .run import run_plan
+
+    plan = read_plan(path, seeds=seeds, overrides=overrides)
+    results = run_plan(plan, folder, resume=resume, jobs=jobs, progress=progress)
+    return publish(results, folder)
+
+
+def main(argv: list[str]) -> int:
+    """Run `lgvq ablate`.
+
+    Args:
+        argv: `-b PLAN... [-o DIR] [--seeds N] [--jobs N] [--resume auto] [key=value ...]`.
+
+    Returns:
+        0, or 1 if a run failed; the report is written all the same.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq ablate",
+        description="Train and evaluate variants over seeds, and report what differs.",
+    )
+    parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="PLAN")
+    parser.add_argument("-o", "--out", metavar="DIR", help="default: logs/ablation/<plan's name>")
+    parser.add_argument("--seeds", type=int, metavar="N", help="0..N-1 instead of the plan's")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side")
+    parser.add_argument("--resume", choices=["auto"], help="go on where runs were left")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    given, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    plans = [Path(word) for word in given.base if "=" not in word]
+    overrides = [word for word in given.base if "=" in word] + rest
+    if not plans:
+        raise ConfigError(f"-b {' '.join(overrides)}: expected a plan in YAML, got overrides only")
+    has_failed = False
+    for plan in plans:
+        folder = Path(given.out or "logs/ablation")
+        folder = folder / plan.stem if given.out is None or len(plans) > 1 else folder
+        if given.report:
+            page = publish(Results.load(folder / RESULTS), folder)
+        else:
+            page = ablate(
+                plan,
+                folder,
+                seeds=given.seeds,
+                overrides=overrides,
+                resume=given.resume == "auto",
+                jobs=given.jobs,
+                progress=not given.no_progress,
+            )
+        failed = [run for run in Results.load(folder / RESULTS).runs if run.status == "failed"]
+        has_failed = has_failed or bool(failed)
+        logger.info("%s", page)
+    return int(has_failed)

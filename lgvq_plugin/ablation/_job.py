@@ -25,9 +25,8 @@ from ..hosts.base import reconstruct
 from ..training.base import Sections, build_dataset
 from ..training.run import train
 from ._page import write_png
-from .base import Job, Run, read_json, write_json
+from .base import JOB, RUN, Job, Run, read_json, write_json
 
-JOB, RUN, LOG = "job.json", "run.json", "log.txt"
 POINTS = 200  # of a curve, at most
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,9 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     """
     steps_before = _last_step(folder)
     begun = time.perf_counter()
-    trained = train(job.config, name=folder.name, logdir=folder.parent, resume="auto", progress=False)
+    trained = train(
+        job.config, name=folder.name, logdir=folder.parent, resume="auto", progress=False
+    )
     cost = _cost(trained.steps, trained.steps - steps_before, time.perf_counter() - begun, folder)
     logger.info("evaluating %s", job.name)
     host = load_host(job.config, trained.checkpoint, device=_device())
@@ -93,7 +94,9 @@ def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str,
     if steps_now <= 0 and before:
         return before
     has_gpu = torch.cuda.is_available()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     if has_gpu:
         peak = torch.cuda.max_memory_allocated()
     cost = {
@@ -101,7 +104,9 @@ def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str,
         "seconds_per_step": seconds / steps_now if steps_now > 0 else None,
         "peak_memory_mib": peak / 2**20,
         "memory_of": "GPU" if has_gpu else "process",
-        "device": torch.cuda.get_device_name() if has_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if has_gpu
+        else f"CPU, {torch.get_num_threads()} threads",
     }
     write_json(folder / "cost.json", cost)
     return cost

@@ -4,16 +4,17 @@ YAML --plan--> Plan of Jobs --run--> Results of Runs --statistics--> Cells --rep
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..sockets import ConfigError
 
-RESULTS = "results.json"
-REPORT = "report.html"
+RESULTS, REPORT = "results.json", "report.html"  # in the folder of an ablation
+JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
 CONFIDENCE = 0.95
 
 
@@ -176,6 +177,23 @@ class Cell:
     def to(self, reference: str) -> Difference | None:
         """Return the difference to `reference`, if there is one."""
         return next((d for d in self.differences if d.reference == reference), None)
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean, and the standard deviation of a sample (None for fewer than two values).
+
+    Example:
+        >>> mean_and_sd([1.0, 3.0])
+        (2.0, 1.4142135623730951)
+        >>> mean_and_sd([])
+        (None, None)
+    """
+    if not len(values):
+        return None, None
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2 or min(values) == max(values):
+        return mean, None if len(values) < 2 else 0.0
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -15,9 +15,8 @@ import torch
 from tqdm import tqdm
 
 from ..sockets import ConfigError
-from .base import RESULTS, Job, Plan, Results, Run, read_json, write_json
+from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_json, write_json
 
-JOB, RUN, LOG = "job.json", "run.json", "log.txt"
 POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
 
@@ -91,10 +90,11 @@ def collect(plan: Plan, folder: Path) -> Results:
             runs.append(Run(**read_json(path)))
         else:
             runs.append(_not_done(job, "missing", "not run yet"))
+    configs = {job.variant: job.config for job in reversed(plan.jobs)}
     return Results(
         title=plan.title,
         references=plan.references,
-        variants=plan.variants,
+        variants={k: {**told, "config": configs[k]} for k, told in plan.variants.items()},
         runs=tuple(runs),
     )
 
@@ -112,7 +112,8 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
         path = folder / job.name
         given = asdict(job)
         before = read_json(path / JOB) if job in held else given
-        _check_same(before["config"], given["config"], path)
+        if (path / "checkpoints").is_dir():
+            _check_same(before["config"], given["config"], path)
         done = (path / RUN).is_file() and read_json(path / RUN).get("status") == "done"
         if done and before == given:
             continue
@@ -162,9 +163,7 @@ def _slots(jobs: int | None) -> list[dict[str, str]]:
     ]
 
 
-def _launch(
-    folder: Path, root: Path, environment: Mapping[str, str]
-) -> "subprocess.Popen[bytes]":
+def _launch(folder: Path, root: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     module = f"{__package__}._job"
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(

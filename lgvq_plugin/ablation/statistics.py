@@ -18,26 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .base import CONFIDENCE, Cell, Difference, Results, Run
+from .base import CONFIDENCE, Cell, Difference, Results, Run, mean_and_sd
 
 RESAMPLES = 4000
-
-
-def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the mean, and the standard deviation of a sample (None for fewer than two values).
-
-    Example:
-        >>> mean_and_sd([1.0, 3.0])
-        (2.0, 1.4142135623730951)
-        >>> mean_and_sd([])
-        (None, None)
-    """
-    if not len(values):
-        return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def student_quantile(probability: float, freedom: int) -> float:
@@ -256,10 +239,11 @@ def _cell(
     known = next(entries for (_, name), entries in table.items() if name == metric and entries)
     entry = next(iter(known.values()))
     mean, sd = mean_and_sd([entry["value"] for entry in own.values()])
+    # Of two references the later is compared to the earlier, not the other way round again.
+    others = references[: references.index(variant)] if variant in references else references
     found = [
         difference(own, table[reference, metric], reference=reference, resamples=resamples)
-        for reference in references
-        if reference != variant
+        for reference in others
     ]
     return Cell(
         data=data,

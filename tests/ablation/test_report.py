@@ -1,0 +1,216 @@
+"""The report says what the numbers say, and is a good page in a real browser."""
+
+import base64
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from lgvq_plugin.ablation import publish
+from lgvq_plugin.ablation._page import finite, number, to_json
+from lgvq_plugin.ablation.base import Results
+from lgvq_plugin.ablation.statistics import compare
+
+
+@pytest.fixture
+def page(results, tmp_path):
+    return publish(results, tmp_path)
+
+
+class Text(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.words, self.links = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_nothing_is_outside_the_file(page):
+    links = Text(page.read_text()).links
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert "url(" not in page.read_text()
+    assert "@import" not in page.read_text()
+
+
+def test_the_summary_is_made_of_the_numbers(page):
+    text = re.sub(r"\s+", " ", "".join(Text(page.read_text()).words))
+    # psnr is 0.4 dB up on every image of all; fid 4 down in every seed.
+    assert "all against baseline: better on 2 metrics" in text
+    assert "reconstruction/psnr +0.4000 dB [+0.4000, +0.4000]" in text
+    assert "reconstruction/fid −4.000 [−4.000, −4.000]" in text
+    assert "Failed: broken (1 run)." in text
+    assert "9 comparisons at 95 %: 4 marked, where about 0.45 would be" in text
+    assert "Time of a step, baseline = 1: paper 1.05 ×, all 1.40 ×." in text
+
+
+def test_captions_count_seeds_and_images(page):
+    captions = re.findall(r"<caption>(.*?)</caption>", page.read_text())
+    assert "over 3 seeds, on 40 images" in captions[0]
+    assert "over 3 seeds and 40 images" in captions[1]
+
+
+def test_text_from_outside_is_not_markup(page):
+    html = page.read_text()
+    assert "boom &lt;b&gt;bold&lt;/b&gt;" in html
+    assert "scene &lt;0&gt;" in html
+
+
+def test_downloads_hold_the_numbers(page, results):
+    html = page.read_text()
+    files = dict(re.findall(r'download="([^"]+)" href="data:[^,]+;base64,([^"]+)"', html))
+    texts = {name: base64.b64decode(content).decode() for name, content in files.items()}
+    rows = list(csv.DictReader(io.StringIO(texts["values.csv"])))
+    run = results.runs[4]
+    (row,) = [
+        row
+        for row in rows
+        if (row["variant"], row["seed"], row["metric"])
+        == (run.variant, str(run.seed), "reconstruction/psnr")
+    ]
+    assert float(row["value"]) == run.metrics["reconstruction/psnr"]["value"]
+    loaded = json.loads(texts["results.json"])["results"]
+    assert len(loaded["runs"]) == len(results.runs)
+    verdicts = {
+        (r["variant"], r["reference"], r["metric"]): r["verdict"]
+        for r in csv.DictReader(io.StringIO(texts["differences.csv"]))
+    }
+    assert verdicts["all", "baseline", "reconstruction/fid"] == "better"
+    assert verdicts["all", "paper", "reconstruction/fid"] == "better"
+    assert verdicts["all", "baseline", "codebook/usage"] == ""
+
+
+def test_results_come_back_from_their_file(results, tmp_path):
+    path = tmp_path / "results.json"
+    results.save(path)
+    assert compare(Results.load(path)) == compare(results)
+
+
+def test_no_run_at_all_is_still_a_page(results, tmp_path):
+    runs = tuple(replace(run, status="failed", reason="x", evaluation={}) for run in results.runs)
+    bare = tuple(replace(run, curves={}, examples=[], cost={}) for run in runs)
+    html = publish(replace(results, runs=bare), tmp_path).read_text()
+    assert "No run is done" in html
+    assert "0 of 10 runs done" in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1234567.0, "1.23e+06"),
+        (0.00001234, "1.23e−05"),
+        (256, "256"),
+        (0.00321, "0.003210"),
+    ],
+)
+def test_numbers_to_read(value, text):
+    assert number(value) == text
+
+
+def test_json_for_scripts_has_no_nan_and_no_end_tag():
+    assert (
+        to_json({"a": [float("inf")], "b": "</script>"}) == '{"a": [null], "b": "\\u003c/script>"}'
+    )
+    assert finite((1.0, float("nan"))) == [1.0, None]
+
+
+# -- in Chromium ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_renders_without_errors(page, browser, dark, width):
+    browser.open(page, width=width, dark=dark)
+    assert browser.errors() == []
+    assert len(browser.shown("main > section")) == 9
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert len(browser.all("#curve path")) == 3 * 3 + 3  # each seed, and the means
+    assert all(browser.run("return [...document.images].map((i) => i.naturalWidth)"))
+    red, green, blue = browser.run(
+        "return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
+    )[:3]
+    assert (red + green + blue < 200) == dark
+
+
+def test_the_button_turns_the_theme(page, browser):
+    browser.open(page)
+    color = "return getComputedStyle(document.body).backgroundColor"
+    before = browser.run(color)
+    browser.one("#theme").click()
+    assert browser.run(color) != before
+    browser.run("localStorage.clear()")
+
+
+def test_a_click_on_a_head_sorts(page, browser):
+    browser.open(page)
+    names = (
+        "return [...document.querySelectorAll('#numbers tbody tr')].map((r) => r.dataset.variant)"
+    )
+    head = browser.one('#numbers thead [data-metric="reconstruction/fid"]')
+    head.click()
+    assert browser.run(names) == ["all", "paper", "baseline", "broken"]  # 26, 29.5, 30, none
+    head.click()
+    assert browser.run(names) == ["baseline", "paper", "all", "broken"]
+    assert head.get_attribute("aria-sort") == "descending"
+
+
+def test_filters_of_the_table(page, browser):
+    browser.open(page)
+    browser.type("#find-variant", "al")
+    assert [row.get_attribute("data-variant") for row in browser.shown("#numbers tbody tr")] == [
+        "all"
+    ]
+    browser.type("#find-variant", "nobody")
+    assert browser.shown('[data-empty="numbers"]')
+    browser.type("#find-variant", "")
+    browser.type("#find-metric", "psnr")
+    assert len(browser.shown("#numbers thead [data-metric]")) == 1
+    browser.type("#find-metric", "")
+    browser.one("#only-marked").click()
+    shown = [e.get_attribute("data-metric") for e in browser.shown("#numbers thead [data-metric]")]
+    assert shown == ["reconstruction/psnr", "reconstruction/fid"]
+    assert browser.errors() == []
+
+
+def test_filters_of_the_differences(page, browser):
+    browser.open(page)
+    browser.one("#only-clear").click()
+    rows = browser.shown("#pairs tbody tr")
+    assert {row.get_attribute("data-verdict") for row in rows} <= {"better", "worse"}
+    browser.type("#find-difference", "psnr")
+    assert len(browser.shown("#pairs tbody tr")) < len(rows)
+
+
+def test_an_image_zooms_and_the_arrows_move_on(page, browser):
+    browser.open(page)
+    browser.one('.grid button[data-column="1"]').click()
+    assert [e.text for e in browser.shown("#zoom figcaption")] == [
+        *("original", "baseline", "paper", "all"),
+    ]
+    assert "scene <1>" in browser.one("#zoom .note").text
+    browser.one("#zoom button").send_keys("\ue014")  # right arrow
+    assert "3 of 3" in browser.one("#zoom .note").text
+
+
+def test_curves_follow_the_controls(page, browser):
+    browser.open(page)
+    browser.one("#curve-seeds").click()
+    assert len(browser.all("#curve path")) == 3
+    browser.all("#curve-legend button")[0].click()
+    assert len(browser.all("#curve path")) == 2
+    browser.run(
+        "const s = document.querySelector('#curve-key'); s.value = 'train/rec_loss';"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    assert "train/rec_loss: mean of 3 seeds" in browser.one("#curve-note").text
+    assert browser.errors() == []
