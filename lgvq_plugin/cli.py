@@ -12,6 +12,8 @@ from .sockets import ConfigError
 COMMANDS = {  # name: ("module:function of argv", what it does)
     "train": ("training.run:main", "train a tokenizer from configs"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
+    "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
+    "data": ("data_tools.data:main", "check a data set, or convert it for fast reading"),
 }
 """Resolved below this package, and only when called: `lgvq --help` imports no torch."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import parse
 from ..guides.base import build_guide
-from ..hosts.base import reconstruct
+from ..hosts.base import load_heads, reconstruct
 from ..sockets import ConfigError
 from ..training.base import Sections, build_dataset, read_config, to_plain
 from ..training.run import TrainResult, train
@@ -50,6 +50,7 @@ def retrofit(
     folder: str | Path,
     *,
     averaged: bool = False,
+    heads: str | Path | None = None,
     resume: str | None = None,
     progress: bool = True,
     most: int = 500,
@@ -61,6 +62,7 @@ def retrofit(
         checkpoint: the old weights.
         folder: of the new run.
         averaged: start from the averaged weights where there are any.
+        heads: folder of heads that another run exported, to start from.
         resume: "auto" goes on with a run in `folder`.
         progress: whether to show a bar.
         most: images of the comparison.
@@ -83,6 +85,8 @@ def retrofit(
         params = sections.model.get("params")
         reports.append(load_into(host, checkpoint, params=params, averaged=averaged))
         logger.info("old weights: %s", reports[0])
+        if heads is not None:
+            load_heads(_alignment(host), Path(heads))
         images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
         require_same(old, host, images)
 
@@ -108,6 +112,12 @@ def retrofit(
     result = RetrofitResult(run, reports[0] if reports else None, rows)
     _write_report(result, checkpoint, folder, is_held_out=sections.data.validation is not None)
     return result
+
+
+def _alignment(host: Any) -> Any:
+    if getattr(host.loss, "alignment", None) is None:
+        raise ConfigError("--heads: all weights under lgvq.objectives are 0, so there are no heads")
+    return host.loss.alignment
 
 
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
@@ -191,6 +201,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--freeze", metavar="PARTS", help="keep encoder,decoder,codebook: any of")
     parser.add_argument("--heads-first", type=int, metavar="N", help="train the heads alone first")
+    parser.add_argument("--heads", metavar="DIR", help="start from heads that another run exported")
     parser.add_argument("--averaged", action="store_true", help="start from the averaged weights")
     parser.add_argument("--images", type=int, default=500, help="of the comparison (default: 500)")
     parser.add_argument("--resume", choices=["auto"], help="go on with a run in DIR")
@@ -215,6 +226,7 @@ def main(argv: Sequence[str]) -> int:
         checkpoint,
         given.output,
         averaged=given.averaged,
+        heads=given.heads,
         resume=given.resume,
         progress=not given.no_progress,
         most=given.images,

@@ -1,0 +1,182 @@
+"""`lgvq export`: a checkpoint for the unmodified host, as a folder, for diffusers, or its heads."""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ..sockets import ConfigError
+from ..training.base import read_config, to_plain
+from . import _diffusers, pretrained
+from ._compare import HEADS
+from .base import Checkpoint, load_checkpoint, load_host
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("host", "safetensors", "diffusers", "heads")
+
+
+def host_state_dict(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None = None, *, averaged: bool = False
+) -> dict[str, Tensor]:
+    """Return the tensors under exactly the keys that the unmodified host has.
+
+    Args:
+        checkpoint: of an LG-VQ run or any other.
+        config: of the run; needed for hosts whose own files name their weights otherwise.
+        averaged: take averaged weights where there are any.
+
+    Raises:
+        ConfigError: if the checkpoint does not fit the config's host.
+    """
+    tensors = dict(checkpoint.state_dict)
+    if averaged:
+        tensors |= _averaged(checkpoint)
+    bare = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
+    config = config or checkpoint.config
+    if config is not None:
+        host: Any = load_host(config, checkpoint, averaged=averaged)  # refuses what does not fit
+        if hasattr(host, "foreign_state_dict"):
+            return host.foreign_state_dict()
+    else:
+        logger.warning("%s tells no config: its keys are not compared", checkpoint.path)
+    return {**bare, **{k: v for k, v in checkpoint.aside.items() if k.startswith("model_ema.")}}
+
+
+def export_host(
+    tensors: Mapping[str, Tensor], path: str | Path, *, step: int | None = None
+) -> Path:
+    """Write a checkpoint that the unmodified host reads: `{"state_dict": ...}`, or .safetensors."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        pretrained.write_safetensors(tensors, path)
+        return path
+    own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    torch.save({"state_dict": own} | ({} if step is None else {"global_step": step}), part)
+    os.replace(part, path)
+    return path
+
+
+def export_diffusers(
+    checkpoint: Checkpoint, config: Mapping[str, Any], folder: str | Path, *, averaged: bool = False
+) -> dict[str, float]:
+    """Write a folder for `diffusers.VQModel.from_pretrained`, after comparing both models.
+
+    Returns:
+        The largest differences, see `_diffusers.round_trip`.
+
+    Raises:
+        ConfigError: if diffusers is missing, or the host is not taming's VQModel.
+        RuntimeError: if the two models differ by 1e-4 or more; nothing is written then.
+    """
+    tensors = host_state_dict(checkpoint, config, averaged=averaged)
+    params = config["model"].get("params") or {}
+    resolution = int((params.get("ddconfig") or {}).get("resolution", 256))
+    model = _diffusers.build_diffusers(tensors, resolution)
+    host = load_host(config, checkpoint, averaged=averaged)
+    side = min(resolution, 128)
+    generator = torch.Generator().manual_seed(0)
+    channels = model.config.in_channels
+    images = torch.rand(2, channels, side, side, generator=generator) * 2 - 1
+    found = _diffusers.round_trip(host, model, images)
+    if max(found["latents"], found["images"]) >= _diffusers.TOLERANCE:
+        raise RuntimeError(f"diffusers' VQModel computes something else: {found}; nothing written")
+    model.save_pretrained(str(folder))
+    return found
+
+
+def _averaged(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    if checkpoint.averaged is None:
+        raise ConfigError(f"--averaged: {str(checkpoint.path)!r} holds no averaged weights")
+    return checkpoint.averaged
+
+
+def _numbers(file: Path) -> dict[str, Any] | None:
+    """Return what `lgvq eval` or `lgvq retrofit` wrote beside the checkpoint, if anything."""
+    for folder in (file.parent, file.parent.parent):
+        for name in ("results.json", "retrofit.json"):
+            if (folder / name).is_file():
+                metrics = json.loads((folder / name).read_text()).get("metrics", {})
+                rows = {k: v for k, v in metrics.items() if isinstance(v, Mapping)}
+                return {
+                    key: {**row, "value": row.get("value", row.get("new"))}
+                    for key, row in rows.items()
+                    if isinstance(row.get("value", row.get("new")), int | float)
+                }
+    return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lgvq export`.
+
+    Args:
+        argv: `--ckpt C --format host|safetensors|diffusers|heads -o F [-b CONFIG...]`.
+
+    Returns:
+        0; what went wrong is raised.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq export",
+        description="Write a checkpoint for others: host (the unmodified host's own keys), "
+        "safetensors (a folder with config and model card), diffusers (VQModel), heads (ours).",
+    )
+    parser.add_argument("--ckpt", required=True, help="checkpoint, run folder or saved folder")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("-o", "--output", required=True, help="file (host) or folder (the others)")
+    parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
+                        help="default: the config in the checkpoint or its run folder")  # fmt: skip
+    parser.add_argument("--averaged", action="store_true", help="the averaged (EMA) weights")
+    parser.add_argument("--push", metavar="ORG/REPO", help="upload the folder to the hub")
+    parser.add_argument("--trust-pickle", action="store_true",
+                        help="unpickle fully; whoever made the file can run code")  # fmt: skip
+    given = parser.parse_args(argv)
+    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    given_config = read_config(given.base) if given.base else None
+    config = _plain(given_config) if given_config is not None else checkpoint.config
+    output = Path(given.output)
+    if given.push and given.format in ("host", "heads"):
+        raise ConfigError("--push uploads folders: --format safetensors or diffusers")
+    if given.format == "heads":
+        pretrained.save_heads(checkpoint, output)
+    elif given.format == "host":
+        tensors = host_state_dict(checkpoint, config, averaged=given.averaged)
+        export_host(tensors, output, step=checkpoint.step)
+    else:
+        _export_folder(checkpoint, config, output, given)
+    logger.info("%s written to %s", given.format, output)
+    return 0
+
+
+def _export_folder(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, output: Path, given: Any
+) -> None:
+    if config is None:
+        raise ConfigError(
+            f"--format {given.format}: {str(checkpoint.path)!r} tells no config; give -b CONFIG"
+        )
+    if given.format == "diffusers":
+        found = export_diffusers(checkpoint, config, output, averaged=given.averaged)
+        logger.info("largest differences to the host: %s", found)
+    else:
+        host = load_host(config, checkpoint, averaged=given.averaged)
+        numbers = _numbers(checkpoint.path)
+        pretrained.save_pretrained(host.state_dict(), config, output, numbers=numbers)
+    if given.push:
+        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """Return the whole config, or its model alone where the data is still ???."""
+    try:
+        return to_plain(config)
+    except ConfigError:
+        return to_plain({"model": config["model"]}) if "model" in config else {}
