@@ -1,13 +1,19 @@
 """The contract of a text guide: captions in, frozen features out."""
 
+import hashlib
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..sockets import ConfigError, resolve, suggest
 from ..types import TextFeatures, TextTokens
+
+PLACES = ("device", "cache_dir")  # parameters that say where, and change no feature
 
 
 class AbstractGuide(ABC):
@@ -61,6 +67,22 @@ class AbstractGuide(ABC):
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build this guide again."""
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return all tensors that features are computed from; a member names its own."""
+        return {"vocabulary": self.vocabulary}
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over the weights and the config: equal ones give equal features.
+
+        It reads all weights the first time and remembers; a moved guide keeps it. A cache of
+        features is keyed by it.
+        """
+        known = self.__dict__.get("_fingerprint")
+        if known is None:
+            known = self._fingerprint = _digest(self)
+        return known
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "AbstractGuide":
         return self
 
@@ -70,3 +92,47 @@ class AbstractGuide(ABC):
 
 def _rebuild(cls: type, config: dict[str, Any]) -> AbstractGuide:
     return cls(**config)
+
+
+def build_guide(config: Mapping[str, Any]) -> AbstractGuide:
+    """Build `{"use": name or dotted path, ...}`; the other keys go to the constructor.
+
+    Args:
+        config: the `lgvq.guide` block; `use` is open_clip if not given.
+
+    Raises:
+        ConfigError: for a member that does not exist, a key that it does not take (the nearest
+            one is named) or lacks, and for whatever the member finds wrong with the values.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"lgvq.guide: expected a mapping such as {{use: open_clip}}: {config!r}")
+    params = {str(key): value for key, value in config.items()}
+    name = params.pop("use", "open_clip")
+    member = resolve("guides", name)
+    try:
+        known = inspect.signature(member).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lgvq.guide.use: {name!r} is no guide: {error}") from error
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for key in params:
+        if key not in known and not takes_all:
+            hint = suggest(key, ["use", *known])
+            raise ConfigError(f"unknown key lgvq.guide.{key} of guide {name!r}{hint}")
+    for key, parameter in known.items():
+        is_variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.default is parameter.empty and not is_variable and key not in params:
+            raise ConfigError(f"lgvq.guide: guide {name!r} needs the key {key!r}")
+    guide = member(**params)
+    if not isinstance(guide, AbstractGuide):
+        raise ConfigError(f"lgvq.guide.use: {name!r} gave a {type(guide).__name__}, no guide")
+    return guide
+
+
+def _digest(guide: AbstractGuide) -> str:
+    config = {key: value for key, value in guide.config.items() if key not in PLACES}
+    facts = {"class": type(guide).__qualname__, "max_length": guide.max_length, "config": config}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(guide.weights().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
