@@ -122,6 +122,10 @@ class ListedImages(CaptionedFiles):
         """Return all captions of a sample without opening its image."""
         return list(self.records[index].captions)
 
+    def file_of(self, index: int) -> str:
+        """Return the name that a sample shows as `file`."""
+        return self.records[index].file
+
     def shrunken(self, index: int, size: int, *, square: bool) -> tuple[bytes, str]:
         """Return the encoded image, its shorter side at most `size`, and the suffix."""
         return shrink(self.records[index].path, size, square=square)

@@ -70,6 +70,10 @@ class CaptionedFiles(CaptionedImages):
     """Captioned images that are files, so that they can be checked and converted."""
 
     @abstractmethod
+    def file_of(self, index: int) -> str:
+        """Return the name that a sample shows as `file`."""
+
+    @abstractmethod
     def examine(self, index: int) -> Health:
         """Read and decode one file as training would."""
 

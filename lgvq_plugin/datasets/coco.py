@@ -73,13 +73,14 @@ class Coco(ListedImages):
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
-        """Look for captions_*.json."""
-        found: dict[str, dict[str, Any]] = {}
-        for year in YEARS:
-            for split, part in SPLITS.items():
-                if annotation_file(root, f"captions_{part}{year}.json"):
-                    found[f"{split}{year}"] = {"root": root, "split": split, "year": year}
-        return found
+        """Look for captions_*.json; the splits have a year in their names if both are there."""
+        years = [y for y in YEARS if any(_is_there(root, part, y) for part in SPLITS.values())]
+        return {
+            f"{split}{year}" if years[1:] else split: {"root": root, "split": split, "year": year}
+            for year in years
+            for split, part in SPLITS.items()
+            if _is_there(root, part, year)
+        }
 
     def _with_objects(self, records: list[Record], captions: Path) -> list[Record]:
         path = captions.with_name(captions.name.replace("captions_", "instances_"))
@@ -103,6 +104,10 @@ class Coco(ListedImages):
         labels = np.array([name in there for name in self.object_names], np.int64)
         extra = {**record.extra, "objects": own, "attributes": {"has_object": labels}}
         return Record(record.file, record.path, record.captions, extra)
+
+
+def _is_there(root: Path, part: str, year: int) -> bool:
+    return annotation_file(root, f"captions_{part}{year}.json") is not None
 
 
 def _captions_file(root: Path, part: str, year: int | None) -> Path:

@@ -120,7 +120,7 @@ def imagefolder(tmp_path):
 
 def test_imagefolder_reads_the_same_with_and_without_the_library(imagefolder, monkeypatch):
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(imagefolder.parent / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", imagefolder.parent / "cache")
     for split in ("train", "validation"):
         theirs = HuggingFaceImages(imagefolder, split, size=16)
         ours = CaptionedFolder(imagefolder, split=split, size=16)
@@ -133,7 +133,7 @@ def test_parquet_files_with_image_bytes(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [
         {"image": {"bytes": encoded(k), "path": f"{k}.jpg"}, "caption": captions(k)[0]}
         for k in range(3)

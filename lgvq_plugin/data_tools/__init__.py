@@ -1,0 +1,1 @@
+"""Commands around data: `lgvq data check`, `lgvq data convert`, `lgvq cache`."""

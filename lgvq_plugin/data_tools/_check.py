@@ -1,0 +1,269 @@
+"""`lgvq data check`: what lies at a path, what of it cannot be used, and how it looks.
+
+recognize -> for each split: decode every file, measure every caption -> report, list, pictures
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..datasets.base import CaptionedFiles, Health, recognize
+from ..guides.base import AbstractGuide, build_guide
+from ..sockets import ConfigError, suggest
+from ._files import write_atomically
+from ._sheet import write_sheet
+
+SHEET = 24  # pictures on a contact sheet
+BATCH = 512  # captions a call of the tokenizer
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long captions are, in tokens of the guide, start and end included."""
+
+    median: int
+    most: int
+    """95 % of the captions are no longer than this."""
+    longest: int
+    """As cut: no more than `limit`."""
+    cut: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was found in one split; counts of images unless said otherwise."""
+
+    images: int
+    captions: int
+    """Captions in all."""
+    fewest_captions: int
+    most_captions: int
+    without_caption: int
+    lengths: Lengths | None
+    repeated_captions: int
+    """Different captions that stand with more than one image; L_gsa takes them for negatives."""
+    most_repeated: tuple[str, int]
+    repeated_images: int
+    """Files that have the very bytes of another one."""
+    median_size: tuple[int, int]
+    smallest_side: int
+    problems: dict[str, int]
+    """missing, empty, corrupt, bomb -> how many."""
+    has_questions: bool = False
+
+    @property
+    def readable(self) -> int:
+        """Images that can be used."""
+        return self.images - sum(self.problems.values())
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a model can be trained or tested on it."""
+        return self.readable > 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of :func:`check`."""
+
+    path: Path
+    member: str
+    splits: dict[str, SplitReport]
+    shared_images: int
+    """Files whose bytes stand in more than one split."""
+    problems: list[Health]
+    files: list[Path]
+    """What was written."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether every split can be used."""
+        return all(report.is_usable for report in self.splits.values())
+
+
+def check(
+    path: str | Path,
+    out: Path,
+    *,
+    member: str | None = None,
+    split: str | None = None,
+    guide: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    progress: bool = True,
+) -> Check:
+    """Read everything at a path once, and write `problems.txt`, `report.json` and pictures.
+
+    Args:
+        path: a folder, table or list of paths.
+        out: where the files go.
+        member: the data set to take it for; None asks all.
+        split: look at this one only.
+        guide: the `lgvq.guide` block whose tokens captions are measured in; None is the
+            embedded one.
+        workers: threads that read and decode.
+        progress: show a bar.
+
+    Raises:
+        ConfigError: if the layout is unknown, or its lists cannot be read at all.
+    """
+    layout = recognize(path, member)
+    if split is not None and split not in layout.splits:
+        raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
+    out.mkdir(parents=True, exist_ok=True)
+    ruler = build_guide(guide or {"use": "micro_clip"})
+    splits, problems, written = {}, [], []
+    homes: dict[str, set[str]] = {}
+    for name in [split] if split else layout.splits:
+        dataset = layout.build(name, size=192, crop="none", skip_corrupt=True)
+        found = list(_examine(dataset, name, workers, progress))
+        splits[name] = _report(dataset, found, ruler, name, progress)
+        problems += [health for health in found if health.problem]
+        for health in found:
+            homes.setdefault(health.digest, set()).add(name)
+        good = [i for i, health in enumerate(found) if not health.problem]
+        if good:
+            sheet = out / f"contact_sheet_{name}.png"
+            write_sheet(sheet, dataset, _spread(good, SHEET))
+            written.append(sheet)
+    homes.pop("", None)
+    shared = sum(len(where) > 1 for where in homes.values())
+    result = Check(Path(path), layout.member, splits, shared, problems, written)
+    if problems:
+        lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in problems)
+        write_atomically(out / "problems.txt", "".join(lines).encode())
+        written.append(out / "problems.txt")
+    else:
+        (out / "problems.txt").unlink(missing_ok=True)
+    write_atomically(out / "report.json", json.dumps(_plain(result), indent=2).encode())
+    written.append(out / "report.json")
+    return result
+
+
+def _examine(dataset: CaptionedFiles, name: str, workers: int, progress: bool) -> Iterator[Health]:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(dataset), desc=f"{name}: images", unit="img", disable=not progress) as bar,
+    ):
+        for health in pool.map(dataset.examine, range(len(dataset))):
+            bar.update()
+            yield health
+
+
+def _report(
+    dataset: CaptionedFiles, found: list[Health], guide: AbstractGuide, name: str, progress: bool
+) -> SplitReport:
+    captions = [dataset.captions_of(i) for i in range(len(dataset))]
+    counts = [len(own) for own in captions]
+    homes = Counter(caption for own in captions for caption in dict.fromkeys(own))
+    usual, times = homes.most_common(1)[0] if homes else ("", 0)
+    digests = Counter(health.digest for health in found if health.digest)
+    sizes = [(health.width, health.height) for health in found if health.width]
+    return SplitReport(
+        images=len(dataset),
+        captions=sum(counts),
+        fewest_captions=min(counts),
+        most_captions=max(counts),
+        without_caption=counts.count(0),
+        lengths=_lengths([text for own in captions for text in own], guide, name, progress),
+        repeated_captions=sum(count > 1 for count in homes.values()),
+        most_repeated=(usual, times),
+        repeated_images=sum(count - 1 for count in digests.values()),
+        median_size=(_median([w for w, _ in sizes]), _median([h for _, h in sizes])),
+        smallest_side=min((min(size) for size in sizes), default=0),
+        problems=dict(Counter(health.problem for health in found if health.problem)),
+        has_questions="questions" in dataset.extra_of(0),
+    )
+
+
+def _lengths(
+    captions: list[str], guide: AbstractGuide, name: str, progress: bool
+) -> Lengths | None:
+    if not captions:
+        return None
+    before, counts, rest = guide.truncated, [], iter(captions)
+    with tqdm(total=len(captions), desc=f"{name}: captions", disable=not progress) as bar:
+        while batch := list(islice(rest, BATCH)):
+            counts.append(guide.tokenize(batch).attention_mask.sum(dim=1))
+            bar.update(len(batch))
+    numbers = torch.cat(counts).sort().values
+    return Lengths(
+        median=int(numbers[len(numbers) // 2]),
+        most=int(numbers[min(len(numbers) - 1, int(0.95 * len(numbers)))]),
+        longest=int(numbers[-1]),
+        cut=guide.truncated - before,
+        limit=guide.max_length,
+    )
+
+
+def _median(values: list[int]) -> int:
+    return sorted(values)[len(values) // 2] if values else 0
+
+
+def _spread(indices: list[int], count: int) -> list[int]:
+    """Return up to `count` of the indices, evenly spread over them."""
+    step = max(1, len(indices) / count)
+    return [indices[int(i * step)] for i in range(min(count, len(indices)))]
+
+
+def _plain(result: Check) -> Mapping[str, Any]:
+    plain = asdict(result)
+    plain["splits"] = {
+        name: {**plain["splits"][name], "readable": report.readable, "is_usable": report.is_usable}
+        for name, report in result.splits.items()
+    }
+    plain |= {"path": str(result.path), "files": [str(path) for path in result.files]}
+    return {**plain, "is_usable": result.is_usable}
+
+
+def as_text(result: Check) -> str:
+    """Return the report for people."""
+    lines = [f"{result.path}: laid out as {result.member}"]
+    for name, report in result.splits.items():
+        lines += [f"\n{name}", *(f"  {line}" for line in _split_lines(report))]
+    if result.shared_images:
+        lines.append(f"\n{result.shared_images} image files stand in more than one split")
+    if result.problems:
+        first = result.problems[0]
+        lines.append(f"\n{len(result.problems)} files cannot be used, first: {first.reason}")
+        lines.append("mend or remove them, or set `skip_corrupt: true` in the config")
+    lines += ["", *(f"wrote {path}" for path in result.files)]
+    bad = [name for name, report in result.splits.items() if not report.is_usable]
+    return "\n".join([*lines, f"unusable: {', '.join(bad)}" if bad else "usable"])
+
+
+def _split_lines(report: SplitReport) -> Iterator[str]:
+    average = report.captions / report.images
+    width, height = report.median_size
+    sizes = f"median {width} x {height}, smallest side {report.smallest_side}"
+    yield f"images     {report.images:,}, {sizes if report.readable else 'none readable'}"
+    yield (
+        f"captions   {report.captions:,}, {average:.1f} an image ({report.fewest_captions} to "
+        f"{report.most_captions}), {report.without_caption:,} images without"
+    )
+    if report.has_questions:
+        yield "questions  yes"
+    if lengths := report.lengths:
+        share = lengths.cut / max(1, report.captions)
+        yield (
+            f"tokens     median {lengths.median}, 95 % up to {lengths.most}, longest "
+            f"{lengths.longest}; {lengths.cut:,} captions cut at {lengths.limit} ({share:.2%})"
+        )
+    if report.repeated_captions:
+        text, times = report.most_repeated
+        yield (
+            f"repeated   {report.repeated_captions:,} captions stand with several images, most: "
+            f"{text[:60]!r} with {times:,}"
+        )
+    if report.repeated_images:
+        yield f"duplicates {report.repeated_images:,} files have the bytes of another"
+    told = ", ".join(f"{count:,} {kind}" for kind, count in report.problems.items())
+    yield f"problems   {told or 'none'}"
