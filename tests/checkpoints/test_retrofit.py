@@ -1,0 +1,223 @@
+"""Old checkpoint in, LG-VQ run out; before the first step nothing of the host has changed."""
+
+import copy
+import csv
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lgvq_plugin import cli
+from lgvq_plugin.checkpoints._retrofit_config import over_old_loss, shift_discriminator
+from lgvq_plugin.checkpoints._side_by_side import compare_hosts
+from lgvq_plugin.checkpoints.base import load_checkpoint
+from lgvq_plugin.checkpoints.retrofit import require_same, retrofit
+from lgvq_plugin.hosts.base import reconstruct
+from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training import run as training_run
+from lgvq_plugin.training.base import build_dataset, build_host
+
+IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
+MICRO = {"guide": {"use": "micro_clip"}}
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "lgvq_plugin.LGVQLoss"),
+        ("my.losses.Loss", "lgvq_plugin.over.my.losses.Loss"),
+        ("lgvq_plugin.over.my.losses.Loss", "lgvq_plugin.over.my.losses.Loss"),
+        ("lgvq_plugin.LGVQLoss", "lgvq_plugin.LGVQLoss"),
+        (
+            "lgvq_plugin.hosts.vqvae.VQVAELoss",
+            "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss",
+        ),
+    ],
+)
+@pytest.mark.parametrize("key", ["lossconfig", "loss"])
+def test_one_line_of_the_old_config_changes(key, target, wanted):
+    inner = {"disc_start": 3, "lgvq": {"ramp": 5, "code_vit": {"depth": 1}}}
+    old = {"target": "m.C", "params": {key: {"target": target, "params": inner}, "ckpt_path": "x"}}
+    before = copy.deepcopy(old)
+    new = over_old_loss(old, {"start": 2, "code_vit": {"heads": 2}})
+    assert old == before
+    assert new["params"][key]["target"] == wanted
+    block = {"ramp": 5, "start": 2, "code_vit": {"depth": 1, "heads": 2}}
+    assert new["params"][key]["params"] == {"disc_start": 3, "lgvq": block}
+    assert "ckpt_path" not in new["params"]
+
+
+def test_a_wrong_option_or_no_loss_is_refused():
+    model = {"target": "m.C", "params": {"lossconfig": {"target": "a.B"}}}
+    with pytest.raises(ConfigError, match=r"unknown key lgvq\.rmap; did you mean 'ramp'"):
+        over_old_loss(model, {"rmap": 3})
+    with pytest.raises(ConfigError, match="no loss to put LG-VQ over"):
+        over_old_loss({"target": "m.C"})
+
+
+@pytest.mark.parametrize("name", ["taming", "vqvae"])
+def test_before_the_first_step_the_host_is_the_old_one_bit_by_bit(old, tmp_path, monkeypatch, name):
+    config, host, path = old(name)
+    seen = []
+    first = training_run.HostDriver.on_train_start
+
+    def look(self):
+        mode = self.host.training
+        seen.append(reconstruct(self.host.eval(), IMAGES))
+        self.host.train(mode)
+        first(self)
+
+    monkeypatch.setattr(training_run.HostDriver, "on_train_start", look)
+    config["lgvq"] = MICRO
+    result = retrofit(config, load_checkpoint(path), tmp_path / "new", progress=False)
+    assert torch.equal(seen[0], reconstruct(host, IMAGES))
+    assert not torch.equal(reconstruct(result.run.host, IMAGES), seen[0])  # and then it learns
+    assert result.loaded is not None
+    assert result.loaded.missing == ()
+    assert all(key.startswith("loss.lgvq.") for key in result.loaded.new_heads)
+    assert set(result.loaded.loaded) == set(host.state_dict())  # the discriminator's too
+
+
+def test_a_host_that_differs_in_one_bit_is_found_out(old):
+    _, host, _ = old()
+    other = copy.deepcopy(host)
+    require_same(host, other, IMAGES)
+    with torch.no_grad():
+        other.decoder.conv_out.bias[0] = torch.nextafter(
+            other.decoder.conv_out.bias[0], torch.tensor(9.0)
+        )
+    other.train()
+    with pytest.raises(RuntimeError, match="does not reconstruct as the old one does"):
+        require_same(host, other, IMAGES)
+    assert other.training
+
+
+@pytest.mark.parametrize(("step", "wanted"), [(0, 100), (40, 60), (500, 0)])
+def test_the_discriminator_starts_when_the_old_run_would_have_started_it(old, step, wanted):
+    config, _, path = old("taming", global_step=step)
+    model = over_old_loss(config["model"])
+    model["params"]["lossconfig"]["params"]["disc_start"] = 100
+    shift_discriminator(model, load_checkpoint(path))
+    assert model["params"]["lossconfig"]["params"]["disc_start"] == wanted
+
+
+def test_the_command(old, tmp_path, capsys):
+    config, host, path = old("vqvae")
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "old.yaml")
+    out = tmp_path / "runs" / "new"
+    argv = ["retrofit", "-b", str(tmp_path / "old.yaml"), "--ckpt", str(path), "-o", str(out)]
+    argv += ["lgvq.guide.use=micro_clip", "lgvq.ramp=2", "training.max_steps=4", "--no-progress"]
+    argv += ["--freeze", "decoder,codebook", "--heads-first", "2"]
+    assert cli.main(argv) == 0
+    table = capsys.readouterr().out
+    for metric in ("reconstruction/psnr", "reconstruction/ssim", "codebook/usage", "retrieval/"):
+        assert f"| {metric}" in table
+    assert table.strip() in (out / "retrofit.md").read_text()
+    told = json.loads((out / "retrofit.json").read_text())
+    assert told["loaded"]["tensors"] == len(host.state_dict())
+    assert told["steps"] == 4
+    row = told["metrics"]["reconstruction/psnr"]
+    assert row["difference"] == pytest.approx(row["new"] - row["old"])
+    assert row["n"] == 30
+    new = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for key, value in host.state_dict().items():
+        if key.startswith(("decoder.", "post_quant_conv.", "quantize.")):
+            assert torch.equal(new[key], value), key
+    assert not torch.equal(new["encoder.conv_out.weight"],
+                           host.state_dict()["encoder.conv_out.weight"])  # fmt: skip
+    assert (out / "configs" / "merged.yaml").is_file()
+    with (out / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "4"]
+    # Again: the folder holds a run; going on with a finished one only compares.
+    assert cli.main(argv) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert cli.main([*argv, "--resume", "auto"]) == 0
+
+
+def test_heads_of_another_run_are_taken(old, tmp_path):
+    from lgvq_plugin.checkpoints.pretrained import save_heads
+
+    config, _, path = old("vqvae")
+    config["lgvq"] = MICRO
+    first = retrofit(config, load_checkpoint(path), tmp_path / "first", progress=False)
+    heads = save_heads(load_checkpoint(first.run.checkpoint), tmp_path / "heads")
+    wanted = first.run.host.loss.alignment.state_dict()
+    config["training"] |= {"max_steps": 1}
+    config["model"]["learning_rate"] = 1e-30  # the one step moves nothing
+    second = retrofit(
+        config, load_checkpoint(path), tmp_path / "second", heads=heads, progress=False
+    )
+    found = second.run.host.loss.alignment.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--ckpt", "nothing.ckpt"], "no checkpoint 'nothing.ckpt'"),
+        (["--ckpt", "OLD", "-b", "CONFIG", "model.params.n_embed=8"], "model.params.n_embed=16"),
+        (["--ckpt", "OLD"], "give the old run's with -b CONFIG"),
+        (["--ckpt", "OLD", "-b", "CONFIG", "--freeze", "encodr"], "training.freeze must be"),
+        (["--ckpt", "OLD", "-b", "CONFIG", "lgvq.gide.use=x"], "did you mean 'guide'"),
+    ],
+)
+def test_wrong_input_ends_in_one_message(old, tmp_path, capsys, words, told):
+    config, _, path = old("vqvae")
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "old.yaml")
+    there = {"OLD": str(path), "CONFIG": str(tmp_path / "old.yaml")}
+    argv = [there.get(word, word) for word in words]
+    assert cli.main(["retrofit", "-o", str(tmp_path / "new"), *argv]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_the_comparison_against_float64_by_hand(old, config):
+    _, host, _ = old("vqvae")
+    torch.manual_seed(5)
+    other = build_host(config("vqvae")).eval()
+    data = build_dataset(config()["data"]["validation"])
+    rows = compare_hosts(host, other, held_out=data, train=data, guide=None, most=10, batch_size=3)
+    images = torch.stack([torch.as_tensor(data[i]["image"]) for i in range(10)]).movedim(-1, 1)
+    values = {}
+    for name, one in (("old", host), ("new", other)):
+        shown = ((reconstruct(one, images).double() + 1) * 127.5).round().clamp(0, 255)
+        given = ((images.double() + 1) * 127.5).round().clamp(0, 255)
+        error = (shown - given).square().mean(dim=(1, 2, 3)) / 255**2
+        values[name] = -10 * error.log10()
+        assert rows["reconstruction/psnr"][name] == pytest.approx(
+            float(values[name].mean()), abs=1e-3
+        )
+    gap = values["new"] - values["old"]
+    width = 1.96 * float(gap.std()) / 10**0.5
+    assert rows["reconstruction/psnr"]["half_width"] == pytest.approx(width, rel=1e-3)
+    used = len(host.encode(images)[2][2].unique()) / 16
+    assert rows["codebook/usage"]["old"] == pytest.approx(used)
+    assert not any(name.startswith("retrieval/") for name in rows)
+
+
+@pytest.mark.slow
+def test_a_collapsed_foreign_model_uses_more_codes_after_a_retrofit(shared, tmp_path):
+    """85 of 512 codes in use before; real photos of COCO at 32 x 32."""
+    photos = {"root": str(shared / "coco_captioned_mini_256"), "size": 32}
+    loss = {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss", "params": {"codebook_weight": 0.06}}
+    config = {
+        "model": {
+            "learning_rate": 1e-3,
+            "target": "lgvq_plugin.hosts.sonnet_vqvae.SonnetVQVAE",
+            "params": {"lossconfig": loss, "dead_threshold": 0.5},
+        },
+        "data": {
+            "batch_size": 32,
+            "train": {"target": "folder", "params": {**photos, "split": "train"}},
+            "validation": {"target": "folder", "params": {**photos, "split": "validation"}},
+        },
+        "training": {"max_steps": 120, "accelerator": "cpu", "val_every": None,
+                     "images_every": None, "checkpoint_every": None},
+        "lgvq": MICRO,
+    }  # fmt: skip
+    path = shared / "vqvae_cifar10_swasun" / "shuffled_model.pth"
+    rows = retrofit(config, load_checkpoint(path), tmp_path / "new", progress=False).rows
+    assert rows["codebook/usage"]["old"] < 0.2
+    assert rows["codebook/usage"]["new"] > 2 * rows["codebook/usage"]["old"]
+    assert rows["reconstruction/psnr"]["new"] > rows["reconstruction/psnr"]["old"]
