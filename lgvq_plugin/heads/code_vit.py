@@ -54,21 +54,9 @@ class CodeViT(nn.Module):
         cells = 1 + self.grid[0] * self.grid[1]
         self.positions = nn.Parameter(torch.empty(1, cells, width).normal_(std=0.01))
         self.enter_norm = nn.LayerNorm(width)  # codes may be tiny: 1/K at first
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                heads,
-                4 * width,
-                dropout=0.0,
-                activation=quick_gelu,
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(_block(width, heads, depth=depth) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Parameter(torch.empty(width, out_dim).normal_(std=0.01))
-        self._initialize_blocks(width, depth)
 
     def forward(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return (B, 1 + N, D); row 0 is [CLS].
@@ -95,14 +83,6 @@ class CodeViT(nn.Module):
             cells = block(cells)
         return self.norm(cells) @ self.project
 
-    def _initialize_blocks(self, width: int, depth: int) -> None:
-        leaving = (2 * depth * width) ** -0.5  # the sum over all branches keeps its size
-        for block in self.blocks:
-            nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.self_attn.out_proj.weight, std=leaving)
-            nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.linear2.weight, std=leaving)
-
     def _positions_on(self, grid: tuple[int, int]) -> Tensor:
         if tuple(grid) == self.grid:
             return self.positions
@@ -110,3 +90,21 @@ class CodeViT(nn.Module):
         plane = cells.mT.unflatten(-1, self.grid)
         plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
         return torch.cat([cls, plane.flatten(2).mT], dim=1)
+
+
+def _block(width: int, heads: int, *, depth: int) -> nn.TransformerEncoderLayer:
+    block = nn.TransformerEncoderLayer(
+        width,
+        heads,
+        4 * width,
+        dropout=0.0,
+        activation=quick_gelu,
+        batch_first=True,
+        norm_first=True,
+    )
+    leaving = (2 * depth * width) ** -0.5  # the sum over all branches keeps its size
+    nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
+    nn.init.normal_(block.self_attn.out_proj.weight, std=leaving)
+    nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(block.linear2.weight, std=leaving)
+    return block

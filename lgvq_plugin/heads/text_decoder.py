@@ -50,14 +50,7 @@ class TextDecoder(nn.Module):
         # One learned vector a position stands for a masked word; position-specific in the paper.
         self.mask_tokens = nn.Parameter(torch.empty(1, max_length, width).normal_(std=0.01))
         self.enter = nn.Identity() if memory_dim == width else nn.Linear(memory_dim, width)
-        self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                width, heads, width, dropout=dropout, layer_norm_eps=1e-12, batch_first=True
-            )
-            for _ in range(depth)
-        )
-        for block in self.blocks:
-            _initialize(block, width)
+        self.blocks = nn.ModuleList(_block(width, heads, dropout=dropout) for _ in range(depth))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
@@ -97,10 +90,14 @@ class TextDecoder(nn.Module):
         return hidden @ vocabulary.detach().to(hidden.dtype).mT + self.bias
 
 
-def _initialize(block: nn.TransformerDecoderLayer, width: int) -> None:
+def _block(width: int, heads: int, *, dropout: float) -> nn.TransformerDecoderLayer:
+    block = nn.TransformerDecoderLayer(
+        width, heads, width, dropout=dropout, layer_norm_eps=1e-12, batch_first=True
+    )
     for attention in (block.self_attn, block.multihead_attn):
         attention.dropout = 0.0
         nn.init.normal_(attention.in_proj_weight, std=width**-0.5)
         nn.init.normal_(attention.out_proj.weight, std=width**-0.5)
     for linear in (block.linear1, block.linear2):
         nn.init.normal_(linear.weight, std=width**-0.5)
+    return block

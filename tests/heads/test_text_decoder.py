@@ -131,6 +131,9 @@ def test_a_row_of_padding_is_finite(decoder, batch, grad):
     with torch.set_grad_enabled(grad):
         logits = decoder.train(grad)(text, mask, memory, vocabulary, real)
     assert logits.isfinite().all()
+    everything = real.clone()
+    everything[1] = True
+    assert torch.equal(logits, decoder(text, mask, memory, vocabulary, everything))
     if grad:
         logits[:2].sum().backward()  # the padded row takes no part, and must not spoil the others
         for name, parameter in decoder.named_parameters():
