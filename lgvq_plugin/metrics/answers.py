@@ -1,7 +1,8 @@
 """Accuracy of answers: exact match (COCO-QA), VQA v2's vote among ten people, and WUPS."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from ..sockets import ConfigError
 
@@ -173,5 +174,5 @@ def _plain(text: str) -> str:
 
 def majority(answers: Sequence[str]) -> str:
     """Return the most frequent answer, the first in the alphabet among equals."""
-    counts: Mapping[str, int] = {a: answers.count(a) for a in sorted(set(answers))}
-    return max(counts, key=lambda a: counts[a])
+    counts = Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))

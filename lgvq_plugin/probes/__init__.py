@@ -3,4 +3,9 @@
 MEMBERS = {
     "retrieval": "retrieval.RetrievalProbe",
     "attributes": "attributes.AttributesProbe",
+    "masked_words": "masked_words.MaskedWordsProbe",
+    "captioning": "captioning.CaptioningProbe",
+    "questions": "questions.QuestionsProbe",
+    "text_to_image": "text_to_image.TextToImageProbe",
+    "image_judge": "image_judge.ImageJudge",
 }

@@ -1,0 +1,244 @@
+"""Masked words: can the codes tell which words of the caption were hidden?
+
+caption --hide words--> guide --> TextDecoder <--cross-attention-- CodeViT <-- frozen codes
+
+The heads are those of LG-VQ, trained anew on frozen codes: the same for a baseline, which has no
+heads of its own, and for an LG-VQ model. `leak_free` hides the words before the guide reads the
+caption. `leaky` is the released code's protocol: the guide has read them all, so that every later
+token, and the end token, still tells of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._fields import require
+from ..guides.base import AbstractGuide
+from ..heads.code_vit import CodeViT
+from ..heads.text_decoder import TextDecoder
+from ..types import TextTokens
+from ._fit import ProbeConfig, fit, generator_at, seeded
+from ._frozen import FrozenCodes
+
+PROTOCOLS = ("leak_free", "leaky")
+PART = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedWordsConfig(ProbeConfig):
+    """How the masked-word heads are trained on frozen codes."""
+
+    steps: int = 600
+    """Updates of each protocol."""
+    width: int = 64
+    """Of the code-ViT; the decoder has the guide's."""
+    heads: int = 1
+    """Of the attention; 1 in the released code."""
+    dropout: float = 0.1
+    """Of the decoder."""
+    most_hidden: int = 3
+    """Training hides one word to so many of each caption, >= 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.most_hidden >= 1, "most_hidden", "a whole number >= 1", self.most_hidden)
+
+
+class MaskedWordsProbe:
+    """Heads that fill in hidden words, trained on frozen codes.
+
+    Args:
+        guide: reads the captions; frozen.
+        protocol: leak_free or leaky, see above.
+    """
+
+    Config = MaskedWordsConfig
+
+    def __init__(
+        self,
+        guide: AbstractGuide,
+        config: MaskedWordsConfig | None = None,
+        *,
+        protocol: Literal["leak_free", "leaky"] = "leak_free",
+        device: torch.device | str = "cpu",
+    ):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
+        self.guide, self.config, self.protocol = guide, config or MaskedWordsConfig(), protocol
+        self.device = torch.device(device)
+
+    def fit(
+        self,
+        codes: FrozenCodes,
+        captions: Sequence[Sequence[str]],
+        *,
+        folder: Path | None = None,
+        progress: bool = True,
+    ) -> "MaskedWordsProbe":
+        """Train on M images; a random caption of each, with one to `most_hidden` words hidden."""
+        if len(codes) != len(captions) or not all(len(texts) for texts in captions):
+            raise ValueError(
+                f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
+            )
+        config = self.config
+        self.network = seeded(config.seed, lambda: _Filler(codes, self.guide, config))
+        self.network.to(self.device)
+
+        def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
+            draws = torch.rand(len(rows), generator=generator)
+            chosen = [
+                captions[int(i)][int(u * len(captions[int(i)]))]
+                for i, u in zip(rows, draws, strict=True)
+            ]
+            tokens = self.guide.tokenize(chosen)
+            most = config.most_hidden
+            number = torch.randint(1, most + 1, (len(rows),), generator=generator)
+            hidden = hide_words(tokens, number, generator)
+            if not hidden.any():
+                return self.network.decoder.bias.sum() * 0
+            logits = self._logits(chosen, hidden, codes.codes(rows))
+            return F.cross_entropy(logits, tokens.token_ids[hidden].to(logits.device))
+
+        fit(
+            self.network,
+            loss_of,
+            len(codes),
+            config,
+            name=f"masked_words_{self.protocol}",
+            folder=folder,
+            progress=progress,
+            facts=[self.protocol, self.guide.fingerprint],
+        )
+        return self
+
+    @torch.no_grad()
+    def recall(
+        self, codes: FrozenCodes, captions: Sequence[str], *, hidden: int, seed: int = 0
+    ) -> dict[str, float]:
+        """Return the share of hidden words that are found, at 1 and at 5.
+
+        Args:
+            codes: of held-out images.
+            captions: one of each; those of fewer than `hidden` + 1 words are left out.
+            hidden: how many words of each caption are hidden; which ones, the seed says.
+            seed: equal seeds hide equal words, whatever the host.
+
+        Returns:
+            `recall@1` and `recall@5` (a word of several tokens is found if all of them are) and
+            `words`, how many were asked for.
+        """
+        found = {1: 0.0, 5: 0.0}
+        asked = 0
+        for part, rows in enumerate(torch.arange(len(codes)).split(PART)):
+            texts = [captions[int(i)] for i in rows]
+            tokens = self.guide.tokenize(texts)
+            enough = tokens.word_ids.amax(dim=1).cpu() >= hidden
+            number = torch.full((len(rows),), hidden)
+            mask = (
+                hide_words(tokens, number, generator_at(seed, part))
+                & enough.to(tokens.word_ids.device)[:, None]
+            )
+            if not mask.any():
+                continue
+            logits = self._logits(texts, mask, codes.codes(rows))
+            targets = tokens.token_ids[mask].to(logits.device)
+            best = logits.topk(5, dim=-1).indices == targets[:, None]
+            words = _word_numbers(tokens, mask)
+            asked += len(words.unique())
+            for k in found:
+                missed = words[(~best[:, :k].any(dim=1)).cpu()].unique()
+                found[k] += len(words.unique()) - len(missed)
+        share = {f"recall@{k}": value / max(asked, 1) for k, value in found.items()}
+        return share | {"words": float(asked)}
+
+    def evaluate(
+        self, codes: FrozenCodes, captions: Sequence[str], *, seed: int = 0
+    ) -> dict[str, float]:
+        """Return the recalls with one and with three words hidden, and those of shuffled codes."""
+        results: dict[str, float] = {}
+        for hidden in (1, 3):
+            for prefix, seen in (("", codes), ("shuffled/", codes.shuffled(seed))):
+                numbers = self.recall(seen, captions, hidden=hidden, seed=seed)
+                name = f"{prefix}mask_{hidden}"
+                results |= {f"{name}/recall@{k}": numbers[f"recall@{k}"] for k in (1, 5)}
+                if not prefix:
+                    results[f"{name}/words"] = numbers["words"]
+        return results
+
+    def _logits(self, captions: Sequence[str], hidden: Tensor, codes: Tensor) -> Tensor:
+        device = self.guide.device
+        is_free = self.protocol == "leak_free"
+        features = self.guide.encode(captions, hidden.to(device) if is_free else None)
+        return self.network(
+            features.tokens.to(self.device),
+            hidden.to(self.device),
+            codes.to(self.device),
+            self.guide.vocabulary.to(self.device),
+            features.attention_mask.to(self.device),
+        )
+
+
+def hide_words(tokens: TextTokens, number: Tensor, generator: torch.Generator) -> Tensor:
+    """Return True at all tokens of `number` (B,) words of each caption, (B, T) bool.
+
+    A caption keeps one word at least; which are hidden, the CPU generator says.
+
+    Example:
+        >>> ids = torch.tensor([[-1, 0, 1, 2, -1], [-1, 0, -1, -1, -1]])
+        >>> seed = torch.Generator().manual_seed(0)
+        >>> hide_words(TextTokens(ids, ids >= 0, ids), torch.tensor([2, 2]), seed).sum(1).tolist()
+        [2, 0]
+    """
+    ids = tokens.word_ids.cpu()
+    batch, length = ids.shape
+    words = ids.amax(dim=1, keepdim=True) + 1
+    draws = torch.rand(batch, length, generator=generator)
+    draws = draws.masked_fill(torch.arange(length) >= words, 2.0)
+    most = torch.minimum(number[:, None], (words - 1).clamp(min=0))
+    is_hidden = draws.argsort(dim=1).argsort(dim=1) < most
+    return (is_hidden.gather(1, ids.clamp(min=0)) & (ids >= 0)).to(tokens.word_ids.device)
+
+
+def _word_numbers(tokens: TextTokens, mask: Tensor) -> Tensor:
+    """Return a number of each hidden token's word, unique in the batch, (tokens,) on the CPU."""
+    rows = torch.arange(len(mask))[:, None] * mask.shape[1]
+    return (rows + tokens.word_ids.cpu())[mask.cpu()]
+
+
+class _Filler(nn.Module):
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: FrozenCodes, guide: AbstractGuide, config: MaskedWordsConfig):
+        super().__init__()
+        some = codes.codes(torch.arange(min(len(codes), 1024))).flatten(0, 1)
+        self.register_buffer("mean", some.mean(dim=0))
+        self.register_buffer("scale", (some - some.mean(dim=0)).square().mean().sqrt() + 1e-8)
+        self.code_vit = CodeViT(
+            codes.width,
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            out_dim=guide.token_dim,
+            grid=codes.grid,
+        )
+        self.decoder = TextDecoder(
+            guide.token_dim,
+            memory_dim=guide.token_dim,
+            vocabulary_size=len(guide.vocabulary),
+            max_length=guide.max_length,
+            depth=config.depth,
+            heads=config.heads,
+            dropout=config.dropout,
+        )
+
+    def forward(
+        self, text: Tensor, hidden: Tensor, codes: Tensor, vocabulary: Tensor, attention: Tensor
+    ) -> Tensor:
+        memory = self.code_vit((codes - self.mean) / self.scale)
+        return self.decoder(text, hidden, memory, vocabulary, attention)
