@@ -1,7 +1,9 @@
 """Small parts of LGVQLoss: the check of the optimizer, a view of modules, adding terms."""
 
+import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .alignment import Captions
+from .config import LGVQConfig
 from .sockets import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -23,38 +26,79 @@ class Reference:
         self.module = module
 
 
+class Wrapper(nn.Module):
+    """Stands for another module: its parameters, buffers, submodules and other attributes.
+
+    Attributes set before :meth:`wrap` are the wrapper's own; all later ones are the other's.
+    """
+
+    def wrap(self, module: nn.Module) -> None:
+        """Share the very dicts of `module`: whatever it or a host puts into one is in both."""
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[name] = module.__dict__[name]
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        self._base = Reference(module)
+
+    @property
+    def base_loss(self) -> nn.Module:
+        """The host's own loss; its submodules are also this module's."""
+        return self.__dict__["_base"].module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_base" not in self.__dict__:
+                raise
+            return getattr(self.base_loss, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_base" not in self.__dict__ or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_loss, name, value)
+
+    def train(self, mode: bool = True) -> "Wrapper":
+        """Set the mode of the base loss, its parts and ours."""
+        super().train(mode)
+        self.base_loss.training = mode
+        return self
+
+
 class OptimizerCheck:
-    """Looks, once, whether the optimizer that steps the host holds the heads too."""
+    """Looks, once, whether the optimizers that step the host hold the heads too."""
 
     def __init__(self, heads: Iterable[nn.Parameter], host: Iterable[nn.Parameter]):
         self.heads = {id(p) for p in heads if p.requires_grad}
         self.host = {id(p) for p in host}
-        self.failed: str | None = None
-        self._hook: Any = register_optimizer_step_post_hook(self)
+        self.stepped: set[int] = set()
+        this = weakref.ref(self)  # torch's hook must keep no check alive
+        self._hook: Any = register_optimizer_step_post_hook(
+            lambda optimizer, args, kwargs: _record(this(), optimizer)
+        )
+        weakref.finalize(self, self._hook.remove).atexit = False
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not held & self.host and not held & self.heads:
+    def remove(self) -> None:
+        """Watch no more."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def raise_if_failed(self) -> None:
+        """Called once a batch; settles the question after the first step that moved the host."""
+        if self._hook is None or not self.stepped & (self.host | self.heads):
             return
-        self._hook.remove()
-        if not self.heads <= held:
-            self.failed = (
+        if not self.heads <= self.stepped:
+            raise RuntimeError(
                 "the optimizer that trains the host does not hold the heads of LG-VQ, so they "
                 "would never learn; call loss.add_heads(optimizer) after building it"
             )
-            self.raise_if_failed()
-
-    def raise_if_failed(self) -> None:
-        if self.failed is not None:
-            raise RuntimeError(self.failed)
+        self.remove()
 
 
-class View(nn.Module):
-    """Submodules of a host as they will be once the one under registration is in."""
-
-    def __init__(self, modules: Mapping[str, nn.Module | None]):
-        super().__init__()
-        self._modules.update(modules)
+def _record(check: OptimizerCheck | None, optimizer: torch.optim.Optimizer) -> None:
+    if check is not None:
+        check.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def captions_of(batch: Any, key: str | None) -> Captions | None:
@@ -64,6 +108,10 @@ def captions_of(batch: Any, key: str | None) -> Captions | None:
         ConfigError: if the key is missing, or there is no list at it.
     """
     if not isinstance(batch, Mapping):
+        if key is not None:
+            raise ConfigError(
+                f"lgvq.caption_key: {key!r} needs a batch with keys, got a {type(batch).__name__}"
+            )
         return None
     if key is not None and key not in batch:
         raise ConfigError(
@@ -78,12 +126,26 @@ def captions_of(batch: Any, key: str | None) -> Captions | None:
 
 
 def add_terms(result: Any, terms: Tensor, log: dict[str, Tensor]) -> Any:
-    """Add to what a base loss returns: a scalar, (loss, log), or more after these."""
+    """Add to what a base loss returns: a scalar, (loss, log), more after these, {"loss": ...}.
+
+    Example:
+        >>> add_terms((torch.tensor(1.0), {"a": 2}), torch.tensor(3.0), {"b": 4})
+        (tensor(4.), {'a': 2, 'b': 4})
+    """
+    if isinstance(result, Mapping):
+        return {**result, "loss": result["loss"] + terms, **log}
     if isinstance(result, tuple) and len(result) > 1 and isinstance(result[1], Mapping):
         return (result[0] + terms, {**result[1], **log}, *result[2:])
     if isinstance(result, tuple):
         return (result[0] + terms, *result[1:])
     return result + terms
+
+
+def is_on(config: LGVQConfig) -> bool:
+    """Whether any objective has a weight."""
+    objectives = config.objectives
+    parts = (objectives.global_semantic, objectives.masked_text, objectives.relationship)
+    return any(part.weight > 0 for part in parts)
 
 
 def plain(node: Any) -> Any:
@@ -101,12 +163,6 @@ def plain(node: Any) -> Any:
     return node
 
 
-def grid_of(host: nn.Module) -> tuple[int, int] | None:
-    """Return (h, w) of the codes of a taming-style decoder, which knows it; else None."""
-    shape = getattr(getattr(host, "decoder", None), "z_shape", None)
-    return (int(shape[-2]), int(shape[-1])) if shape is not None and len(shape) == 4 else None
-
-
 def forgive_missing_heads(module: nn.Module, incompatible: Any) -> None:
     """A host's own checkpoint has no heads: that is no error, also when loading strictly."""
     missing = incompatible.missing_keys
@@ -116,3 +172,49 @@ def forgive_missing_heads(module: nn.Module, incompatible: Any) -> None:
         for key in ours:
             missing.remove(key)
         logger.info("the checkpoint has no LG-VQ heads; they start from their seed")
+
+
+def bound_arguments(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Bind by the names of the base loss: hosts disagree on the positions.
+
+    Example:
+        >>> bound_arguments(lambda qloss, x, optimizer_idx, **more: 0, (0.1, 0.2, 1), {"step": 5})
+        {'qloss': 0.1, 'x': 0.2, 'optimizer_idx': 1, 'step': 5}
+    """
+    try:
+        signature = inspect.signature(forward)
+        bound = signature.bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return dict(bound)
+
+
+def touch_unused(heads: nn.Module) -> Tensor:
+    """Return 0 with a gradient path: DDP waits for every parameter in every backward pass."""
+    return sum((0.0 * p.sum() for p in heads.parameters() if p.requires_grad), torch.zeros(()))
+
+
+def base_of(
+    base: Mapping[str, Any] | None, kwargs: dict[str, Any], default: str
+) -> tuple[str, dict[str, Any]]:
+    """Return (target, params) of the base loss; `kwargs` go over the params of `base`.
+
+    Raises:
+        ConfigError: if `base` has no target.
+    """
+    if base is None:
+        return default, kwargs
+    if "target" not in base:
+        raise ConfigError(f"base: expected a mapping with a `target:`, got {sorted(base)}")
+    return str(base["target"]), {**plain(base.get("params") or {}), **kwargs}
+
+
+def parameters_beside(host: nn.Module, loss: nn.Module) -> list[nn.Parameter]:
+    """Return the host's parameters without those of its loss."""
+    ours = {id(p) for p in loss.parameters()}
+    return [p for p in host.parameters() if id(p) not in ours]

@@ -97,6 +97,8 @@ class Alignment(nn.Module):
             log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}
             if self._is_finite(name, term, step):
                 total = total + scale * self.weight(name) * term.value
+            else:  # the other ranks wait for a gradient of every parameter
+                total = total + sum(0.0 * p.sum() for p in objective.parameters())
         log[f"{split}/lgvq/total"] = total.detach()
         return total, log
 
@@ -129,9 +131,17 @@ class Alignment(nn.Module):
                 f"quantizer gives {width}; set lgvq.code_dim: {width}"
             )
         if len(captions) != batch:
+            is_turned = len(captions) > 0 and all(
+                not isinstance(c, str) and c and len(c) == batch for c in captions
+            )
             raise ConfigError(
                 f"{len(captions)} captions for {batch} images: expected one entry an image "
                 "(a string, a list of strings, or None)"
+                + (
+                    "; torch's default_collate turns lists of captions over"
+                    if lengths == {batch}
+                    else ""
+                )
             )
 
     def _generator(self, step: int) -> torch.Generator:

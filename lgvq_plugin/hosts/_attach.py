@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from ..alignment import Alignment, Captions
 from ..config import parse
 from ..guides.base import build_guide
 from ..sockets import ConfigError
-from ._optimizers import add_heads
+from ._optimizers import add_heads, remove_heads
 from ._reading import code_width
-from ._tap import Tap, find_quantizer
+from ._tap import Tap, find_quantizer, is_tapped
 
 
 def build_alignment(
@@ -32,7 +32,9 @@ def build_alignment(
         raise ConfigError(
             f"lgvq.code_dim: {type(quantizer).__name__} does not tell the width of a code; set it"
         )
-    return Alignment(config, build_guide(config.guide), code_dim=width, grid=grid)
+    with torch.random.fork_rng(devices=[]):  # a guide may draw, and overwrite, initial weights
+        guide = build_guide(config.guide)
+    return Alignment(config, guide, code_dim=width, grid=grid)
 
 
 class Handle:
@@ -43,8 +45,11 @@ class Handle:
         heads: an `nn.Module` to optimize beside the model.
     """
 
-    def __init__(self, model: nn.Module, path: str, heads: Alignment, tap: Tap) -> None:
+    def __init__(
+        self, model: nn.Module, path: str, heads: Alignment, tap: Tap, optimizers: Any = None
+    ) -> None:
         self.model, self.path, self.heads, self._tap = model, path, heads, tap
+        self._optimizers = optimizers
         self._step = 0
 
     def loss(
@@ -77,14 +82,9 @@ class Handle:
         """Iterate over the heads' parameters, for an optimizer of the user's."""
         return self.heads.parameters()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Train the model alone inside the context: `loss` gives 0."""
-        self._tap.enabled, before = False, self._tap.enabled
-        try:
-            yield
-        finally:
-            self._tap.enabled = before
+        return self._tap.paused()
 
     def status(self) -> dict[str, Any]:
         """Return what is attached where: quantizer, objectives and weights, parameters, guide."""
@@ -103,8 +103,10 @@ class Handle:
         load_heads(self.heads, Path(folder))
 
     def detach(self) -> nn.Module:
-        """Remove the hook; the model is as before. Returns it."""
+        """Remove the hook; model and optimizer are as before. Returns the model."""
         self._tap.remove()
+        remove_heads(self._optimizers, list(self.heads.parameters()))
+        self._optimizers = None
         return self.model
 
 
@@ -112,7 +114,7 @@ def attach(
     model: nn.Module,
     quantizer: str | None = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Any = None,
     **options: Any,
 ) -> Handle:
     """Attach the three objectives to any tokenizer; its state dict and its code stay as they are.
@@ -120,11 +122,22 @@ def attach(
     Args:
         model: the tokenizer.
         quantizer: path of its quantizer, found by name if None.
-        optimizer: gets the heads as a new parameter group; else optimize `handle.parameters()`.
+        optimizer: gets the heads as a new parameter group; with a scheduler on it already, give
+            `[optimizer, scheduler]`. If None, optimize `handle.parameters()` beside the model.
         options: keys of the `lgvq:` block: recipe, objectives, guide, code_vit, ...
 
+    In a LightningModule of your own, attach in `__init__` once the quantizer is there, and make
+    the heads a submodule, so that they are moved, averaged, synchronized and saved with the rest:
+
+        self.handle = attach(self, guide={"use": "micro_clip"})
+        self.heads = self.handle.heads          # configure_optimizers: self.parameters() has them
+        ...                                     # training_step, after the model ran:
+        loss = loss + self.handle.loss(batch["caption"])[0]
+
+    In a plain DistributedDataParallel script do the same with the model before wrapping it.
+
     Raises:
-        ConfigError: for a wrong option, or if the quantizer cannot be found.
+        ConfigError: for a wrong option, or if the quantizer cannot be found or has heads already.
 
     Example:
         >>> from lgvq_plugin.hosts._vector_quantizer import VectorQuantizer
@@ -140,14 +153,16 @@ def attach(
     found = find_quantizer(model, quantizer)
     assert found is not None
     path, module = found
+    if is_tapped(module):
+        raise ConfigError(f"{type(model).__name__}.{path} has heads already; detach them first")
     heads = build_alignment({**options, "quantizer": path}, module)
     tap = Tap(heads.config.grid).install(module)
     parameter = next(model.parameters(), None)
     if parameter is not None:
         heads.to(parameter.device)
     if optimizer is not None:
-        add_heads([optimizer], list(heads.parameters()), list(model.parameters()))
-    return Handle(model, path, heads, tap)
+        add_heads(optimizer, list(heads.parameters()), list(model.parameters()))
+    return Handle(model, path, heads, tap, optimizer)
 
 
 def status(heads: Alignment, path: str) -> dict[str, Any]:

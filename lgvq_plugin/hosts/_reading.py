@@ -13,23 +13,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sockets import ConfigError
 from ..types import Codes
 
 WIDTHS = ("e_dim", "embed_dim", "embedding_dim", "codebook_dim", "dim")
-SIZES = ("n_e", "n_embed", "num_embeddings", "codebook_size", "num_codes")
+MATRICES = ("embedding", "embed", "codebook", "weight")  # attributes that hold a codebook
+UNIT_LENGTH = ("l2_norm", "use_norm")  # LlamaGen, ViT-VQGAN: codes are rows of length 1
 
 
 def codebook_of(quantizer: nn.Module) -> Tensor | None:
     """Return the code vectors (K, C), differentiable where they are trained; None if look-up free.
 
     Example:
-        >>> codebook_of(nn.ModuleDict({"embedding": nn.Embedding(4, 2)})) is None
-        True
+        >>> codebook_of(nn.ModuleDict({"embedding": nn.Embedding(4, 2)})).shape
+        torch.Size([4, 2])
     """
-    for name in ("embedding", "embed", "codebook", "weight"):
+    for name in MATRICES:
         found = getattr(quantizer, name, None)
         if isinstance(found, nn.Module):
             found = getattr(found, "weight", None)
@@ -39,23 +41,29 @@ def codebook_of(quantizer: nn.Module) -> Tensor | None:
             found = found[0]
         if found.ndim != 2:
             continue
-        # rosinality keeps its codebook as a buffer (C, K).
-        is_transposed = name == "embed" and not isinstance(found, nn.Parameter)
-        return (
-            found.mT if is_transposed and _attribute(quantizer, ("dim",)) == len(found) else found
-        )
+        rows = found.mT if _is_transposed(quantizer) else found
+        is_unit = any(getattr(quantizer, flag, False) is True for flag in UNIT_LENGTH)
+        return F.normalize(rows, dim=-1) if is_unit else rows
     return None
 
 
 def code_width(quantizer: nn.Module) -> int | None:
     """Return C, the width of the vectors the quantizer gives, or None if it does not tell."""
-    if "project_out" in dict(quantizer.named_children()):  # vector-quantize-pytorch: dim outside
-        outside = getattr(quantizer.get_submodule("project_out"), "out_features", None)
-        if isinstance(outside, int):
-            return outside
-        return _attribute(quantizer, ("dim",))
-    codebook = codebook_of(quantizer)
+    return _width(quantizer, codebook_of(quantizer))
+
+
+def _width(quantizer: nn.Module, codebook: Tensor | None) -> int | None:
+    project = dict(quantizer.named_children()).get("project_out")
+    if project is not None:  # vector-quantize-pytorch: the width outside, not of the codebook
+        outside = getattr(project, "out_features", None)
+        return outside if isinstance(outside, int) else _attribute(quantizer, WIDTHS[::-1])
     return codebook.shape[1] if codebook is not None else _attribute(quantizer, WIDTHS)
+
+
+def _is_transposed(quantizer: nn.Module) -> bool:
+    """Whether the codebook is rosinality's: a buffer `embed` (C, K), around it (B, h, w, C)."""
+    embed = dict(quantizer.named_buffers(recurse=False)).get("embed")
+    return embed is not None and embed.ndim == 2 and _attribute(quantizer, ("dim",)) == len(embed)
 
 
 def read_codes(output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | None = None) -> Codes:
@@ -78,9 +86,10 @@ def read_codes(output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | Non
             f"dimensions, but {_described(output)}; name another module with lgvq.quantizer: PATH"
         )
     codebook = codebook_of(quantizer)
-    width = code_width(quantizer)
+    width = _width(quantizer, codebook)
     if vectors.ndim == 4:
         is_last = width is not None and vectors.shape[-1] == width != vectors.shape[1]
+        is_last = is_last or _is_transposed(quantizer)
         channels_last = vectors if is_last else vectors.movedim(1, -1)
         grid = (channels_last.shape[1], channels_last.shape[2])
         rows = channels_last.flatten(1, 2)
@@ -90,12 +99,13 @@ def read_codes(output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | Non
         grid = _grid_of(rows.shape[1], grid)
     batch, count, channels = rows.shape
     indices = _indices(output, batch, count)
-    if codebook is not None and codebook.shape[1] != channels:
-        codebook = None  # codes are projected after the look-up: no row is what the host decodes
-    if codebook is not None and indices is not None and indices.ndim == 3:
-        codebook = None
-    if indices is not None and indices.ndim == 3:
-        indices = indices[..., 0]
+    has_levels = indices is not None and indices.ndim == 3
+    if codebook is not None and (has_levels or codebook.shape[1] != channels):
+        codebook = None  # a sum of rows, or projected after the look-up: no row is a code
+    if has_levels:
+        indices = indices[..., 0]  # type: ignore[index]
+    if indices is not None and getattr(quantizer, "remap", None) is not None:
+        indices = quantizer.unmap_to_all(indices)  # type: ignore[operator]  # taming
     return Codes(rows, indices, grid, codebook)
 
 
@@ -112,13 +122,17 @@ def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
 
 def _indices(output: Any, batch: int, count: int) -> Tensor | None:
     """Return (B, N), or (B, N, levels) of a residual quantizer, int64; None if there are none."""
-    for tensor in _tensors(output):
-        if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
-            continue
+    whole = [
+        t.detach().long()
+        for t in _tensors(output)
+        if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+    ]
+    for tensor in whole:
         if tensor.numel() == batch * count:
-            return tensor.detach().reshape(batch, count).long()
+            return tensor.reshape(batch, count)
+    for tensor in whole:
         if tensor.ndim >= 3 and tensor.numel() % (batch * count) == 0 and len(tensor) == batch:
-            return tensor.detach().reshape(batch, count, -1).long()
+            return tensor.reshape(batch, count, -1)
     return None
 
 

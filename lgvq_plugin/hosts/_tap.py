@@ -1,6 +1,8 @@
 """Find a host's quantizer, and listen to it."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,10 +10,11 @@ from torch import nn
 
 from ..sockets import ConfigError, suggest
 from ..types import Codes
-from ._reading import read_codes
+from ._reading import codebook_of, read_codes
 
 NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
 LIKELY = ("quantiz", "quantis", "codebook", "bottleneck", "fsq", "lfq", "simvq")
+SIZES = ("n_e", "n_embed", "num_embed", "num_embeddings", "codebook_size", "num_codes")
 
 
 def find_quantizer(
@@ -41,7 +44,7 @@ def find_quantizer(
     for name in NAMES:
         if name in children:
             return name, children[name]
-    found = _likely(model)
+    found = _outermost(model, _is_named_so) or _outermost(model, _has_codebook)
     if len(found) == 1:
         return found[0]
     if not required:
@@ -58,34 +61,55 @@ def find_quantizer(
     )
 
 
-def _likely(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Outermost modules whose class or name says quantizer; the loss is not searched."""
+def _outermost(model: nn.Module, accept: Callable[[str, nn.Module], bool]) -> list[Any]:
+    """Outermost accepted modules as (path, module); the loss is not searched."""
     found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        last = name.rpartition(".")[2]
-        if not name or inside or name.split(".")[0] in ("loss", "vq_loss"):
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer, _ in found)
+        if not path or inside or path.split(".")[0] in ("loss", "vq_loss"):
             continue
-        if last in NAMES or any(word in type(module).__name__.lower() for word in LIKELY):
-            found.append((name, module))
+        if accept(path.rpartition(".")[2], module):
+            found.append((path, module))
     return found
+
+
+def _is_named_so(name: str, module: nn.Module) -> bool:
+    return name in NAMES or any(word in type(module).__name__.lower() for word in LIKELY)
+
+
+def _has_codebook(name: str, module: nn.Module) -> bool:
+    """A matrix of codes, and a number of codes that is its size; of torch's layers one has both."""
+    codebook = None if isinstance(module, nn.Embedding) else codebook_of(module)
+    return codebook is not None and any(
+        getattr(module, size, None) == len(codebook) for size in SIZES
+    )
+
+
+def is_tapped(quantizer: nn.Module) -> bool:
+    """Return whether somebody listens to the quantizer already."""
+    hooks = quantizer._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), Tap) for hook in hooks)
 
 
 class Tap:
     """A forward hook on a quantizer that keeps the codes of the last pass until they are taken.
 
     Attributes:
+        quantizer: the module that is listened to, or None.
         codes: the record of the last pass, or None.
         enabled: whether passes are recorded.
     """
 
     def __init__(self, grid: tuple[int, int] | None = None) -> None:
         self.grid, self.enabled = grid, True
+        self.quantizer: nn.Module | None = None
         self.codes: Codes | None = None
         self._handle: Any = None
 
     def install(self, quantizer: nn.Module) -> "Tap":
-        """Start listening to `quantizer`."""
+        """Start listening to `quantizer`, and to no other any more."""
+        self.remove()
+        self.quantizer = quantizer
         self._handle = quantizer.register_forward_hook(self.record)
         return self
 
@@ -93,7 +117,7 @@ class Tap:
         """Stop listening, and forget."""
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self.codes = None, None
+        self._handle, self.codes, self.quantizer = None, None, None
 
     @torch.compiler.disable
     def record(self, quantizer: nn.Module, args: Any, output: Any) -> None:
@@ -115,6 +139,15 @@ class Tap:
                 "does not call this module (set lgvq.quantizer)"
             )
         return codes
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside the context."""
+        self.enabled, before = False, self.enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "codes": None}  # no graph in a copy or a file

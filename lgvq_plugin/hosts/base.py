@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from ..sockets import ConfigError
 from ..types import Codes
+from ._adoption import (
+    HostMethods,
+    gets_quantizer,
+    grid_of,
+    listen,
+    replace_module,
+    stop_listening,
+)
 from ._attach import Handle, attach, build_alignment, load_heads, save_heads, status
 from ._optimizers import add_heads
 from ._reading import code_width, codebook_of
@@ -20,6 +28,7 @@ from ._tap import NAMES, Tap, find_quantizer
 __all__ = [
     "NAMES",
     "Handle",
+    "HostMethods",
     "Tap",
     "add_heads",
     "attach",
@@ -29,18 +38,24 @@ __all__ = [
     "decode",
     "encode",
     "find_quantizer",
+    "gets_quantizer",
+    "grid_of",
+    "listen",
     "load_heads",
     "reconstruct",
+    "replace_module",
     "save_heads",
     "status",
+    "stop_listening",
     "tapped",
 ]
 
 
 @contextmanager
 def tapped(host: nn.Module, quantizer: str | None = None) -> Iterator[Tap]:
-    """Listen to the host's quantizer inside the context."""
-    found = find_quantizer(host, quantizer)
+    """Listen to the host's quantizer inside the context; LGVQLoss knows which, if it is on it."""
+    known = getattr(getattr(host, "loss", None), "quantizer_path", None)
+    found = find_quantizer(host, quantizer or known)
     assert found is not None
     tap = Tap().install(found[1])
     try:
@@ -63,8 +78,9 @@ def encode(host: nn.Module, images: Tensor, *, quantizer: str | None = None) -> 
         RuntimeError: if the host does not call it.
     """
     with tapped(host, quantizer) as tap:
-        if hasattr(host, "encode"):
-            host.encode(images)
+        encoder: Any = getattr(host, "encode", None)
+        if encoder is not None:
+            encoder(images)
         if tap.codes is None:
             host(images)
         return tap.take()

@@ -1,0 +1,154 @@
+"""How a loss meets the host that builds it: by torch's registration hook, then by stand-ins.
+
+host.__init__: self.loss = LGVQLoss(...)   -> listen: who took me? has it a quantizer?
+               self.quantize = ...         -> found: tap it, replace the methods below
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ._tap import find_quantizer
+
+# Torch's hook on registrations is one for all; here lie, weakly, the losses that wait for a host.
+_WAITING: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod]" = weakref.WeakKeyDictionary()
+_HOOK: list[Any] = []
+
+
+def listen(loss: nn.Module, method: Callable[..., None]) -> None:
+    """Call `method(parent, name, child)` whenever a module gets a submodule, while `loss` lives."""
+    weakref.finalize(loss, _remove_if_idle).atexit = False  # before the entry: it runs after it
+    _WAITING[loss] = weakref.WeakMethod(method)
+    if not _HOOK:
+        _HOOK.append(register_module_module_registration_hook(_on_registration))
+
+
+def stop_listening(loss: nn.Module) -> None:
+    """Call it no more; the last one to go removes torch's hook."""
+    _WAITING.pop(loss, None)
+    _remove_if_idle()
+
+
+def _remove_if_idle() -> None:
+    if not _WAITING and _HOOK:
+        _HOOK.pop().remove()
+
+
+def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    for method in [reference() for reference in _WAITING.values()]:
+        if method is not None:
+            method(parent, name, child)
+
+
+def gets_quantizer(
+    parent: nn.Module, name: str, child: nn.Module | None, path: str | None
+) -> nn.Module | None:
+    """Return what `parent` will have once `child` is in, if that completes a quantizer; or None."""
+    view = View({**parent._modules, name: child})
+    if path is not None:
+        return view if name == path.split(".")[0] else None
+    return view if find_quantizer(view, required=False) else None
+
+
+class HostMethods:
+    """Stand-ins for methods of the host: where its batches come in, and where its optimizers are.
+
+    Bound methods as attributes of the instance: they survive copy.deepcopy and pickle.
+    """
+
+    INPUTS = ("training_step", "validation_step", "test_step")
+
+    def __init__(self, host: nn.Module, loss: Any):
+        self.host, self.loss = host, loss
+        names = ("get_input",) if hasattr(host, "get_input") else self.INPUTS
+        self.names = [n for n in (*names, "configure_optimizers") if hasattr(host, n)]
+        for name in self.names:
+            setattr(host, name, getattr(self, name))
+        self._hook: Any = host.register_load_state_dict_post_hook(self.forgive_copies)
+
+    def remove(self) -> None:
+        """Give the host its own methods back."""
+        self._hook.remove()
+        for name in self.names:
+            if getattr(vars(self.host).get(name), "__self__", None) is self:
+                delattr(self.host, name)
+
+    def forgive_copies(self, host: nn.Module, incompatible: Any) -> None:
+        """An old checkpoint has no averages of the heads: LitEma keeps them as `model_ema.*`."""
+        heads = [p for p in self.loss.alignment.parameters() if p.requires_grad]
+        missing = incompatible.missing_keys
+        copies = [key for key in missing if "lgvq" in key and ".lgvq." not in f".{key}"]
+        if len(copies) == len(heads):
+            missing[:] = [key for key in missing if key not in copies]
+
+    def get_input(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Taming's, and that of all its descendants."""
+        return self._with_batch("get_input", batch, *args, **kwargs)
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's."""
+        return self._with_batch("training_step", batch, *args, **kwargs)
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's."""
+        return self._with_batch("validation_step", batch, *args, **kwargs)
+
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's."""
+        return self._with_batch("test_step", batch, *args, **kwargs)
+
+    def configure_optimizers(self) -> Any:
+        """Lightning's, and of taming's protocol."""
+        return self.loss.add_heads(self._own("configure_optimizers")())
+
+    def _own(self, name: str) -> Any:
+        return getattr(type(self.host), name).__get__(self.host)
+
+    def _with_batch(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self.loss.receive(batch)
+        return call_as_declared(self._own(name), batch, *args, **kwargs)
+
+
+class View(nn.Module):
+    """Submodules of a host as they will be once the one under registration is in."""
+
+    def __init__(self, modules: Mapping[str, nn.Module | None]):
+        super().__init__()
+        self._modules.update(modules)
+
+
+def grid_of(host: nn.Module) -> tuple[int, int] | None:
+    """Return (h, w) of the codes of a taming-style decoder, which knows it; else None."""
+    shape = getattr(getattr(host, "decoder", None), "z_shape", None)
+    return (int(shape[-2]), int(shape[-1])) if shape is not None and len(shape) == 4 else None
+
+
+def call_as_declared(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call with no more arguments than `method` takes.
+
+    Lightning looks at the signature of `training_step` before it passes a batch index; ours, in
+    its place, takes everything.
+
+    Example:
+        >>> call_as_declared(lambda batch: batch, "images", 7)
+        'images'
+    """
+    kinds = [p.kind for p in inspect.signature(method).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        taken = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        args = args[: sum(kind in taken for kind in kinds)]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        kwargs = {k: v for k, v in kwargs.items() if k in inspect.signature(method).parameters}
+    return method(*args, **kwargs)
+
+
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `root` has `old`."""
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
