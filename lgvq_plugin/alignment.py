@@ -131,17 +131,11 @@ class Alignment(nn.Module):
                 f"quantizer gives {width}; set lgvq.code_dim: {width}"
             )
         if len(captions) != batch:
-            is_turned = len(captions) > 0 and all(
-                not isinstance(c, str) and c and len(c) == batch for c in captions
-            )
+            lengths = {len(c) if isinstance(c, list | tuple) else -1 for c in captions}
+            hint = "; torch's default_collate turns lists of captions over"
             raise ConfigError(
                 f"{len(captions)} captions for {batch} images: expected one entry an image "
-                "(a string, a list of strings, or None)"
-                + (
-                    "; torch's default_collate turns lists of captions over"
-                    if lengths == {batch}
-                    else ""
-                )
+                f"(a string, a list of strings, or None){hint if lengths == {batch} else ''}"
             )
 
     def _generator(self, step: int) -> torch.Generator:
