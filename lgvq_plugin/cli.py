@@ -11,9 +11,13 @@ from .sockets import ConfigError
 
 COMMANDS = {  # name: ("module:function of argv", what it does)
     "train": ("training.run:main", "train a tokenizer from configs"),
+    "ablate": ("ablation:main", "train variants over seeds and report what differs"),
+    "inspect": ("ablation.explorer:main", "look at a codebook: its patches, words and places"),
+    "eval": ("evaluation.run:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
     "data": ("data_tools.data:main", "check a data set, or convert it for fast reading"),
+    "cache": ("data_tools.cache:main", "encode all captions once, so that training needs no guide"),
 }
 """Resolved below this package, and only when called: `lgvq --help` imports no torch."""
 

@@ -104,7 +104,7 @@ def differences(results: Results, cells: Sequence[Cell]) -> str:
     caption = (
         f"Variant minus reference over {_span([d.seeds for _, d in pairs], 'seed')} and "
         f"{images_told([c for c, _ in pairs])}, with {CONFIDENCE * 100:.0f} % bootstrap intervals: "
-        "paired by image where the metric is a mean over images (images and seeds drawn anew), else by "
+        "paired by image where the metric is a mean over images (both are drawn anew), else by "
         "seed; widened for few seeds to the width of a t interval. Each metric has its own scale."
     )
     variants = "".join(f"<option>{escape(v)}</option>" for v in results.variants)

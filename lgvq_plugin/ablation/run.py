@@ -114,7 +114,7 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
         before = read_json(path / JOB) if job in held else given
         if (path / "checkpoints").is_dir():
             _check_same(before["config"], given["config"], path)
-        done = (path / RUN).is_file() and read_json(path / RUN).get("status") == "done"
+        done = (path / RUN).is_file() and Run(**read_json(path / RUN)).status == "done"
         if done and before == given:
             continue
         (path / RUN).unlink(missing_ok=True)

@@ -130,15 +130,15 @@ def test_lgvq_changes_need_a_loss_that_takes_them(write):
 def test_variants_of_a_seed_start_alike():
     """Same weights of the host, same samples in the same order."""
     path = next(path for path in PLANS if path.stem == "smoke")
-    hosts, samples = {}, {}
-    for job in read_plan(path).jobs:
+    hosts, samples = [], []
+    for job in read_plan(path).jobs[:3]:  # baseline of two seeds, ours of the first
         torch.manual_seed(job.seed)
-        hosts[job.variant, job.seed] = build_host(job.config).state_dict()
+        hosts.append(build_host(job.config).state_dict())
         dataset = build_dataset(Sections.of(job.config).data.train)
-        samples[job.variant, job.seed] = [dataset[i]["caption"] for i in range(5)]
-    for seed in (0, 1):
-        plain, ours = hosts["baseline", seed], hosts["all", seed]
-        assert {key for key in ours if not key.startswith("loss.lgvq.")} == {*plain}
-        assert all(torch.equal(ours[key], plain[key]) for key in plain)
-        assert samples["baseline", seed] == samples["all", seed]
-    assert not torch.equal(*(hosts["all", s]["encoder.0.weight"] for s in (0, 1)))
+        samples.append([dataset[i]["caption"] for i in range(5)])
+    plain, other, ours = hosts
+    assert {key for key in ours if not key.startswith("loss.lgvq.")} == {*plain}
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+    assert samples[0] == samples[2]
+    weight = next(key for key in plain if key.startswith("encoder") and key.endswith("weight"))
+    assert not torch.equal(plain[weight], other[weight])

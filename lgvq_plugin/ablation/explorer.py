@@ -1,0 +1,259 @@
+"""`lgvq inspect`: a page on which a codebook can be looked at, one or two checkpoints of it.
+
+checkpoint, captioned images --gather--> codes as patches, their words, where they fire, what is
+dead, and whether codes relate to each other as words do
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoints.base import load_checkpoint, load_host
+from ..guides.base import AbstractGuide, build_guide
+from ..sockets import ConfigError
+from ..training.base import Sections, build_dataset, read_config
+from . import _codebook
+from ._explorer_html import explorer_page
+from ._page import data_uri, finite, png_bytes, write_page
+
+logger = logging.getLogger(__name__)
+
+PAGE = "codebook.html"
+COLUMNS = 32  # tiles in a row of a sheet
+THUMBNAIL = 128  # pixels a side, at most
+TOP_WORDS, TOP_CODES, MAP_WORDS = 8, 16, 28
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The images that codes are looked at on.
+
+    Args:
+        images: (M, 3, H, W) in [-1, 1].
+        captions: of each image.
+        source: the data section that they came from.
+    """
+
+    images: Tensor
+    captions: list[list[str]]
+    source: dict[str, Any]
+
+
+def write_explorer(
+    hosts: Mapping[str, torch.nn.Module],
+    samples: Samples,
+    folder: Path,
+    *,
+    guide: AbstractGuide | None = None,
+    shown: int = 48,
+    progress: bool = True,
+) -> Path:
+    """Write the page.
+
+    Args:
+        hosts: name -> host in evaluation mode; one, or two side by side.
+        samples: what they encode.
+        folder: gets codebook.html.
+        guide: text model for the word-word map; without it there are no maps.
+        shown: images on the page; all samples are counted.
+        progress: whether to show a bar.
+
+    Returns:
+        The path of the page.
+    """
+    words = _codebook.words_of(samples.captions)
+    vocabulary = _codebook.vocabulary(words)
+    has_word = torch.tensor([[word in some for word in vocabulary] for some in words])
+    has_word = has_word.reshape(len(words), len(vocabulary))
+    panels, vectors = [], []
+    for name, host in tqdm(hosts.items(), unit="checkpoint", disable=not progress):
+        gathered = _codebook.gather(host, samples.images)
+        has_code = _codebook.presence(gathered.indices, len(gathered.counts))
+        association = _codebook.associate(has_code, has_word)
+        vectors.append(_codebook.word_vectors(gathered.vectors, association, gathered.counts > 0))
+        panels.append(_panel(name, gathered, association, shown))
+    data = {
+        "panels": panels,
+        "words": vocabulary,
+        "documents": has_word.sum(dim=0).tolist(),
+        "samples": len(samples.images),
+        "images": _thumbnails(samples, words, shown),
+        "maps": _maps(vocabulary, vectors, guide),
+    }
+    path = folder / PAGE
+    write_page(path, explorer_page(data, samples.source))
+    return path
+
+
+def _panel(
+    name: str, gathered: _codebook.Gathered, association: _codebook.Association, shown: int
+) -> dict[str, Any]:
+    counts = gathered.counts
+    share = counts.double() / counts.sum()
+    sheets = {"mean": gathered.mean_patches, "examples": gathered.examples.flatten(0, 1)}
+    if gathered.decoded is not None:
+        sheets["decoded"] = gathered.decoded
+    return {
+        "name": name,
+        "size": len(counts),
+        "counts": counts.tolist(),
+        "used": int((counts > 0).sum()),
+        "perplexity": float(torch.special.entr(share).sum().exp()),
+        "grid": list(gathered.indices.shape[1:]),
+        "patch": list(gathered.mean_patches.shape[2:]),
+        "columns": COLUMNS,
+        "examples": gathered.examples.shape[1],
+        "sheets": {kind: _sheet(patches) for kind, patches in sheets.items()},
+        "codes": _top(association, TOP_WORDS),
+        "words": _top(
+            _codebook.Association(
+                association.pmi.T, association.likelihood_ratio.T, association.joint.T
+            ),
+            TOP_CODES,
+        ),
+        "fires": gathered.indices[:shown].flatten(1).tolist(),
+    }
+
+
+def _sheet(patches: Tensor) -> str:
+    return data_uri(png_bytes(_codebook.tile(patches, COLUMNS)), "image/png")
+
+
+def _top(association: _codebook.Association, count: int) -> list[list[list[float]]]:
+    """For each row the surest columns: [column, pmi, images with both]."""
+    score = association.likelihood_ratio.masked_fill(~association.is_sure, -1)
+    best = score.topk(min(count, score.shape[1]), dim=1)
+    return [
+        [
+            [
+                column,
+                round(float(association.pmi[row, column]), 3),
+                int(association.joint[row, column]),
+            ]
+            for column, value in zip(columns, values, strict=True)
+            if value > 0
+        ]
+        for row, (columns, values) in enumerate(
+            zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+    ]
+
+
+def _thumbnails(samples: Samples, words: Sequence[set[str]], shown: int) -> list[dict[str, Any]]:
+    images = samples.images[:shown]
+    if max(images.shape[2:]) > THUMBNAIL:
+        factor = THUMBNAIL / max(images.shape[2:])
+        images = F.interpolate(images, scale_factor=factor, mode="area")
+    return [
+        {
+            "uri": data_uri(png_bytes(image), "image/png"),
+            "caption": (captions or [""])[0],
+            "words": sorted(some),
+        }
+        for image, captions, some in zip(images, samples.captions, words, strict=False)
+    ]
+
+
+def _maps(
+    vocabulary: Sequence[str], vectors: Sequence[Tensor], guide: AbstractGuide | None
+) -> dict[str, Any] | None:
+    """Cosines of the commonest words that codes stand for, by the guide and by each codebook."""
+    if guide is None or not vocabulary:
+        return None
+    has_codes = torch.stack([rows.isfinite().all(dim=1) for rows in vectors]).all(dim=0)
+    chosen = has_codes.nonzero()[:MAP_WORDS, 0]
+    if len(chosen) < 3:
+        return None
+    words = [vocabulary[i] for i in chosen.tolist()]
+    of_words = _codebook.cosines(guide.encode(words).sentence.float().cpu())
+    of_codes = [_codebook.cosines(rows[chosen]) for rows in vectors]
+    return {
+        "words": words,
+        "guide": {"class": type(guide).__name__, **finite(guide.config)},
+        "word": finite(of_words.round(decimals=3).tolist()),
+        "codes": [finite(one.round(decimals=3).tolist()) for one in of_codes],
+        "agreement": [_codebook.agreement(of_words, one) for one in of_codes],
+    }
+
+
+def read_samples(section: Mapping[str, Any], limit: int) -> Samples:
+    """Read the first `limit` samples of a data section `{target, params}`."""
+    dataset = build_dataset(section)
+    images, captions = [], []
+    for i in tqdm(range(min(limit, len(dataset))), unit="image", leave=False):
+        sample = dataset[i]
+        image = torch.as_tensor(sample["image"]).float()
+        images.append(image if image.shape[0] == 3 else image.movedim(-1, 0))
+        of_image = sample.get("captions") or [sample.get("caption") or ""]
+        captions.append([str(caption) for caption in of_image])
+    return Samples(torch.stack(images).contiguous(), captions, dict(section))
+
+
+def guide_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the `lgvq.guide` block of a config, if it has one."""
+    loss = ((config or {}).get("model", {}).get("params") or {}).get("lossconfig") or {}
+    return ((loss.get("params") or {}).get("lgvq") or {}).get("guide")
+
+
+def main(argv: list[str]) -> int:
+    """Run `lgvq inspect`.
+
+    Args:
+        argv: `--ckpt C [--ckpt BASELINE] -o DIR [-b CONFIG...] [--limit N] [--guide NAME]`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq inspect",
+        description="Write a page that shows the codes of one or two checkpoints.",
+    )
+    parser.add_argument("--ckpt", action="append", required=True, help="once, or twice to compare")
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="gets codebook.html")
+    parser.add_argument("-b", "--base", nargs="+", metavar="CONFIG", help="default: the run's own")
+    parser.add_argument("--name", action="append", help="of each checkpoint; default: its run's")
+    parser.add_argument("--limit", type=int, default=512, help="images counted (default: 512)")
+    parser.add_argument("--show", type=int, default=48, help="images on the page (default: 48)")
+    parser.add_argument("--guide", help="text guide of the word map; default: the run's own, else "
+                        "micro_clip; none: no map")  # fmt: skip
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle old checkpoints")
+    given = parser.parse_args(argv)
+    if len(given.ckpt) > 2 or len(given.name or given.ckpt) != len(given.ckpt):
+        raise ConfigError("give --ckpt once or twice, and --name as often or not at all")
+    if given.limit < 1 or given.show < 1:
+        raise ConfigError(f"--limit and --show must be > 0, got {given.limit} and {given.show}")
+    config = read_config(given.base) if given.base else None
+    read = [load_checkpoint(path, given.trust_pickle) for path in given.ckpt]
+    names = _distinct(given.name or [_run_name(checkpoint.path) for checkpoint in read])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A run's own config says its host; -b stands in where there is none, and for the data.
+    hosts = {
+        name: load_host(checkpoint.config or config, checkpoint, device=device)
+        for name, checkpoint in zip(names, read, strict=True)
+    }
+    configs = [found for found in (config, *(one.config for one in read)) if found]
+    data = Sections.of(configs[0]).data
+    samples = read_samples(data.validation or data.train, given.limit)
+    block = next((found for one in configs if (found := guide_of(one))), None)
+    chosen = {"use": given.guide} if given.guide else block or {"use": "micro_clip"}
+    guide = None if given.guide == "none" else build_guide(chosen)
+    page = write_explorer(hosts, samples, Path(given.out), guide=guide, shown=given.show)
+    logger.info("%s", page)
+    return 0
+
+
+def _run_name(path: Path) -> str:
+    """Name of the run folder that a checkpoint lies in, else of the file."""
+    if path.parent.name != "checkpoints":
+        return path.stem
+    run = path.parent.parent
+    return f"{run.parent.name}, {run.name}" if run.name.startswith("seed_") else run.name
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]
