@@ -3,4 +3,6 @@
 MEMBERS = {
     "open_clip": "open_clip.OpenCLIPGuide",
     "micro_clip": "micro_clip.MicroCLIPGuide",
+    "huggingface": "huggingface.HuggingFaceGuide",
+    "cached": "cached.CachedGuide",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional import sample_word_mask
 from ..sockets import ConfigError, resolve, suggest
 from ..types import TextFeatures, TextTokens
 
@@ -47,6 +48,29 @@ class AbstractGuide(ABC):
             token_mask: tokens to hide from the encoder, (B, T) bool; no feature of the result
                 depends on what stood there, and `token_ids` still tells it.
         """
+
+    def draw_mask(
+        self,
+        captions: Sequence[str],
+        word_ids: Tensor,
+        *,
+        ratio: tuple[float, float],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Draw which words of B captions to hide, as a `token_mask` for :meth:`encode`.
+
+        A guide that has its features from disk draws among the maskings it has.
+
+        Args:
+            captions: B strings.
+            word_ids: the word of each token, -1 for none, (B, T) int64.
+            ratio: lowest and highest share of words, each in [0, 1].
+            generator: CPU generator of the draws.
+
+        Returns:
+            True at every piece of a hidden word, (B, T) bool.
+        """
+        return sample_word_mask(word_ids, ratio=ratio, generator=generator)
 
     @property
     @abstractmethod

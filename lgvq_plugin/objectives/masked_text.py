@@ -8,12 +8,7 @@ mask_at output:  the released code; the encoder saw the whole caption, so later 
 import torch
 
 from ..config import MaskedTextConfig
-from ..functional import (
-    masked_text_loss,
-    sample_token_mask,
-    sample_truncated_ratio,
-    sample_word_mask,
-)
+from ..functional import masked_text_loss, sample_token_mask, sample_truncated_ratio
 from ..guides.base import AbstractGuide
 from ..heads.text_decoder import TextDecoder
 from ..types import CodeView, Term, TextFeatures
@@ -71,7 +66,9 @@ class MaskedText(AbstractObjective):
     def _mask(self, caption: Caption) -> torch.Tensor:
         text, config = caption.features, self.config
         if config.mask_at == "input":
-            return sample_word_mask(text.word_ids, ratio=config.ratio, generator=caption.generator)
+            return caption.guide.draw_mask(
+                caption.strings, text.word_ids, ratio=config.ratio, generator=caption.generator
+            )
         low, high = config.ratio
         ratio = sample_truncated_ratio(
             mean=0.5, deviation=0.1, low=low, high=high, generator=caption.generator

@@ -1,0 +1,153 @@
+"""`lgvq cache -b CONFIG`: encode every caption once, so that training needs no text tower."""
+
+import argparse
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from ..config import LGVQConfig, parse
+from ..datasets.base import CaptionedImages
+from ..guides.base import build_guide
+from ..sockets import ConfigError, resolve
+from ..training.base import Sections, build_dataset, read_config
+from ._files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+OVERLAY = "guide.yaml"
+
+
+def main(argv: list[str]) -> int:
+    """Run `lgvq cache`.
+
+    Args:
+        argv: `-b CONFIG... [-o FOLDER] [--maskings 4] [key=value ...]`.
+
+    Returns:
+        0; what went wrong is raised.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq cache",
+        description="Encode the captions of the config's data sets by its text guide, and write "
+        "the features to a folder that `guide: {use: cached, folder: FOLDER}` reads. Run it "
+        "again after a kill, or for further captions: what is there stays.",
+    )
+    parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG")
+    parser.add_argument("-o", "--out", type=Path, help="default: text_cache_FINGERPRINT")
+    parser.add_argument(
+        "--maskings",
+        type=int,
+        default=4,
+        help="maskings of each caption for masked_text (default: 4); each costs as much time and "
+        "disk as the caption itself; none are made where the config needs none",
+    )
+    parser.add_argument(
+        "--drop-padding",
+        action="store_true",
+        help="leave features at padding out: half the disk for short captions; they read as 0, "
+        "which only `recipe: paper` can tell",
+    )
+    parser.add_argument("--batch-size", type=int, default=256, help="captions encoded at a time")
+    parser.add_argument("--device", help="of the guide (default: cuda if there is one)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    given, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    for name, least in (("maskings", 0), ("batch_size", 1)):
+        if getattr(given, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}")
+    paths = [word for word in given.base if "=" not in word]
+    overrides = [word for word in given.base if "=" in word] + rest
+    if not paths:
+        raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
+    _cache(Sections.of(read_config(paths, overrides)), given)
+    return 0
+
+
+def _cache(sections: Sections, given: argparse.Namespace) -> None:
+    config = lgvq_block(sections.plain)
+    block, folder = dict(config.guide), given.out
+    if block.get("use") == "cached":  # the config that trains from the cache can make it, too
+        folder = folder or Path(block["folder"])
+        if not block.get("guide"):
+            raise ConfigError("lgvq.guide: {use: cached} names no `guide:` that could encode")
+        block = dict(block["guide"])
+    captions = [text for text in _captions(sections) if text]
+    if not captions:
+        raise ConfigError("the config's data sets have no caption to encode")
+    guide = build_guide(block)
+    guide.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = (folder or Path(f"text_cache_{guide.fingerprint[:12]}")).expanduser()
+    masked = config.objectives.masked_text
+    needs_maskings = masked.weight > 0 and masked.mask_at == "input"
+    plan, steps = resolve("guides", "cached").write(
+        folder,
+        guide,
+        captions,
+        block={"use": block.get("use", "open_clip"), **guide.config},
+        maskings=given.maskings if needs_maskings else 0,
+        ratio=masked.ratio,
+        padding=not given.drop_padding,
+        seed=config.seed,
+        batch_size=given.batch_size,
+    )
+    _check_space(folder, len(plan.todo) * plan.bytes_each)
+    begin = time.monotonic()
+    total = plan.done + len(plan.todo)
+    with tqdm(total=total, initial=plan.done, unit="caption", disable=given.no_progress) as bar:
+        for done in steps:
+            bar.update(done)
+    _tell(folder, block, plan, time.monotonic() - begin)
+
+
+def lgvq_block(plain: Mapping[str, Any]) -> LGVQConfig:
+    """Return the checked `lgvq:` block of a whole config; its defaults if there is none."""
+    loss = plain["model"].get("params", {}).get("lossconfig") or {}
+    return parse((loss.get("params") or {}).get("lgvq"))
+
+
+def _captions(sections: Sections) -> Iterator[str]:
+    for section in (sections.data.train, sections.data.validation):
+        if section is None:
+            continue
+        dataset = build_dataset(section)
+        for index in range(len(dataset)):
+            if isinstance(dataset, CaptionedImages):
+                told: Any = dataset.captions_of(index)
+            else:
+                sample = dataset[index]
+                keys = ("captions", "caption", "text", "txt")
+                told = next((sample[key] for key in keys if sample.get(key)), ())
+            yield from (text.strip() for text in ([told] if isinstance(told, str) else told))
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    logger.info("the cache takes at most %.2f GB more; %.1f GB are free", needed / 1e9, free / 1e9)
+    if needed > free:
+        raise ConfigError(
+            f"{folder}: the cache takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free; give another place with -o, fewer --maskings, or --drop-padding"
+        )
+
+
+def _tell(folder: Path, block: Mapping[str, Any], plan: Any, seconds: float) -> None:
+    guide = {"use": "cached", "folder": str(folder.resolve()), "guide": dict(block)}
+    loss = {"params": {"lgvq": {"guide": guide}}}
+    overlay = yaml.safe_dump({"model": {"params": {"lossconfig": loss}}}, sort_keys=False)
+    write_atomically(folder / OVERLAY, overlay.encode())
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    count = plan.done + len(plan.todo)
+    print(
+        f"{count:,} different captions in {folder}, {len(plan.todo):,} of them new "
+        f"({seconds:.1f} s); {size / 1e6:.1f} MB, {size / count / 1e3:.1f} kB a caption"
+    )
+    print(f"train with it: lgvq train -b CONFIG {folder / OVERLAY}")

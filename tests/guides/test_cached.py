@@ -1,0 +1,344 @@
+"""A text cache gives the guide's bits, refuses what is not its own, and survives a kill."""
+
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lgvq_plugin.alignment import Alignment
+from lgvq_plugin.config import parse
+from lgvq_plugin.guides._cache_file import Shards, caption_key
+from lgvq_plugin.guides.base import build_guide
+from lgvq_plugin.guides.cached import CachedGuide
+from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.types import Codes
+
+HERE = Path(__file__).parent
+TOY = {"use": "toy_guide.ToyGuide"}
+MICRO = {"use": "micro_clip"}
+CAPTIONS = ["a red circle above a blue square", "circle", "a dog  runs", "é 🙂"]
+LONG = " ".join(["word"] * 50)
+NAMES = ("token_ids", "attention_mask", "word_ids", "tokens", "sentence", "vocabulary")
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+def fill(folder, block, captions, **options):
+    """Write a cache to the end; return its guide."""
+    guide = build_guide(block)
+    _, steps = CachedGuide.write(folder, guide, captions, block=block, **options)
+    list(steps)
+    return guide
+
+
+def assert_same(a, b):
+    for name in NAMES:
+        one, other = getattr(a, name), getattr(b, name)
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+
+
+def maskings(folder, captions):
+    """Return the stored maskings, (B, M, T)."""
+    places = Shards(folder).find(captions)
+    return torch.stack([torch.from_numpy(shard["masks"][row].copy()) for shard, row in places])
+
+
+@pytest.mark.parametrize("block", [MICRO, TOY], ids=["micro_clip", "toy"])
+@pytest.mark.parametrize("padding", [True, False])
+def test_features_are_the_guides_bit_for_bit(tmp_path, block, padding):
+    captions = ["", *CAPTIONS, LONG]
+    guide = fill(tmp_path / "c", block, captions, maskings=3, padding=padding)
+    cached = build_guide({"use": "cached", "folder": str(tmp_path / "c"), "guide": block})
+    masks = maskings(tmp_path / "c", captions)
+    assert masks[1:].any(dim=2).all()  # a word of each is hidden
+    for mask in (None, *masks.unbind(dim=1)):
+        theirs, ours = (g.encode(captions, token_mask=mask) for g in (guide, cached))
+        if not padding:
+            real = theirs.attention_mask[..., None]
+            assert not ours.tokens.masked_select(~real).any()
+            theirs = type(theirs)(**{**vars(theirs), "tokens": theirs.tokens.where(real, 0.0)})
+        assert_same(ours, theirs)
+    assert cached.max_length == guide.max_length
+    assert cached.fingerprint == guide.fingerprint
+    assert torch.equal(cached.tokenize(captions).word_ids, guide.tokenize(captions).word_ids)
+
+
+def test_order_and_repeats_change_no_bit(tmp_path):
+    fill(tmp_path / "c", MICRO, [*CAPTIONS[:3]] * 2)
+    cached = build_guide({"use": "cached", "folder": str(tmp_path / "c")})
+    assert len(cached) == 4  # and ""
+    one = cached.encode(CAPTIONS[:3])
+    other = cached.encode([CAPTIONS[2], CAPTIONS[0], CAPTIONS[2]])
+    assert torch.equal(other.tokens, one.tokens[[2, 0, 2]])
+    assert torch.equal(other.sentence, one.sentence[[2, 0, 2]])
+
+
+def test_features_lie_in_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("lgvq_plugin.guides._cache_writer.SHARD_BYTES", 1)
+    captions = [f"caption number {i}" for i in range(23)]
+    guide = fill(tmp_path / "c", TOY, captions, batch_size=4)
+    assert len(list((tmp_path / "c").glob("shard-*"))) == 6
+    cached = CachedGuide(str(tmp_path / "c"))
+    assert_same(cached.encode(captions[::-1]), guide.encode(captions[::-1]))
+
+
+def test_maskings_differ_keep_the_ratio_and_come_from_the_generator(tmp_path):
+    captions = [" ".join(f"w{i}{j}" for j in range(10)) for i in range(20)]
+    block = {**TOY, "max_length": 12}
+    fill(tmp_path / "c", block, captions, maskings=6, ratio=(0.2, 0.5))
+    cached = CachedGuide(str(tmp_path / "c"))
+    words = cached.tokenize(captions).word_ids
+
+    def draw(seed, ratio=(0.2, 0.5)):
+        generator = torch.Generator().manual_seed(seed)
+        return cached.draw_mask(captions, words, ratio=ratio, generator=generator)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    hidden = draw(0).sum(dim=1)
+    assert ((hidden >= 2) & (hidden <= 5)).all()
+    assert not draw(0)[words < 0].any()
+    kinds = {tuple(draw(seed)[0].tolist()) for seed in range(60)}
+    assert 4 <= len(kinds) <= 6
+    with pytest.raises(
+        ConfigError, match=r"ratio \(0\.1, 0\.3\).*6 maskings of ratio \(0\.2, 0\.5"
+    ):
+        draw(0, ratio=(0.1, 0.3))
+
+
+def test_a_short_caption_stores_its_only_masking_once(tmp_path):
+    fill(tmp_path / "c", TOY, ["dog"], maskings=5)
+    shard = Shards(tmp_path / "c").shards[0]
+    # "" and "dog", unmasked, and the one masking of "dog"; all with their padding.
+    assert len(shard["rows"]) == 3 * 8
+
+
+def test_all_objectives_train_without_a_text_tower(tmp_path):
+    block = {"objectives": {"masked_text": {"ratio": [0.2, 0.4]}}, "guide": TOY}
+    fill(tmp_path / "c", TOY, CAPTIONS[:3], ratio=(0.2, 0.4))
+    cached = CachedGuide(str(tmp_path / "c"), guide=TOY)
+    cached._loaded = lambda: pytest.fail("it built the guide")
+    heads = Alignment(parse(block), cached, code_dim=5, grid=(2, 2))
+    codes = Codes(torch.randn(4, 4, 5, requires_grad=True), None, (2, 2))
+    loss, log = heads(codes, [*CAPTIONS[:3], None], step=3)
+    loss.backward()
+    assert codes.codes.grad.abs().sum() > 0
+    assert log["train/lgvq/masked_text"] > 0
+
+
+def test_terms_on_whole_captions_are_those_of_the_guide(tmp_path):
+    guide = fill(tmp_path / "c", TOY, CAPTIONS[:3])
+    block = {"objectives": {"masked_text": {"weight": 0}}}
+    codes = Codes(torch.randn(3, 4, 5), None, (2, 2))
+    both = [
+        Alignment(parse(block), g, code_dim=5, grid=(2, 2))(codes, CAPTIONS[:3])[1]
+        for g in (guide, CachedGuide(str(tmp_path / "c")))
+    ]
+    for name in ("global_semantic", "relationship"):
+        assert torch.equal(both[0][f"train/lgvq/{name}"], both[1][f"train/lgvq/{name}"])
+
+
+def test_no_text_tower_stays_in_memory(tmp_path):
+    from open_clip.transformer import TextTransformer
+
+    def towers():
+        gc.collect()
+        return sum(type(thing) is TextTransformer for thing in gc.get_objects())
+
+    before = towers()
+    fill(tmp_path / "c", MICRO, CAPTIONS[:2])
+    cached = build_guide({"use": "cached", "folder": str(tmp_path / "c"), "guide": MICRO})
+    cached.encode(CAPTIONS[:2])
+    assert towers() == before
+
+
+# What is refused
+
+
+def test_another_guides_cache_is_refused(tmp_path):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    other = {**TOY, "seed": 1}
+    with pytest.raises(ConfigError, match="made by another guide or other weights"):
+        CachedGuide(str(tmp_path / "c"), guide=other)
+    with pytest.raises(ConfigError, match="made by another guide"):
+        CachedGuide(str(tmp_path / "c"), guide=other, verify=False)
+    with pytest.raises(ConfigError, match="was made with fingerprint"):
+        fill(tmp_path / "c", other, CAPTIONS)
+    with pytest.raises(ConfigError, match="was made with maskings: 4 then, 2 now"):
+        fill(tmp_path / "c", TOY, CAPTIONS, maskings=2)
+
+
+def test_a_stale_cache_is_refused(tmp_path, monkeypatch):
+    import toy_guide
+
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    plain = toy_guide.ToyGuide.vocabulary.fget
+    monkeypatch.setattr(toy_guide.ToyGuide, "vocabulary", property(lambda self: plain(self) + 1e-3))
+    with pytest.raises(ConfigError, match="other weights"):
+        CachedGuide(str(tmp_path / "c"))
+    assert len(CachedGuide(str(tmp_path / "c"), verify=False)) == 5
+
+
+def test_an_overlay_over_another_block_leaves_its_keys(tmp_path):
+    block = {**TOY, "width": 4}
+    fill(tmp_path / "c", block, CAPTIONS)
+    merged = {**block, "use": "cached", "folder": str(tmp_path / "c"), "guide": block}
+    assert build_guide(merged).token_dim == 4
+    with pytest.raises(ConfigError, match="no key 'foldr'"):
+        build_guide({"use": "cached", "folder": str(tmp_path / "c"), "foldr": 3})
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    fill(tmp_path / "c", TOY, CAPTIONS[:2], maskings=0)
+    cached = CachedGuide(str(tmp_path / "c"))
+    with pytest.raises(ConfigError, match=r"caption 'a cat' is not among the 3.*lgvq cache"):
+        cached.encode(["a cat"])
+    words = cached.tokenize(CAPTIONS[:2]).word_ids
+    with pytest.raises(ConfigError, match=r"holds none; run `lgvq cache`"):
+        cached.draw_mask(CAPTIONS[:2], words, ratio=(0.15, 0.5), generator=torch.Generator())
+    with pytest.raises(ConfigError, match=r"holds no text cache.*lgvq cache"):
+        CachedGuide(str(tmp_path / "nowhere"))
+
+
+def test_a_mask_of_ones_own_is_told(tmp_path):
+    guide = fill(tmp_path / "c", TOY, CAPTIONS[:1], maskings=1)
+    stored = maskings(tmp_path / "c", CAPTIONS[:1])[:, 0]
+    other = (guide.tokenize(CAPTIONS[:1]).word_ids >= 0) & ~stored
+    cached = CachedGuide(str(tmp_path / "c"))
+    cached.encode(CAPTIONS[:1], token_mask=stored)
+    with pytest.raises(ConfigError, match=r"this masking of caption 'a red.*draw_mask"):
+        cached.encode(CAPTIONS[:1], token_mask=other)
+
+
+def test_missing_captions_can_be_encoded(tmp_path, caplog):
+    guide = fill(tmp_path / "c", TOY, CAPTIONS[:2])
+    cached = CachedGuide(str(tmp_path / "c"), missing="encode")
+    batch = [CAPTIONS[0], "a cat sleeps", LONG]
+    mask = guide.tokenize(batch).word_ids == 1
+    assert_same(cached.encode(batch), guide.encode(batch))
+    assert_same(cached.encode(batch, token_mask=mask), guide.encode(batch, token_mask=mask))
+    assert sum("the guide is loaded" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99, 0.0])
+def test_a_broken_shard_is_named(tmp_path, keep):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    path = tmp_path / "c/shard-000000.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ConfigError, match=r"shard-000000\.safetensors is broken"):
+        CachedGuide(str(tmp_path / "c"))
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and holds no text cache"):
+        fill(tmp_path, TOY, CAPTIONS)
+    (tmp_path / "cache.json").write_text(json.dumps({"format": 0}))
+    with pytest.raises(ConfigError, match="not of format"):
+        CachedGuide(str(tmp_path))
+
+
+# Processes
+
+
+def _read(folder, captions, queue):
+    cached = CachedGuide(str(folder), verify=False)
+    sums = [float(cached.encode(captions).tokens.double().sum()) for _ in range(50)]
+    queue.put(sums)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_many_processes_read_while_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("lgvq_plugin.guides._cache_writer.SHARD_BYTES", 1)
+    captions = [f"caption number {i}" for i in range(20)]
+    guide = fill(tmp_path / "c", TOY, captions)
+    expected = float(CachedGuide(str(tmp_path / "c")).encode(captions).tokens.double().sum())
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    readers = [
+        context.Process(target=_read, args=(tmp_path / "c", captions, queue)) for _ in range(3)
+    ]
+    for reader in readers:
+        reader.start()
+    more = [f"another caption {i}" for i in range(200)]
+    _, steps = CachedGuide.write(tmp_path / "c", guide, more, block=TOY, batch_size=10)
+    list(steps)
+    told = [queue.get(timeout=60) for _ in readers]
+    for reader in readers:
+        reader.join()
+    assert all(value == expected for sums in told for value in sums)
+    assert len(CachedGuide(str(tmp_path / "c"))) == 221
+
+
+def test_any_string_has_a_key():
+    keys = {caption_key(text) for text in ("", " ", "a", "é", "\udcff", "🙂", "\0")}
+    assert len(keys) == 7
+    assert {len(key) for key in keys} == {16}
+
+
+def test_it_travels_by_pickle(tmp_path):
+    fill(tmp_path / "c", TOY, CAPTIONS[:2])
+    cached = CachedGuide(str(tmp_path / "c"), guide=TOY)
+    twin = pickle.loads(pickle.dumps(cached))
+    assert len(pickle.dumps(cached)) < 1000
+    assert twin.config == cached.config
+    assert_same(twin.encode(CAPTIONS[:2]), cached.encode(CAPTIONS[:2]))
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from toy_guide import ToyGuide
+from lgvq_plugin.guides import _cache_writer
+from lgvq_plugin.guides.base import build_guide
+from lgvq_plugin.guides.cached import CachedGuide
+
+_cache_writer.SHARD_BYTES = 1
+block = {"use": "toy_guide.ToyGuide"}
+guide = build_guide(block)
+plain = ToyGuide.encode
+ToyGuide.encode = lambda *args, **more: (time.sleep(0.02), plain(*args, **more))[1]
+captions = [f"caption number {i}" for i in range(60)]
+_, steps = CachedGuide.write(Path(sys.argv[1]), guide, captions, block=block, batch_size=4)
+list(steps)
+"""
+
+
+def test_a_killed_run_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    run = subprocess.Popen([sys.executable, "-c", SLOW, folder], env=environment)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("shard-*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    captions = [f"caption number {i}" for i in range(60)]
+    there = len(CachedGuide(str(folder)))
+    assert 12 <= there < 61
+    assert there % 4 == 0  # whole shards
+    (folder / "shard-000099.safetensors.123.part").write_bytes(b"half")
+    guide = build_guide(TOY)
+    plan, steps = CachedGuide.write(folder, guide, captions, block=TOY, batch_size=4)
+    assert plan.done == there
+    assert sum(steps) == 61 - there
+    cached = CachedGuide(str(folder))
+    assert_same(cached.encode(captions), guide.encode(captions))
+    assert not list(folder.glob("*.part"))
+    # Maskings depend on seed and caption alone, so a kill changes none.
+    fill(tmp_path / "d", TOY, captions)
+    assert torch.equal(maskings(folder, captions), maskings(tmp_path / "d", captions))
