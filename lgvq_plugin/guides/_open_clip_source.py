@@ -3,9 +3,8 @@
 import contextlib
 import logging
 import os
-import urllib.error
-import urllib.request
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import open_clip
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from torch import nn
+from torch import Tensor, nn
 
 from ..sockets import ConfigError, suggest
+from ._hub import cache_folder, reach, seeded
 
-REACH_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +35,7 @@ def load_text(
     """
     name = model.replace("/", "-") if ":" not in model else model
     options: dict[str, Any] = {}
+    archive = None
     if name.startswith("local-dir:"):
         _check_folder(Path(name.removeprefix("local-dir:")), model)
         pretrained = None
@@ -49,15 +50,21 @@ def load_text(
         tag = get_pretrained_cfg(name, pretrained)
         options["force_quick_gelu"] = bool(tag.get("quick_gelu"))
         pretrained = _weights_file(name, pretrained, tag, cache_dir)
-    with _seeded(seed), _quiet():
+        if _is_archive(pretrained):
+            options["force_quick_gelu"] = True
+            archive, pretrained = pretrained, None
+    with seeded(seed), _quiet():
         try:
             network = open_clip.create_model(
                 name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
             )
+            if archive is not None:
+                network.text.load_state_dict(_read_archive(archive))
             tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
-        except (RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a foreign file can break in any way
             raise ConfigError(
-                f"guide: open_clip cannot load model {model!r}, pretrained {pretrained!r}: {error}"
+                f"guide: open_clip cannot load model {model!r}, pretrained "
+                f"{archive or pretrained!r}: {error}"
             ) from error
     return network.text, tokenizer
 
@@ -77,7 +84,7 @@ def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: s
         url = tag.get("url", "")
         file = Path(cache_dir or "~/.cache/clip").expanduser() / os.path.basename(url)
         if not file.is_file():
-            _reach(url, f"model {model!r}, pretrained {pretrained!r}", str(file))
+            reach(url, f"model {model!r}, pretrained {pretrained!r}", str(file))
         return pretrained
     file = file or constants.PYTORCH_WEIGHTS_NAME.replace("pytorch", "open_clip_pytorch")
     for candidate in (*_safe_names(file), file):
@@ -85,8 +92,23 @@ def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: s
         if isinstance(cached, str):
             return cached
     sought = f"model {model!r}, pretrained {pretrained!r} (hub repository {repository})"
-    _reach(constants.ENDPOINT, sought, _cache(repository, cache_dir))
+    reach(constants.ENDPOINT, sought, cache_folder(repository, cache_dir))
     return pretrained
+
+
+def _is_archive(file: str) -> bool:
+    """Tell whether this is TorchScript, as OpenAI's own `ViT-B-32.pt` is (with QuickGELU)."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as content:
+        return any(name.endswith("/constants.pkl") for name in content.namelist())
+
+
+def _read_archive(file: str) -> dict[str, Tensor]:
+    """Return the text half of a CLIP in TorchScript."""
+    state = torch.jit.load(file, map_location="cpu").state_dict()
+    state = convert_to_custom_text_state_dict(state)
+    return {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
 
 
 def _hub_folder(name: str, cache_dir: str | None) -> str:
@@ -95,7 +117,7 @@ def _hub_folder(name: str, cache_dir: str | None) -> str:
     cached = try_to_load_from_cache(repository, "open_clip_config.json", cache_dir=cache_dir)
     if isinstance(cached, str) and _holds_weights(Path(cached).parent):
         return f"local-dir:{Path(cached).parent}"
-    _reach(constants.ENDPOINT, f"hub repository {repository}", _cache(repository, cache_dir))
+    reach(constants.ENDPOINT, f"hub repository {repository}", cache_folder(repository, cache_dir))
     return name
 
 
@@ -118,42 +140,9 @@ def _safe_names(file: str) -> tuple[str, ...]:
     return (f"{Path(file).stem}.safetensors",)
 
 
-def _cache(repository: str, cache_dir: str | None) -> str:
-    root = Path(cache_dir or constants.HF_HUB_CACHE)
-    return str(root / f"models--{repository.replace('/', '--')}")
-
-
-def _reach(url: str, sought: str, place: str) -> None:
-    """Raise unless `url` answers soon; the hub's own client would retry for a minute."""
-    cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
-    if cause is None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=REACH_SECONDS).close()
-        except urllib.error.HTTPError:
-            return  # it answered
-        except (OSError, ValueError) as error:
-            cause = str(getattr(error, "reason", error))
-    if cause is not None:
-        raise ConfigError(
-            f"guide: no text weights. Sought: {sought}; not in {place}, and {url} cannot be "
-            f"reached ({cause}). Either put the cache there (load it once where there is a "
-            "network, or name another folder: guide.cache_dir), or give a file: guide: "
-            "{pretrained: /path/to/weights.safetensors} or {model: 'local-dir:/path'}; "
-            "guide: {use: micro_clip} does without any download"
-        )
-
-
 def _near(name: str) -> str:
     hint = suggest(name, open_clip.list_models()).partition(" Known:")[0]
     return f"{hint} open_clip.list_models() tells all; also 'hf-hub:org/name', 'local-dir:/path'"
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextlib.contextmanager

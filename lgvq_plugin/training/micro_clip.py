@@ -169,6 +169,7 @@ def _draw(split: str, length: int, seed: int) -> Pairs:
 
 
 def _caption(told: list[str], generator: torch.Generator) -> str:
+    # Where two captions meet there may be a "..", the one token whose row is not kept.
     first, second, chance = torch.rand(3, generator=generator).tolist()
     caption = told[int(first * len(told))]
     return f"{caption}. {told[int(second * len(told))]}" if chance < JOINED else caption

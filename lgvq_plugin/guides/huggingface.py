@@ -1,0 +1,212 @@
+"""Any text encoder of transformers as the guide: BERT, RoBERTa, sentence encoders, T5; `[hf]`."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from torch import Tensor, nn
+
+from ..sockets import ConfigError
+from ..types import TextFeatures, TextTokens
+from ._hub import cache_folder, reach, seeded
+from ._words import Row, assemble
+from .base import AbstractGuide
+
+SENTENCES = ("mean", "first", "pooled")
+log = logging.getLogger(__name__)
+
+
+class HuggingFaceGuide(AbstractGuide):
+    """A text encoder of transformers, frozen, in float32.
+
+    Hidden words become the tokenizer's mask token. Where it has none they become one more row of
+    the vocabulary, the mean of all. Either way they are hidden before the first layer.
+
+    Args:
+        model: name on the hub, or a folder.
+        max_length: tokens a caption is cut to, start and end included.
+        sentence: the caption's feature: mean over its tokens, state of the first token ([CLS]),
+            or what the model's own pooler gives.
+        device: where the encoder goes; the CPU if not given.
+        cache_dir: where downloaded weights lie; Hugging Face's own cache if not given.
+
+    Raises:
+        ConfigError: if transformers is missing, if the model cannot be found or loaded, or if it
+            is no text encoder with a fast tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        max_length: int = 30,
+        sentence: Literal["mean", "first", "pooled"] = "mean",
+        device: torch.device | str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        if sentence not in SENTENCES:
+            raise ConfigError(f"guide.sentence: expected {'|'.join(SENTENCES)}, got {sentence!r}")
+        self._source = {"model": model, "sentence": sentence, "cache_dir": cache_dir}
+        self._pooling = sentence
+        network, self._tokenizer = _load(model, cache_dir)
+        self.max_length = _checked_length(max_length, network, self._tokenizer)
+        self._words = network.get_input_embeddings().weight.shape[0]
+        self._hidden = self._tokenizer.mask_token_id
+        if self._hidden is None:
+            self._hidden = self._words
+            _add_mean_row(network)
+        self._network = network.float().eval().requires_grad_(False)
+        self.token_dim = self.vocabulary.shape[1]
+        self.to("cpu" if device is None else device)
+        probe = self._network(**self._inputs(self.tokenize([""])))
+        if probe.last_hidden_state.shape[-1] != self.token_dim:
+            raise ConfigError(
+                f"guide.model: {model!r} has token embeddings of width {self.token_dim} and states "
+                f"of width {probe.last_hidden_state.shape[-1]}; expected one width"
+            )
+        if sentence == "pooled" and getattr(probe, "pooler_output", None) is None:
+            raise ConfigError(f"guide.sentence: {model!r} has no pooler; expected mean or first")
+        self.sentence_dim = self.token_dim
+
+    def tokenize(self, captions: Sequence[str]) -> TextTokens:
+        """Split B captions into (B, max_length) tokens; too long ones are cut, the end kept."""
+        pad = self._tokenizer.pad_token_id or 0
+        rows = [_row(self._tokenizer, caption) for caption in captions]
+        tokens, cut = assemble(rows, length=self.max_length, pad=pad)
+        if cut and not self.truncated:
+            log.warning(
+                "a caption has more than max_length = %d tokens and is cut, its end token kept; "
+                "the guide's `truncated` goes on counting",
+                self.max_length,
+            )
+        self.truncated += cut
+        return tokens
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
+        """Encode B captions; `token_mask` (B, T) hides words, never start, end or padding."""
+        text = self.tokenize(captions)
+        if token_mask is None:
+            token_mask = torch.zeros_like(text.attention_mask)
+        if token_mask.shape != text.token_ids.shape:
+            raise ValueError(
+                f"token_mask: expected {tuple(text.token_ids.shape)}, got {tuple(token_mask.shape)}"
+            )
+        inputs = self._inputs(text)
+        is_hidden = (token_mask.cpu() & (text.word_ids >= 0)).to(self.device)
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(is_hidden, self._hidden)
+        tokens, sentence = self._forward(inputs)
+        return TextFeatures(
+            token_ids=text.token_ids.to(self.device),
+            attention_mask=inputs["attention_mask"],
+            word_ids=text.word_ids.to(self.device),
+            tokens=tokens,
+            sentence=sentence,
+            vocabulary=self.vocabulary,
+        )
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The input embedding, (V, Dt), on :attr:`device`."""
+        return self._network.get_input_embeddings().weight[: self._words]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lies."""
+        return self._network.get_input_embeddings().weight.device
+
+    def to(self, device: torch.device | str) -> "HuggingFaceGuide":
+        """Move the encoder; returns self."""
+        self._network.to(device)
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that build this guide again."""
+        return {**self._source, "max_length": self.max_length, "device": str(self.device)}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the encoder's tensors."""
+        return self._network.state_dict()
+
+    def _inputs(self, text: TextTokens) -> dict[str, Tensor]:
+        return {
+            "input_ids": text.token_ids.to(self.device),
+            "attention_mask": text.attention_mask.to(self.device),
+        }
+
+    def _forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if len(ids) == 0:
+            weight = self.vocabulary
+            return weight.new_zeros(*ids.shape, self.token_dim), weight.new_zeros(0, self.token_dim)
+        with torch.autocast(self.device.type, enabled=False):
+            result = self._network(**inputs)
+            tokens = result.last_hidden_state
+            if self._pooling == "pooled":
+                return tokens, result.pooler_output
+            if self._pooling == "first":
+                return tokens, tokens[:, 0]
+            total = tokens.masked_fill(~mask[..., None], 0.0).sum(dim=1)
+            return tokens, total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _row(tokenizer: Any, caption: str) -> Row:
+    encoding = tokenizer(caption)
+    words = encoding.word_ids()
+    return encoding["input_ids"], [-1 if word is None else word for word in words]
+
+
+def _load(model: str, cache_dir: str | None) -> tuple[Any, Any]:
+    """Return encoder and tokenizer; offline, only from a folder or the cache."""
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            "guide huggingface needs transformers: pip install 'lgvq_plugin[hf]'"
+        ) from error
+    options: dict[str, Any] = {"cache_dir": cache_dir}
+    if not os.path.isdir(model):
+        cached = try_to_load_from_cache(str(model), "config.json", cache_dir=cache_dir)
+        options["local_files_only"] = isinstance(cached, str)
+        if not options["local_files_only"]:
+            place = cache_folder(model, cache_dir)
+            reach(constants.ENDPOINT, f"folder or hub repository {model!r}", place)
+    try:
+        with seeded(0):
+            network = AutoModel.from_pretrained(model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except Exception as error:  # a foreign folder can break in any way
+        raise ConfigError(f"guide: transformers cannot load {model!r}: {error}") from error
+    if network.config.is_encoder_decoder:
+        network = network.get_encoder()
+    if not tokenizer.is_fast or _row(tokenizer, "")[1][-1:] != [-1]:
+        raise ConfigError(
+            f"guide.model: {model!r}: expected an encoder whose fast tokenizer ends a text with "
+            "a token of its own, as those of BERT, RoBERTa and T5 do"
+        )
+    if not hasattr(network.config, "hidden_size"):
+        raise ConfigError(
+            f"guide.model: {model!r} is a {type(network).__name__}, no plain text encoder; "
+            "for CLIP models: guide: {use: open_clip}"
+        )
+    return network, tokenizer
+
+
+def _checked_length(max_length: int, network: Any, tokenizer: Any) -> int:
+    limits = (tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None))
+    most = min(int(limit) for limit in limits if limit)
+    is_int = isinstance(max_length, int) and not isinstance(max_length, bool)
+    if not is_int or not 3 <= max_length <= most:
+        raise ConfigError(f"guide.max_length: expected 3 to {most}, got {max_length!r}")
+    return max_length
+
+
+def _add_mean_row(network: Any) -> None:
+    known = network.get_input_embeddings()
+    rows = torch.cat([known.weight, known.weight.mean(dim=0, keepdim=True)]).detach()
+    network.set_input_embeddings(
+        nn.Embedding.from_pretrained(rows, padding_idx=known.padding_idx, freeze=True)
+    )

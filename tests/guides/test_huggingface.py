@@ -1,0 +1,77 @@
+"""`HuggingFaceGuide` against the same encoder driven by hand."""
+
+import pytest
+import torch
+
+from lgvq_plugin.guides import _hub
+from lgvq_plugin.sockets import ConfigError
+
+transformers = pytest.importorskip("transformers", reason="extra [hf] is not installed")
+
+from lgvq_plugin.guides.huggingface import HuggingFaceGuide  # noqa: E402
+
+CAPTIONS = ["a red circle above a blue square", "", "checkerboard"]
+
+
+@pytest.fixture(scope="module")
+def network(bert):
+    return transformers.BertModel.from_pretrained(bert).eval()
+
+
+@pytest.mark.parametrize("sentence", ["mean", "first", "pooled"])
+@torch.no_grad()
+def test_features_are_the_encoders_own(bert, network, sentence):
+    features = HuggingFaceGuide(str(bert), sentence=sentence).encode(CAPTIONS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    for row, caption in enumerate(CAPTIONS):  # one by one, so with no padding at all
+        result = network(**tokenizer(caption, return_tensors="pt"))
+        states = result.last_hidden_state[0]
+        expected = {"mean": states.mean(0), "first": states[0], "pooled": result.pooler_output[0]}
+        assert torch.allclose(features.tokens[row, : len(states)], states, atol=1e-5)
+        assert torch.allclose(features.sentence[row], expected[sentence], atol=1e-5)
+    assert torch.equal(features.vocabulary, network.embeddings.word_embeddings.weight)
+
+
+def test_hidden_words_become_the_mask_token(bert, network):
+    guide = HuggingFaceGuide(str(bert), max_length=9)
+    text = guide.tokenize(CAPTIONS[:1])
+    mask = torch.zeros_like(text.attention_mask)
+    mask[0, 2] = True
+    seen = guide.encode(CAPTIONS[:1], token_mask=mask)
+    told = guide.encode(["a [MASK] circle above a blue square"])
+    assert torch.allclose(seen.tokens, told.tokens, atol=1e-5)
+    assert not torch.equal(seen.token_ids, told.token_ids)
+
+
+@torch.no_grad()
+def test_without_a_mask_token_they_become_the_mean(bert_without_mask, network):
+    guide = HuggingFaceGuide(str(bert_without_mask), max_length=9)
+    text = guide.tokenize(CAPTIONS[:1])
+    mask = torch.zeros_like(text.attention_mask)
+    mask[0, 2] = True
+    features = guide.encode(CAPTIONS[:1], token_mask=mask)
+    rows = network.embeddings.word_embeddings.weight
+    embedded = rows[text.token_ids]
+    embedded[0, 2] = rows.mean(dim=0)
+    expected = network(inputs_embeds=embedded, attention_mask=text.attention_mask)
+    assert torch.allclose(features.tokens, expected.last_hidden_state, atol=1e-5)
+    assert len(features.vocabulary) == len(rows)
+
+
+def test_offline_it_is_told_soon(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(_hub.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match=r"someone/bert.*no network in tests.*micro_clip"):
+        HuggingFaceGuide("someone/bert", cache_dir=str(tmp_path))
+
+
+def test_wrong_input(bert, tmp_path):
+    with pytest.raises(ConfigError, match=r"mean\|first\|pooled"):
+        HuggingFaceGuide(str(bert), sentence="last")
+    with pytest.raises(ConfigError, match="expected 3 to 64"):
+        HuggingFaceGuide(str(bert), max_length=65)
+    with pytest.raises(ConfigError, match="cannot load"):
+        HuggingFaceGuide(str(tmp_path))
