@@ -1,0 +1,224 @@
+"""Each patch on the real upstream file, applied, trained for a step, and taken back."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+PATCHES = Path(__file__).parents[2] / "patches"
+NAMES = sorted(path.name for path in PATCHES.glob("*.patch"))
+ROM = "taming-transformers-rom1504==0.0.6"
+
+STEP = """
+import sys
+import torch
+import pytorch_lightning as pl
+import taming.modules.losses.vqperceptual as losses
+from taming.models import vqgan
+
+assert vqgan.__file__.startswith(sys.argv[1]), vqgan.__file__
+losses.LPIPS = torch.nn.Identity  # no download; its weight is 0
+dd = dict(double_z=False, z_channels=4, resolution=16, in_channels=3, out_ch=3, ch=32,
+          ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], dropout=0.0)
+model = vqgan.VQModel(
+    ddconfig=dd, n_embed=8, embed_dim=4,
+    lossconfig={"target": sys.argv[2],
+                "params": dict(disc_start=1, disc_num_layers=1, disc_ndf=8, perceptual_weight=0.0,
+                               **({"lgvq": {"guide": {"use": "micro_clip"}}}
+                                  if "lgvq" in sys.argv[2] else {}))})
+model.learning_rate = 1e-3
+before = {k: v.clone() for k, v in model.state_dict().items()}
+steps = []
+model.loss.register_forward_pre_hook(lambda module, args: steps.append((args[3], args[4])))
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        torch.manual_seed(index)
+        caption = ["a dog", "a cat", "a", "b"][index]
+        return {"image": torch.rand(16, 16, 3) * 2 - 1, "caption": caption}
+loader = torch.utils.data.DataLoader(Data(), batch_size=2)
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+trainer.fit(model, loader, loader)
+assert steps[:4] == [(0, 0), (1, 1), (0, 1), (1, 2)], steps  # (optimizer, step): batches
+assert trainer.global_step == 2, trainer.global_step
+assert "val/rec_loss" in trainer.callback_metrics
+after = model.state_dict()
+parts = ["encoder.", "decoder.", "quantize.", "loss.discriminator."]
+parts += ["loss.lgvq.code_vit."] if "lgvq" in sys.argv[2] else []
+for part in parts:
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
+"""
+
+
+def apply(name, root, *options, undo=False):
+    """Apply a patch below `root`; returns the finished process."""
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("needs git to apply a patch")
+    words = [git, "apply", *(["-R"] if undo else []), *options, str(PATCHES / name)]
+    outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+    return subprocess.run(words, cwd=root, capture_output=True, text=True, env=outside)
+
+
+def run(code, root, *arguments):
+    """Run Python code that sees the packages in `root` before all others."""
+    source = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{source}", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", code, str(root), *arguments]
+    return subprocess.run(words, cwd=root, capture_output=True, text=True, env=env)
+
+
+def snapshot(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*.py")}
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A copy of the installed taming-transformers 0.0.1, whatever else is called taming here."""
+    try:
+        distribution = metadata.distribution("taming-transformers")
+    except metadata.PackageNotFoundError:
+        pytest.skip("taming-transformers is not installed")
+    if distribution.version != "0.0.1":
+        pytest.skip(f"taming-transformers is {distribution.version} here, not 0.0.1")
+    root = tmp_path / "wheel"
+    for file in distribution.files or []:
+        if file.parts[0] == "taming" and file.suffix == ".py":
+            target = root / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(distribution.locate_file(file), target)
+    return root
+
+
+@pytest.fixture(scope="session")
+def rom(tmp_path_factory):
+    """The fork on the package registry: commit 3ba01b2's models with `taming.` before `main`."""
+    folder = tmp_path_factory.mktemp("rom")
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        ROM,
+        "-d",
+        str(folder),
+    ]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{ROM} cannot be downloaded here")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        pytest.skip(f"{ROM} cannot be downloaded here: {done.stderr.strip()[-200:]}")
+    shutil.unpack_archive(wheels[0], folder / "files", "zip")
+    return folder / "files"
+
+
+@pytest.fixture
+def head(rom, tmp_path):
+    """Commit 3ba01b2's `taming/`, as far as the fork has it."""
+    root = tmp_path / "head"
+    shutil.copytree(rom / "taming", root / "taming")
+    for name in ("vqgan.py", "cond_transformer.py"):
+        path = root / "taming" / "models" / name
+        text = path.read_text()
+        assert text.count("from taming.main import") == 1
+        path.write_text(text.replace("from taming.main import", "from main import"))
+    return root
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_patch_is_small_and_well_formed(name):
+    text = (PATCHES / name).read_text()
+    changed = [line for line in text.splitlines() if re.match(r"[+-](?![+-])", line)]
+    assert 0 < len(changed) <= 40
+    for head in re.finditer(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n((?:[ +-].*\n|\n)*)", text, re.M):
+        lines = [line for line in head[3].splitlines() if not re.match(r"(---|\+\+\+) ", line)]
+        assert sum(line[:1] != "+" for line in lines) == int(head[1])
+        assert sum(line[:1] != "-" for line in lines) == int(head[2])
+    assert name in (PATCHES / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_imports_only_with_the_patch(wheel):
+    before = snapshot(wheel)
+    failed = run("import taming.models.vqgan", wheel)
+    if failed.returncode == 0:
+        pytest.skip("this Lightning is so old that it needs no patch")
+    assert "pytorch_lightning.utilities.distributed" in failed.stderr
+    assert apply("taming-0.0.1-imports.patch", wheel).returncode == 0
+    done = run("import taming.models.vqgan", wheel)
+    assert done.returncode == 0, done.stderr
+    assert apply("taming-0.0.1-imports.patch", wheel, undo=True).returncode == 0
+    assert snapshot(wheel) == before
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(
+            "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", marks=pytest.mark.slow
+        ),
+        "lgvq_plugin.LGVQLoss",
+    ],
+)
+def test_the_patched_wheel_trains_under_lightning_2(wheel, loss):
+    before = snapshot(wheel)
+    for name in ("taming-0.0.1-lightning2.patch", "taming-0.0.1-imports.patch"):
+        done = apply(name, wheel)
+        assert done.returncode == 0, done.stderr
+    done = run(STEP, wheel, loss)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("taming-0.0.1-lightning2.patch", "taming-0.0.1-imports.patch"):
+        assert apply(name, wheel, undo=True).returncode == 0
+    assert snapshot(wheel) == before
+
+
+MODELS = ("--include=taming/models/*", "--include=taming/util.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["lgvq_plugin.LGVQLoss"])
+def test_the_patched_commit_trains_under_lightning_2(head, loss):
+    before = snapshot(head)
+    failed = run("import taming.models.vqgan", head)
+    assert "No module named 'main'" in failed.stderr
+    names = ("taming-3ba01b2-imports.patch", "taming-3ba01b2-lightning2.patch")
+    for name in names:
+        done = apply(name, head, *MODELS)
+        assert done.returncode == 0, done.stderr
+    done = run("import taming.models.vqgan, taming.models.cond_transformer", head)
+    assert done.returncode == 0, done.stderr
+    done = run(STEP, head, loss)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        assert apply(name, head, *MODELS, undo=True).returncode == 0
+    assert snapshot(head) == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "prefix"),
+    [("LGVQ_TAMING_CHECKOUT", "taming-3ba01b2"), ("LGVQ_LDM_CHECKOUT", "latent-diffusion")],
+)
+def test_a_whole_checkout_takes_the_patches(tmp_path, variable, prefix):
+    if not os.environ.get(variable):
+        pytest.skip(f"no package carries these files: set {variable} to a checkout")
+    root = tmp_path / "checkout"
+    shutil.copytree(os.environ[variable], root, ignore=shutil.ignore_patterns(".git"))
+    before = snapshot(root)
+    names = [name for name in NAMES if name.startswith(prefix)]
+    assert len(names) == 2
+    for undo in (False, True):
+        for name in names:
+            done = apply(name, root, undo=undo)
+            assert done.returncode == 0, done.stderr
+    assert snapshot(root) == before
