@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from ..checkpoints.base import load_host
-from ..evaluation import evaluate
+from ..evaluation.base import evaluate
 from ..hosts.base import reconstruct
-from ..training.base import Sections, build_dataset
+from ..training.base import build_dataset
 from ..training.run import train
 from ._page import write_png
 from .base import JOB, RUN, Job, Run, read_json, write_json
@@ -46,8 +46,19 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     )
     cost = _cost(trained.steps, trained.steps - steps_before, time.perf_counter() - begun, folder)
     logger.info("evaluating %s", job.name)
-    host = load_host(job.config, trained.checkpoint, device=_device())
-    evaluation = evaluate(host, job.config, **job.evaluation)
+    is_averaged = job.config["training"].get("ema_decay") is not None
+    checkpoint, device = trained.checkpoint, _device()
+    del trained  # its host need not stay beside the one that is evaluated
+    host = load_host(job.config, checkpoint, device=device, averaged=is_averaged)
+    options = {k: v for k, v in job.evaluation.items() if k != "metrics"}
+    evaluation = evaluate(
+        host,
+        job.config,
+        metrics=job.evaluation.get("metrics"),
+        output=folder / "evaluation",
+        options=options,
+        progress=False,
+    )
     run = Run(
         data=job.data,
         variant=job.variant,
@@ -118,8 +129,9 @@ def _device() -> str:
 
 def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[dict[str, str]]:
     """Write the first images and their reconstructions."""
-    data = Sections.of(job.config).data
-    dataset = build_dataset(data.validation or data.train)
+    sections = {**(job.config["data"].get("params") or {}), **job.config["data"]}
+    names = ("test", "validation", "train")
+    dataset = build_dataset(next(sections[name] for name in names if sections.get(name)))
     samples = [dataset[i] for i in range(min(job.examples, len(dataset)))]
     if not samples:
         return []

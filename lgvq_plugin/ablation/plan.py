@@ -11,14 +11,16 @@
       one: {objectives: [masked_text]}         # the other objectives get weight 0
       two: {recipe: paper, lgvq: {ramp: 100}}  # short for model.params.lossconfig.params.lgvq
       three: {model.params.n_embed: 512}       # any key of the config, nested or dotted
-    evaluation: {metrics: [psnr, usage], limit: 256}
+    evaluation: {metrics: [psnr, usage], limit: 256}   # and keys of an `evaluation:` block
+
+Every host is asked by one text guide: that of `evaluation:`, else the first in the variants.
 
 Every variant of a seed has the same data, order of samples, initial weights and steps; a plan
 that breaks this is refused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ObjectivesConfig, parse
+from ..evaluation.base import METRICS, EvaluationConfig
 from ..sockets import ConfigError, suggest
 from ..training.base import Sections, read_config
 from .base import Job, Plan
@@ -64,6 +67,7 @@ def read_plan(
     variants = _named(given.get("variants"), path, "variants")
     datasets = _named(given["data"], path, "data") if given.get("data") else {"": {}}
     references = _references(given, list(variants), path)
+    evaluation = _evaluation(given.get("evaluation"), path)
     chosen = _seeds(given.get("seeds", 3) if seeds is None else seeds, path)
     jobs = []
     for data, data_changes in datasets.items():
@@ -76,12 +80,15 @@ def read_plan(
                     variant=variant,
                     seed=seed,
                     config=_seeded(config, seed, overrides, where),
-                    evaluation=dict(given.get("evaluation") or {}),
+                    evaluation=evaluation,
                     examples=int(given.get("examples", 8)),
                 )
                 for seed in chosen
             ]
     _check_comparable(jobs, path)
+    guides = [guide for job in jobs if (guide := _lgvq_block(job.config).get("guide"))]
+    if guides and "guide" not in evaluation:
+        jobs = [replace(job, evaluation={**evaluation, "guide": guides[0]}) for job in jobs]
     return Plan(
         title=str(given.get("title") or path.stem),
         references=references,
@@ -122,6 +129,27 @@ def _seeds(given: Any, path: Path) -> list[int]:
     if not good or len({*seeds}) < len(seeds):
         raise ConfigError(f"{path}: seeds: expected a number > 0 or a list of seeds, got {given!r}")
     return seeds
+
+
+def _evaluation(given: Any, path: Path) -> dict[str, Any]:
+    """Check the plan's `evaluation:`: `metrics`, and keys of an evaluation block."""
+    if not isinstance(given or {}, Mapping):
+        raise ConfigError(f"{path}: evaluation: expected a mapping, got {given!r}")
+    evaluation = {str(key): value for key, value in (given or {}).items()}
+    metrics = evaluation.get("metrics")
+    for name in metrics if isinstance(metrics, list) else [metrics] * (metrics is not None):
+        if name not in METRICS:
+            raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), METRICS)}")
+    try:
+        EvaluationConfig.of({key: v for key, v in evaluation.items() if key != "metrics"})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return evaluation | ({"metrics": [metrics]} if isinstance(metrics, str) else {})
+
+
+def _lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    loss = (config["model"].get("params") or {}).get("lossconfig") or {}
+    return (loss.get("params") or {}).get("lgvq") or {}
 
 
 def _config(
@@ -255,7 +283,7 @@ def _batches(config: Mapping[str, Any]) -> dict[str, Any]:
     data = config["data"].get("params") or config["data"]
     training = config["training"]
     return {
-        **{f"data.{key}": data.get(key) for key in ("train", "validation", "batch_size")},
+        **{f"data.{key}": data.get(key) for key in ("train", "validation", "test", "batch_size")},
         "training.max_steps": training.get("max_steps"),
         "training.accumulate_grad_batches": training.get("accumulate_grad_batches", 1),
     }

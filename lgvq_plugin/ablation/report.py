@@ -176,12 +176,19 @@ def _runs(results: Results) -> str:
     rows = [
         f'<tr><th scope="row">{escape("/".join(p for p in (run.data, run.variant) if p))}</th>'
         f'<td>{run.seed}</td><td class="text {run.status}">{run.status}</td>'
-        f'<td>{number(run.cost.get("steps"))}</td><td class="text">{escape(run.reason)}</td></tr>'
+        f"<td>{number(run.cost.get('steps'))}</td>"
+        f'<td class="text">{escape(run.reason or _skipped(run))}</td></tr>'
         for run in results.runs
     ]
     heads = ["<th>variant</th>", "<th>seed</th>", '<th class="text">status</th>', "<th>steps</th>"]
     caption = f"All {counted(len(results.runs), 'run')} of the plan; none is left out."
     return table("all-runs", [*heads, '<th class="text">reason</th>'], rows, caption=caption)
+
+
+def _skipped(run: Run) -> str:
+    """Say which metrics could not be computed, and why."""
+    skipped = run.evaluation.get("skipped") or {}
+    return "; ".join(f"{name} skipped: {why}" for name, why in skipped.items())
 
 
 def _settings(results: Results) -> str:
