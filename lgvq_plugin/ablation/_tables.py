@@ -105,7 +105,8 @@ def differences(results: Results, cells: Sequence[Cell]) -> str:
         f"Variant minus reference over {_span([d.seeds for _, d in pairs], 'seed')} and "
         f"{images_told([c for c, _ in pairs])}, with {CONFIDENCE * 100:.0f} % bootstrap intervals: "
         "paired by image where the metric is a mean over images (both are drawn anew), else by "
-        "seed; widened for few seeds to the width of a t interval. Each metric has its own scale."
+        "seed; widened for few seeds to the width of a t interval. Each metric has its own scale. "
+        "No interval is given where all seeds differ by the very same."
     )
     variants = "".join(f"<option>{escape(v)}</option>" for v in results.variants)
     controls = (
@@ -123,7 +124,10 @@ def _difference_row(results: Results, cell: Cell, d: Difference, reach: float) -
     interval = "no interval"
     if d.low is not None:
         interval = f"{number(d.low, signed=True)} to {number(d.high, signed=True)}"
-    verdict = d.verdict or ("open" if d.low is not None else "not judged")
+    is_neutral = cell.higher_is_better is None
+    verdict = d.verdict or (
+        "neutral" if is_neutral else "open" if d.low is not None else "not judged"
+    )
     mark = f'<span class="mark {d.verdict}">{verdict}</span>'
     paired = counted(d.seeds, "seed") + (f", {counted(d.images, 'image')}" if d.images else "")
     name = breakable(cell.metric) + (f"<small>{escape(cell.data)}</small>" if cell.data else "")

@@ -151,7 +151,10 @@ def difference(
         table = np.array([own[s]["value"] - other[s]["value"] for s in seeds], np.float64)
     images = table.shape[1] if table.ndim == 2 else None
     value = float(table.mean())
-    interval = bootstrap_interval(table, resamples=resamples) if np.isfinite(table).all() else None
+    # Seeds that all differ by the same (a code more or less) do not tell how far others would.
+    tells_nothing = images is None and value != 0 and np.ptp(table) <= 1e-9 * abs(value)
+    is_good = bool(np.isfinite(table).all()) and not tells_nothing
+    interval = bootstrap_interval(table, resamples=resamples) if is_good else None
     low, high = interval or (None, None)
     verdict: Literal["better", "worse", ""] = ""
     higher_is_better = own[seeds[0]].get("higher_is_better")

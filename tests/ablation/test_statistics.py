@@ -130,6 +130,15 @@ def test_one_seed_without_images_has_no_interval():
     assert (found.value, found.low, found.high, found.verdict) == (8.0, None, None, "")
 
 
+def test_seeds_that_all_differ_by_the_same_are_not_judged():
+    """One dead code less in each of two seeds has no spread, and is no evidence."""
+    own, other = ({s: entry(v + s, higher=False) for s in range(2)} for v in (22.0, 23.0))
+    found = difference(own, other, reference="b")
+    assert (found.value, found.low, found.verdict) == (-1.0, None, "")
+    same = difference(own, own, reference="b")
+    assert (same.low, same.high, same.verdict) == (0.0, 0.0, "")
+
+
 def test_only_common_seeds_are_paired():
     found = difference(
         {0: entry(1.0), 1: entry(1.0), 7: entry(100.0)},
@@ -165,12 +174,12 @@ def test_compare_keeps_a_variant_whose_runs_failed():
         variants={"baseline": {}, "all": {}, "broken": {}},
         runs=(
             *(run("baseline", s, 20.0 + s) for s in range(3)),
-            *(run("all", s, 21.0 + s) for s in range(3)),
+            *(run("all", s, 21.0 + 1.1 * s) for s in range(3)),
             Run(data="", variant="broken", seed=0, status="failed", reason="out of memory"),
         ),
     )
     baseline, everything, broken = compare(results)
     assert (baseline.mean, baseline.sd, baseline.differences) == (21.0, 1.0, ())
-    assert everything.to("baseline").value == pytest.approx(1.0)
+    assert everything.to("baseline").value == pytest.approx(1.1)
     assert everything.to("baseline").verdict == "better"
     assert (broken.mean, broken.values, broken.differences) == (None, {}, ())
