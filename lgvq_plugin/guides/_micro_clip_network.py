@@ -1,12 +1,15 @@
 """The embedded model: its size, its seeded start, and how its text half is packed and unpacked."""
 
+from typing import Any
+
 import torch
+from numpy.random import RandomState
 from open_clip import CustomTextCLIP
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 16},  # a small ResNet
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
@@ -39,8 +42,6 @@ def seeded_rows(seed: int) -> Tensor:
     Drawn by NumPy's frozen legacy stream and uniform, so that every machine and version gets the
     same bits.
     """
-    from numpy.random import RandomState
-
     text = CONFIG["text_cfg"]
     draws = RandomState(seed).random_sample((text["vocab_size"], text["width"]))
     return torch.from_numpy((2 * draws - 1) * 3**0.5).float()

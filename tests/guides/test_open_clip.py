@@ -206,7 +206,7 @@ def test_the_archive_that_openai_published(tmp_path):
     ],
 )
 def test_missing_weights_offline(offline, tmp_path, monkeypatch, model, pretrained):
-    """It is told at once: open_clip, whose hub client retries for most of a minute, is not asked."""
+    """Told at once: open_clip, whose hub client retries for most of a minute, is not asked."""
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ConfigError) as told:
         OpenCLIPGuide(model, pretrained, cache_dir=str(tmp_path))
