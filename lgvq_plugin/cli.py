@@ -16,6 +16,7 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
     "eval": ("evaluation.run:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
+    "doctor": ("doctor:main", "tell what is installed, what is missing, how to mend it"),
     "data": ("data_tools.data:main", "check a data set, or convert it for fast reading"),
     "cache": ("data_tools.cache:main", "encode all captions once, so that training needs no guide"),
 }
