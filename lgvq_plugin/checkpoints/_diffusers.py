@@ -136,7 +136,8 @@ def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
         raise ConfigError(
             "--format diffusers needs diffusers: pip install 'lgvq_plugin[diffusers]'"
         ) from error
-    model = VQModel(**arguments).eval()
+    model: Any = VQModel(**arguments)
+    model.eval()
     wanted = model.state_dict()
     strange = sorted(set(wanted) ^ set(renamed))
     strange += [key for key in wanted if key in renamed and wanted[key].shape != renamed[key].shape]

@@ -25,6 +25,8 @@ How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
 class Inert:
     """Takes the place of a class named in a pickle; keeps the state that it is given."""
 
+    args: tuple[Any, ...]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         made = object.__new__(cls)
         made.__dict__["args"] = args
@@ -128,7 +130,7 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         names = named_globals(path)
     except Exception as error:  # garbage makes the unpickler stumble anywhere
         raise ConfigError(f"checkpoint {str(path)!r} is damaged or none: {error}") from error
-    stand_ins = [made for name in sorted(names) if (made := stand_in(name)) is not None]
+    stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
     try:
         with torch.serialization.safe_globals(stand_ins):
             raw = torch.load(path, map_location="cpu", weights_only=True)

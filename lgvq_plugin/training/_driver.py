@@ -57,7 +57,7 @@ class HostDriver(pl.LightningModule):
         self.settings, self.dataset = settings, dataset
         self.batch_size, self.num_workers = batch_size, num_workers
         self.config = dict(config or {})
-        self.freeze = Freeze(host, tuple(settings.freeze), settings.heads_first)
+        self.frozen = Freeze(host, tuple(settings.freeze), settings.heads_first)
         self.latest: dict[str, Tensor] = {}
         self.samples = 0
         self.has_stepped = False  # whether the batch before ended a step
@@ -70,12 +70,12 @@ class HostDriver(pl.LightningModule):
         """Pass `batch` through the host once (or twice) and update all its optimizers."""
         step, self._batches = self.global_step, self._batches + 1
         self.has_stepped = self._batches == self.settings.accumulate_grad_batches
-        self.freeze.quiet(step)
+        self.frozen.quiet(step)
         x = self.host.get_input(batch, self.host.image_key)
         output = self.host(x)
         log: dict[str, Tensor] = {}
         for which, optimizer in enumerate(self._optimizers()):
-            if which > 0 and self.freeze.trains_heads_only(step):
+            if which > 0 and self.frozen.trains_heads_only(step):
                 break
             # What belongs to the other optimizer alone has requires_grad off in here.
             with optimizer.toggle_model(sync_grad=self.has_stepped):
@@ -85,7 +85,7 @@ class HostDriver(pl.LightningModule):
                 _check_finite(loss, log, which, step)
                 self.manual_backward(loss / self.settings.accumulate_grad_batches)
                 if self.has_stepped:
-                    self.freeze.drop_gradients(step)
+                    self.frozen.drop_gradients(step)
                     self._update(optimizer, is_first=which == 0)
         self.latest = log
         self.samples += self.batch_size * self.trainer.world_size
