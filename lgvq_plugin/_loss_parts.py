@@ -89,6 +89,7 @@ class OptimizerCheck:
         if self._hook is None or not self.stepped & (self.host | self.heads):
             return
         if not self.heads <= self.stepped:
+            self.stepped = set()  # whoever mends it goes on
             raise RuntimeError(
                 "the optimizer that trains the host does not hold the heads of LG-VQ, so they "
                 "would never learn; call loss.add_heads(optimizer) after building it"
@@ -192,11 +193,6 @@ def bound_arguments(
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
     return dict(bound)
-
-
-def touch_unused(heads: nn.Module) -> Tensor:
-    """Return 0 with a gradient path: DDP waits for every parameter in every backward pass."""
-    return sum((0.0 * p.sum() for p in heads.parameters() if p.requires_grad), torch.zeros(()))
 
 
 def base_of(

@@ -98,7 +98,7 @@ class Alignment(nn.Module):
             if self._is_finite(name, term, step):
                 total = total + scale * self.weight(name) * term.value
             else:  # the other ranks wait for a gradient of every parameter
-                total = total + sum(0.0 * p.sum() for p in objective.parameters())
+                total = total + zero_of(objective)
         log[f"{split}/lgvq/total"] = total.detach()
         return total, log
 
@@ -168,6 +168,19 @@ class Alignment(nn.Module):
         if message not in self._told:
             self._told.add(message)
             logger.warning("%s", message)
+
+
+def zero_of(module: nn.Module) -> Tensor:
+    """Return 0 with a gradient path to every parameter, whatever its value: DDP waits for all.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> zero_of(layer).backward()
+        >>> layer.weight.grad
+        tensor([[0.]])
+    """
+    parts = [p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 def _objectives(

@@ -26,9 +26,8 @@ from ._loss_parts import (
     is_on,
     parameters_beside,
     plain,
-    touch_unused,
 )
-from .alignment import Alignment, Captions
+from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import parse
 from .dist import world_size
@@ -241,6 +240,8 @@ class LGVQLoss(Wrapper):
             return result
         if not self._tap.enabled:
             return result
+        if not self._is_confirmed:
+            self.require_host()
         called = bound_arguments(self.base_loss.forward, args, kwargs)
         is_generator = int(called.get("optimizer_idx", 0)) == 0
         is_training = self.training and torch.is_grad_enabled()
@@ -252,7 +253,7 @@ class LGVQLoss(Wrapper):
             # Its own forward pass recorded codes that nobody will ask for.
             self._tap.codes = self._captions = None
         if is_training and world_size() > 1:
-            return add_terms(result, touch_unused(self.alignment), {})
+            return add_terms(result, zero_of(self.alignment), {})
         return result
 
     def _terms(

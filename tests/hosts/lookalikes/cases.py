@@ -365,7 +365,7 @@ class Constant:
     """GumbelVQ wants a schedule of its temperature."""
 
     def __call__(self, step):
-        return 0.9
+        return 1.0
 
 
 ROM1504 = [

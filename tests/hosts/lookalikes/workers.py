@@ -1,0 +1,79 @@
+"""What the processes of tests/hosts/test_processes.py run; importable by a spawned one."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from lookalikes.cases import CAPTIONS, CASES, LGVQ
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+class AsLightning(torch.nn.Module):
+    """Lightning wraps a host so that `forward` is its training step."""
+
+    def __init__(self, host, captions):
+        super().__init__()
+        self.host, self.captions = host, captions
+
+    def forward(self, images):
+        host = self.host
+        x = host.get_input({"image": images, "caption": self.captions}, "image")
+        xrec, quant_loss = host(x)
+        return host.loss(quant_loss, x, xrec, 0, 0, last_layer=host.get_last_layer())[0]
+
+
+def run(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        torch.save({"host": _host(rank), "script": _script(rank)}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _host(rank):
+    """A host in one DDP; the second rank has captions in no batch, both have unequal many."""
+    captions = [CAPTIONS, [None] * 2][rank]
+    host, _ = BY_NAME["vqvae"].build(LGVQ)
+    host.learning_rate = 1e-3
+    (optimizer,), _ = host.configure_optimizers()
+    wrapped = DistributedDataParallel(AsLightning(host, captions))
+    images = BY_NAME["vqvae"].batch()["image"][: len(captions)] * (1 - 0.1 * rank)
+    for _ in range(2):  # DDP notices a parameter without a gradient at the second pass
+        optimizer.zero_grad()
+        wrapped(images).backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in host.loss.alignment.named_parameters()}
+
+
+def _script(rank):
+    """LlamaGen: model and loss each in its own DDP, the loss called for both passes."""
+    host, loss = BY_NAME["llamagen"].build(LGVQ)
+    optimizer = torch.optim.Adam(host.model.parameters(), lr=1e-3)
+    loss.add_heads(optimizer)
+    critic = torch.optim.Adam(loss.discriminator.parameters(), lr=1e-3)
+    model, vq_loss = (DistributedDataParallel(m) for m in (host.model, loss))
+    images = BY_NAME["llamagen"].images()
+    for step in range(2):
+        vq_loss.module.set_captions([CAPTIONS, [None] * 3][rank])
+        recons, codebook_loss = model(images)
+        last = model.module.decoder.conv_out.weight
+        for which, own in enumerate((optimizer, critic)):
+            value = vq_loss(
+                codebook_loss,
+                images,
+                recons,
+                optimizer_idx=which,
+                global_step=step,
+                last_layer=last,
+            )
+            own.zero_grad()
+            value.backward()
+            own.step()
+    assert F.mse_loss(recons, images).isfinite()
+    return {n: p.detach() for n, p in loss.named_parameters()}
