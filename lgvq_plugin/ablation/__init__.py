@@ -15,17 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 def publish(results: Results, folder: Path) -> Path:
-    """Write results.json and report.html; returns the path of the page.
+    """Write results.json, report.html and report.md; returns the path of the page.
 
     Args:
         results: of all runs; the paths of their examples are below `folder`.
         folder: of the ablation.
     """
+    from ._markdown import markdown
     from .report import write_report
     from .statistics import compare
 
+    cells = compare(results)
     results.save(folder / RESULTS)
-    return write_report(results, compare(results), folder / REPORT, root=folder)
+    (folder / REPORT).with_suffix(".md").write_text(markdown(results, cells), encoding="utf-8")
+    return write_report(results, cells, folder / REPORT, root=folder)
 
 
 def ablate(
@@ -98,5 +101,6 @@ def main(argv: list[str]) -> int:
             )
         failed = [run for run in Results.load(folder / RESULTS).runs if run.status == "failed"]
         has_failed = has_failed or bool(failed)
+        print(page.with_suffix(".md").read_text(encoding="utf-8"))
         logger.info("%s", page)
     return int(has_failed)

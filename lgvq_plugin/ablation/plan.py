@@ -59,11 +59,12 @@ def read_plan(
         ConfigError: if the file, a key or a value is wrong, or variants are not comparable.
     """
     path = Path(path)
-    given = OmegaConf.to_container(read_config([path]), resolve=False)
-    assert isinstance(given, dict)
+    plain = OmegaConf.to_container(read_config([path]), resolve=False)
+    assert isinstance(plain, dict)
+    given = {str(key): value for key, value in plain.items()}
     for key in given:
         if key not in KEYS:
-            raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(str(key), KEYS)}")
+            raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(key, KEYS)}")
     variants = _named(given.get("variants"), path, "variants")
     datasets = _named(given["data"], path, "data") if given.get("data") else {"": {}}
     references = _references(given, list(variants), path)

@@ -217,8 +217,9 @@ def _yaml(value: Any) -> str:
 
 
 def _raw(results: Results, cells: Sequence[Cell]) -> str:
-    content = {"results": asdict(results), "cells": [asdict(cell) for cell in cells]}
-    metrics = [entry for run in content["results"]["runs"] for entry in _entries(run)]
+    plain = asdict(results)
+    content = {"results": plain, "cells": [asdict(cell) for cell in cells]}
+    metrics = [entry for run in plain["runs"] for entry in _entries(run)]
     values = sum(len(entry.get("per_image") or ()) for entry in metrics)
     if values > LARGEST_RAW:
         for entry in metrics:

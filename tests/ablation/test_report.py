@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from lgvq_plugin.ablation import main as ablate_main
 from lgvq_plugin.ablation import publish
 from lgvq_plugin.ablation._page import finite, number, to_json
 from lgvq_plugin.ablation.base import Results
@@ -88,6 +89,23 @@ def test_downloads_hold_the_numbers(page, results):
     assert verdicts["all", "baseline", "reconstruction/fid"] == "better"
     assert verdicts["all", "paper", "reconstruction/fid"] == "better"
     assert verdicts["all", "baseline", "codebook/usage"] == ""
+
+
+def test_the_markdown_table_has_the_same_marks(page):
+    text = page.with_suffix(".md").read_text()
+    assert "| | baseline | paper | all | broken |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| reconstruction/fid")]
+    assert re.fullmatch(r"\| reconstruction/fid ↓ \| 30.10 ± 0.10 \|.* ▲ \|.* ▲ \| – \|", line)
+    assert "over up to 3 seeds, on up to 40 images" in text
+    assert "<" not in text.replace("scene <", "")
+
+
+def test_the_command_writes_the_report_again(page, capsys):
+    page.unlink()
+    arguments = ["-b", "plan.yaml", "-o", str(page.parent), "--report"]
+    assert ablate_main(arguments) == 1  # one run failed
+    assert page.exists()
+    assert "all against baseline: better on 2 metrics" in capsys.readouterr().out
 
 
 def test_results_come_back_from_their_file(results, tmp_path):
