@@ -35,7 +35,7 @@ def ablate(
     path: str | Path,
     folder: Path,
     *,
-    seeds: int | None = None,
+    seeds: int | Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
     jobs: int | None = None,

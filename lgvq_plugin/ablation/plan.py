@@ -45,14 +45,14 @@ NAME = "letters, digits, dots, + and _"
 def read_plan(
     path: str | Path,
     *,
-    seeds: int | None = None,
+    seeds: int | Sequence[int] | None = None,
     overrides: Sequence[str] = (),
 ) -> Plan:
     """Read a plan and check every job's config.
 
     Args:
         path: of the YAML.
-        seeds: take 0, ..., seeds - 1 instead of the plan's own.
+        seeds: instead of the plan's own: a list, or a number n for 0, ..., n - 1.
         overrides: `key=value` of the training config, over everything else, for every run.
 
     Raises:
@@ -126,6 +126,7 @@ def _references(given: Mapping[str, Any], variants: list[str], path: Path) -> tu
 
 def _seeds(given: Any, path: Path) -> list[int]:
     seeds = list(range(given)) if isinstance(given, int) else given
+    seeds = list(seeds) if isinstance(seeds, tuple | range) else seeds
     good = isinstance(seeds, list) and seeds and all(isinstance(s, int) and s >= 0 for s in seeds)
     if not good or len({*seeds}) < len(seeds):
         raise ConfigError(f"{path}: seeds: expected a number > 0 or a list of seeds, got {given!r}")

@@ -148,6 +148,15 @@ def test_no_guide_no_map(samples, tmp_path, browser):
     assert browser.errors() == []
 
 
+def test_images_without_captions_show_codes_without_words(samples, tmp_path, browser):
+    mute = Samples(samples.images, [[""]] * len(samples.images), samples.source)
+    browser.open(write_explorer({"one": Gray()}, mute, tmp_path, guide=Guide(), progress=False))
+    assert browser.errors() == []
+    assert len(browser.all("#galleries .code")) == 5
+    assert "0 with a word" in browser.one("#overview").text
+    assert "No map" in browser.one("#maps").text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

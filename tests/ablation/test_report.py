@@ -233,3 +233,21 @@ def test_curves_follow_the_controls(page, browser):
     )
     assert "train/rec_loss: mean of 3 seeds" in browser.one("#curve-note").text
     assert browser.errors() == []
+
+
+def test_two_data_sets_are_kept_apart(results, tmp_path, browser):
+    other = tuple(replace(run, data="emoji") for run in results.runs)
+    first = tuple(replace(run, data="scenes") for run in results.runs)
+    page = publish(replace(results, runs=(*first, *other[:3])), tmp_path)
+    browser.open(page)
+    assert "4 variants × 3 seeds × 2 data sets; 12 of 13 runs done" in browser.one("header").text
+    assert "all on scenes against baseline" in browser.one("#summary").text
+    assert "all on emoji" not in browser.one("#summary").text  # nothing there
+    assert len(browser.shown("#numbers tbody tr")) == 8
+    browser.run(
+        "const s = document.querySelector('#curve-data'); s.value = 'emoji';"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    assert len(browser.all("#curve path")) == 3 + 1
+    assert len(browser.all("#images .grid")) == 2
+    assert browser.errors() == []

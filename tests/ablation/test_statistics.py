@@ -79,6 +79,18 @@ def test_three_seeds_are_not_enough_to_find_what_is_not_there(seeds):
     assert plain / 400 > 0.1
 
 
+def test_seeds_and_images_together_err_once_in_twenty():
+    """Effects of seed, image and both, of a size that none can be left out; the truth is 0."""
+    generator = np.random.default_rng(8)
+    found = 0
+    for _ in range(400):
+        seeds, images = generator.normal(size=(3, 1)), generator.normal(size=(1, 12))
+        table = 0.5 * seeds + images + generator.normal(size=(3, 12))
+        low, high = bootstrap_interval(table, resamples=1000)
+        found += low > 0 or high < 0
+    assert found / 400 < 0.08
+
+
 def test_crossed_images_widen_the_interval():
     """An effect of the image is the same in every seed, so that more seeds do not average it."""
     effect = np.random.default_rng(6).normal(size=50)

@@ -88,12 +88,16 @@ function drawGalleries() {
 }
 ["#order", "#code-word", "#show-dead"].forEach((id) => one(id).addEventListener("input", drawGalleries));
 
+/** Words in the order of how surely some code stands for them. */
+const strength = data.words.map((_, i) => Math.max(0, ...data.panels.flatMap((panel) => panel.words[i].map(([, pmi, joint]) => pmi * joint))));
+const ranked = [...data.words.keys()].sort((a, b) => strength[b] - strength[a] || a - b);
+
 // -- words -----------------------------------------------------------------------------------------
 function searchWord(text, jump = false) {
   const word = text.trim().toLowerCase(), index = data.words.indexOf(word);
   one("#word").value = text;
   one("#no-word").classList.toggle("hidden", !word || index >= 0 || data.words.some((other) => other.startsWith(word)));
-  const near = word && index < 0 ? data.words.map((_, i) => i).filter((i) => data.words[i].includes(word)) : [...data.words.keys()];
+  const near = word && index < 0 ? ranked.filter((i) => data.words[i].includes(word)) : ranked;
   one("#chips").replaceChildren(...near.slice(0, 24).map((i) => wordChip(i, data.documents[i])));
   one("#word-result").replaceChildren(...(index < 0 ? [] : [
     make("p", {}, make("b", {}, word), ` is in the captions of ${data.documents[index]} of ${data.samples} images.`),
