@@ -18,7 +18,7 @@ def test_a_rank_without_captions_does_not_hang_the_others(tmp_path):
     mp.spawn(workers.run, args=(port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     initial, _ = workers.BY_NAME["vqvae"].build(LGVQ)
-    for part in ("host", "script"):
+    for part in ("host", "script", "own"):
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
     for name, p in initial.loss.alignment.named_parameters():
         assert not torch.equal(first["host"][name], p)

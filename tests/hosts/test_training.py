@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lookalikes import plain, seed_voken
 from lookalikes.cases import CAPTIONS, CASES, LGVQ, WEIGHTS, lossconfig
 from lookalikes.parts import VectorQuantizer, from_config
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lgvq_plugin import attach
@@ -240,6 +241,45 @@ def test_a_lightning_module_of_ones_own_with_automatic_optimization(tmp_path):
     twin.net(torch.rand(3, 3, 16, 16))
     assert twin.handle.loss(CAPTIONS)[0].requires_grad
     assert module.handle._tap.codes is None
+
+
+class Automatic(pl.LightningModule):
+    """A host with neither `get_input` nor a step of two optimizers; only its loss is ours."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.loss = from_config(config)
+        self.quantize = VectorQuantizer(16, 8)
+        self.net = plain.Autoencoder(nn.Identity(), place=(0, None))
+
+    def _value(self, batch):
+        x = batch["image"].movedim(-1, 1)
+        quant, aux, _ = self.quantize(self.net.encoder(x))
+        return self.loss(self.net.decoder(quant), x) + aux
+
+    def training_step(self, batch):
+        return self._value(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self._value(batch))
+
+    def configure_optimizers(self):
+        parts = (self.quantize, self.net.encoder, self.net.decoder)
+        optimizer = torch.optim.Adam([p for m in parts for p in m.parameters()], lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=4)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+
+
+def test_a_lightning_host_with_automatic_optimization():
+    config = {"target": "lgvq_plugin.over.torch.nn.MSELoss", "params": {"lgvq": LGVQ}}
+    host = Automatic(config)
+    heads = snapshot(host.loss.alignment)
+    trainer = pl.Trainer(max_epochs=1, num_sanity_val_steps=1, **QUIET)
+    loader = DataLoader(Samples(), batch_size=3)
+    trainer.fit(host, loader, loader)
+    assert len(changed(heads, host.loss.alignment)) == len(heads)
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert host.loss._captions is None
 
 
 def test_the_heads_alone_are_saved_and_read(tmp_path):

@@ -7,7 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from lgvq_plugin import attach
+from lookalikes import plain
 from lookalikes.cases import CAPTIONS, CASES, LGVQ
+from lookalikes.parts import VectorQuantizer
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -31,7 +34,9 @@ def run(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        torch.save({"host": _host(rank), "script": _script(rank)}, f"{folder}/{rank}.pt")
+        torch.save(
+            {"host": _host(rank), "script": _script(rank), "own": _own(rank)}, f"{folder}/{rank}.pt"
+        )
     finally:
         dist.destroy_process_group()
 
@@ -77,3 +82,21 @@ def _script(rank):
             own.step()
     assert F.mse_loss(recons, images).isfinite()
     return {n: p.detach() for n, p in loss.named_parameters()}
+
+
+def _own(rank):
+    """A script with `attach`: the heads are a submodule of the model before DDP wraps it."""
+    torch.manual_seed(0)
+    model = plain.Autoencoder(VectorQuantizer(16, 8), place=(0, 1))
+    handle = attach(model, **LGVQ)
+    model.heads = handle.heads
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(wrapped.parameters(), lr=1e-3)
+    images = BY_NAME["llamagen"].images() * (1 - 0.1 * rank)
+    for _ in range(2):
+        recons, aux = wrapped(images)
+        ours, _ = handle.loss([CAPTIONS, [None] * 3][rank])
+        optimizer.zero_grad()
+        (F.mse_loss(recons, images) + aux + ours).backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters()}
