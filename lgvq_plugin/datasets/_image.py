@@ -15,6 +15,7 @@ from .base import Health
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CROPS = ("center", "random", "none")
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
 class UnreadableImage(ConfigError):
@@ -65,8 +66,13 @@ class Pipeline:
         square = fit(open_image(path), self.size, self.crop, draws)
         if self.flip and draws.chance(0.5):
             square = ImageOps.mirror(square)
-        array = np.asarray(square, np.float32) / np.float32(127.5) - np.float32(1)
-        return np.ascontiguousarray(array.transpose(2, 0, 1)) if self.channel_first else array
+        levels = np.asarray(square)
+        if self.channel_first:
+            levels = levels.transpose(2, 0, 1)
+        values = levels.astype(np.float32, order="C")
+        values /= np.float32(127.5)  # in place: one allocation an image
+        values -= np.float32(1)
+        return values
 
 
 def open_image(path: Source) -> Image.Image:
@@ -80,7 +86,8 @@ def open_image(path: Source) -> Image.Image:
         with Image.open(_readable(path)) as image:
             _refuse_bomb(image.size)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            is_upright = image.getexif().get(ORIENTATION, 1) == 1
+            return _to_rgb(image if is_upright else ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecompressionBomb(
             f"image {path}: {error}; shrink or remove the file, or exclude it by name"
@@ -113,7 +120,7 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
     raw = source.read_bytes()
     with Image.open(io.BytesIO(raw)) as stored:
         kind, is_plain = stored.format, stored.mode == "RGB" and stored.size == image.size
-        is_plain = is_plain and stored.getexif().get(0x0112, 1) == 1
+        is_plain = is_plain and stored.getexif().get(ORIENTATION, 1) == 1
         is_plain = is_plain and "transparency" not in stored.info
     if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
         return raw, ".jpg" if kind == "JPEG" else ".png"
@@ -181,10 +188,14 @@ def fit(image: Image.Image, size: int, crop: str, draws: Draws) -> Image.Image:
         left, top = (width - side) // 2, (height - side) // 2
     # Cropping inside resize spares the wide strip that resizing a panorama first would make.
     box = (left, top, left + side, top + side)
+    if side == size:
+        return image.crop(box)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
         values = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
