@@ -99,7 +99,7 @@ class FrechetDistance:
         if min(self.counts) < 2:
             raise ConfigError(f"{self.name}: needs two images of each set, got {self.counts}")
         assert self._metric is not None
-        return float(self._metric.compute())
+        return max(0.0, float(self._metric.compute()))
 
 
 class _Doubles(nn.Module):

@@ -3,6 +3,7 @@
 loader --host_encode--> indices (M, N) + table (K, C), or vectors (M, N, C) without either
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,15 @@ class FrozenCodes:
         """Return C."""
         return (self.table if self.vectors is None else self.vectors).shape[-1]  # type: ignore[union-attr]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash: equal for equal codes."""
+        digest = hashlib.sha256(str(self.grid).encode())
+        for part in (self.indices, self.table, self.vectors):
+            if part is not None:
+                digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
     def codes(self, rows: Tensor) -> Tensor:
         """Return the vectors of some images, (B, N, C) float32."""
         if self.vectors is not None:
@@ -70,8 +80,16 @@ class FrozenCodes:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         moved = torch.empty_like(order)
         moved[order] = order.roll(1)
-        pick = lambda x: None if x is None else x[moved]  # noqa: E731
-        return FrozenCodes(self.grid, pick(self.indices), self.table, pick(self.vectors))
+        return self.take(moved)
+
+    def take(self, rows: Tensor) -> "FrozenCodes":
+        """Return the codes of some images, in this order."""
+        return FrozenCodes(
+            self.grid,
+            None if self.indices is None else self.indices[rows],
+            self.table,
+            None if self.vectors is None else self.vectors[rows],
+        )
 
 
 @dataclass
@@ -93,9 +111,9 @@ class CodeCollector:
         """
         if self._parts and self._parts[0].grid != codes.grid:
             raise ValueError(f"grids {self._parts[0].grid} and {codes.grid} in one set of images")
-        cpu = lambda x: None if x is None else x.detach().cpu()  # noqa: E731
         vectors = codes.codes.detach().float().cpu()
-        book, indices = cpu(codes.codebook), cpu(codes.indices)
+        book = None if codes.codebook is None else codes.codebook.detach().cpu()
+        indices = None if codes.indices is None else codes.indices.detach().cpu()
         if book is not None and indices is not None and _is_table(vectors, indices, book.float()):
             vectors = vectors[:, :0]  # the table tells them
         self._parts.append(Codes(vectors, indices, codes.grid, book))

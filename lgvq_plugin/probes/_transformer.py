@@ -136,11 +136,25 @@ class ProbeTransformer(nn.Module):
             memory_mask, token_mask: True at what may be attended to, (B, S) and (B, L).
             cache: of the tokens before; the new ones are added to it.
         """
+        return self.states(
+            self.embed(tokens), memory, memory_mask=memory_mask, token_mask=token_mask, cache=cache
+        )
+
+    def states(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        memory_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the states of embedded tokens, (B, L, D); arguments as :meth:`forward`."""
         begin = 0 if cache is None else cache.length
-        x = self.embed(tokens) + self.positions[:, begin : begin + tokens.shape[1]]
-        causal = self.causal and tokens.shape[1] > 1
+        causal = self.causal and x.shape[1] > 1
+        x = x + self.positions[:, begin : begin + x.shape[1]]
         for i, block in enumerate(self.blocks):
-            cached = cache.pairs[i] if cache is not None and cache.pairs else None
+            cached = cache.pairs[i] if cache is not None and i < len(cache.pairs) else None
             x, pair = block(
                 x,
                 memory,

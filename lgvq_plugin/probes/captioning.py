@@ -102,7 +102,7 @@ class CaptioningProbe:
             name="captioning",
             folder=folder,
             progress=progress,
-            facts=len(self.words),
+            facts=[codes.fingerprint, tokenized],
         )
         return self
 

@@ -3,6 +3,7 @@
 It judges generated images of any host alike, and its features give `fd_judge`.
 """
 
+import hashlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,7 +84,18 @@ def _train(
                 loss = loss + F.binary_cross_entropy_with_logits(logits, wanted.float())
         return loss
 
-    fit(judge, loss_of, len(images), config, name="judge", folder=folder, progress=progress)
+    digest = hashlib.sha256(images.numpy().data).hexdigest()
+    facts = [digest, {n: v.tolist() for n, v in target.items()}]
+    fit(
+        judge,
+        loss_of,
+        len(images),
+        config,
+        name="judge",
+        folder=folder,
+        progress=progress,
+        facts=facts,
+    )
     return judge.requires_grad_(False)
 
 

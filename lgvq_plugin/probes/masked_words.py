@@ -1,9 +1,9 @@
 """Masked words: can the codes tell which words of the caption were hidden?
 
-caption --hide words--> guide --> TextDecoder <--cross-attention-- CodeViT <-- frozen codes
+caption --hide words--> guide --> transformer --cross-attention--> frozen codes --> hidden words
 
-The heads are those of LG-VQ, trained anew on frozen codes: the same for a baseline, which has no
-heads of its own, and for an LG-VQ model. `leak_free` hides the words before the guide reads the
+A head of its own kind is trained on frozen codes: the same for a baseline, which has no heads, and
+for an LG-VQ model, whose own are not used. `leak_free` hides the words before the guide reads the
 caption. `leaky` is the released code's protocol: the guide has read them all, so that every later
 token, and the end token, still tells of them.
 """
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from .._fields import require
 from ..guides.base import AbstractGuide
-from ..heads.code_vit import CodeViT
-from ..heads.text_decoder import TextDecoder
 from ..types import TextTokens
 from ._fit import ProbeConfig, fit, generator_at, seeded
 from ._frozen import FrozenCodes
+from ._transformer import CodeMemory, ProbeTransformer
 
 PROTOCOLS = ("leak_free", "leaky")
 PART = 128
@@ -35,12 +34,6 @@ class MaskedWordsConfig(ProbeConfig):
 
     steps: int = 600
     """Updates of each protocol."""
-    width: int = 64
-    """Of the code-ViT; the decoder has the guide's."""
-    heads: int = 1
-    """Of the attention; 1 in the released code."""
-    dropout: float = 0.1
-    """Of the decoder."""
     most_hidden: int = 3
     """Training hides one word to so many of each caption, >= 1."""
 
@@ -86,7 +79,8 @@ class MaskedWordsProbe:
                 f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
             )
         config = self.config
-        self.network = seeded(config.seed, lambda: _Filler(codes, self.guide, config))
+        counts = _count_tokens(self.guide, captions)
+        self.network = seeded(config.seed, lambda: _Filler(codes, self.guide, counts, config))
         self.network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -100,9 +94,9 @@ class MaskedWordsProbe:
             number = torch.randint(1, most + 1, (len(rows),), generator=generator)
             hidden = hide_words(tokens, number, generator)
             if not hidden.any():
-                return self.network.decoder.bias.sum() * 0
+                return self.network.head.bias.sum() * 0
             logits = self._logits(chosen, hidden, codes.codes(rows))
-            return F.cross_entropy(logits, tokens.token_ids[hidden].to(logits.device))
+            return F.cross_entropy(logits, self._targets(tokens, hidden))
 
         fit(
             self.network,
@@ -112,7 +106,7 @@ class MaskedWordsProbe:
             name=f"masked_words_{self.protocol}",
             folder=folder,
             progress=progress,
-            facts=[self.protocol, self.guide.fingerprint],
+            facts=[codes.fingerprint, captions, self.protocol, self.guide.fingerprint],
         )
         return self
 
@@ -146,8 +140,8 @@ class MaskedWordsProbe:
             if not mask.any():
                 continue
             logits = self._logits(texts, mask, codes.codes(rows))
-            targets = tokens.token_ids[mask].to(logits.device)
-            best = logits.topk(5, dim=-1).indices == targets[:, None]
+            nearest = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+            best = nearest == self._targets(tokens, mask)[:, None]
             words = _word_numbers(tokens, mask)
             asked += len(words.unique())
             for k in found:
@@ -178,9 +172,12 @@ class MaskedWordsProbe:
             features.tokens.to(self.device),
             hidden.to(self.device),
             codes.to(self.device),
-            self.guide.vocabulary.to(self.device),
             features.attention_mask.to(self.device),
         )
+
+    def _targets(self, tokens: TextTokens, hidden: Tensor) -> Tensor:
+        """Return the output number of each hidden token; -1 for one that training never had."""
+        return self.network.number[tokens.token_ids[hidden].to(self.device)]
 
 
 def hide_words(tokens: TextTokens, number: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,6 +201,17 @@ def hide_words(tokens: TextTokens, number: Tensor, generator: torch.Generator) -
     return (is_hidden.gather(1, ids.clamp(min=0)) & (ids >= 0)).to(tokens.word_ids.device)
 
 
+def _count_tokens(guide: AbstractGuide, captions: Sequence[Sequence[str]]) -> Tensor:
+    """Return how often each token stands in the captions, as a piece of a word, (V,) int64."""
+    counts = torch.zeros(len(guide.vocabulary), dtype=torch.long)
+    flat = [text for texts in captions for text in texts]
+    for begin in range(0, len(flat), 512):
+        tokens = guide.tokenize(flat[begin : begin + 512])
+        found = tokens.token_ids[tokens.word_ids >= 0].cpu()
+        counts += torch.bincount(found, minlength=len(counts))
+    return counts
+
+
 def _word_numbers(tokens: TextTokens, mask: Tensor) -> Tensor:
     """Return a number of each hidden token's word, unique in the batch, (tokens,) on the CPU."""
     rows = torch.arange(len(mask))[:, None] * mask.shape[1]
@@ -211,34 +219,32 @@ def _word_numbers(tokens: TextTokens, mask: Tensor) -> Tensor:
 
 
 class _Filler(nn.Module):
-    mean: Tensor
-    scale: Tensor
+    """Text features with hidden words and codes -> one of the tokens of training captions."""
 
-    def __init__(self, codes: FrozenCodes, guide: AbstractGuide, config: MaskedWordsConfig):
+    number: Tensor
+
+    def __init__(
+        self, codes: FrozenCodes, guide: AbstractGuide, counts: Tensor, config: MaskedWordsConfig
+    ):
         super().__init__()
-        some = codes.codes(torch.arange(min(len(codes), 1024))).flatten(0, 1)
-        self.register_buffer("mean", some.mean(dim=0))
-        self.register_buffer("scale", (some - some.mean(dim=0)).square().mean().sqrt() + 1e-8)
-        self.code_vit = CodeViT(
-            codes.width,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            out_dim=guide.token_dim,
-            grid=codes.grid,
+        kept = counts.nonzero()[:, 0]
+        number = torch.full_like(counts, -1)
+        number[kept] = torch.arange(len(kept))
+        self.register_buffer("number", number)
+        some = codes.codes(torch.arange(min(len(codes), 1024)))
+        self.memory = CodeMemory(some, config.width)
+        self.enter = nn.Linear(guide.token_dim, config.width)
+        self.hidden = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.text = ProbeTransformer(
+            config, vocabulary_size=1, length=guide.max_length, causal=False
         )
-        self.decoder = TextDecoder(
-            guide.token_dim,
-            memory_dim=guide.token_dim,
-            vocabulary_size=len(guide.vocabulary),
-            max_length=guide.max_length,
-            depth=config.depth,
-            heads=config.heads,
-            dropout=config.dropout,
-        )
+        self.head = nn.Linear(config.width, len(kept))
+        with torch.no_grad():  # begin at the tokens' frequencies
+            self.head.bias.copy_((counts[kept] / counts.sum()).log())
 
-    def forward(
-        self, text: Tensor, hidden: Tensor, codes: Tensor, vocabulary: Tensor, attention: Tensor
-    ) -> Tensor:
-        memory = self.code_vit((codes - self.mean) / self.scale)
-        return self.decoder(text, hidden, memory, vocabulary, attention)
+    def forward(self, text: Tensor, hidden: Tensor, codes: Tensor, attention: Tensor) -> Tensor:
+        """Return the logits of the hidden tokens, in row-major order."""
+        entered = self.enter(F.layer_norm(text, text.shape[-1:]))
+        entered = torch.where(hidden[..., None], self.hidden, entered)
+        states = self.text.states(entered, self.memory(codes), token_mask=attention)
+        return self.head(states[hidden])

@@ -95,7 +95,7 @@ class QuestionsProbe:
             name="questions",
             folder=folder,
             progress=progress,
-            facts=self.answers,
+            facts=[codes.fingerprint, texts, targets.tolist(), images.tolist()],
         )
         return self
 

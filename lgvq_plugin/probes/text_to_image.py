@@ -121,7 +121,7 @@ class TextToImageProbe:
             name="text_to_image",
             folder=folder,
             progress=progress,
-            facts=self.guide.fingerprint,
+            facts=[codes.fingerprint, captions, self.guide.fingerprint],
         )
         return self
 

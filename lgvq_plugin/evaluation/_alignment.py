@@ -1,0 +1,126 @@
+"""retrieval, masked_words, attributes: what probes of frozen codes find, the same for any host."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._fields import build
+from ..probes.base import CodeFeatures
+from ..sockets import ConfigError, resolve
+from ._context import Context
+from ._rows import Rows, rows_of
+
+FEWEST = 20  # training images
+
+
+def retrieval(context: Context) -> Rows:
+    """Recall at 1, 5, 10 between test images and their first captions, by a ridge probe."""
+    train, test = context.train.captioned(), context.test.captioned()
+    probe = resolve("probes", "retrieval")(seed=context.config.seed)
+    probe.fit(train.codes.features(), _sentences(context, train.captions))
+    captions = [texts[0] for texts in test.captions]
+    target = _sentences(context, [[text] for text in captions])
+    numbers = probe.evaluate(test.codes.features(), target, captions)
+    count = int(numbers.pop("count"))
+    settings = {
+        "probe": "ridge",
+        "strength": numbers.pop("strength"),
+        "guide": context.guide_config,
+        "train_images": len(train.codes),
+    }
+    return rows_of(
+        "retrieval",
+        numbers,
+        count,
+        lower=["mean_rank"],
+        neutral=["chance"],
+        settings=settings,
+    )
+
+
+def _sentences(context: Context, captions: list[list[str]]) -> Tensor:
+    """Return the guide's sentence features, (M, Ds): the mean of each image's unit features."""
+    flat = [text for texts in captions for text in texts]
+    parts = [
+        F.normalize(context.guide.encode(flat[begin : begin + 256]).sentence, dim=-1).cpu()
+        for begin in range(0, len(flat), 256)
+    ]
+    features, owners = torch.cat(parts), torch.tensor([len(texts) for texts in captions])
+    means = torch.zeros(len(captions), features.shape[1])
+    means.index_add_(0, torch.arange(len(captions)).repeat_interleave(owners), features)
+    return means / owners[:, None]
+
+
+def masked_words(context: Context) -> Rows:
+    """Recall of hidden words by heads trained on frozen codes, leak-free and by the leaky protocol.
+
+    Nothing of an LG-VQ model's own heads is used, so a baseline is asked in the same way.
+    """
+    member = resolve("probes", "masked_words")
+    keys = {"seed": context.config.seed, **context.config.masked_words}
+    config = build(member.Config, keys, "evaluation.masked_words")
+    train, test = context.train.captioned(), context.test.captioned()
+    captions = [texts[0] for texts in test.captions]
+    rows: Rows = {}
+    told = {
+        "leak_free": "words hidden before the text encoder",
+        "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
+    }
+    for protocol, what in told.items():
+        probe = member(context.guide, config, protocol=protocol, device=context.device)
+        folder = context.folder
+        probe.fit(train.codes, train.captions, folder=folder, progress=context.progress)
+        numbers = probe.evaluate(test.codes, captions, seed=context.config.seed)
+        settings = {
+            "protocol": what,
+            "heads": "trained on frozen codes",
+            "guide": context.guide_config,
+            "train_images": len(train.codes),
+            "probe": vars(config),
+        }
+        for hidden in (1, 3):
+            count = int(numbers.pop(f"mask_{hidden}/words"))
+            part = {name: v for name, v in numbers.items() if f"mask_{hidden}/" in name}
+            rows |= rows_of(
+                f"masked_words/{protocol}", part, count, neutral=["shuffled"], settings=settings
+            )
+    return rows
+
+
+def attributes(context: Context) -> Rows:
+    """Accuracy of labels read off the codes by a linear map, on all and on few training images."""
+    train, test = context.train, context.test
+    if not train.attributes or not test.attributes:
+        raise ConfigError("attributes: the data set has no labels; the scenes and CelebA have")
+    member = resolve("probes", "attributes")
+    stack = _stack_labels
+    wanted, target = stack(train.attributes), stack(test.attributes)
+    few = min(context.config.few_shot, len(train.codes))
+    features, seen = train.codes.features(), test.codes.features()
+    control = test.codes.shuffled(context.config.seed).features()
+    rows: Rows = {}
+    for name, count in (("linear", len(train.codes)), ("few_shot", few)):
+        labels = {key: value[:count] for key, value in wanted.items()}
+        probe = member(seed=context.config.seed).fit(_first(features, count), labels)
+        numbers = probe.evaluate(seen, target)
+        numbers["shuffled/mean_accuracy"] = probe.evaluate(control, target)["mean_accuracy"]
+        rows |= rows_of(
+            f"attributes/{name}",
+            numbers,
+            len(test.codes),
+            neutral=["majority", "shuffled"],
+            settings={"probe": "ridge", "train_images": count},
+        )
+    return rows
+
+
+def _first(features: CodeFeatures, count: int) -> CodeFeatures:
+    histogram = None if features.histogram is None else features.histogram[:count]
+    return CodeFeatures(features.pooled[:count], histogram)
+
+
+def _stack_labels(records: list) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([torch.as_tensor(record[name]) for record in records])
+        for name in records[0]
+    }

@@ -1,0 +1,196 @@
+"""`lgvq eval`: one or several checkpoints, side by side."""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
+from ..sockets import ConfigError
+from ..training.base import read_config
+from . import _figures
+from ._codebook import answering_words
+from ._context import Context
+from ._store import write_json, write_text
+from ._table import as_csv, table
+from .base import DEFAULT, METRICS, build_context, names_of, run
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    """Run `lgvq eval`.
+
+    Args:
+        argv: see `--help`.
+
+    Returns:
+        0; what went wrong is raised.
+    """
+    given, overrides = _parse(argv)
+    names = names_of(_split(given.metrics))
+    checkpoints = [load_checkpoint(path) for path in given.ckpt]
+    labels = _labels(given.names, checkpoints)
+    config = _config(given.base, overrides, checkpoints[0])
+    results: dict[str, dict[str, Any]] = {}
+    contexts: dict[str, Context] = {}
+    for label, checkpoint in zip(labels, checkpoints, strict=True):
+        folder = _folder(given.output, label, checkpoint, many=len(labels) > 1)
+        host = load_host(_host_config(config, checkpoint), checkpoint, device=_device(given.device))
+        # The guide is the one of the config for all hosts, or a comparison would not be fair.
+        contexts[label] = build_context(
+            host,
+            config,
+            limit=given.limit,
+            output=folder,
+            options=None,
+            progress=not given.no_progress,
+        )
+        logger.info("evaluating %s (%s)", label, checkpoint.path)
+        results[label] = run(contexts[label], names, folder)
+        results[label]["settings"]["checkpoint"] = str(checkpoint.path)
+        write_json(folder / "results.json", results[label])
+        _pictures(folder, {label: contexts[label]}, names)
+        if given.export:
+            _figures.export(contexts[label], folder / "export", given.export)
+    _summarize(given, results, contexts, names)
+    return 0
+
+
+def _summarize(
+    given: argparse.Namespace,
+    results: Mapping[str, Mapping[str, Any]],
+    contexts: Mapping[str, Context],
+    names: Sequence[str],
+) -> None:
+    print(table(results))
+    first = next(iter(results.values()))
+    content = first if len(results) == 1 else {"hosts": dict(results)}
+    if given.json:
+        write_json(Path(given.json), content)
+    if given.csv:
+        write_text(Path(given.csv), as_csv(results))
+    if len(results) > 1 and given.output:
+        folder = Path(given.output)
+        write_json(folder / "results.json", content)
+        write_text(folder / "results.csv", as_csv(results))
+        _pictures(folder, contexts, names)
+
+
+def _pictures(folder: Path, contexts: Mapping[str, Context], names: Sequence[str]) -> None:
+    """Write the figures that go with the metrics, and the words of the codes."""
+    _figures.write_reconstructions(folder / "reconstructions.png", contexts)
+    if "usage" in names:
+        _figures.write_usage(folder / "usage.png", contexts)
+    if "t2i" in names:
+        _figures.write_generated(folder / "generated.png", contexts)
+    if "words" in names and len(contexts) == 1:
+        try:
+            words = answering_words(next(iter(contexts.values())))
+        except ConfigError:
+            return  # told where the metric was skipped
+        write_json(folder / "words.json", words)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="lgvq eval",
+        description="Measure tokenizers on held-out images: the same protocol for a baseline and "
+        "an LG-VQ model. Finished metrics are kept; the same command goes on where it stopped.",
+        epilog="key=value overrides the config, such as evaluation.caption.steps=200",
+    )
+    add = parser.add_argument
+    add(
+        "-b",
+        "--base",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CONFIG",
+        help="names the images (data:) and the options (evaluation:); default: the checkpoint's",
+    )
+    add("--ckpt", nargs="+", required=True, metavar="C", help="one, or several for a comparison")
+    add("--names", nargs="+", metavar="N", help="what the checkpoints are called in the table")
+    add(
+        "--metrics",
+        help=f"by comma, or all; known: {', '.join(METRICS)}; default: {','.join(DEFAULT)}",
+    )
+    add("--limit", type=int, metavar="N", help="first N test images (and 4 N training images)")
+    add("--output", metavar="DIR", help="for results, figures, probes; default: beside the run")
+    add("--json", metavar="F", help="write the results there, too")
+    add("--csv", metavar="F", help="write them as CSV, settings included")
+    add("--export", choices=("npz", "png"), help="images and reconstructions, for other tools")
+    add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    add("--no-progress", action="store_true", help="no progress bars")
+    given, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    overrides = [word for word in (*given.base, *given.ckpt) if "=" in word] + rest
+    given.base = [word for word in given.base if "=" not in word]
+    given.ckpt = [word for word in given.ckpt if "=" not in word]
+    if given.limit is not None and given.limit < 2:
+        parser.error(f"--limit: expected a whole number >= 2, got {given.limit}")
+    return given, overrides
+
+
+def _split(metrics: str | None) -> list[str] | None:
+    if metrics is None:
+        return None
+    if metrics.strip() == "all":
+        return list(METRICS)
+    return [name.strip() for name in metrics.split(",") if name.strip()]
+
+
+def _config(base: list[str], overrides: list[str], checkpoint: Checkpoint) -> Any:
+    if base:
+        return read_config(base, overrides)
+    if checkpoint.config is None:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} tells no config; give one with -b CONFIG"
+        )
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(checkpoint.config)
+    return OmegaConf.merge(config, read_config([], overrides))
+
+
+def _host_config(config: Any, checkpoint: Checkpoint) -> Any:
+    """Return the checkpoint's own config where it has one: -b then names data and options only."""
+    return config if checkpoint.config is None else checkpoint.config
+
+
+def _labels(names: list[str] | None, checkpoints: list[Checkpoint]) -> list[str]:
+    """Name the columns: as told, else by run folder or file, numbered where two are equal."""
+    if names is not None:
+        if len(names) != len(checkpoints) or len(set(names)) != len(names):
+            raise ConfigError(
+                f"--names: expected {len(checkpoints)} different names, got {' '.join(names)}"
+            )
+        return names
+    found: list[str] = []
+    for checkpoint in checkpoints:
+        path = checkpoint.path
+        label = path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
+        found.append(label if label not in found else f"{label} ({len(found) + 1})")
+    return found
+
+
+def _folder(output: str | None, label: str, checkpoint: Checkpoint, *, many: bool) -> Path:
+    """Return where a checkpoint's results go."""
+    if output is not None:
+        return Path(output) / label if many else Path(output)
+    path = checkpoint.path
+    if path.parent.name == "checkpoints":
+        return path.parent.parent / "evaluation" / path.stem
+    return path.parent / f"{path.stem}_evaluation"
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
