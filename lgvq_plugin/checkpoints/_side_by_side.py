@@ -20,8 +20,7 @@ ENOUGH = 20  # captioned images in each split for the retrieval probe
 
 
 def compare_hosts(
-    old: nn.Module,
-    new: nn.Module,
+    hosts: Mapping[str, nn.Module],
     *,
     held_out: Any,
     train: Any,
@@ -29,10 +28,10 @@ def compare_hosts(
     batch_size: int = 16,
     most: int = 500,
 ) -> dict[str, Any]:
-    """Measure two hosts on the same images.
+    """Measure hosts on the same images.
 
     Args:
-        old, new: in evaluation mode, on one device.
+        hosts: `old` and `new`, and perhaps `control`; in evaluation mode, on one device.
         held_out: the data set to measure on; its first `most` samples.
         train: the data set that the retrieval probe is trained on; its first `most` samples.
         guide: for the retrieval probe; None leaves it out.
@@ -40,31 +39,29 @@ def compare_hosts(
         most: how many images at the most.
 
     Returns:
-        `{name: {"old", "new", "difference", "half_width", "n", "unit"}}`; `half_width` is that of
-        the difference's 95 % interval over images, None where there is none.
+        `{metric: {"old", "new", "difference", "half_width", "n", "unit"}}`: new - old, and half
+        the width of its 95 % interval over images (None where there is none); with a control also
+        `control`, `gain` (new - control) and `gain_half_width`.
     """
-    images = {"old": old, "new": new}
-    per_image = {
-        name: _per_image(host, held_out, batch_size, most) for name, host in images.items()
-    }
+    seen = {name: _per_image(host, held_out, batch_size, most) for name, host in hosts.items()}
+    count = len(seen["old"]["psnr"])
     rows: dict[str, Any] = {}
     for metric in ("psnr", "ssim"):
-        before, after = (per_image[name][metric] for name in ("old", "new"))
-        rows[f"reconstruction/{metric}"] = _paired(before, after, UNITS.get(metric, ""))
+        values = {name: found[metric] for name, found in seen.items()}
+        rows[f"reconstruction/{metric}"] = _row(values, count, UNITS.get(metric, ""))
     for metric in ("usage", "perplexity"):
-        before, after = (per_image[name][metric] for name in ("old", "new"))
-        if not math.isnan(before):
-            n = len(per_image["old"]["psnr"])
-            rows[f"codebook/{metric}"] = _row(before, after, n, UNITS.get(metric, ""))
+        values = {name: found[metric] for name, found in seen.items()}
+        if not math.isnan(values["old"]):
+            rows[f"codebook/{metric}"] = _row(values, count, UNITS.get(metric, ""))
     if guide is not None:
         probes = {
             name: _retrieval(host, held_out, train, guide, batch_size, most)
-            for name, host in images.items()
+            for name, host in hosts.items()
         }
         for key in probes["old"]:
             if "recall" in key:
-                before, after = probes["old"][key], probes["new"][key]
-                rows[f"retrieval/{key}"] = _row(before, after, int(probes["old"]["count"]), "")
+                values = {name: found[key] for name, found in probes.items()}
+                rows[f"retrieval/{key}"] = _row(values, int(probes["old"]["count"]), "")
     return rows
 
 
@@ -73,19 +70,24 @@ def as_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     Example:
         >>> row = {"old": 1.0, "new": 2.0, "difference": 1.0, "half_width": None, "n": 3}
-        >>> print(as_table({"reconstruction/psnr": {**row, "unit": ""}}))
-        | metric | old | new | difference | n |
+        >>> print(as_table({"reconstruction/psnr": {**row, "unit": "dB"}}))
+        | metric | old | new | new - old | n |
         |---|---|---|---|---|
-        | reconstruction/psnr | 1.000 | 2.000 | +1.000 | 3 |
+        | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
     """
-    lines = ["| metric | old | new | difference | n |", "|---|---|---|---|---|"]
-    for name, row in rows.items():
-        unit = f" {row['unit']}" if row["unit"] else ""
-        width = f" ± {row['half_width']:.3f}" if row["half_width"] is not None else ""
-        lines.append(
-            f"| {name} | {row['old']:.3f}{unit} | {row['new']:.3f}{unit} | "
-            f"{row['difference']:+.3f}{width}{unit} | {row['n']} |"
-        )
+    has_control = any("control" in row for row in rows.values())
+    names = ["old", *(["control"] if has_control else []), "new"]
+    gaps = [("new - old", "difference", "half_width")]
+    gaps += [("new - control", "gain", "gain_half_width")] if has_control else []
+    header = ["metric", *names, *(title for title, _, _ in gaps), "n"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for metric, row in rows.items():
+        cells = [f"{metric} ({row['unit']})" if row["unit"] else metric]
+        cells += [f"{row[name]:.3f}" for name in names]
+        for _, gap, width in gaps:
+            half = "" if row[width] is None else f" ± {row[width]:.3f}"
+            cells.append(f"{row[gap]:+.3f}{half}")
+        lines.append(f"| {' | '.join([*cells, str(row['n'])])} |")
     return "\n".join(lines)
 
 
@@ -158,20 +160,19 @@ def _device(host: nn.Module) -> torch.device:
     return next(host.parameters()).device
 
 
-def _paired(before: Tensor, after: Tensor, unit: str) -> dict[str, Any]:
-    gap = after - before
-    width = 1.96 * float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else None
-    row = _row(float(before.mean()), float(after.mean()), len(gap), unit)
-    return row | {"half_width": width}
+def _row(values: Mapping[str, Any], count: int, unit: str) -> dict[str, Any]:
+    """Return a row of numbers, or of means over images where tensors are given."""
+    means = {name: float(torch.as_tensor(value).mean()) for name, value in values.items()}
+    row = {**means, "difference": means["new"] - means["old"], "n": count, "unit": unit}
+    row["half_width"] = _half_width(values["new"], values["old"])
+    if "control" in values:
+        row["gain"] = means["new"] - means["control"]
+        row["gain_half_width"] = _half_width(values["new"], values["control"])
+    return row
 
 
-def _row(before: float, after: float, n: int, unit: str) -> dict[str, Any]:
-    gap = after - before
-    return {
-        "old": before,
-        "new": after,
-        "difference": gap,
-        "half_width": None,
-        "n": n,
-        "unit": unit,
-    }
+def _half_width(after: Any, before: Any) -> float | None:
+    """Return half the width of the 95 % interval of a paired difference, normal theory."""
+    if not isinstance(after, Tensor) or len(after) < 2:
+        return None
+    return 1.96 * float((after - before).std()) / math.sqrt(len(after))

@@ -228,7 +228,10 @@ def _config_beside(file: Path) -> dict[str, Any] | None:
     for run in (file.parent, file.parent.parent):
         projects = sorted(run.glob("configs/*-project.yaml"), reverse=True)
         for path in (run / "config.json", run / "configs" / "merged.yaml", *projects):
-            config = read_config([path]) if path.is_file() else {}
+            try:
+                config = read_config([path]) if path.is_file() else {}
+            except ConfigError:  # another program's
+                continue
             if "model" in config:
                 try:
                     return to_plain(config)

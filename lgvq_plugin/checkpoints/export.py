@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
-from . import _diffusers, pretrained
+from . import _diffusers, _folder
 from ._compare import HEADS
 from .base import Checkpoint, load_checkpoint, load_host
 
@@ -57,7 +57,7 @@ def export_host(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        pretrained.write_safetensors(tensors, path)
+        _folder.write_safetensors(tensors, path)
         return path
     own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     part = path.with_name(path.name + ".part")
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     if given.push and given.format in ("host", "heads"):
         raise ConfigError("--push uploads folders: --format safetensors or diffusers")
     if given.format == "heads":
-        pretrained.save_heads(checkpoint, output)
+        _folder.save_heads(checkpoint, output)
     elif given.format == "host":
         tensors = host_state_dict(checkpoint, config, averaged=given.averaged)
         export_host(tensors, output, step=checkpoint.step)
@@ -169,9 +169,9 @@ def _export_folder(
     else:
         host = load_host(config, checkpoint, averaged=given.averaged)
         numbers = _numbers(checkpoint.path)
-        pretrained.save_pretrained(host.state_dict(), config, output, numbers=numbers)
+        _folder.save_pretrained(host.state_dict(), config, output, numbers=numbers)
     if given.push:
-        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
+        logger.info("uploaded: %s", _folder.push_to_hub(output, given.push))
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def retrofit(
     *,
     averaged: bool = False,
     heads: str | Path | None = None,
+    control: bool = False,
     resume: str | None = None,
     progress: bool = True,
     most: int = 500,
@@ -63,6 +64,8 @@ def retrofit(
         folder: of the new run.
         averaged: start from the averaged weights where there are any.
         heads: folder of heads that another run exported, to start from.
+        control: also train the old loss on, as many steps from the same weights, in
+            `folder`/control, so that what LG-VQ does is not mixed with what more training does.
         resume: "auto" goes on with a run in `folder`.
         progress: whether to show a bar.
         most: images of the comparison.
@@ -76,48 +79,58 @@ def retrofit(
     lgvq = plain.pop("lgvq", None)
     old = load_host(plain, checkpoint, averaged=averaged)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
-    shift_discriminator(new["model"], checkpoint)
+    for model in (plain["model"], new["model"]):
+        shift_discriminator(model, checkpoint)
     sections = Sections.of(new)
+    guide = build_guide(parse(lgvq_block(sections.model)).guide)  # before hours of training
     held_out = build_dataset(sections.data.validation or sections.data.train)
-    reports: list[LoadReport] = []
-
-    def start(host: nn.Module) -> None:
-        params = sections.model.get("params")
-        reports.append(load_into(host, checkpoint, params=params, averaged=averaged))
-        logger.info("old weights: %s", reports[0])
-        if heads is not None:
-            load_heads(_alignment(host), Path(heads))
-        images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
-        require_same(old, host, images)
-
-    run = train(
-        new,
-        name=folder.name,
-        logdir=folder.parent,
-        resume=resume,
-        progress=progress,
-        prepare=start,
-    )
-    guide = build_guide(parse(lgvq_block(sections.model)).guide)
-    new_host = run.host.eval().cpu()
+    images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
+    start = _Start(checkpoint, old, images, params=sections.model["params"], averaged=averaged)
+    options: dict[str, Any] = {"resume": resume, "progress": progress, "prepare": start}
+    start.heads = heads
+    run = train(new, name=folder.name, logdir=folder.parent, **options)
+    hosts, loaded, start.heads = {"old": old, "new": run.host}, start.report, None
+    if control:
+        plain["training"] = {k: v for k, v in plain["training"].items() if k != "heads_first"}
+        hosts["control"] = train(plain, name="control", logdir=folder, **options).host
     rows = compare_hosts(
-        old,
-        new_host,
+        {name: host.eval().cpu() for name, host in hosts.items()},
         held_out=held_out,
         train=build_dataset(sections.data.train),
         guide=guide.to("cpu"),
         batch_size=sections.data.batch_size,
         most=most,
     )
-    result = RetrofitResult(run, reports[0] if reports else None, rows)
+    result = RetrofitResult(run, loaded, rows)
     _write_report(result, checkpoint, folder, is_held_out=sections.data.validation is not None)
     return result
 
 
-def _alignment(host: Any) -> Any:
-    if getattr(host.loss, "alignment", None) is None:
-        raise ConfigError("--heads: all weights under lgvq.objectives are 0, so there are no heads")
-    return host.loss.alignment
+class _Start:
+    """Puts the old weights into a host before its first step, and checks that nothing is lost."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        old: nn.Module,
+        images: Tensor,
+        *,
+        params: Mapping[str, Any],
+        averaged: bool,
+    ):
+        self.checkpoint, self.old, self.images = checkpoint, old, images
+        self.params, self.averaged = params, averaged
+        self.heads: str | Path | None = None
+        self.report: LoadReport | None = None
+
+    def __call__(self, host: Any) -> None:
+        self.report = load_into(host, self.checkpoint, params=self.params, averaged=self.averaged)
+        logger.info("old weights: %s", self.report)
+        if self.heads is not None:
+            if getattr(host.loss, "alignment", None) is None:
+                raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
+            load_heads(host.loss.alignment, Path(self.heads))
+        require_same(self.old, host, self.images)
 
 
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
@@ -202,6 +215,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--freeze", metavar="PARTS", help="keep encoder,decoder,codebook: any of")
     parser.add_argument("--heads-first", type=int, metavar="N", help="train the heads alone first")
     parser.add_argument("--heads", metavar="DIR", help="start from heads that another run exported")
+    parser.add_argument("--control", action="store_true", help="train the old loss on as well")
     parser.add_argument("--averaged", action="store_true", help="start from the averaged weights")
     parser.add_argument("--images", type=int, default=500, help="of the comparison (default: 500)")
     parser.add_argument("--resume", choices=["auto"], help="go on with a run in DIR")
@@ -227,6 +241,7 @@ def main(argv: Sequence[str]) -> int:
         given.output,
         averaged=given.averaged,
         heads=given.heads,
+        control=given.control,
         resume=given.resume,
         progress=not given.no_progress,
         most=given.images,

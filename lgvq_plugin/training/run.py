@@ -101,9 +101,8 @@ def train(
         num_workers=sections.data.num_workers,
         config=sections.plain,
     )
-    resumed_at = int(checkpoint.get("global_step", 0))
+    trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
     del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
-    trainer = _trainer(sections, driver, folder, resumed_at)
     host.learning_rate = sections.learning_rate(trainer.world_size)
     watch = Watch(folder, validation=_validation(sections, trainer), progress=progress)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]

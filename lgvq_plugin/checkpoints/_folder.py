@@ -1,0 +1,164 @@
+"""A tokenizer as a folder: model.safetensors, config.json and a model card; heads as another."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..sockets import ConfigError
+from ._compare import HEADS, sizes_of
+from .base import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
+
+
+def save_pretrained(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    numbers: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a tokenizer's folder; its loss, discriminator and heads are left out.
+
+    Args:
+        state_dict: of the host.
+        config: with a `model:` section; its `data:` is told in the model card.
+        folder: made if it is not there.
+        numbers: `{metric: {"value": v, "n": n, "unit": u}}` for the model card.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
+    write_safetensors(tensors, folder / WEIGHTS)
+    model = dict(config["model"])
+    model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
+    told = {"model": model, "lgvq_plugin": _version()}
+    _write(folder / CONFIG, json.dumps(told, indent=2) + "\n")
+    _write(folder / CARD, model_card(tensors, config, numbers))
+    return folder
+
+
+def push_to_hub(folder: Path, repository: str) -> str:
+    """Upload a folder to the Hugging Face hub, with the token that `hf auth login` kept.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ConfigError: if huggingface_hub is not installed, or the upload failed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError("--push needs huggingface_hub: pip install huggingface_hub") from error
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repository))
+    except Exception as error:  # network, rights, names: all of them the hub's own classes
+        raise ConfigError(
+            f"--push {repository!r} failed ({type(error).__name__}: {error}); the folder "
+            f"{str(folder)!r} is whole, try again when the hub can be reached"
+        ) from error
+
+
+def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
+    """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
+
+    Raises:
+        ConfigError: if there are none in it.
+    """
+    tensors = {
+        key.removeprefix(HEADS): value
+        for key, value in checkpoint.state_dict.items()
+        if key.startswith(HEADS)
+    }
+    if not tensors:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is no LG-VQ run's"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(tensors, folder / HEADS_WEIGHTS)
+    _write(folder / HEADS_CONFIG, json.dumps({"lgvq": _block(checkpoint.config)}, indent=2) + "\n")
+    return folder
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to `path`, whole or not at all."""
+    from safetensors.torch import save_file
+
+    own = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    save_file(own, str(part))
+    os.replace(part, path)
+
+
+def model_card(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], numbers: Mapping[str, Any] | None
+) -> str:
+    """Return the README of a tokenizer: what it is, what it saw, how to load it."""
+    model = config["model"]
+    count = sum(value.numel() for value in tensors.values())
+    block = _block(config)
+    lines = [
+        "---",
+        "library_name: lgvq_plugin",
+        "tags: [vector-quantization, image-tokenizer, lg-vq]",
+        "---",
+        "",
+        f"# {str(model['target']).rpartition('.')[2]}, a VQ image tokenizer",
+        "",
+        f"- host: `{model['target']}`, {count / 1e6:.2f} M values",
+        *[f"- {name}: {value}" for name, value in sizes_of(tensors).items()],
+        f"- trained with: {'LG-VQ, ' + json.dumps(block) if block is not None else 'no LG-VQ'}",
+    ]
+    train = ((config.get("data") or {}).get("train") or {}).get("target")
+    lines += [f"- data set: `{train}`"] if train else []
+    lines += ["", "```python", "from lgvq_plugin.checkpoints.pretrained import from_pretrained",
+              "host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]",
+              "reconstruction = host(images)[0]", "```"]  # fmt: skip
+    if numbers:
+        lines += ["", "| metric | value | images |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {row['value']:.4g} {row.get('unit') or ''} | {row.get('n', '')} |"
+            for name, row in numbers.items()
+        ]
+    lines += ["", "Licence and intended use: to be filled in by whoever publishes it.", ""]
+    return "\n".join(lines)
+
+
+def _block(config: Mapping[str, Any] | None) -> Any:
+    params = ((config or {}).get("model") or {}).get("params") or {}
+    for key in ("lossconfig", "loss"):
+        loss = params.get(key)
+        if isinstance(loss, Mapping) and str(loss.get("target")).startswith("lgvq_plugin."):
+            inner = loss.get("params") or {}
+            is_ours = "lgvq" in inner or "LGVQ" in loss["target"] or ".over." in loss["target"]
+            return (inner.get("lgvq") or {}) if is_ours else None
+    return None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("lgvq_plugin")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
