@@ -126,6 +126,16 @@ def captions_of(batch: Any, key: str | None) -> Captions | None:
     return found
 
 
+def require_captions(batch: Any, key: str | None) -> None:
+    """Raise ConfigError if `batch` has no place for captions."""
+    if captions_of(batch, key) is None:
+        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ConfigError(
+            f"a batch with no captions: expected one of {', '.join(CAPTION_KEYS)} among its keys, "
+            f"got {keys}; name theirs with lgvq.caption_key, or train the host's own loss"
+        )
+
+
 def add_terms(result: Any, terms: Tensor, log: dict[str, Tensor]) -> Any:
     """Add to what a base loss returns: a scalar, (loss, log), more after these, {"loss": ...}.
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,7 +136,9 @@ class _Told:
         kept = owner.get_ckpt_path  # type: ignore[attr-defined]
         owner.get_ckpt_path = _heads_path(kept)  # type: ignore[attr-defined]
         try:
-            return self.network(*args, **kwargs)
+            with warnings.catch_warnings():  # `pretrained=` is torchvision's old name for weights
+                warnings.simplefilter("ignore", UserWarning)
+                return self.network(*args, **kwargs)
         except OSError as error:  # URLError, timeouts and requests' errors are all OSErrors
             raise ConfigError(
                 f"perceptual_weight > 0 needs VGG16's weights: {VGG_FILE}, from {VGG_URL}, "

@@ -26,6 +26,7 @@ from ._loss_parts import (
     is_on,
     parameters_beside,
     plain,
+    require_captions,
 )
 from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
@@ -64,7 +65,7 @@ class LGVQLoss(Wrapper):
         lgvq: the `lgvq:` block, see `config.LGVQConfig`.
 
     Attributes:
-        latest: what our terms logged in the last step, for hosts whose loss returns no log.
+        latest: what our terms logged last.
 
     Raises:
         ConfigError: for an unknown key under `lgvq:`, or a base loss that does not exist.
@@ -89,11 +90,10 @@ class LGVQLoss(Wrapper):
         target, params = base_of(base, kwargs, self.BASE_TARGET)
         module = build_loss(target, args, params)
         super().__init__()
-        self._config, self._given = config, given
+        self._config, self._given, self._path = config, given, ""
         self._host: Reference | None = None
         self._ancestors: list[nn.Module] = []
         self._tap: Tap | None = None
-        self._path = ""
         self._methods: HostMethods | None = None
         self._captions: Captions | None = None
         self._check: OptimizerCheck | None = None
@@ -182,7 +182,7 @@ class LGVQLoss(Wrapper):
     def status(self) -> dict[str, Any]:
         """Return what is attached where, in plain values."""
         if self.alignment is None or self._tap is None:
-            return {"quantizer": self._path or None, "objectives": {}, "parameters": 0}
+            return {"quantizer": self.quantizer_path, "objectives": {}, "parameters": 0}
         return status(self.alignment, self._path) | {"enabled": self._tap.enabled}
 
     # -- where the host's batches and optimizers pass by -------------------------------------
@@ -249,8 +249,7 @@ class LGVQLoss(Wrapper):
         if is_generator:
             terms, self.latest = self._terms(called, is_training)
             return add_terms(result, terms, self.latest)
-        if not discriminator_first:
-            # Its own forward pass recorded codes that nobody will ask for.
+        if not discriminator_first:  # its own forward pass recorded codes nobody will ask for
             self._tap.codes = self._captions = None
         if is_training and world_size() > 1:
             return add_terms(result, zero_of(self.alignment), {})
@@ -271,9 +270,8 @@ class LGVQLoss(Wrapper):
             step = self._step
             self._step += split == "train"
         if is_training:
-            if self._check is None:
-                heads = self.alignment.parameters()
-                self._check = OptimizerCheck(heads, self._host_parameters)
+            heads = self.alignment.parameters()
+            self._check = self._check or OptimizerCheck(heads, self._host_parameters)
             self._check.raise_if_failed()
         return self.alignment(codes, captions, step=int(step), split=split)
 
@@ -284,6 +282,11 @@ class LGVQLoss(Wrapper):
             self._is_confirmed = True
         elif is_on(self._config) and self._ancestors:
             find_quantizer(self._ancestors[-1], self._config.quantizer)
+
+    def require_captions(self, batch: Any) -> None:
+        """Raise ConfigError if heads wait for captions and `batch` has no place for them."""
+        if self.alignment is not None:
+            require_captions(batch, self._config.caption_key)
 
     def _tell_orphan(self) -> None:
         """Refuse a host in which no quantizer was found; warn of a loss without any host."""

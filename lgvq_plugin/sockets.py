@@ -57,7 +57,7 @@ def import_target(path: str) -> Any:
     if not hasattr(module, attribute):
         raise ConfigError(
             f"target {path!r} does not exist: module {module_name!r} has no "
-            f"{attribute!r}{suggest(attribute, [n for n in vars(module) if n[0] != '_'])}"
+            f"{attribute!r}{suggest(attribute, [n for n in dir(module) if n[0] != '_'])}"
         )
     return getattr(module, attribute)
 

@@ -77,7 +77,8 @@ def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: s
         tags = list_pretrained_tags_by_model(model)
         raise ConfigError(
             f"guide.pretrained: {pretrained!r} is neither a file nor a tag of {model}"
-            f"{suggest(pretrained, tags)}; null gives random weights"
+            f"{suggest(pretrained, tags)}; null gives random weights, and "
+            "`guide: {use: micro_clip}` does without any file"
         )
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if not repository:

@@ -71,6 +71,9 @@ class HostDriver(pl.LightningModule):
         step, self._batches = self.global_step, self._batches + 1
         self.has_stepped = self._batches == self.settings.accumulate_grad_batches
         self.frozen.quiet(step)
+        require_captions = getattr(self.host.loss, "require_captions", None)
+        if self.samples == 0 and callable(require_captions):  # LGVQLoss, with weights
+            require_captions(batch)
         x = self.host.get_input(batch, self.host.image_key)
         output = self.host(x)
         log: dict[str, Tensor] = {}

@@ -1,0 +1,106 @@
+"""`lgvq train` with the LG-VQ line and something wrong: one clear message, exit code 2."""
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lgvq_plugin.cli import main
+
+LGVQ = {
+    "model": {
+        "params": {
+            "lossconfig": {
+                "target": "lgvq_plugin.LGVQLoss",
+                "params": {"lgvq": {"guide": {"use": "micro_clip"}}},
+            }
+        }
+    }
+}
+BLOCK = "model.params.lossconfig.params.lgvq"
+
+
+class Captionless:
+    """Images without any caption key."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((16, 16, 3), np.float32), "index": index}
+
+
+@pytest.fixture
+def run(config, tmp_path, capsys, monkeypatch):
+    """A function of overrides that runs `lgvq train` and returns (exit code, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides, **data):
+        path = tmp_path / "config.yaml"
+        given = OmegaConf.merge(config("training.max_steps=1"), LGVQ)
+        given.data.update(data)
+        OmegaConf.save(given, path)
+        code = main(["train", "-b", str(path), "--name", "a", "--no-progress", *overrides])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def test_nothing_wrong_is_0(run):
+    assert run()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.params.lossconfig.target=lgvq_plugin.LGVQLos", "did you mean 'LGVQLoss'"),
+        ("model.params.lossconfig.target=lgvq_plugin.over.nosuch.Loss", "nosuch"),
+        (f"{BLOCK}.quantizer=quantise", "did you mean 'quantize'"),
+        (f"{BLOCK}.objectives.masked_text.wieght=1", "did you mean 'weight'"),
+        (f"{BLOCK}.grid=[16]", "grid"),
+        (f"{BLOCK}.recipe=papier", "paper"),
+        (f"{BLOCK}.guide.use=micro_clop", "did you mean 'micro_clip'"),
+        (f"{BLOCK}.caption_key=words", "words"),
+        (f"{BLOCK}.code_dim=5", "lgvq.code_dim: 4"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(run, override, told):
+    code, err = run(override)
+    assert code == 2
+    assert told in err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("lgvq: error:")]) == 1
+
+
+def test_a_missing_guide_checkpoint_says_what_does_without(run):
+    use = f"{BLOCK}.guide={{use: open_clip, pretrained: /no/such/file.pt}}"
+    code, err = run(use)
+    assert code == 2
+    assert "/no/such/file.pt" in err
+    assert "guide: {use: micro_clip}" in err
+
+
+def test_a_batch_with_no_captions_is_told(run, monkeypatch):
+    import lgvq_plugin.datasets.scenes as scenes
+
+    monkeypatch.setattr(scenes, "Captionless", Captionless, raising=False)
+    code, err = run(train={"target": "lgvq_plugin.datasets.scenes.Captionless"})
+    assert code == 2
+    assert "a batch with no captions" in err
+    assert "caption_key" in err
+
+
+def test_a_corrupt_image_is_named_and_can_be_skipped(run, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a red square\n")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:40])
+    data = {"target": "folder", "params": {"root": str(folder), "size": 16}}
+    code, err = run("data.batch_size=4", train=data)
+    assert code == 2
+    assert "2.png" in err
+    assert "skip_corrupt: true" in err
+    data["params"]["skip_corrupt"] = True
+    assert run("data.batch_size=4", train=data)[0] == 0
