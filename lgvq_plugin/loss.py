@@ -153,13 +153,10 @@ class LGVQLoss(Wrapper):
         The heads are gone from the host; an optimizer that holds them steps the host as before.
         """
         stop_listening(self)
-        if self._tap is not None:
-            self._tap.remove()
-        if self._check is not None:
-            self._check.remove()
+        for part in (self._tap, self._check, self._methods):
+            if part is not None:
+                part.remove()
         self._modules.pop("lgvq", None)
-        if self._methods is not None:
-            self._methods.remove()
         if self._host is not None:
             replace_module(self._host.module, self, self.base_loss)
         self._tap = self._check = self._captions = self._methods = None
