@@ -1,5 +1,6 @@
 """Names of splits, lists of file names in pickles, and lines of caption files, read with care."""
 
+import hashlib
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,17 @@ def choose_split(split: str | None, known: Sequence[str]) -> str:
     if name not in known:
         raise ConfigError(f"split: {split!r}{suggest(str(split), list(known))}")
     return name
+
+
+def held_out_share(file: str) -> float:
+    """Return a number in [0, 1) that depends on the file's name alone; below holdout = held out.
+
+    Example:
+        >>> held_out_share("images/a.jpg") == held_out_share("a.jpg")
+        True
+    """
+    digest = hashlib.sha256(file.removeprefix("images/").encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def read_lines(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ root/x.jpg + root/x.txt (one caption a line)                    root/class_name/
 any of these in root/train, root/validation, root/test
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from ..sockets import ConfigError
 from ._caption_files import EXPECTED, TABLES, clean, find_table, read_sidecar, read_table
 from ._image import SUFFIXES
 from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split
+from ._names import SPLIT_ALIASES, choose_split, held_out_share
 
 log = logging.getLogger(__name__)
 
@@ -184,13 +183,7 @@ def _kept(
         raise ConfigError(f"{root}: split 'test' needs a folder {root / 'test'}")
     if split in ("train", "validation"):
         wanted = split == "validation"
-        records = [r for r in records if (_share(r.file) < holdout) == wanted]
+        records = [r for r in records if (held_out_share(r.file) < holdout) == wanted]
     if not records:
         raise ConfigError(f"{root}: no image is left by split {split!r} and exclude {exclude!r}")
     return records
-
-
-def _share(file: str) -> float:
-    """Return a number in [0, 1) that depends on the file's name alone."""
-    digest = hashlib.sha256(file.removeprefix("images/").encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -11,7 +11,7 @@ from typing import Any
 from ..sockets import ConfigError
 from ._caption_files import CAPTION_KEYS, clean
 from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split
+from ._names import SPLIT_ALIASES, choose_split, held_out_share
 from ._shards import ShardSample, expand, samples
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,9 @@ class WebDataset(ListedImages):
     Args:
         root: a folder with shards, or a pattern of them.
         split: train, validation or test: the folder of that name, or shards whose name begins
-            so; null or all: every shard.
+            so; where there are none, train and validation are parted by a hash of each file's
+            name, in shards of `lgvq data convert` of its old name. null or all: every shard.
+        holdout: share of the validation split in that last case, 0 < holdout < 1.
         caption_key: the field of `.json` with the captions, where it is not a usual one.
         options: see `Reading`.
 
@@ -42,11 +44,18 @@ class WebDataset(ListedImages):
         root: str | Path,
         split: str | None = None,
         *,
+        holdout: float = 0.1,
         caption_key: str | None = None,
         **options: Any,
     ):
         reading, split = Reading.of(options), choose_split(split, SPLITS)
-        self.shards = _shards(root, split)
+        if not 0 < holdout < 1:
+            raise ConfigError(f"holdout must lie between 0 and 1, got {holdout!r}")
+        self.shards, is_parted = _shards(root, split), True
+        if not self.shards and split in ("train", "validation"):
+            self.shards, is_parted = _shards(root, "all"), False
+            if any(_shards(root, other) for other in SPLITS[:3]):
+                self.shards = []  # there are splits, but not this one
         if not self.shards:
             raise ConfigError(f"{root}: no shards (*.tar) of split {split!r}")
         missing = [shard for shard in self.shards if not shard.is_file()]
@@ -57,6 +66,9 @@ class WebDataset(ListedImages):
             for sample in samples(shard):
                 if sample.image is None:
                     odd += 1
+                    continue
+                source = str(sample.meta.get("source", sample.image.name))
+                if not is_parted and (held_out_share(source) < holdout) != (split == "validation"):
                     continue
                 captions = _captions(sample, caption_key)
                 extra = {key: sample.meta[key] for key in KEPT_KEYS if key in sample.meta}

@@ -62,6 +62,20 @@ def test_hold_out_parts_the_copy_as_the_original(pictures, tmp_path):
         assert names[0] == names[1] != set()
 
 
+def test_shards_without_splits_are_parted_as_the_original(pictures, tmp_path):
+    root = pictures(tmp_path / "set", 30)
+    convert(root, tmp_path / "out", Settings(size=20), progress=False)
+    parts = {}
+    for split in ("train", "validation"):
+        before = CaptionedFolder(root, split=split)
+        after = WebDataset(tmp_path / "out", split)
+        parts[split] = [record.captions for record in after.records]
+        assert parts[split] == [record.captions for record in before.records]
+    assert len(parts["train"]) + len(parts["validation"]) == 30
+    with pytest.raises(ConfigError, match="no shards"):
+        WebDataset(tmp_path / "out", "test")
+
+
 def test_splits_questions_and_labels_are_kept(trees, tmp_path):
     trees["vqa2"](tmp_path / "set")
     convert(tmp_path / "set", tmp_path / "out", Settings(), progress=False)
@@ -71,6 +85,7 @@ def test_splits_questions_and_labels_are_kept(trees, tmp_path):
     assert after[0]["image_id"] == before[0]["image_id"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")
 def test_the_webdataset_package_reads_what_we_write(pictures, tmp_path):
     wds = pytest.importorskip("webdataset")
     root = pictures(tmp_path / "set", 4)
