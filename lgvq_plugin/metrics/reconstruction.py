@@ -72,10 +72,16 @@ def psnr_and_ssim(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tens
         )
     wanted, given = eight_bit(images), eight_bit(reconstructions)
     psnr = peak_signal_noise_ratio(given, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    # In float32 the variances cancel: an image would not even be quite like itself.
     ssim = structural_similarity_index_measure(
-        given, wanted, data_range=1.0, sigma=1.5, kernel_size=WINDOW, reduction="none"
+        given.double(),
+        wanted.double(),
+        data_range=1.0,
+        sigma=1.5,
+        kernel_size=WINDOW,
+        reduction="none",
     )
-    return psnr.clamp(max=PSNR_LIMIT).reshape(-1), torch.as_tensor(ssim).reshape(-1)
+    return psnr.clamp(max=PSNR_LIMIT).reshape(-1), torch.as_tensor(ssim).reshape(-1).float()
 
 
 def eight_bit(images: Tensor) -> Tensor:

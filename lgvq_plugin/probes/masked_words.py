@@ -32,7 +32,7 @@ PART = 128
 class MaskedWordsConfig(ProbeConfig):
     """How the masked-word heads are trained on frozen codes."""
 
-    steps: int = 600
+    steps: int = 400
     """Updates of each protocol."""
     most_hidden: int = 3
     """Training hides one word to so many of each caption, >= 1."""

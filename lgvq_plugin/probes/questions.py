@@ -28,7 +28,7 @@ PART = 256
 class QuestionsConfig(ProbeConfig):
     """How the question probe is trained."""
 
-    steps: int = 1500
+    steps: int = 1000
     """Updates; 50 epochs in the paper."""
     max_words: int = 22
     """A question is cut to so many words, >= 1."""

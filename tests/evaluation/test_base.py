@@ -1,0 +1,168 @@
+"""evaluate(): sanity lines that theory gives, resume, and what a user gets told."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lgvq_plugin import evaluation
+from lgvq_plugin.datasets.scenes import Scenes
+from lgvq_plugin.evaluation import base, evaluate
+from lgvq_plugin.sockets import ConfigError
+
+TINY = {"steps": 3, "width": 16, "heads": 1, "depth": 1, "batch_size": 16}
+
+
+def value(result, name):
+    return result["metrics"][name]["value"]
+
+
+def test_an_identity_tokenizer_is_perfect(identity, config, shared):
+    weights = str(shared / "lpips_squeeze_real" / "squeezenet1_1_features_fp32.npz")
+    block = {
+        "lpips": {"net": "squeeze", "backbone": weights},
+        "fd": {"net": "squeeze", "weights": weights},
+    }
+    options = {**config["evaluation"], **block}
+    names = ["psnr", "ssim", "lpips", "fd"]
+    result = evaluate(identity, config, metrics=names, limit=16, options=options, progress=False)
+    assert value(result, "reconstruction/psnr") == 100
+    assert value(result, "reconstruction/ssim") == pytest.approx(1, abs=1e-6)
+    assert value(result, "reconstruction/lpips_squeeze") == pytest.approx(0, abs=1e-7)
+    assert value(result, "reconstruction/fd_squeeze") == pytest.approx(0, abs=1e-3)
+    row = result["metrics"]["reconstruction/fd_squeeze"]
+    assert row["n"] == 16
+    assert row["settings"]["quantization"] == "uint8"
+    assert len(row["settings"]["weights"]) == 16
+    assert row["settings"]["reference"]["set"]["params"]["split"] == "validation"
+    assert not any("fid" in name for name in result["metrics"])
+
+
+def test_the_rows_equal_numpy(palette, config):
+    result = evaluate(palette, config, metrics=["psnr", "usage"], limit=12, progress=False)
+    data = Scenes("validation", size=32, length=48)
+    images = torch.stack([torch.from_numpy(data[i]["image"]).permute(2, 0, 1) for i in range(12)])
+    given, _ = palette(images)
+    a, b = (
+        np.clip(np.rint((x.double().numpy() + 1) * 127.5), 0, 255) / 255 for x in (images, given)
+    )
+    psnr = -10 * np.log10(((a - b) ** 2).mean((1, 2, 3)))
+    row = result["metrics"]["reconstruction/psnr"]
+    np.testing.assert_allclose(row["per_image"], psnr, atol=1e-3)
+    assert row["value"] == pytest.approx(psnr.mean(), abs=1e-3)
+    assert (row["unit"], row["n"], row["higher_is_better"]) == ("dB", 12, True)
+    indices = palette.encode(images)[2][2].numpy()
+    assert value(result, "codebook/usage") == len(np.unique(indices)) / 64
+    assert value(result, "codebook/dead_codes") == 64 - len(np.unique(indices))
+
+
+def test_an_untrained_tokenizer_is_near_chance_and_the_palette_is_not(untrained, palette, config):
+    names = ["retrieval", "attributes"]
+    low, high = (
+        evaluate(host, config, metrics=names, progress=False) for host in (untrained, palette)
+    )
+    chance = value(low, "retrieval/chance@1")
+    assert chance == pytest.approx(1 / 48, abs=0.01)
+    name = "attributes/linear/background_color/accuracy"
+    assert value(high, name) > value(low, "attributes/linear/background_color/majority") + 0.1
+    shuffled = value(high, "attributes/linear/shuffled/mean_accuracy")
+    assert value(high, "attributes/linear/mean_accuracy") > shuffled + 0.05
+
+
+def test_words_go_together_with_codes_but_not_with_others(palette, config):
+    data = config["data"]
+    data["train"]["params"]["length"] = 400
+    result = evaluate(palette, config, metrics=["words", "relation"], progress=False)
+    assert value(result, "words/codes_with_a_word") > 0.3
+    assert value(result, "words/shuffled/codes_with_a_word") < 0.1
+    assert result["metrics"]["words/shuffled/strength"]["higher_is_better"] is None
+    assert 0 <= value(result, "relation/mse") < 4
+
+
+@pytest.mark.slow
+def test_all_tasks_run_and_are_the_same_again(palette, config, tmp_path):
+    config["evaluation"] |= {
+        "masked_words": TINY,
+        "caption": TINY,
+        "vqa": TINY,
+        "t2i": {**TINY, "images": 8},
+    }
+    names = ["masked_words", "caption", "vqa", "t2i"]
+    first, again = (
+        evaluate(palette, config, metrics=names, limit=24, progress=False) for _ in range(2)
+    )
+    assert json.dumps(first["metrics"]) == json.dumps(again["metrics"])
+    found = set(first["metrics"])
+    wanted = {
+        "masked_words/leak_free/mask_1/recall@1",
+        "masked_words/leaky/mask_3/recall@5",
+        "caption/bleu_4",
+        "caption/shuffled/cider_d",
+        "vqa/accuracy/color",
+        "vqa/majority/accuracy",
+        "t2i/bits_per_code",
+        "t2i/real/judge/mean",
+        "t2i/fd_judge",
+    }
+    assert wanted <= found, (sorted(wanted - found), first["skipped"])
+
+
+def test_finished_metrics_are_not_computed_again(palette, config, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(context):
+        calls.append(context.config.seed)
+        return usage(context)
+
+    usage = base.METRICS["usage"]
+    monkeypatch.setitem(base.METRICS, "usage", counted)
+    keys = {"limit": 8, "output": tmp_path, "progress": False}
+    first = evaluate(palette, config, metrics=["usage"], **keys)
+    second = evaluate(palette, config, metrics=["usage"], **keys)
+    assert first == second
+    assert len(calls) == 1
+    evaluate(palette, config, metrics=["usage"], **{**keys, "limit": 9})
+    assert len(calls) == 2
+    palette.quantize.embedding.weight.data += 0.01
+    evaluate(palette, config, metrics=["usage"], **{**keys, "limit": 9})
+    assert len(calls) == 3
+    block = {**config["evaluation"], "caption": {"steps": 5}}
+    evaluate(palette, config, metrics=["usage"], options=block, **{**keys, "limit": 9})
+    assert len(calls) == 3  # another metric's key
+
+
+def test_what_cannot_be_computed_is_told_and_the_rest_is_done(palette, config):
+    config["evaluation"]["lpips"] = {"backbone": "/nowhere/alex.pth"}
+    result = evaluate(palette, config, metrics=["psnr", "lpips"], limit=4, progress=False)
+    assert "reconstruction/psnr" in result["metrics"]
+    assert "/nowhere/alex.pth" in result["skipped"]["lpips"]
+    with pytest.raises(ConfigError, match="no metric could be computed"):
+        evaluate(palette, config, metrics=["lpips"], limit=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("block", "metrics", "message"),
+    [
+        ({}, ["psnrr"], "did you mean 'psnr'"),
+        ({"limt": 3}, ["psnr"], r"evaluation\.limt; did you mean 'limit'"),
+        ({"limit": 1}, ["psnr"], r"evaluation\.limit"),
+        ({"caption": {"stepz": 1}}, ["caption"], r"evaluation\.caption\.stepz"),
+        ({"tokenizer": "bpe"}, ["psnr"], "words or ptb"),
+    ],
+)
+def test_wrong_input_is_told(palette, config, block, metrics, message):
+    config["evaluation"] |= block
+    with pytest.raises(ConfigError, match=message):
+        evaluate(palette, config, metrics=metrics, progress=False)
+
+
+def test_sections_that_are_missing_are_told(palette, config):
+    with pytest.raises(ConfigError, match="no section `data:`"):
+        evaluate(palette, {}, progress=False)
+    with pytest.raises(ConfigError, match="`test:` or a `validation:`"):
+        evaluate(palette, {"data": {"train": config["data"]["train"]}}, progress=False)
+
+
+def test_the_package_gives_what_others_need():
+    assert set(evaluation.__all__) == {"METRICS", "EvaluationConfig", "evaluate", "main"}

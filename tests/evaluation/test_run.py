@@ -1,0 +1,119 @@
+"""`lgvq eval` as a user meets it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lgvq_plugin import cli
+from lgvq_plugin.evaluation._table import table
+
+
+@pytest.fixture
+def folder(tmp_path, config):
+    """Two untrained hosts of different seeds as checkpoints, with their config inside."""
+    params = {
+        "lossconfig": {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss"},
+        "n_embed": 32,
+        "embed_dim": 8,
+        "channels": 8,
+        "num_res_blocks": 1,
+    }
+    from lgvq_plugin.hosts.vqvae import VQVAE
+
+    model = {"target": "lgvq_plugin.hosts.vqvae.VQVAE", "params": params, "learning_rate": 1e-3}
+    whole = {**config, "model": model}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = VQVAE(**params).state_dict()
+        torch.save({"state_dict": state}, tmp_path / f"host{seed}.ckpt")
+    return tmp_path
+
+
+def lgvq(folder, *argv):
+    return cli.main(["eval", "-b", str(folder / "config.yaml"), "--no-progress", *map(str, argv)])
+
+
+def test_one_checkpoint(folder, capsys):
+    out = folder / "out"
+    argv = ["--ckpt", folder / "host0.ckpt", "--limit", 8, "--metrics", "psnr,usage"]
+    files = ["--output", out, "--json", folder / "r.json", "--csv", folder / "r.csv"]
+    assert lgvq(folder, *argv, *files, "--export", "npz") == 0
+    shown = capsys.readouterr().out
+    assert "reconstruction/psnr ↑" in shown
+    assert "codebook/usage ↑" in shown
+    result = json.loads((folder / "r.json").read_text())
+    assert result == json.loads((out / "results.json").read_text())
+    assert set(result) == {"settings", "environment", "metrics", "skipped"}
+    assert result["settings"]["evaluation"]["limit"] == 8
+    rows = list(csv.DictReader((folder / "r.csv").open()))
+    assert {row["metric"] for row in rows} == set(result["metrics"])
+    assert float(rows[0]["value"]) == result["metrics"][rows[0]["metric"]]["value"]
+    for name in ("reconstructions.png", "usage.png"):
+        assert min(Image.open(out / name).size) > 100
+    reals = np.load(out / "export" / "reals.npz")["arr_0"]
+    assert reals.shape == (8, 32, 32, 3)
+    assert reals.dtype == np.uint8
+
+
+def test_two_checkpoints_side_by_side(folder, capsys):
+    out = folder / "both"
+    ckpts = ["--ckpt", folder / "host0.ckpt", folder / "host1.ckpt", "--names", "old", "new"]
+    assert lgvq(folder, *ckpts, "--limit", 8, "--metrics", "psnr", "--output", out) == 0
+    head = capsys.readouterr().out.splitlines()[0].split()
+    assert head == ["metric", "n", "old", "new"]
+    result = json.loads((out / "results.json").read_text())["hosts"]
+    values = [result[n]["metrics"]["reconstruction/psnr"]["value"] for n in ("old", "new")]
+    assert values[0] != values[1]
+    assert (out / "old" / "metrics" / "psnr.json").is_file()
+    assert (out / "reconstructions.png").is_file()
+
+
+def test_exported_png_equal_the_npz(folder):
+    base = ["--ckpt", folder / "host0.ckpt", "--limit", 3, "--metrics", "psnr", "--output"]
+    lgvq(folder, *base, folder / "a", "--export", "npz")
+    lgvq(folder, *base, folder / "b", "--export", "png")
+    pictures = sorted((folder / "b/export/reconstructions").glob("*.png"))
+    array = np.load(folder / "a/export/reconstructions.npz")["arr_0"]
+    assert len(pictures) == 3
+    for path, wanted in zip(pictures, array, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--ckpt", "HOST", "--metrics", "psnr,fidd"], "did you mean 'fid'"),
+        (["--ckpt", "HOST", "--names", "a", "b"], "--names"),
+        (["--ckpt", "HOST", "--device", "toaster"], "--device"),
+        (["--ckpt", "HOST", "evaluation.limt=3"], "limit"),
+    ],
+)
+def test_wrong_input_is_one_message_and_2(folder, capsys, argv, message):
+    argv = [folder / "host0.ckpt" if word == "HOST" else word for word in argv]
+    assert lgvq(folder, *argv) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_the_best_of_several_is_marked():
+    def row(value, better):
+        return {"value": value, "n": 4, "unit": "", "higher_is_better": better}
+
+    results = {
+        "a": {"metrics": {"x": row(1.5, True), "y": row(1.5, False), "z": row(1.5, None)}},
+        "b": {"metrics": {"x": row(2.5, True), "y": row(2.5, False)}, "skipped": {"w": "why"}},
+    }
+    lines = {line.split()[0]: line for line in table(results).splitlines()[1:4]}
+    assert lines["x"].rstrip().endswith("2.5000 *")
+    assert "1.5000 *" in lines["y"]
+    assert "*" not in lines["z"]
+    assert lines["z"].rstrip().endswith("-")
+    assert "b: w skipped: why" in table(results)
