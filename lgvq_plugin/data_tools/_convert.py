@@ -89,6 +89,8 @@ def convert(
     Raises:
         ConfigError: if the layout is unknown, or `out` holds something else.
     """
+    if out.resolve().is_relative_to(Path(path).resolve()):
+        raise ConfigError(f"{out} lies in {path}, which would then hold both; choose another place")
     layout = recognize(path, member)
     if split is not None and split not in layout.splits:
         raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")

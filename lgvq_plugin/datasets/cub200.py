@@ -62,6 +62,10 @@ class CUB200(ListedImages):
         records = []
         for number, file in names.items():
             if number in wanted:
+                if not labels.get(number, "").isdigit():
+                    raise ConfigError(
+                        f"{root / 'image_class_labels.txt'}: no class of image {number}"
+                    )
                 extra = {"attributes": {"species": int(labels[number]) - 1}}
                 captions = texts.of(file)
                 records.append(Record(file, root / "images" / file, captions, extra))

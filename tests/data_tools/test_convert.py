@@ -194,6 +194,10 @@ def test_the_command(pictures, tmp_path, capsys):
     assert main([*given, "--size", "20"]) == 0
     assert "3 of them were there" in capsys.readouterr().out
     assert main([*given[:3], str(root), "--no-progress"]) == 2
+    assert "choose another place" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/a.txt").touch()
+    assert main([*given[:3], str(tmp_path / "full"), "--no-progress"]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main([*given, "--format", "zip"]) == 2
     assert "--format: 'zip'" in capsys.readouterr().err
