@@ -1,4 +1,10 @@
-"""`lgvq cache -b CONFIG`: encode every caption once, so that training needs no text tower."""
+"""`lgvq cache -b CONFIG`: encode every caption once, so that training needs no text tower.
+
+What it costs, for CLIP ViT-B/32 at 30 tokens: 63 kB a caption and as much for each masking, so
+317 kB with the usual four; 151 kB without padding, as COCO's captions have 13.7 tokens on average.
+What it costs in variety: of the words of a COCO caption four maskings hide 79 % at least once,
+eight 96 %; a guide in memory hides others in every step.
+"""
 
 import argparse
 import logging
