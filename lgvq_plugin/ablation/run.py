@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -55,7 +57,8 @@ def run_plan(
     waiting = deque(_prepare(plan, folder, resume))
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     total = sum(job.config["training"]["max_steps"] for job in plan.jobs)
-    bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not progress)
+    bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not progress, mininterval=1)
+    handler = _interrupt_on_sigterm()
     try:
         while waiting or running:
             while waiting and len(running) < len(slots):
@@ -76,6 +79,8 @@ def run_plan(
     finally:
         _stop([process for _, process in running.values()])
         bar.close()
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
     results = collect(plan, folder)
     results.save(folder / RESULTS)
     return results
@@ -97,6 +102,17 @@ def collect(plan: Plan, folder: Path) -> Results:
         variants={k: {**told, "config": configs[k]} for k, told in plan.variants.items()},
         runs=tuple(runs),
     )
+
+
+def _interrupt_on_sigterm() -> Any:
+    """Let SIGTERM do what Ctrl-C does; returns the handler before, None outside the main thread."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, interrupt)
 
 
 def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
@@ -205,7 +221,8 @@ def _show(bar: Any, plan: Plan, folder: Path, running: list[str]) -> None:
         finished = (folder / job.name / RUN).is_file()
         done += steps if finished else min(steps, _logged_step(folder / job.name))
     bar.set_postfix_str(", ".join(running), refresh=False)
-    bar.update(max(0, done - bar.n))
+    if done > bar.n:
+        bar.update(done - bar.n)
 
 
 def _logged_step(folder: Path) -> int:

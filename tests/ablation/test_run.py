@@ -112,19 +112,22 @@ def test_a_killed_job_says_so(tmp_path):
     assert results.runs[0].reason == "killed by signal 9 (out of memory?)"
 
 
-def test_an_interrupt_ends_the_jobs_and_tells_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_jobs_and_tells_how_to_go_on(tmp_path, number):
+    handlers = [signal.getsignal(some) for some in (signal.SIGINT, signal.SIGTERM)]
     processes = []
 
     def watched(folder, root, environment):
         processes.append(launch(folder, root, environment))
         return processes[-1]
 
-    timer = threading.Timer(0.8, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(0.8, os.kill, (os.getpid(), number))
     timer.start()
     with pytest.raises(Interrupted, match="--resume auto"):
         run_plan(plan("slow", seeds=1), tmp_path, progress=False, launch=watched)
     assert processes[0].poll() is not None
     assert not (tmp_path / "slow/seed_0/run.json").exists()
+    assert handlers == [signal.getsignal(some) for some in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_jobs_must_be_positive(tmp_path):
