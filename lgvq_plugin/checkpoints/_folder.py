@@ -98,11 +98,11 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to `path`, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     own = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     part = path.with_name(path.name + ".part")
-    save_file(own, str(part))
+    part.write_bytes(save(own))  # save_file's files are readable by their owner alone
     os.replace(part, path)
 
 
