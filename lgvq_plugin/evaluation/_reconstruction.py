@@ -4,17 +4,16 @@ import logging
 from typing import Any
 
 import torch
-import torchmetrics
 
 from ..metrics.frechet import LEAST_IMAGES, FrechetDistance
 from ..metrics.perceptual import PerceptualDistance
-from ..metrics.reconstruction import psnr_and_ssim
+from ..metrics.reconstruction import IMPLEMENTATION, psnr_and_ssim
 from ._context import Context
 from ._rows import Row, Rows
 
 logger = logging.getLogger(__name__)
 PIXELS = {
-    "implementation": f"torchmetrics {torchmetrics.__version__}",
+    "implementation": IMPLEMENTATION,
     "quantization": "uint8",
     "resize": "none",
     "mean": "over images",

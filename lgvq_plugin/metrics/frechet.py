@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..sockets import ConfigError, import_target
+from ._perceptual_network import NETS, perceptual_network
+from ._pixels import eight_bit
 from ._weights import file_hash, module_hash
-from .perceptual import NETS, perceptual_network
-from .reconstruction import eight_bit
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"

@@ -1,6 +1,7 @@
 """PSNR and SSIM as papers report them: per image, on 8-bit values in [0, 1], then the mean."""
 
 import torch
+import torchmetrics
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import (
@@ -9,7 +10,9 @@ from torchmetrics.functional.image import (
 )
 
 from ..sockets import ConfigError
+from ._pixels import eight_bit
 
+IMPLEMENTATION = f"torchmetrics {torchmetrics.__version__}"
 WINDOW = 11  # of the Gaussian of SSIM, sigma 1.5
 PSNR_LIMIT = 100.0  # an image without any error counts so; else one such makes the mean infinite
 
@@ -82,13 +85,3 @@ def psnr_and_ssim(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tens
         reduction="none",
     )
     return psnr.clamp(max=PSNR_LIMIT).reshape(-1), torch.as_tensor(ssim).reshape(-1).float()
-
-
-def eight_bit(images: Tensor) -> Tensor:
-    """Map [-1, 1] to [0, 1] in steps of 1/255.
-
-    Example:
-        >>> eight_bit(torch.tensor([-1.5, 0.0, 1.0])) * 255
-        tensor([  0., 128., 255.])
-    """
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 255

@@ -46,6 +46,8 @@ class QuestionsConfig(ProbeConfig):
 class QuestionsProbe:
     """Answer questions from codes; nothing of the host is trained."""
 
+    Config = QuestionsConfig
+
     def __init__(
         self, config: QuestionsConfig | None = None, *, device: torch.device | str = "cpu"
     ):

@@ -51,11 +51,12 @@ def test_one_checkpoint(folder, capsys):
     assert result == json.loads((out / "results.json").read_text())
     assert set(result) == {"settings", "environment", "metrics", "skipped"}
     assert result["settings"]["evaluation"]["limit"] == 8
-    rows = list(csv.DictReader((folder / "r.csv").open()))
+    rows = list(csv.DictReader((folder / "r.csv").read_text().splitlines()))
     assert {row["metric"] for row in rows} == set(result["metrics"])
     assert float(rows[0]["value"]) == result["metrics"][rows[0]["metric"]]["value"]
     for name in ("reconstructions.png", "usage.png"):
-        assert min(Image.open(out / name).size) > 100
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
     reals = np.load(out / "export" / "reals.npz")["arr_0"]
     assert reals.shape == (8, 32, 32, 3)
     assert reals.dtype == np.uint8
@@ -82,7 +83,8 @@ def test_exported_png_equal_the_npz(folder):
     array = np.load(folder / "a/export/reconstructions.npz")["arr_0"]
     assert len(pictures) == 3
     for path, wanted in zip(pictures, array, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(path)), wanted)
+        with Image.open(path) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), wanted)
 
 
 @pytest.mark.parametrize(

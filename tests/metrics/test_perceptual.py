@@ -90,7 +90,7 @@ def test_wrong_weights_are_told(folder, tmp_path):
 def test_every_net_takes_torchvisions_own_keys(net, tmp_path):
     import torchvision
 
-    from lgvq_plugin.metrics.perceptual import NETS
+    from lgvq_plugin.metrics._perceptual_network import NETS
 
     model = getattr(torchvision.models, NETS[net])(weights=None)
     torch.save(model.features.state_dict(prefix="features."), tmp_path / "w.pth")
