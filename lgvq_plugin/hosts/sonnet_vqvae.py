@@ -79,7 +79,9 @@ class SonnetVQVAE(nn.Module):
     """A foreign VQ-VAE with the attributes and methods of taming's VQModel.
 
     The ports divide the squared error by the variance of the data, 0.06 for CIFAR: to train such
-    a file on with `VQVAELoss`, give it `codebook_weight: 0.06`, or its codes drift together.
+    a file on with `VQVAELoss`, give it `codebook_weight: 0.06`, or its codes drift together. A file
+    without moving averages wants `quantizer: gradient`; where many of its codes are dead,
+    `dead_threshold: 0.25` draws them anew from the first batches on.
 
     Args:
         lossconfig: `{target, params}` of a loss that is called as taming's.

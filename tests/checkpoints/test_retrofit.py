@@ -235,14 +235,14 @@ def test_a_collapsed_foreign_model_uses_more_codes_after_a_retrofit(shared, tmp_
         "model": {
             "learning_rate": 1e-3,
             "target": "lgvq_plugin.hosts.sonnet_vqvae.SonnetVQVAE",
-            "params": {"lossconfig": loss, "dead_threshold": 0.5},
+            "params": {"lossconfig": loss, "quantizer": "gradient", "dead_threshold": 0.25},
         },
         "data": {
             "batch_size": 32,
             "train": {"target": "folder", "params": {**photos, "split": "train"}},
             "validation": {"target": "folder", "params": {**photos, "split": "validation"}},
         },
-        "training": {"max_steps": 120, "accelerator": "cpu", "val_every": None,
+        "training": {"max_steps": 100, "accelerator": "cpu", "val_every": None,
                      "images_every": None, "checkpoint_every": None},
         "lgvq": MICRO,
     }  # fmt: skip
