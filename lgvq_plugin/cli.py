@@ -10,6 +10,7 @@ from importlib import metadata
 from .sockets import ConfigError
 
 COMMANDS = {  # name: ("module:function of argv", what it does)
+    "demo": ("demo:main", "a baseline and LG-VQ side by side, on embedded data, in minutes"),
     "train": ("training.run:main", "train a tokenizer from configs"),
     "ablate": ("ablation:main", "train variants over seeds and report what differs"),
     "inspect": ("ablation.explorer:main", "look at a codebook: its patches, words and places"),
