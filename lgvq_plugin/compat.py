@@ -133,7 +133,7 @@ class _Told:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = sys.modules[self.network.__module__]
-        kept = owner.get_ckpt_path  # type: ignore[attr-defined]
+        kept = owner.get_ckpt_path
         owner.get_ckpt_path = _heads_path(kept)  # type: ignore[attr-defined]
         try:
             with warnings.catch_warnings():  # `pretrained=` is torchvision's old name for weights
