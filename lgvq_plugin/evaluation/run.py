@@ -30,7 +30,14 @@ def main(argv: list[str]) -> int:
     Returns:
         0; what went wrong is raised.
     """
-    given, overrides = _parse(argv)
+    try:
+        return _main(*_parse(argv))
+    except KeyboardInterrupt:
+        told = "interrupted; finished metrics are kept: the same command goes on from there"
+        raise KeyboardInterrupt(told) from None
+
+
+def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     names = names_of(_split(given.metrics))
     checkpoints = [load_checkpoint(path) for path in given.ckpt]
     labels = _labels(given.names, checkpoints)

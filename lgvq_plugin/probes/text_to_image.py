@@ -45,7 +45,7 @@ class Sampling:
 class TextToImageConfig(ProbeConfig):
     """How the text-to-image probe is trained and sampled."""
 
-    steps: int = 600
+    steps: int = 500
     """Updates."""
     depth: int = 3
     """Blocks of the transformer."""

@@ -119,3 +119,20 @@ def test_the_best_of_several_is_marked():
     assert "*" not in lines["z"]
     assert lines["z"].rstrip().endswith("-")
     assert "b: w skipped: why" in table(results)
+
+
+def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(folder, capsys, monkeypatch):
+    from lgvq_plugin.evaluation import base
+
+    def interrupted(context):
+        raise KeyboardInterrupt
+
+    usage = base.METRICS["usage"]
+    argv = ["--ckpt", folder / "host0.ckpt", "--limit", 4, "--output", folder / "cut"]
+    monkeypatch.setitem(base.METRICS, "usage", interrupted)
+    assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setitem(base.METRICS, "usage", usage)
+    monkeypatch.setitem(base.METRICS, "psnr", interrupted)  # must not be computed again
+    assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 0
+    assert "reconstruction/psnr" in capsys.readouterr().out
