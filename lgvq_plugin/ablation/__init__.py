@@ -101,6 +101,7 @@ def main(argv: list[str]) -> int:
             )
         failed = [run for run in Results.load(folder / RESULTS).runs if run.status == "failed"]
         has_failed = has_failed or bool(failed)
-        print(page.with_suffix(".md").read_text(encoding="utf-8"))
-        logger.info("%s", page)
+        text = page.with_suffix(".md").read_text(encoding="utf-8")
+        print(text.partition("\n\n|")[0])  # the summary, without the tables
+        logger.info("all numbers: %s and %s", page, page.with_suffix(".md").name)
     return int(has_failed)

@@ -12,12 +12,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..checkpoints.base import load_host
 from ..evaluation.base import evaluate
@@ -40,11 +43,12 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
         root: of the ablation; paths in the result are below it.
     """
     steps_before = _last_step(folder)
-    begun = time.perf_counter()
-    trained = train(
-        job.config, name=folder.name, logdir=folder.parent, resume="auto", progress=False
-    )
-    cost = _cost(trained.steps, trained.steps - steps_before, time.perf_counter() - begun, folder)
+    clock = _Clock()
+    with clock.running():
+        trained = train(
+            job.config, name=folder.name, logdir=folder.parent, resume="auto", progress=False
+        )
+    cost = _cost(trained.steps, trained.steps - steps_before, clock.seconds, folder)
     logger.info("evaluating %s", job.name)
     is_averaged = job.config["training"].get("ema_decay") is not None
     checkpoint, device = trained.checkpoint, _device()
@@ -70,6 +74,29 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     )
     write_json(folder / RUN, asdict(run))
     return run
+
+
+class _Clock:
+    """Notes the times of the first and the last update of any optimizer."""
+
+    def __init__(self) -> None:
+        self.first = self.last = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.last - self.first
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        handle = register_optimizer_step_post_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _note(self, *_: Any) -> None:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
 
 
 def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[list[float]]]:
@@ -100,7 +127,10 @@ def _last_step(folder: Path) -> int:
 
 
 def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """Seconds a step (of this process; kept from before if it trained nothing) and peak memory."""
+    """Seconds a step (of this process; kept from before if it trained nothing) and peak memory.
+
+    `seconds` went by between the first and the last update, so starting up is not in them.
+    """
     before = read_json(folder / "cost.json") if (folder / "cost.json").is_file() else {}
     if steps_now <= 0 and before:
         return before
@@ -112,7 +142,7 @@ def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str,
         peak = torch.cuda.max_memory_allocated()
     cost = {
         "steps": steps,
-        "seconds_per_step": seconds / steps_now if steps_now > 0 else None,
+        "seconds_per_step": seconds / (steps_now - 1) if steps_now > 1 else None,
         "peak_memory_mib": peak / 2**20,
         "memory_of": "GPU" if has_gpu else "process",
         "device": torch.cuda.get_device_name()

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from ._page import counted, number
+from ._tables import images_told
 from ._words import sentences
 from .base import CONFIDENCE, Cell, Results
 
@@ -15,7 +16,14 @@ def markdown(results: Results, cells: Sequence[Cell]) -> str:
     for data in results.datasets:
         own = [cell for cell in cells if cell.data == data]
         if own:
-            parts += ["", *([f"## {data}", ""] if data else []), *_table(results, own)]
+            judged = [cell for cell in own if cell.higher_is_better is not None]
+            controls = [cell for cell in own if cell.higher_is_better is None]
+            parts += ["", *([f"## {data}", ""] if data else []), *_table(results, judged)]
+            parts += ["", _caption(results, own)]
+            parts += ["", "Controls, of which neither more nor less is better:", ""] * bool(
+                controls
+            )
+            parts += _table(results, controls) if controls else []
     return "\n".join(parts) + "\n"
 
 
@@ -34,15 +42,16 @@ def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
         unit = f" ({first.unit})" if first.unit else ""
         values = [_value(row.get(variant), results.references[0]) for variant in variants]
         lines.append(f"| {metric}{unit}{arrow} | {' | '.join(values)} |")
-    seeds = max(len(cell.values) for cell in cells)
-    images = max((cell.images or 0 for cell in cells), default=0)
-    lines += [
-        "",
-        f"Mean ± standard deviation over up to {counted(seeds, 'seed')}, on up to "
-        f"{counted(images, 'image')}; ▲ better or ▼ worse than {results.references[0]}: the "
-        f"{CONFIDENCE * 100:.0f} % bootstrap interval of the paired difference excludes zero.",
-    ]
     return lines
+
+
+def _caption(results: Results, cells: Sequence[Cell]) -> str:
+    seeds = max(len(cell.values) for cell in cells)
+    return (
+        f"Mean ± standard deviation over up to {counted(seeds, 'seed')}, on {images_told(cells)}; "
+        f"▲ better or ▼ worse than {results.references[0]}: the {CONFIDENCE * 100:.0f} % "
+        "bootstrap interval of the paired difference excludes zero."
+    )
 
 
 def _value(cell: Cell | None, reference: str) -> str:

@@ -20,8 +20,8 @@ def _metric_head(cell: Cell) -> str:
     ]
     unit = f" ({escape(cell.unit)})" if cell.unit else ""
     return (
-        f'<th scope="col" data-metric="{escape(cell.metric)}"><small>{escape(group)}</small>'
-        f"{escape(name)}{unit}<small>{arrow}</small></th>"
+        f'<th scope="col" data-metric="{escape(cell.metric)}"{_neutral(cell)}>'
+        f"<small>{escape(group)}</small>{escape(name)}{unit}<small>{arrow}</small></th>"
     )
 
 
@@ -53,7 +53,8 @@ def numbers(results: Results, cells: Sequence[Cell]) -> str:
         '<div class="controls"><label>Variants <input type="search" id="find-variant" '
         'placeholder="all"></label><label>Metrics <input type="search" id="find-metric" '
         'placeholder="all"></label><label class="inline"><input type="checkbox" id="only-marked"> '
-        "only metrics with a mark</label></div>"
+        'only metrics with a mark</label><label class="inline"><input type="checkbox" '
+        'id="controls"> controls too</label></div>'
     )
     empty = '<p class="note hidden" data-empty="numbers">No variant is called so.</p>'
     return controls + table("numbers", heads, rows, caption=caption) + empty
@@ -80,7 +81,14 @@ def seeds_told(cells: Sequence[Cell]) -> str:
 
 
 def images_told(cells: Sequence[Cell]) -> str:
-    return _span([cell.images for cell in cells if cell.images] or [0], "image")
+    """Return "512 images", or a range where metrics count other things too."""
+    counts = [cell.images for cell in cells if cell.images] or [0]
+    return _span(counts, "image") + ("" if len({*counts}) == 1 else " (or questions, or words)")
+
+
+def _neutral(cell: Cell) -> str:
+    """Mark a control: a metric of which neither more nor less is better."""
+    return " data-neutral" if cell.higher_is_better is None else ""
 
 
 def differences(results: Results, cells: Sequence[Cell]) -> str:
@@ -113,7 +121,8 @@ def differences(results: Results, cells: Sequence[Cell]) -> str:
         '<div class="controls"><label>Find <input type="search" id="find-difference" '
         f'placeholder="metric"></label><label>Variant <select id="which-variant"><option value="">'
         f'all</option>{variants}</select></label><label class="inline"><input type="checkbox" '
-        'id="only-clear"> only better or worse</label></div>'
+        'id="only-clear"> only better or worse</label><label class="inline"><input '
+        'type="checkbox" id="pair-controls"> controls too</label></div>'
     )
     empty = '<p class="note hidden" data-empty="pairs">No difference is like that.</p>'
     return controls + table("pairs", heads, rows, caption=caption) + empty
@@ -133,7 +142,8 @@ def _difference_row(results: Results, cell: Cell, d: Difference, reach: float) -
     name = breakable(cell.metric) + (f"<small>{escape(cell.data)}</small>" if cell.data else "")
     has_many = len(results.references) > 1
     return (
-        f'<tr data-variant="{escape(cell.variant)}" data-verdict="{d.verdict}">'
+        f'<tr data-variant="{escape(cell.variant)}" data-verdict="{d.verdict}"'
+        f"{_neutral(cell)}>"
         f'<td class="sticky-narrow">{name}</td>'
         f'<td class="text">{swatch(results, cell.variant)}{escape(cell.variant)}</td>'
         + (f'<td class="text">{escape(d.reference)}</td>' if has_many else "")

@@ -12,6 +12,11 @@ SHOWN = 4  # metrics named in a sentence
 def sentences(results: Results, cells: Sequence[Cell]) -> list[str]:
     """Return the summary, a sentence or two of HTML for each variant and each reservation."""
     told = []
+    if any(d.seeds == 1 for cell in cells for d in cell.differences if _is_judged(cell, d)):
+        told.append(
+            "<b>One seed</b>: an interval speaks of other images, not of another training; better "
+            "and worse are said of these trainings alone."
+        )
     for i, reference in enumerate(results.references):
         for data in results.datasets:
             for variant in results.variants:
@@ -63,10 +68,13 @@ def _verdict(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> 
                 f"({named}{more})"
             )
     left = tally(cells, reference)["open"]
+    bare = sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs)
     if left:
         parts.append(
             f"not told apart on {left}" if parts else f"not told apart on any of {left} metrics"
         )
+    if bare:
+        parts.append(f"no interval for {bare}")
     return f"{name} against {escape(reference)}: {', '.join(parts)}."
 
 
@@ -92,11 +100,6 @@ def _reservations(results: Results, cells: Sequence[Cell]) -> list[str]:
         told.append(
             f"{counted(len(judged), 'comparison')} at {CONFIDENCE * 100:.0f} %: {marked} marked, "
             f"where about {number(expected, digits=2)} would be if nothing differed."
-        )
-    if any(d.seeds == 1 for d in judged):
-        told.append(
-            "Where one seed was paired, an interval speaks of other images, "
-            "not of another training."
         )
     failed = [run for run in results.runs if run.status == "failed"]
     missing = [run for run in results.runs if run.status == "missing"]

@@ -164,8 +164,8 @@ def _cost(results: Results) -> str:
     names = ("variant", "seconds a step", f"× {results.references[0]}", "peak memory, MiB", "runs")
     heads = [f'<th scope="col">{escape(name)}</th>' for name in names]
     caption = (
-        "Wall time of a run's training, with its validations and checkpoints, by its steps; other "
-        "work on the machine is in it. Memory is the GPU's where there is one, else the process's."
+        "Wall time from the first to the last step, with validations and checkpoints, by steps; "
+        "other work on the machine is in it. Memory: the GPU's if there is one, else the process's."
     )
     return table(
         "costs", [*heads, '<th scope="col" class="text">device</th>'], rows, caption=caption

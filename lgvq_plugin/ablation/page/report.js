@@ -2,25 +2,29 @@
 (function filters() {
   const numbers = one("#numbers"), pairs = one("#pairs");
   if (numbers) {
-    const [variant, metric, marked] = ["#find-variant", "#find-metric", "#only-marked"].map((id) => one(id));
-    const heads = all("thead th[data-metric]", numbers).map((head) => head.dataset.metric);
+    const [variant, metric, marked, controls] =
+      ["#find-variant", "#find-metric", "#only-marked", "#controls"].map((id) => one(id));
+    const heads = all("thead th[data-metric]", numbers).map((head) => [head.dataset.metric, "neutral" in head.dataset]);
     const update = () => {
       filterRows(numbers, (row) => matches(row.dataset.variant, variant.value));
-      for (const name of heads) {
+      for (const [name, isNeutral] of heads) {
         const column = all("[data-metric]", numbers).filter((cell) => cell.dataset.metric === name);
         const isMarked = column.some((cell) => cell.classList.contains("better") || cell.classList.contains("worse"));
-        const shown = matches(name, metric.value) && (isMarked || !marked.checked);
+        const shown = matches(name, metric.value) && (isMarked || !marked.checked) && (!isNeutral || controls.checked);
         column.forEach((cell) => cell.classList.toggle("hidden", !shown));
       }
     };
-    [variant, metric, marked].forEach((control) => control.addEventListener("input", update));
+    [variant, metric, marked, controls].forEach((control) => control.addEventListener("input", update));
+    update();
   }
   if (pairs) {
-    const [text, variant, clear] = ["#find-difference", "#which-variant", "#only-clear"].map((id) => one(id));
+    const [text, variant, clear, controls] =
+      ["#find-difference", "#which-variant", "#only-clear", "#pair-controls"].map((id) => one(id));
     const update = () => filterRows(pairs, (row) =>
       matches(row.textContent, text.value) && (!variant.value || row.dataset.variant === variant.value) &&
-      (!clear.checked || row.dataset.verdict !== ""));
-    [text, variant, clear].forEach((control) => control.addEventListener("input", update));
+      (!clear.checked || row.dataset.verdict !== "") && (!("neutral" in row.dataset) || controls.checked));
+    [text, variant, clear, controls].forEach((control) => control.addEventListener("input", update));
+    update();
   }
 })();
 
