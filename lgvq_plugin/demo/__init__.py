@@ -26,7 +26,8 @@ SHOWN = {  # rows of the terminal's table: metric -> (label, digits)
     "retrieval/image_to_text/recall@5": ("image to text R@5", 4),
     "retrieval/text_to_image/recall@1": ("text to image R@1", 4),
     "retrieval/text_to_image/recall@5": ("text to image R@5", 4),
-    "attributes/mean_accuracy": ("attribute accuracy", 4),
+    "attributes/linear/mean_accuracy": ("attribute accuracy", 4),
+    "attributes/few_shot/mean_accuracy": ("the same, few-shot", 4),
 }
 
 

@@ -14,6 +14,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import batch_perplexity
 from ..sockets import ConfigError, suggest
 
 MODES = ("ema", "gradient")
@@ -100,7 +101,7 @@ class VectorQuantizer(nn.Module):
                 # Below, the codebook changes in place; the graph holds no view of it.
                 self._update(vectors.detach(), indices)
             # z - z.detach() is exactly 0: decoding the indices later gives the very same image.
-            return z_q.detach() + (z - z.detach()), loss, (perplexity(counts), None, indices)
+            return z_q.detach() + (z - z.detach()), loss, (batch_perplexity(counts), None, indices)
 
     def embed_code(self, indices: Tensor) -> Tensor:
         """Return the codes (B, C, H, W) of indices (B, H, W)."""
@@ -148,16 +149,6 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     squares = codebook.square().sum(dim=1)  # ||v||^2 is the same for all codes
     return torch.addmm(squares, vectors, codebook.mT, alpha=-2).argmin(dim=1)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """Return exp of the entropy of counts (K,): how many codes would be used if all equally.
-
-    Example:
-        >>> perplexity(torch.tensor([5.0, 5.0, 0.0]))
-        tensor(2.)
-    """
-    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
 
 
 def _sum_by_code(rows: Tensor, indices: Tensor, n_embed: int) -> Tensor:
