@@ -19,10 +19,11 @@ from lgvq_plugin.metrics.answers import (
 from lgvq_plugin.sockets import ConfigError
 
 
-def test_the_official_codes_value_on_real_questions(shared):
+def test_a_second_writing_of_the_official_rules_on_real_questions(shared):
     """2,962 questions; each is answered as one person did, some retouched.
 
-    The value was computed once by VQAEval of GT-Vision-Lab/VQA on the same answers.
+    The value was computed once by a second writing of the rules of GT-Vision-Lab/VQA, made
+    apart from this package; the official file itself was not run.
     """
     with gzip.open(shared / "vqa_v2_60k" / "vqa_annotatons_test.gzip") as file:
         questions = json.load(file)["annotations"]
