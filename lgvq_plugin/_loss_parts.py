@@ -159,6 +159,20 @@ def is_on(config: LGVQConfig) -> bool:
     return any(part.weight > 0 for part in parts)
 
 
+def in_words(status: Mapping[str, Any]) -> str:
+    """Return `LGVQLoss.status()` as a line to read.
+
+    Example:
+        >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15000,
+        ...           "guide": {"use": "MicroCLIPGuide"}})
+        'masked_text x 0.01, recipe paper, guide MicroCLIPGuide, 15,000 parameters'
+    """
+    weights = [f"{name} x {weight:g}" for name, weight in status["objectives"].items()]
+    guide = status.get("guide") or {}
+    rest = [f"recipe {status['recipe']}"] + ([f"guide {guide['use']}"] if guide.get("use") else [])
+    return ", ".join([*weights, *rest, f"{status['parameters']:,} parameters"])
+
+
 def plain(node: Any) -> Any:
     """Return OmegaConf's containers, or any others, as dicts and lists.
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 import traceback
 from importlib import metadata
@@ -45,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         told = str(interrupt) or "interrupted; go on with: lgvq train ... --name RUN --resume auto"
         print(f"lgvq: {told}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `lgvq ... | head`: nobody reads on
+        sys.stderr.write("lgvq: the output was closed before its end\n")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
+        return 1
     except Exception as error:
         traceback.print_exc()
         print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)

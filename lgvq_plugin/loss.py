@@ -23,6 +23,7 @@ from ._loss_parts import (
     bound_arguments,
     captions_of,
     forgive_missing_heads,
+    in_words,
     is_on,
     parameters_beside,
     plain,
@@ -145,7 +146,7 @@ class LGVQLoss(Wrapper):
         self._modules["lgvq"] = heads.to(parameter.device) if parameter is not None else heads
         self._tap = Tap(grid).install(quantizer)
         self._methods = HostMethods(host, self)
-        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, self._path, self.status())
+        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, self._path, in_words(self.status()))
 
     def detach(self) -> nn.Module:
         """Give the host its own loss and methods back; returns that loss.

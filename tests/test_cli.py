@@ -74,6 +74,7 @@ def test_version_is_told(capsys):
         (KeyboardInterrupt(), 130, "--resume auto"),
         (KeyboardInterrupt("stopped at step 3"), 130, "lgvq: stopped at step 3"),
         (RuntimeError("ours"), 1, "lgvq: failed: RuntimeError: ours"),
+        (BrokenPipeError(), 1, "lgvq: the output was closed before its end"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, error, code, told):
@@ -87,6 +88,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, told):
     fake = type(sys)("lgvq_plugin.fake")
     fake.main = command
     monkeypatch.setitem(sys.modules, "lgvq_plugin.fake", fake)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a closed one is replaced
     assert cli.main(["train", "a", "--b"]) == code
     assert capsys.readouterr().err.strip().endswith(told)
 

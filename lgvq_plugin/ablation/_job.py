@@ -199,7 +199,6 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folder, root, parent = Path(argv[0]), Path(argv[1]), int(argv[2])
     _end_with_parent(parent)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     run_job(Job(**read_json(folder / JOB)), folder, root=root)
     return 0
 

@@ -213,10 +213,14 @@ def main(argv: list[str]) -> int:
         prog="lgvq inspect",
         description="Write a page that shows the codes of one or two checkpoints.",
     )
-    parser.add_argument("--ckpt", action="append", required=True, help="once, or twice to compare")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--ckpt", **several, required=True, metavar="CKPT",
+                        help="one, or two to compare")  # fmt: skip
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help="gets codebook.html")
-    parser.add_argument("-b", "--base", nargs="+", metavar="CONFIG", help="default: the run's own")
-    parser.add_argument("--name", action="append", help="of each checkpoint; default: its run's")
+    parser.add_argument("-b", "--base", **several, metavar="CONFIG", help="default: the run's own")
+    parser.add_argument(
+        "--name", **several, metavar="NAME", help="of each checkpoint; default: its run's"
+    )
     parser.add_argument("--limit", type=int, default=512, help="images counted (default: 512)")
     parser.add_argument("--show", type=int, default=48, help="images on the page (default: 48)")
     parser.add_argument("--guide", help="text guide of the word map; default: the run's own, else "
@@ -224,7 +228,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle old checkpoints")
     given = parser.parse_args(argv)
     if len(given.ckpt) > 2 or len(given.name or given.ckpt) != len(given.ckpt):
-        raise ConfigError("give --ckpt once or twice, and --name as often or not at all")
+        raise ConfigError("give one or two to --ckpt, and as many to --name or none")
     if given.limit < 1 or given.show < 1:
         raise ConfigError(f"--limit and --show must be > 0, got {given.limit} and {given.show}")
     config = read_config(given.base) if given.base else None

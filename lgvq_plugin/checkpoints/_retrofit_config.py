@@ -63,8 +63,9 @@ def lgvq_block(model: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Count the steps until the discriminator starts from the old run's beginning."""
-    key = next(k for k in LOSSES if k in model["params"])
-    params = model["params"][key].get("params") or {}
+    old = model.get("params") or {}
+    loss = next((old[key] for key in LOSSES if isinstance(old.get(key), dict)), {})
+    params = loss.get("params") or {}
     has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
     if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):
         return

@@ -139,7 +139,8 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         if trust_pickle:
             return _read_pickle(path), "pickle"
         if not names:
-            raise ConfigError(f"{str(path)!r} is damaged or no checkpoint: {error}") from error
+            told = f"{str(path)!r} is damaged or no checkpoint: torch.load cannot read it"
+            raise ConfigError(told) from error  # torch's own message advises to unpickle all
         raise ConfigError(_refusal(path, names, error)) from error
 
 

@@ -165,7 +165,8 @@ def _export_folder(
         )
     if given.format == "diffusers":
         found = export_diffusers(checkpoint, config, output, averaged=given.averaged)
-        logger.info("largest differences to the host: %s", found)
+        told = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
+        logger.info("compared with the host, largest differences: %s", told)
     else:
         host = load_host(config, checkpoint, averaged=given.averaged)
         numbers = _numbers(checkpoint.path)

@@ -78,9 +78,8 @@ def retrofit(
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     old = load_host(plain, checkpoint, averaged=averaged)
+    shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
-    for model in (plain["model"], new["model"]):
-        shift_discriminator(model, checkpoint)
     sections = Sections.of(new)
     guide = build_guide(parse(lgvq_block(sections.model)).guide)  # before hours of training
     held_out = build_dataset(sections.data.validation or sections.data.train)
@@ -234,7 +233,6 @@ def main(argv: Sequence[str]) -> int:
         overrides.append(f"training.freeze=[{given.freeze}]")
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     config = _config(paths, overrides, checkpoint)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     result = retrofit(
         config,
         checkpoint,

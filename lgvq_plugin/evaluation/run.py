@@ -110,17 +110,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="key=value overrides the config, such as evaluation.caption.steps=200",
     )
     add = parser.add_argument
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # --ckpt A B, or --ckpt A --ckpt B
     add(
         "-b",
         "--base",
-        nargs="+",
-        action="extend",
+        **several,
         default=[],
         metavar="CONFIG",
         help="names the images (data:) and the options (evaluation:); default: the checkpoint's",
     )
-    add("--ckpt", nargs="+", required=True, metavar="C", help="one, or several for a comparison")
-    add("--names", nargs="+", metavar="N", help="what the checkpoints are called in the table")
+    add("--ckpt", **several, required=True, metavar="C", help="one, or several for a comparison")
+    add("--names", **several, metavar="N", help="what the checkpoints are called in the table")
     add(
         "--metrics",
         help=f"by comma, or all; known: {', '.join(METRICS)}; default: {','.join(DEFAULT)}",

@@ -99,7 +99,8 @@ class Sections:
         plain = to_plain(config)
         for name in plain:
             if name not in SECTIONS:
-                raise ConfigError(f"no section {name!r} in a config{suggest(str(name), SECTIONS)}")
+                known = suggest(str(name), SECTIONS)
+                raise ConfigError(f"no section {str(name)[:60]!r} in a config{known}")
         for name in SECTIONS[:3]:
             if not isinstance(plain.get(name), dict):
                 raise ConfigError(f"the config has no section `{name}:`; it has {list(plain)}")

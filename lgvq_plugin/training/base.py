@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import compat
 from ..sockets import ConfigError, import_target, instantiate, resolve
+from ._quiet import prints_to_stderr
 from ._sections import DataSection, Sections, model_section, read_config, to_plain
 from ._settings import TrainingConfig
 
@@ -22,12 +23,16 @@ __all__ = [
 ]
 
 
+REFUSALS = (ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError)
+"""What constructors raise at values they cannot take: 7 channels in 32 groups, a negative size."""
+
+
 def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     """Build the host that the config's `model:` section names.
 
     Raises:
         ConfigError: if a target in that section does not exist, or a constructor does not take
-            its params.
+            its params, or refuses their values.
 
     Example:
         >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
@@ -40,7 +45,7 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     loss = (model.get("params") or {}).get("lossconfig") or {}
     weight = (loss.get("params") or {}).get("perceptual_weight", 1.0)
     try:
-        with compat.lpips_only_if_used(float(weight)):
+        with compat.lpips_only_if_used(float(weight)), prints_to_stderr():
             host = instantiate(model)
         require_host = getattr(getattr(host, "loss", None), "require_host", None)
         if callable(require_host):  # LGVQLoss: say now, not at the first step, what is not found
@@ -51,6 +56,13 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
         if "unexpected keyword argument" in str(error) or "required" in str(error):
             raise ConfigError(f"model.params do not fit: {error}") from error
         raise
+    except ConfigError:
+        raise
+    except REFUSALS as error:
+        raise ConfigError(
+            f"model: {model['target']} cannot be built with its params: "
+            f"{type(error).__name__}: {error}; --debug shows where"
+        ) from error
 
 
 def build_dataset(section: Mapping[str, Any]) -> Any:

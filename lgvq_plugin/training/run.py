@@ -8,10 +8,10 @@ import argparse
 import importlib.util
 import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,6 +29,7 @@ from . import _checkpoint, _rng
 from ._csv import MetricsFile
 from ._data import validation_loader
 from ._driver import HostDriver
+from ._quiet import quiet_lightning
 from ._watch import Stopped, Watch
 from .base import Sections, build_dataset, build_host, read_config
 
@@ -101,16 +102,15 @@ def train(
         num_workers=sections.data.num_workers,
         config=sections.plain,
     )
-    trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
+    with quiet_lightning():
+        trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
     del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
     host.learning_rate = sections.learning_rate(trainer.world_size)
     watch = Watch(folder, validation=_validation(sections, trainer), progress=progress)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     _write_config(folder, sections.plain)
     try:
-        with watch.guarding(), warnings.catch_warnings():
-            for known in ("many workers", "in eval mode at the start", "LeafSpec"):
-                warnings.filterwarnings("ignore", f".*{known}")  # LPIPS is in eval mode by right
+        with watch.guarding(), quiet_lightning():
             trainer.fit(driver, ckpt_path=str(found) if found else None)
     except Stopped as stop:
         raise Interrupted(f"{stop}; go on with: --name {folder.name} --resume auto") from None
@@ -177,14 +177,17 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
     if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
-    return pl.Trainer(
+    machine: dict[str, Any] = {
+        "devices": settings.devices,
+        "num_nodes": settings.num_nodes,
+        "accelerator": settings.accelerator,
+        "strategy": _strategy(settings.strategy, settings.devices, settings.num_nodes),
+        "precision": settings.precision,
+    }
+    build = partial(
+        pl.Trainer,
         max_steps=settings.max_steps,
         max_epochs=-1,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        accelerator=settings.accelerator,
-        strategy=_strategy(settings.strategy, settings.devices, settings.num_nodes),
-        precision=settings.precision,  # type: ignore[arg-type]
         logger=loggers,
         plugins=[_checkpoint.AtomicCheckpointIO()],
         use_distributed_sampler=False,  # Stream deals the samples out itself
@@ -195,6 +198,11 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    try:
+        return build(**machine)
+    except (MisconfigurationException, ValueError) as error:
+        asked = ", ".join(f"{key}: {value}" for key, value in machine.items())
+        raise ConfigError(f"training ({asked}) cannot be had here: {error}") from error
 
 
 def _strategy(name: str, devices: int | str, num_nodes: int) -> str:
@@ -239,8 +247,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lgvq train",
         description="Train a tokenizer, with or without LG-VQ, from taming-style configs.",
+        epilog="key=value overrides the config, such as training.max_steps=5000",
     )
-    parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG")
+    parser.add_argument("-b", "--base", nargs="+", action="extend", required=True,
+                        metavar="CONFIG", help="YAML files; later ones win")  # fmt: skip
     parser.add_argument("-n", "--name", help="of the run folder; default: time and config's name")
     parser.add_argument("--logdir", default="logs", help="where run folders lie (default: logs)")
     parser.add_argument("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
@@ -255,7 +265,6 @@ def main(argv: list[str]) -> int:
     if not paths:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
     config = read_config(paths, overrides)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     name, logdir = given.name, Path(given.logdir)
     stem = Path(paths[0]).stem
     if given.resume == "auto" and not name:

@@ -160,7 +160,7 @@ def test_images_without_captions_show_codes_without_words(samples, tmp_path, bro
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt", "a", "--ckpt", "b", "--ckpt", "c"], "once or twice"),
+        (["--ckpt", "a", "--ckpt", "b", "--ckpt", "c"], "one or two"),
         (["--ckpt", "a", "--limit", "0"], "--limit"),
         (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt"),
     ],

@@ -62,9 +62,11 @@ def test_one_checkpoint(folder, capsys):
     assert reals.dtype == np.uint8
 
 
-def test_two_checkpoints_side_by_side(folder, capsys):
-    out = folder / "both"
-    ckpts = ["--ckpt", folder / "host0.ckpt", folder / "host1.ckpt", "--names", "old", "new"]
+@pytest.mark.parametrize("again", [[], ["--ckpt"]])
+def test_two_checkpoints_side_by_side(folder, capsys, again):
+    out = folder / f"both{len(again)}"
+    hosts = [folder / "host0.ckpt", *again, folder / "host1.ckpt"]
+    ckpts = ["--ckpt", *hosts, "--names", "old", "new"]
     assert lgvq(folder, *ckpts, "--limit", 8, "--metrics", "psnr", "--output", out) == 0
     head = capsys.readouterr().out.splitlines()[0].split()
     assert head == ["metric", "n", "old", "new"]

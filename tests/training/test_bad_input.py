@@ -46,14 +46,22 @@ def run(config, tmp_path, capsys, monkeypatch):
     return call
 
 
-def test_nothing_wrong_is_0(run):
-    assert run()[0] == 0
+def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
+    code, err = run()
+    assert code == 0
+    told = err + caplog.text
+    assert not [word for word in ("GPU", "TPU", "Tip", "Trainer.fit") if word in told]
+    assert "masked_text x 0.01" in told
 
 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
         ("model.params.lossconfig.target=lgvq_plugin.LGVQLos", "did you mean 'LGVQLoss'"),
+        ("training.precision=13-bits", "precision: 13-bits"),
+        ("training.accelerator=hpu", "accelerator: hpu"),
+        ("model.params.ddconfig.ch=8", "num_channels (8) must be divisible by num_groups (32)"),
+        ("model.params.n_embed=-3", "negative dimension -3"),
         ("model.params.lossconfig.target=lgvq_plugin.over.nosuch.Loss", "nosuch"),
         (f"{BLOCK}.quantizer=quantise", "did you mean 'quantize'"),
         (f"{BLOCK}.objectives.masked_text.wieght=1", "did you mean 'weight'"),
