@@ -64,7 +64,7 @@ def lgvq_block(model: Mapping[str, Any]) -> Mapping[str, Any]:
 def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Count the steps until the discriminator starts from the old run's beginning."""
     old = model.get("params") or {}
-    loss = next((old[key] for key in LOSSES if isinstance(old.get(key), dict)), {})
+    loss: dict[str, Any] = next((old[key] for key in LOSSES if isinstance(old.get(key), dict)), {})
     params = loss.get("params") or {}
     has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
     if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):

@@ -117,7 +117,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         **several,
         default=[],
         metavar="CONFIG",
-        help="names the images (data:) and the options (evaluation:); default: the checkpoint's",
+        help="names the images (data:) and the options (evaluation:); what it leaves out is the "
+        "first checkpoint's",
     )
     add("--ckpt", **several, required=True, metavar="C", help="one, or several for a comparison")
     add("--names", **several, metavar="N", help="what the checkpoints are called in the table")
@@ -153,8 +154,9 @@ def _split(metrics: str | None) -> list[str] | None:
 
 
 def _config(base: list[str], overrides: list[str], checkpoint: Checkpoint) -> Any:
-    if base:
-        return read_config(base, overrides)
+    given = read_config(base, overrides)
+    if "data" in given or (base and checkpoint.config is None):
+        return given
     if checkpoint.config is None:
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r} tells no config; give one with -b CONFIG"
@@ -162,7 +164,7 @@ def _config(base: list[str], overrides: list[str], checkpoint: Checkpoint) -> An
     from omegaconf import OmegaConf
 
     config = OmegaConf.create(checkpoint.config)
-    return OmegaConf.merge(config, read_config([], overrides))
+    return OmegaConf.merge(config, given)
 
 
 def _host_config(config: Any, checkpoint: Checkpoint) -> Any:

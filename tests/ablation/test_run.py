@@ -113,7 +113,10 @@ def test_a_killed_job_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_jobs_and_tells_how_to_go_on(tmp_path, number):
+def test_a_signal_ends_the_jobs_and_tells_how_to_go_on(tmp_path, number, request):
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     handlers = [signal.getsignal(some) for some in (signal.SIGINT, signal.SIGTERM)]
     processes = []
 

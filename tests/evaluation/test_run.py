@@ -77,6 +77,15 @@ def test_two_checkpoints_side_by_side(folder, capsys, again):
     assert (out / "reconstructions.png").is_file()
 
 
+def test_options_alone_take_the_data_of_the_checkpoint(folder):
+    options = folder / "options.yaml"
+    options.write_text("evaluation: {limit: 5, metrics: [psnr]}\n")
+    out = folder / "options"
+    assert lgvq(folder, "-b", options, "--ckpt", folder / "host0.ckpt", "--output", out) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert result["metrics"]["reconstruction/psnr"]["n"] == 5
+
+
 def test_exported_png_equal_the_npz(folder):
     base = ["--ckpt", folder / "host0.ckpt", "--limit", 3, "--metrics", "psnr", "--output"]
     lgvq(folder, *base, folder / "a", "--export", "npz")
