@@ -79,9 +79,13 @@ def test_two_checkpoints_side_by_side(folder, capsys, again):
 
 def test_options_alone_take_the_data_of_the_checkpoint(folder):
     options = folder / "options.yaml"
-    options.write_text("evaluation: {limit: 5, metrics: [psnr]}\n")
+    options.write_text("evaluation: {limit: 5}\n")
+    content = torch.load(folder / "host0.ckpt", weights_only=True)
+    content["lgvq_training"] = {"config": yaml.safe_load((folder / "config.yaml").read_text())}
+    torch.save(content, folder / "run.ckpt")
     out = folder / "options"
-    assert lgvq(folder, "-b", options, "--ckpt", folder / "host0.ckpt", "--output", out) == 0
+    argv = ["eval", "-b", options, "--ckpt", folder / "run.ckpt", "--output", out]
+    assert cli.main([*map(str, argv), "--metrics", "psnr", "--no-progress"]) == 0
     result = json.loads((out / "results.json").read_text())
     assert result["metrics"]["reconstruction/psnr"]["n"] == 5
 
