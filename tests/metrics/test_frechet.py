@@ -86,9 +86,13 @@ def test_fid_is_torchmetrics_inception(tmp_path):
     assert ours.compute() == float(theirs.compute())
 
 
-def test_wrong_input_is_told(tmp_path):
+def test_missing_inception_weights_are_told(tmp_path):
+    pytest.importorskip("torch_fidelity", reason="FID needs the extra [eval]")
     with pytest.raises(ConfigError, match="no file"):
         FrechetDistance("inception", weights=tmp_path / "none.pth")
+
+
+def test_wrong_input_is_told():
     with pytest.raises(ConfigError, match="no net 'incption'"):
         FrechetDistance("incption")
     with pytest.raises(ConfigError, match="two images"):
