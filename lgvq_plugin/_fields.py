@@ -27,6 +27,27 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def differing(old: Any, new: Any) -> list[str]:
+    """Return what differs between two configs, each as "key: old then, new now".
+
+    Example:
+        >>> differing({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
+        ['a.b: 1 then, 3 now']
+    """
+    then, now = _flat(old), _flat(new)
+    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {prefix: to_plain(node)}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def build(cls: type[T], given: Any, path: str) -> T:
     """Build a dataclass from a mapping.
 

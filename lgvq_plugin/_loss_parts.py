@@ -3,13 +3,14 @@
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._fields import to_plain
 from .alignment import Captions
 from .config import LGVQConfig
 from .sockets import ConfigError
@@ -173,21 +174,6 @@ def in_words(status: Mapping[str, Any]) -> str:
     return ", ".join([*weights, *rest, f"{status['parameters']:,} parameters"])
 
 
-def plain(node: Any) -> Any:
-    """Return OmegaConf's containers, or any others, as dicts and lists.
-
-    Example:
-        >>> from omegaconf import OmegaConf
-        >>> plain(OmegaConf.create({"grid": [4, 4]}))
-        {'grid': [4, 4]}
-    """
-    if isinstance(node, Mapping):
-        return {key: plain(value) for key, value in node.items()}
-    if isinstance(node, Sequence) and not isinstance(node, str | bytes):
-        return [plain(value) for value in node]
-    return node
-
-
 def forgive_missing_heads(module: nn.Module, incompatible: Any) -> None:
     """A host's own checkpoint has no heads: that is no error, also when loading strictly."""
     missing = incompatible.missing_keys
@@ -231,7 +217,7 @@ def base_of(
         return default, kwargs
     if "target" not in base:
         raise ConfigError(f"base: expected a mapping with a `target:`, got {sorted(base)}")
-    return str(base["target"]), {**plain(base.get("params") or {}), **kwargs}
+    return str(base["target"]), {**to_plain(base.get("params") or {}), **kwargs}
 
 
 def parameters_beside(host: nn.Module, loss: nn.Module) -> list[nn.Parameter]:

@@ -5,6 +5,7 @@ captions --guide--> Caption ---|--> objectives --> sum of weight * term, and wha
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,15 +91,16 @@ class Alignment(nn.Module):
                 self._tell_once("no captions in a batch: it trains the base loss alone")
             return codes.codes.new_zeros(()), log
         view, caption = self._see(codes, strings, generator)
+        terms: dict[str, Term] = {n: each(view, caption) for n, each in self.objectives.items()}
+        bad = self._not_finite(terms, step)
         total: Tensor = torch.zeros((), device=codes.codes.device)
-        for name, objective in self.objectives.items():
-            term: Term = objective(view, caption)
+        for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
             log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}
-            if self._is_finite(name, term, step):
+            if name in bad:  # the other ranks wait for a gradient of every parameter
+                total = total + zero_of(self.objectives[name])
+            else:
                 total = total + scale * self.weight(name) * term.value
-            else:  # the other ranks wait for a gradient of every parameter
-                total = total + zero_of(objective)
         log[f"{split}/lgvq/total"] = total.detach()
         return total, log
 
@@ -153,16 +155,18 @@ class Alignment(nn.Module):
             return 0.0
         return min(1.0, (done + 1) / (self.config.ramp + 1))
 
-    def _is_finite(self, name: str, term: Term, step: int) -> bool:
-        if bool(torch.isfinite(term.value)):
-            return True
-        told = f"step {step}: lgvq objective {name} is {float(term.value)}"
-        if self.config.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f"{told}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
-            )
-        logger.warning("%s; left out of this step", told)
-        return False
+    def _not_finite(self, terms: dict[str, Term], step: int) -> list[str]:
+        """Return the names of terms that are not finite; one read from the device for all."""
+        values = torch.stack([term.value.detach().float() for term in terms.values()]).tolist()
+        bad = {n: value for n, value in zip(terms, values, strict=True) if not math.isfinite(value)}
+        for name, value in bad.items():
+            told = f"step {step}: lgvq objective {name} is {value}"
+            if self.config.on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"{told}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
+                )
+            logger.warning("%s; left out of this step", told)
+        return list(bad)
 
     def _tell_once(self, message: str) -> None:
         if message not in self._told:

@@ -21,7 +21,7 @@ from . import compat
 REQUIRED = (
     *("torch>=2.5", "torchvision", "requests", "pytorch-lightning>=2.0", "lightning>=2.2"),
     *("open_clip_torch>=2.30", "omegaconf>=2.1", "torchmetrics>=1.4", "safetensors", "tqdm"),
-    *("matplotlib", "pillow", "numpy", "tensorboard"),
+    *("scipy", "matplotlib", "pillow", "numpy", "tensorboard"),
 )
 EXTRAS = {  # distribution: what it is for
     "transformers": "guide: {use: huggingface}",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._fields import to_plain
 from ._loss_parts import (
     OptimizerCheck,
     Reference,
@@ -26,7 +27,6 @@ from ._loss_parts import (
     in_words,
     is_on,
     parameters_beside,
-    plain,
     require_captions,
 )
 from .alignment import Alignment, Captions, zero_of
@@ -86,7 +86,7 @@ class LGVQLoss(Wrapper):
         lgvq: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        given = plain(lgvq or {})
+        given = to_plain(lgvq or {})
         config = parse(given)
         target, params = base_of(base, kwargs, self.BASE_TARGET)
         module = build_loss(target, args, params)

@@ -75,12 +75,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", choices=["auto"], help="go on where runs were left")
     parser.add_argument("--report", action="store_true", help="only write the report again")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    given, rest = parser.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    plans = [Path(word) for word in given.base if "=" not in word]
-    overrides = [word for word in given.base if "=" in word] + rest
+    from ..training.base import parse_words
+
+    given, overrides = parse_words(parser, argv, "base")
+    plans = [Path(word) for word in given.base]
     if not plans:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a plan in YAML, got overrides only")
     has_failed = False

@@ -22,13 +22,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .._files import write_json
 from ..checkpoints.base import load_host
 from ..evaluation.base import evaluate
 from ..hosts.base import reconstruct
 from ..training.base import build_dataset
 from ..training.run import train
 from ._page import write_png
-from .base import JOB, RUN, Job, Run, read_json, write_json
+from .base import JOB, RUN, Job, Run, read_json
 
 POINTS = 200  # of a curve, at most
 logger = logging.getLogger(__name__)

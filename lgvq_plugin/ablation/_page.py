@@ -8,7 +8,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -65,14 +64,6 @@ def page(
         f'<script type="application/json" id="data">{to_json(data or {})}</script>'
         f"<script>{script}</script></body></html>\n"
     )
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a page whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _asset(name: str) -> str:

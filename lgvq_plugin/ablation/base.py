@@ -5,12 +5,12 @@ YAML --plan--> Plan of Jobs --run--> Results of Runs --statistics--> Cells --rep
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .._files import write_json
 from ..sockets import ConfigError
 
 RESULTS, REPORT = "results.json", "report.html"  # in the folder of an ablation
@@ -194,14 +194,6 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     if len(values) < 2 or min(values) == max(values):
         return mean, None if len(values) < 2 else 0.0
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON beside the target and rename it, so that a kill leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

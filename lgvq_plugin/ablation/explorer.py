@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .._files import write_text
 from ..checkpoints.base import load_checkpoint, load_host
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError
 from ..training.base import Sections, build_dataset, read_config
 from . import _codebook
 from ._explorer_html import explorer_page
-from ._page import data_uri, finite, png_bytes, write_page
+from ._page import data_uri, finite, png_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def write_explorer(
         "maps": _maps(vocabulary, vectors, guide),
     }
     path = folder / PAGE
-    write_page(path, explorer_page(data, samples.source))
+    write_text(path, explorer_page(data, samples.source))
     return path
 
 

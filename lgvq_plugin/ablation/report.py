@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from ._page import counted, data_uri, download, escape, finite, number, page, table, write_page
+from .._files import write_text
+from ._page import counted, data_uri, download, escape, finite, number, page, table
 from ._tables import differences, numbers, swatch
 from ._words import sentences, tally
 from .base import Cell, Results, Run, mean_and_sd
@@ -59,7 +60,7 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
     ]
     data = {"variants": [*results.variants], "runs": curves}
     text = page(results.title, sections, lead=lead, data=data, scripts=["report.js"])
-    write_page(path, text)
+    write_text(path, text)
     return path
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .._fields import differing
+from .._files import write_json
 from ..sockets import ConfigError
-from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_json, write_json
+from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_json
 
 POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
@@ -142,23 +144,12 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
 
 
 def _check_same(before: Any, now: Any, path: Path) -> None:
-    old, new = _flat(before), _flat(now)
-    differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    differ = differing(before, now)
     if differ:
-        told = ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in differ[:3])
         raise ConfigError(
-            f"{path} was run with another config ({told}); "
+            f"{path} was run with another config ({', '.join(differ[:3])}); "
             "choose another folder with -o, or delete this one"
         )
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-        return {prefix: list(node) if isinstance(node, tuple) else node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _slots(jobs: int | None) -> list[dict[str, str]]:

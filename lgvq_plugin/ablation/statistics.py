@@ -1,4 +1,4 @@
-"""Means over seeds, and paired differences with bootstrap intervals; numpy only.
+"""Means over seeds, and paired differences with bootstrap intervals.
 
 D[s, i] = metric(variant, seed s, image i) - metric(reference, seed s, image i)
 mean difference = sum_s sum_i  w_s v_i D[s, i],  w = 1/S, v = 1/I
@@ -13,48 +13,14 @@ sqrt(S / (S - 1)) * t(S - 1) / z, which makes the interval of a normal sample it
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from .base import CONFIDENCE, Cell, Difference, Results, Run, mean_and_sd
 
 RESAMPLES = 4000
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t by bisection of its distribution function.
-
-    Args:
-        probability: in (0.5, 1).
-        freedom: degrees of freedom, at least 1.
-
-    Example:
-        >>> round(student_quantile(0.975, 2), 4)
-        4.3027
-    """
-    low, high = 0.0, 1.0
-    while _student_upper(high, freedom) > 1 - probability:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_below = _student_upper(middle, freedom) > 1 - probability
-        low, high = (middle, high) if is_below else (low, middle)
-    return (low + high) / 2
-
-
-def _student_upper(t: float, freedom: int) -> float:
-    """P(T > t) for t >= 0: the finite trigonometric sums of the t distribution."""
-    theta = math.atan(t / math.sqrt(freedom))
-    cosine, sine = math.cos(theta), math.sin(theta)
-    term = cosine if freedom % 2 else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(3 if freedom % 2 else 2, freedom - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    inside = 2 / math.pi * (theta + sine * total) if freedom % 2 else sine * total
-    return (1 - inside) / 2
 
 
 def seed_stretch(seeds: int, *, confidence: float = CONFIDENCE) -> float:
@@ -65,8 +31,7 @@ def seed_stretch(seeds: int, *, confidence: float = CONFIDENCE) -> float:
         (2.69, 1.0)
     """
     upper = (1 + confidence) / 2
-    t = student_quantile(upper, seeds - 1)
-    return math.sqrt(seeds / (seeds - 1)) * t / NormalDist().inv_cdf(upper)
+    return float(math.sqrt(seeds / (seeds - 1)) * stdtrit(seeds - 1, upper) / ndtri(upper))
 
 
 def bootstrap_interval(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._files import write_bytes, write_json, write_text
+from ..hosts.base import HEADS_CONFIG, HEADS_WEIGHTS
 from ..sockets import ConfigError
 from ._compare import HEADS, sizes_of
 from .base import Checkpoint
@@ -17,7 +18,6 @@ from .base import Checkpoint
 logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
 
 
 def save_pretrained(
@@ -39,14 +39,13 @@ def save_pretrained(
         The folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
     write_safetensors(tensors, folder / WEIGHTS)
     model = dict(config["model"])
     model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
     told = {"model": model, "lgvq_plugin": _version()}
-    _write(folder / CONFIG, json.dumps(told, indent=2) + "\n")
-    _write(folder / CARD, model_card(tensors, config, numbers))
+    write_json(folder / CONFIG, told)
+    write_text(folder / CARD, model_card(tensors, config, numbers))
     return folder
 
 
@@ -90,9 +89,8 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
             f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is no LG-VQ run's"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, folder / HEADS_WEIGHTS)
-    _write(folder / HEADS_CONFIG, json.dumps({"lgvq": _block(checkpoint.config)}, indent=2) + "\n")
+    write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
     return folder
 
 
@@ -101,9 +99,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save
 
     own = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save(own))  # save_file's files are readable by their owner alone
-    os.replace(part, path)
+    write_bytes(path, save(own))  # save_file's files are readable by their owner alone
 
 
 def model_card(
@@ -156,9 +152,3 @@ def _version() -> str:
         return metadata.version("lgvq_plugin")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

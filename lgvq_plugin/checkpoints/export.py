@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from .._files import replacing
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
 from . import _diffusers, _folder
@@ -55,14 +55,12 @@ def export_host(
 ) -> Path:
     """Write a checkpoint that the unmodified host reads: `{"state_dict": ...}`, or .safetensors."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         _folder.write_safetensors(tensors, path)
         return path
     own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-    part = path.with_name(path.name + ".part")
-    torch.save({"state_dict": own} | ({} if step is None else {"global_step": step}), part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save({"state_dict": own} | ({} if step is None else {"global_step": step}), part)
     return path
 
 

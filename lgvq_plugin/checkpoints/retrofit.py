@@ -5,9 +5,7 @@ old weights --load_into, checked bit by bit--^        DIR/retrofit.{json,md}: ol
 """
 
 import argparse
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from .._files import write_json, write_text
 from ..config import parse
 from ..guides.base import build_guide
 from ..hosts.base import load_heads, reconstruct
 from ..sockets import ConfigError
-from ..training.base import Sections, build_dataset, read_config, to_plain
+from ..training.base import Sections, build_dataset, parse_words, read_config, to_plain
 from ..training.run import TrainResult, train
 from ._retrofit_config import lgvq_block, over_old_loss, shift_discriminator
 from ._side_by_side import as_table, compare_hosts
@@ -181,13 +180,8 @@ def _write_report(
     text = f"# {checkpoint.path.name} and {result.run.steps} steps of LG-VQ later\n\n"
     text += f"On the images of {told['images']}; ± is half the 95 % interval over images.\n\n"
     text += as_table(result.rows) + "\n"
-    for name, content in (
-        ("retrofit.json", json.dumps(told, indent=2) + "\n"),
-        ("retrofit.md", text),
-    ):
-        part = folder / f"{name}.part"
-        part.write_text(content)
-        os.replace(part, folder / name)
+    write_json(folder / "retrofit.json", told)
+    write_text(folder / "retrofit.md", text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -221,18 +215,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trust-pickle", action="store_true",
                         help="unpickle fully; whoever made the file can run code")  # fmt: skip
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    given, rest = parser.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    paths = [word for word in given.base if "=" not in word]
-    overrides = [word for word in given.base if "=" in word] + rest
+    given, overrides = parse_words(parser, argv, "base")
     if given.heads_first is not None:
         overrides.append(f"training.heads_first={given.heads_first}")
     if given.freeze:
         overrides.append(f"training.freeze=[{given.freeze}]")
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
-    config = _config(paths, overrides, checkpoint)
+    config = _config(given.base, overrides, checkpoint)
     result = retrofit(
         config,
         checkpoint,

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .._files import write_bytes
 from ..datasets.base import CaptionedFiles, Health, recognize
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, suggest
-from ._files import write_atomically
 from ._sheet import write_sheet
 
 SHEET = 24  # pictures on a contact sheet
@@ -139,11 +139,11 @@ def check(
     result = Check(Path(path), layout.member, splits, shared, problems, written)
     if problems:
         lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in problems)
-        write_atomically(out / "problems.txt", "".join(lines).encode())
+        write_bytes(out / "problems.txt", "".join(lines).encode())
         written.append(out / "problems.txt")
     else:
         (out / "problems.txt").unlink(missing_ok=True)
-    write_atomically(out / "report.json", json.dumps(_plain(result), indent=2).encode())
+    write_bytes(out / "report.json", json.dumps(_plain(result), indent=2).encode())
     written.append(out / "report.json")
     return result
 

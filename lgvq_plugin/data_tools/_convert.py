@@ -10,7 +10,6 @@ Work is cut into parts of `shard_size` images; a part is there whole or not at a
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,9 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .._files import replacing, write_bytes
 from ..datasets.base import CaptionedFiles, recognize
 from ..sockets import ConfigError, suggest
-from ._files import write_atomically
 
 FORMATS = ("webdataset", "folder")
 PLAN = "convert.json"
@@ -114,7 +113,7 @@ def convert(
         written[name] = _finish(home, own, settings.format)
     problems = [line for part in parts for line in part.problems()]
     if problems:
-        write_atomically(out / "problems.txt", "".join(f"{p}\n" for p in problems).encode())
+        write_bytes(out / "problems.txt", "".join(f"{p}\n" for p in problems).encode())
     return Conversion(out, written, resumed, problems)
 
 
@@ -164,7 +163,7 @@ def _write_plan(out: Path, settings: Settings, sources: dict[str, CaptionedFiles
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty and holds no {PLAN}; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(plan, indent=2).encode())
+    write_bytes(path, json.dumps(plan, indent=2).encode())
 
 
 def _digest(source: CaptionedFiles) -> str:
@@ -222,10 +221,8 @@ def _run(parts: list[_Part], settings: Settings, workers: int, done: int, progre
 
 
 def _write_shard(part: _Part, settings: Settings, tick: Any) -> None:
-    part.target.parent.mkdir(parents=True, exist_ok=True)
-    whole = part.target.with_name(f"{part.target.name}.{os.getpid()}.part")
     bad: list[str] = []
-    with tarfile.open(whole, "w") as tar:
+    with replacing(part.target) as whole, tarfile.open(whole, "w") as tar:
         for index in part.indices:
             tick()
             image = _shrunken(part, index, settings, bad)
@@ -235,8 +232,7 @@ def _write_shard(part: _Part, settings: Settings, tick: Any) -> None:
             _add(tar, f"{index:09d}{image[1]}", image[0])
             _add(tar, f"{index:09d}.txt", "\n".join(captions).encode())
             _add(tar, f"{index:09d}.json", _row(part.source, index))
-    _write_problems(part, bad)
-    os.replace(whole, part.target)
+        _write_problems(part, bad)  # before the shard itself says that it is done
 
 
 def _write_files(part: _Part, settings: Settings, tick: Any) -> None:
@@ -250,11 +246,11 @@ def _write_files(part: _Part, settings: Settings, tick: Any) -> None:
         name = f"images/{part.names[index]}{image[1]}"
         path = part.home / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, image[0])
+        write_bytes(path, image[0])
         rows.append(_row(part.source, index, file_name=name))
     _write_problems(part, bad)
     part.target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(part.target, b"".join(row + b"\n" for row in rows))
+    write_bytes(part.target, b"".join(row + b"\n" for row in rows))
 
 
 def _shrunken(
@@ -271,7 +267,7 @@ def _write_problems(part: _Part, bad: list[str]) -> None:
     part.bad.unlink(missing_ok=True)
     if bad:
         part.bad.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(part.bad, "".join(f"{line}\n" for line in bad).encode())
+        write_bytes(part.bad, "".join(f"{line}\n" for line in bad).encode())
 
 
 def _row(source: CaptionedFiles, index: int, **first: str) -> bytes:
@@ -293,7 +289,7 @@ def _finish(home: Path, parts: list[_Part], form: str) -> int:
     counts = {p.target.name: len(p.indices) - len(p.problems()) for p in parts}
     if form == "folder":
         table = b"".join(part.target.read_bytes() for part in parts)
-        write_atomically(home / "metadata.jsonl", table)
+        write_bytes(home / "metadata.jsonl", table)
     else:
-        write_atomically(home / "sizes.json", json.dumps(counts, indent=1).encode())
+        write_bytes(home / "sizes.json", json.dumps(counts, indent=1).encode())
     return sum(counts.values())

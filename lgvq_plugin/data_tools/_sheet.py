@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .._files import write_bytes
 from ..datasets.base import CaptionedFiles
-from ._files import write_atomically
 
 COLUMNS = 6
 MARGIN = 8
@@ -41,7 +41,7 @@ def write_sheet(path: Path, dataset: CaptionedFiles, indices: Sequence[int]) -> 
             pen.text((left, top + side + 2 + row * LINE), line, fill=ink, font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def _lines(caption: str, file: str) -> list[str]:

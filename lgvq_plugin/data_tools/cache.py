@@ -18,12 +18,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from .._files import write_bytes
 from ..config import LGVQConfig, parse
 from ..datasets.base import CaptionedImages
 from ..guides.base import build_guide
 from ..sockets import ConfigError, resolve
-from ..training.base import Sections, build_dataset, read_config
-from ._files import write_atomically
+from ..training.base import Sections, build_dataset, parse_words, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +63,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=256, help="captions encoded at a time")
     parser.add_argument("--device", help="of the guide (default: cuda if there is one)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    given, rest = parser.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    given, overrides = parse_words(parser, argv, "base")
     for name, least in (("maskings", 0), ("batch_size", 1)):
         if getattr(given, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}")
-    paths = [word for word in given.base if "=" not in word]
-    overrides = [word for word in given.base if "=" in word] + rest
-    if not paths:
+    if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    _cache(Sections.of(read_config(paths, overrides)), given)
+    _cache(Sections.of(read_config(given.base, overrides)), given)
     return 0
 
 
@@ -149,7 +144,7 @@ def _tell(folder: Path, block: Mapping[str, Any], plan: Any, seconds: float) -> 
     guide = {"use": "cached", "folder": str(folder.resolve()), "guide": dict(block)}
     loss = {"params": {"lgvq": {"guide": guide}}}
     overlay = yaml.safe_dump({"model": {"params": {"lossconfig": loss}}}, sort_keys=False)
-    write_atomically(folder / OVERLAY, overlay.encode())
+    write_bytes(folder / OVERLAY, overlay.encode())
     size = sum(path.stat().st_size for path in folder.iterdir())
     count = plan.done + len(plan.todo)
     print(

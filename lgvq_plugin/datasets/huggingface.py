@@ -14,7 +14,6 @@ from ._listed import ListedImages, Reading, Record
 from ._names import SPLIT_ALIASES
 
 CAPTION_COLUMNS = (*CAPTION_KEYS[:-1], "prompt", "caption_str", "sentences")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True, slots=True)

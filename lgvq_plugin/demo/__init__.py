@@ -49,11 +49,7 @@ def demo(
         ConfigError: if the folder holds runs of other settings.
     """
     overrides = [] if steps is None else [f"training.max_steps={steps}"]
-    plan = read_plan(PLAN, seeds=seed + 1, overrides=overrides)
-    jobs = tuple(job for job in plan.jobs if job.seed == seed)
-    plan = type(plan)(
-        title=plan.title, references=plan.references, variants=plan.variants, jobs=jobs
-    )
+    plan = read_plan(PLAN, seeds=[seed], overrides=overrides)
     results = run_plan(plan, folder, resume=True, jobs=1, progress=progress)
     return results, publish(results, folder)
 

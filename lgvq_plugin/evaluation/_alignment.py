@@ -10,8 +10,6 @@ from ..sockets import ConfigError, resolve
 from ._context import Context
 from ._rows import Rows, rows_of
 
-FEWEST = 20  # training images
-
 
 def retrieval(context: Context) -> Rows:
     """Recall at 1, 5, 10 between test images and their first captions, by a ridge probe."""

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ._context import Context, as_array
 
-GAP = 2
-
 
 def write_reconstructions(path: Path, contexts: Mapping[str, Context], *, count: int = 8) -> None:
     """Write a grid: the test images, below them each host's reconstructions."""

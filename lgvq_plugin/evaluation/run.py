@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from .._files import write_json, write_text
 from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
 from ..sockets import ConfigError
-from ..training.base import read_config
+from ..training.base import parse_words, read_config
 from . import _figures
 from ._codebook import answering_words
 from ._context import Context
-from ._store import write_json, write_text
 from ._table import as_csv, table
 from .base import DEFAULT, METRICS, build_context, names_of, run
 
@@ -133,13 +133,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--export", choices=("npz", "png"), help="images and reconstructions, for other tools")
     add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     add("--no-progress", action="store_true", help="no progress bars")
-    given, rest = parser.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-") or "=" not in word]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    overrides = [word for word in (*given.base, *given.ckpt) if "=" in word] + rest
-    given.base = [word for word in given.base if "=" not in word]
-    given.ckpt = [word for word in given.ckpt if "=" not in word]
+    given, overrides = parse_words(parser, argv, "base", "ckpt")
     if given.limit is not None and given.limit < 2:
         parser.error(f"--limit: expected a whole number >= 2, got {given.limit}")
     return given, overrides

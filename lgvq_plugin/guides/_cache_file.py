@@ -10,7 +10,6 @@ A reader maps files and writes nothing, so that any number of processes may read
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from .._files import write_bytes
 from ..sockets import ConfigError
 
 INDEX, VOCABULARY, FORMAT = "cache.json", "vocabulary.safetensors", 1
@@ -69,7 +69,7 @@ class CacheFacts:
     def write(self, folder: Path) -> None:
         """Write them atomically."""
         content = json.dumps(asdict(self), indent=2, default=str).encode()
-        write_whole(folder / INDEX, content)
+        write_bytes(folder / INDEX, content)
 
 
 def caption_key(caption: str) -> bytes:
@@ -82,19 +82,9 @@ def caption_key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the place, then rename."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def write_vocabulary(folder: Path, vocabulary: np.ndarray) -> None:
     """Store the guide's token embedding, (V, Dt) float32."""
-    write_whole(folder / VOCABULARY, save({"vocabulary": np.ascontiguousarray(vocabulary)}))
+    write_bytes(folder / VOCABULARY, save({"vocabulary": np.ascontiguousarray(vocabulary)}))
 
 
 def read_vocabulary(folder: Path) -> np.ndarray:
@@ -109,7 +99,7 @@ def write_shard(folder: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Store one shard under the next free number."""
     taken = [int(path.name[6:12]) for path in folder.glob("shard-*.safetensors")]
     path = folder / f"shard-{max(taken, default=-1) + 1:06d}.safetensors"
-    write_whole(path, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+    write_bytes(path, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
     return path
 
 

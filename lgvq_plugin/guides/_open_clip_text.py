@@ -1,8 +1,7 @@
 """What the guides on open_clip's text tower share; they differ in where the tower comes from."""
 
-import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +10,11 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ..sockets import ConfigError
-from ..types import TextFeatures, TextTokens
-from ._words import Row, assemble, number_words
-from .base import AbstractGuide
-
-log = logging.getLogger(__name__)
+from ._token_guide import TokenGuide
+from ._words import Row, number_words
 
 
-class OpenCLIPText(AbstractGuide):
+class OpenCLIPText(TokenGuide):
     """open_clip's own text tower, frozen, in float32, with one more row in its vocabulary.
 
     That row stands for hidden words. CLIP has no mask token, so it is the mean of all token
@@ -67,46 +63,11 @@ class OpenCLIPText(AbstractGuide):
         self.max_length, self._tokenizer = max_length, tokenizer
         is_causal = tower.attn_mask is not None and tower.cls_emb is None
         self._span = max_length if is_causal and tower.pool_type in ("argmax", "eos") else context
-        self._words = tower.vocab_size
+        self._words = self._hidden = tower.vocab_size
         self._tower = _prepare(tower, end=tokenizer.eot_token_id, span=self._span)
+        self._pad = self._tower.pad_id
         self.token_dim, self.sentence_dim = tower.width, _output_width(tower)
         self.to("cpu" if device is None else device)
-
-    def tokenize(self, captions: Sequence[str]) -> TextTokens:
-        """Split B captions into (B, max_length) tokens; too long ones are cut, [EOT] kept."""
-        tokens, cut = assemble(
-            [self._row(caption) for caption in captions],
-            length=self.max_length,
-            pad=self._tower.pad_id,
-        )
-        if cut and not self.truncated:
-            log.warning(
-                "a caption has more than max_length = %d tokens and is cut, its end token kept; "
-                "the guide's `truncated` goes on counting",
-                self.max_length,
-            )
-        self.truncated += cut
-        return tokens
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
-        """Encode B captions; `token_mask` (B, T) hides words, never start, end or padding."""
-        text = self.tokenize(captions)
-        shape = tuple(text.token_ids.shape)
-        seen = text.token_ids
-        if token_mask is not None:
-            if tuple(token_mask.shape) != shape:
-                raise ValueError(f"token_mask: expected {shape}, got {tuple(token_mask.shape)}")
-            seen = seen.masked_fill(token_mask.cpu() & (text.word_ids >= 0), self._words)
-        tokens, sentence = self._forward(seen.to(self.device))
-        return TextFeatures(
-            token_ids=text.token_ids.to(self.device),
-            attention_mask=text.attention_mask.to(self.device),
-            word_ids=text.word_ids.to(self.device),
-            tokens=tokens,
-            sentence=sentence,
-            vocabulary=self.vocabulary,
-        )
 
     @property
     def vocabulary(self) -> Tensor:
@@ -142,17 +103,11 @@ class OpenCLIPText(AbstractGuide):
         words = [-1 if p in special else w for p, w in zip(pieces, words, strict=True)]
         return [start, *pieces, end], [-1, *words, -1]
 
-    def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if len(ids) == 0:
-            weight = self.vocabulary
-            return weight.new_zeros(*ids.shape, self.token_dim), weight.new_zeros(
-                0, self.sentence_dim
-            )
-        ids = nn.functional.pad(ids, (0, self._span - ids.shape[1]), value=self._tower.pad_id)
-        with torch.autocast(ids.device.type, enabled=False):
-            states = self._tower.forward_intermediates(
-                ids, indices=1, normalize_intermediates=True, output_fmt="NLC"
-            )
+    def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        ids = nn.functional.pad(ids, (0, self._span - ids.shape[1]), value=self._pad)
+        states = self._tower.forward_intermediates(
+            ids, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
         return states["text_intermediates"][0][:, : self.max_length], states["text_features"]
 
 

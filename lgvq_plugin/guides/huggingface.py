@@ -1,8 +1,7 @@
 """Any text encoder of transformers as the guide: BERT, RoBERTa, sentence encoders, T5; `[hf]`."""
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,16 +9,14 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from ..sockets import ConfigError
-from ..types import TextFeatures, TextTokens
 from ._hub import cache_folder, reach, seeded
-from ._words import Row, assemble
-from .base import AbstractGuide
+from ._token_guide import TokenGuide
+from ._words import Row
 
 SENTENCES = ("mean", "first", "pooled")
-log = logging.getLogger(__name__)
 
 
-class HuggingFaceGuide(AbstractGuide):
+class HuggingFaceGuide(TokenGuide):
     """A text encoder of transformers, frozen, in float32.
 
     Hidden words become the tokenizer's mask token. Where it has none they become one more row of
@@ -53,6 +50,7 @@ class HuggingFaceGuide(AbstractGuide):
         network, self._tokenizer = _load(model, cache_dir)
         self.max_length = _checked_length(max_length, network, self._tokenizer)
         self._words = network.get_input_embeddings().weight.shape[0]
+        self._pad = self._tokenizer.pad_token_id or 0
         self._hidden = self._tokenizer.mask_token_id
         if self._hidden is None:
             self._hidden = self._words
@@ -60,7 +58,7 @@ class HuggingFaceGuide(AbstractGuide):
         self._network = network.float().eval().requires_grad_(False)
         self.token_dim = self.vocabulary.shape[1]
         self.to("cpu" if device is None else device)
-        probe = self._network(**self._inputs(self.tokenize([""])))
+        probe = self._network(input_ids=torch.tensor([self._row("")[0]], device=self.device))
         if probe.last_hidden_state.shape[-1] != self.token_dim:
             raise ConfigError(
                 f"guide.model: {model!r} has token embeddings of width {self.token_dim} and states "
@@ -69,43 +67,6 @@ class HuggingFaceGuide(AbstractGuide):
         if sentence == "pooled" and getattr(probe, "pooler_output", None) is None:
             raise ConfigError(f"guide.sentence: {model!r} has no pooler; expected mean or first")
         self.sentence_dim = self.token_dim
-
-    def tokenize(self, captions: Sequence[str]) -> TextTokens:
-        """Split B captions into (B, max_length) tokens; too long ones are cut, the end kept."""
-        pad = self._tokenizer.pad_token_id or 0
-        rows = [_row(self._tokenizer, caption) for caption in captions]
-        tokens, cut = assemble(rows, length=self.max_length, pad=pad)
-        if cut and not self.truncated:
-            log.warning(
-                "a caption has more than max_length = %d tokens and is cut, its end token kept; "
-                "the guide's `truncated` goes on counting",
-                self.max_length,
-            )
-        self.truncated += cut
-        return tokens
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
-        """Encode B captions; `token_mask` (B, T) hides words, never start, end or padding."""
-        text = self.tokenize(captions)
-        if token_mask is None:
-            token_mask = torch.zeros_like(text.attention_mask)
-        if token_mask.shape != text.token_ids.shape:
-            raise ValueError(
-                f"token_mask: expected {tuple(text.token_ids.shape)}, got {tuple(token_mask.shape)}"
-            )
-        inputs = self._inputs(text)
-        is_hidden = (token_mask.cpu() & (text.word_ids >= 0)).to(self.device)
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(is_hidden, self._hidden)
-        tokens, sentence = self._forward(inputs)
-        return TextFeatures(
-            token_ids=text.token_ids.to(self.device),
-            attention_mask=inputs["attention_mask"],
-            word_ids=text.word_ids.to(self.device),
-            tokens=tokens,
-            sentence=sentence,
-            vocabulary=self.vocabulary,
-        )
 
     @property
     def vocabulary(self) -> Tensor:
@@ -131,26 +92,18 @@ class HuggingFaceGuide(AbstractGuide):
         """Return the encoder's tensors."""
         return self._network.state_dict()
 
-    def _inputs(self, text: TextTokens) -> dict[str, Tensor]:
-        return {
-            "input_ids": text.token_ids.to(self.device),
-            "attention_mask": text.attention_mask.to(self.device),
-        }
+    def _row(self, caption: str) -> Row:
+        return _row(self._tokenizer, caption)
 
-    def _forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if len(ids) == 0:
-            weight = self.vocabulary
-            return weight.new_zeros(*ids.shape, self.token_dim), weight.new_zeros(0, self.token_dim)
-        with torch.autocast(self.device.type, enabled=False):
-            result = self._network(**inputs)
-            tokens = result.last_hidden_state
-            if self._pooling == "pooled":
-                return tokens, result.pooler_output
-            if self._pooling == "first":
-                return tokens, tokens[:, 0]
-            total = tokens.masked_fill(~mask[..., None], 0.0).sum(dim=1)
-            return tokens, total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        result = self._network(input_ids=ids, attention_mask=attention_mask)
+        tokens = result.last_hidden_state
+        if self._pooling == "pooled":
+            return tokens, result.pooler_output
+        if self._pooling == "first":
+            return tokens, tokens[:, 0]
+        total = tokens.masked_fill(~attention_mask[..., None], 0.0).sum(dim=1)
+        return tokens, total / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _row(tokenizer: Any, caption: str) -> Row:

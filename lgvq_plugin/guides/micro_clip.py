@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .._files import write_bytes, write_json
 from ..sockets import ConfigError
 from ._micro_clip_network import CONFIG, new_network, new_tokenizer, pack, unpack
 from ._open_clip_text import OpenCLIPText
@@ -70,8 +70,8 @@ class MicroCLIPGuide(OpenCLIPText):
             "vocabulary_rows": len(touched),
             "sha256": hashlib.sha256(weights).hexdigest(),
         }
-        _write(folder / "weights.safetensors", weights)
-        _write(folder / "about.json", (json.dumps(about, indent=2) + "\n").encode())
+        write_bytes(folder / "weights.safetensors", weights)
+        write_json(folder / "about.json", about, indent=2)
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
@@ -94,9 +94,3 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
 
 
 _TRAINING = f"{__package__.partition('.')[0]}.training.micro_clip"
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

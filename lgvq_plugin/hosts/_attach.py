@@ -1,14 +1,15 @@
 """Attach the heads to a model whose training loop is the user's own."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._files import write_bytes, write_json
 from ..alignment import Alignment, Captions
 from ..config import parse
 from ..guides.base import build_guide
@@ -16,6 +17,8 @@ from ..sockets import ConfigError
 from ._optimizers import add_heads, remove_heads
 from ._reading import code_width
 from ._tap import Tap, find_quantizer, is_tapped
+
+HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
 
 
 def build_alignment(
@@ -91,11 +94,11 @@ class Handle:
         return status(self.heads, self.path) | {"enabled": self._tap.enabled}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the heads alone: `lgvq_heads.safetensors` and `lgvq_config.json`."""
+        """Write the heads alone, as `lgvq export --format heads` does."""
         save_heads(self.heads, Path(folder))
 
     def load_pretrained(self, folder: str | Path) -> None:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read what :meth:`save_pretrained` or `lgvq export --format heads` wrote.
 
         Raises:
             ConfigError: if it is missing or does not fit.
@@ -180,13 +183,11 @@ def status(heads: Alignment, path: str) -> dict[str, Any]:
 
 def save_heads(heads: Alignment, folder: Path) -> None:
     """Write the heads to `folder`; safetensors and the config they were built from."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
-    save_file(state, str(folder / "lgvq_heads.safetensors"))
-    told = status(heads, heads.config.quantizer or "") | {"code_dim": heads.code_dim}
-    (folder / "lgvq_config.json").write_text(json.dumps(told, indent=2, default=str) + "\n")
+    write_bytes(folder / HEADS_WEIGHTS, save(state))  # save_file's files are their owner's alone
+    write_json(folder / HEADS_CONFIG, {"lgvq": asdict(heads.config)})
 
 
 def load_heads(heads: Alignment, folder: Path) -> None:
@@ -197,7 +198,7 @@ def load_heads(heads: Alignment, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    path = folder / "lgvq_heads.safetensors"
+    path = folder / HEADS_WEIGHTS
     if not path.is_file():
         raise ConfigError(f"no heads at {path}; expected what save_pretrained wrote")
     try:

@@ -3,6 +3,7 @@
 attach(model) --> Handle: heads beside the model, a forward hook on its quantizer, nothing else
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +21,23 @@ from ._adoption import (
     replace_module,
     stop_listening,
 )
-from ._attach import Handle, attach, build_alignment, load_heads, save_heads, status
+from ._attach import (
+    HEADS_CONFIG,
+    HEADS_WEIGHTS,
+    Handle,
+    attach,
+    build_alignment,
+    load_heads,
+    save_heads,
+    status,
+)
 from ._optimizers import add_heads
 from ._reading import code_width, codebook_of
 from ._tap import NAMES, Tap, find_quantizer
 
 __all__ = [
+    "HEADS_CONFIG",
+    "HEADS_WEIGHTS",
     "NAMES",
     "Handle",
     "HostMethods",
@@ -104,11 +116,7 @@ def decode(host: Any, codes: Tensor) -> Tensor:
     """
     if not hasattr(host, "decode"):
         raise ConfigError(f"{type(host).__name__} has no decode(codes): its codes stay unseen")
-    if "force_not_quantize" in getattr(host.decode, "__code__", _NoCode).co_varnames:  # diffusers
+    if "force_not_quantize" in inspect.signature(host.decode).parameters:  # diffusers
         return host.decode(codes, force_not_quantize=True).sample
     output = host.decode(codes)
     return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-
-
-class _NoCode:
-    co_varnames = ()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sockets import instantiate
+from ._image_tokenizer import ImageTokenizer
 from ._vector_quantizer import VectorQuantizer
 
 FOREIGN = (  # pattern at the start of a foreign name, ours
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
         return self.conv_trans_2(self.conv_trans_1(x).relu())
 
 
-class SonnetVQVAE(nn.Module):
+class SonnetVQVAE(ImageTokenizer):
     """A foreign VQ-VAE with the attributes and methods of taming's VQModel.
 
     The ports divide the squared error by the variance of the data, 0.06 for CIFAR: to train such
@@ -99,7 +100,8 @@ class SonnetVQVAE(nn.Module):
         learning_rate: of Adam; set it before :meth:`configure_optimizers`.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate = 1e-3
+    downsample = 4
 
     def __init__(
         self,
@@ -133,47 +135,9 @@ class SonnetVQVAE(nn.Module):
             dead_threshold=dead_threshold,
         )
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
-        """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
-
-        Raises:
-            ValueError: if x is not (B, 3, H, W) with H and W multiples of 4.
-        """
-        if x.ndim != 4 or x.shape[1] != 3 or any(n % 4 for n in x.shape[2:]):
-            raise ValueError(
-                f"SonnetVQVAE: expected images (B, 3, H, W) with H and W multiples of 4, got "
-                f"{tuple(x.shape)}"
-            )
-        return self.quantize(self.quant_conv(self.encoder(x)))
-
-    def decode(self, quant: Tensor) -> Tensor:
-        """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
-        return self.decoder(quant)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
-        quant, quant_loss, _ = self.encode(x)
-        return self.decode(quant), quant_loss
-
-    def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
-        """Return `batch[key]`, (B, H, W, 3) or (B, 3, H, W), as (B, 3, H, W) float32."""
-        x = batch[key]
-        if x.shape[1] != 3:
-            x = x.movedim(-1, 1)
-        return x.to(memory_format=torch.contiguous_format).float()
-
     def get_last_layer(self) -> Tensor:
         """Return the weight of the decoder's last convolution."""
         return self.decoder.conv_trans_2.weight
-
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-        """Return Adam over the tokenizer, a second one if the loss has a discriminator, and []."""
-        parts = (self.encoder, self.decoder, self.quantize, self.quant_conv)
-        groups = [[p for part in parts for p in part.parameters()]]
-        discriminator = getattr(self.loss, "discriminator", None)
-        if discriminator is not None:
-            groups.append(list(discriminator.parameters()))
-        return [torch.optim.Adam(g, lr=self.learning_rate) for g in groups], []
 
     def translate(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a foreign file's tensors by our names; ours pass as they are.

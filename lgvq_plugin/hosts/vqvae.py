@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sockets import ConfigError, instantiate
+from ._image_tokenizer import ImageTokenizer
 from ._vector_quantizer import VectorQuantizer
 from ._vqvae_layers import Decoder, Encoder
 
@@ -57,7 +58,7 @@ class VQVAELoss(nn.Module):
         return total, {f"{split}/{name}": value.detach() for name, value in log.items()}
 
 
-class VQVAE(nn.Module):
+class VQVAE(ImageTokenizer):
     """VQ-VAE (van den Oord et al. 2017) with the attributes and methods of taming's VQModel.
 
     Args:
@@ -77,7 +78,8 @@ class VQVAE(nn.Module):
         learning_rate: of Adam; set it before :meth:`configure_optimizers`.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate = 2e-4
+    betas = (0.9, 0.99)
 
     def __init__(
         self,
@@ -125,63 +127,13 @@ class VQVAE(nn.Module):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
-        """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
-
-        Raises:
-            ValueError: if x is not (B, 3, H, W) with H and W multiples of `downsample`.
-        """
-        if x.ndim != 4 or x.shape[1] != 3 or any(n % self.downsample for n in x.shape[2:]):
-            raise ValueError(
-                f"VQVAE: expected images (B, 3, H, W) with H and W multiples of "
-                f"{self.downsample}, got {tuple(x.shape)}"
-            )
-        return self.quantize(self.quant_conv(self.encoder(x)))
-
     def decode(self, quant: Tensor) -> Tensor:
         """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(quant))
 
-    def decode_code(self, indices: Tensor) -> Tensor:
-        """Map indices (B, h, w) to images (B, 3, H, W)."""
-        return self.decode(self.quantize.embed_code(indices))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
-        quant, quant_loss, _ = self.encode(x)
-        return self.decode(quant), quant_loss
-
-    def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
-        """Return `batch[key]`, (B, H, W, 3) or (B, 3, H, W), as (B, 3, H, W) float32."""
-        x = batch[key]
-        if x.shape[1] != 3:
-            x = x.movedim(-1, 1)
-        return x.to(memory_format=torch.contiguous_format).float()
-
     def get_last_layer(self) -> Tensor:
         """Return the weight of the decoder's last convolution."""
         return self.decoder.conv_out.weight
-
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-        """Return Adam over the tokenizer, a second one if the loss has a discriminator, and []."""
-        parts = (
-            self.encoder,
-            self.decoder,
-            self.quantize,
-            self.quant_conv,
-            self.post_quant_conv,
-        )
-        groups = [[p for part in parts for p in part.parameters()]]
-        discriminator = getattr(self.loss, "discriminator", None)
-        if discriminator is not None:
-            groups.append(list(discriminator.parameters()))
-        return [torch.optim.Adam(g, lr=self.learning_rate, betas=(0.9, 0.99)) for g in groups], []
-
-    @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        """Return `inputs` and `reconstructions` of a batch, (B, 3, H, W) near [-1, 1]."""
-        x = self.get_input(batch, self.image_key).to(self.get_last_layer().device)
-        return {"inputs": x, "reconstructions": self(x)[0]}
 
     def init_from_ckpt(self, path: str) -> None:
         """Load weights; those of the loss may be missing or left over, no others.

@@ -5,7 +5,6 @@ What a step sees depends on (seed, step) alone, so a run that was cut off ends a
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._fields import require
+from .._files import replacing
 
 LossOf = Callable[[Tensor, torch.Generator], Tensor]
 """Rows (B,) int64 on the CPU and a CPU generator -> scalar loss."""
@@ -169,8 +169,6 @@ def _restore(
 def _save(
     path: Path, mark: str, step: int, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".part{os.getpid()}")
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({"mark": mark, "step": step, **state}, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save({"mark": mark, "step": step, **state}, part)

@@ -4,7 +4,7 @@ loader --host_encode--> indices (M, N) + table (K, C), or vectors (M, N, C) with
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,3 +185,11 @@ def _mean_table(vectors: Tensor, indices: Tensor, size: int) -> Tensor:
     sums.index_add_(0, flat, vectors.flatten(0, 1).double())
     count = torch.bincount(flat, minlength=size).clamp(min=1)
     return (sums / count[:, None]).float()
+
+
+def require_captions(codes: FrozenCodes, captions: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError unless each image has a caption at least."""
+    if len(codes) != len(captions) or not all(len(texts) for texts in captions):
+        raise ValueError(
+            f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._fields import require
 from ..metrics.captions import caption_scores, tokenize_words
 from ._fit import ProbeConfig, fit, seeded
-from ._frozen import FrozenCodes
+from ._frozen import FrozenCodes, require_captions
 from ._transformer import Cache, CodeMemory, ProbeTransformer
 from ._words import END, PAD, START, UNKNOWN, Words, trim
 
@@ -67,10 +67,7 @@ class CaptioningProbe:
         Raises:
             ValueError: if the numbers differ or an image has no caption.
         """
-        if len(codes) != len(captions) or not all(len(texts) for texts in captions):
-            raise ValueError(
-                f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
-            )
+        require_captions(codes, captions)
         config = self.config
         tokenized = [[tokenize_words(text) for text in texts] for texts in captions]
         self.words = Words(

@@ -21,7 +21,7 @@ from .._fields import require
 from ..guides.base import AbstractGuide
 from ..types import TextTokens
 from ._fit import ProbeConfig, fit, generator_at, seeded
-from ._frozen import FrozenCodes
+from ._frozen import FrozenCodes, require_captions
 from ._transformer import CodeMemory, ProbeTransformer
 
 PROTOCOLS = ("leak_free", "leaky")
@@ -74,10 +74,7 @@ class MaskedWordsProbe:
         progress: bool = True,
     ) -> "MaskedWordsProbe":
         """Train on M images; a random caption of each, with one to `most_hidden` words hidden."""
-        if len(codes) != len(captions) or not all(len(texts) for texts in captions):
-            raise ValueError(
-                f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
-            )
+        require_captions(codes, captions)
         config = self.config
         counts = _count_tokens(self.guide, captions)
         self.network = seeded(config.seed, lambda: _Filler(codes, self.guide, counts, config))

@@ -17,7 +17,7 @@ from .._fields import require
 from ..guides.base import AbstractGuide
 from ..sockets import ConfigError
 from ._fit import ProbeConfig, fit, generator_at, seeded
-from ._frozen import FrozenCodes
+from ._frozen import FrozenCodes, require_captions
 from ._transformer import Cache, ProbeTransformer
 
 
@@ -92,10 +92,7 @@ class TextToImageProbe:
             ValueError: if the numbers differ or an image has no caption.
         """
         indices, table = _indices(codes)
-        if len(codes) != len(captions) or not all(len(texts) for texts in captions):
-            raise ValueError(
-                f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
-            )
+        require_captions(codes, captions)
         config = self.config
         size, length = len(table), indices.shape[1]
         self.network = seeded(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from .._fields import differing
+from .._files import replacing
 from ..sockets import ConfigError
 from ._driver import STATE
 
@@ -23,11 +25,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Write `checkpoint` to `path`."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        torch.save(checkpoint, part)
-        os.replace(part, target)
+        with replacing(Path(path)) as part:
+            torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read `path`, on the CPU, refusing anything that could run code."""
@@ -69,13 +68,11 @@ def save(trainer: Any, folder: Path, step: int, keep: int | None) -> Path:
     path = folder / f"step={step:08d}.ckpt"
     trainer.save_checkpoint(path, weights_only=False)  # False = optimizers too
     if trainer.is_global_zero:
-        part = folder / (LAST + ".part")
-        part.unlink(missing_ok=True)
-        try:
-            os.link(path, part)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, part)
-        os.replace(part, folder / LAST)
+        with replacing(folder / LAST) as part:
+            try:
+                os.link(path, part)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, part)
         steps = sorted(folder.glob("step=*.ckpt"))
         for stale in steps[:-keep] if keep is not None else []:
             stale.unlink()
@@ -99,20 +96,9 @@ def check_config(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path:
     before = (checkpoint.get(STATE) or {}).get("config")
     if before is None:
         return
-    old, new = _flat(before.get("model")), _flat(config.get("model"))
-    differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    differ = differing({"model": before.get("model")}, {"model": config.get("model")})
     if differ:
-        told = ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in differ[:5])
         raise ConfigError(
-            f"checkpoint {str(path)!r} is of another config: model.{told}; resume with the "
-            "config in the run's folder, or start a new run under another --name"
+            f"checkpoint {str(path)!r} is of another config: {', '.join(differ[:5])}; resume with "
+            "the config in the run's folder, or start a new run under another --name"
         )
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

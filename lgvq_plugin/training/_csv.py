@@ -1,7 +1,6 @@
 """metrics.csv: one row per logged step; a resumed run goes on in the same file."""
 
 import csv
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from .._files import replacing
 
 
 class MetricsFile(Logger):
@@ -65,10 +66,8 @@ class MetricsFile(Logger):
         """Do nothing: the config lies beside the file."""
 
     def _write_all(self) -> None:
-        part = self.path.with_suffix(".csv.part")
-        with part.open("w", newline="") as file:
+        with replacing(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._keys, restval="")
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(part, self.path)
         self._is_behind = False

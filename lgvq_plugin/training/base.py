@@ -9,7 +9,14 @@ from torch import nn
 from .. import compat
 from ..sockets import ConfigError, import_target, instantiate, resolve
 from ._quiet import prints_to_stderr
-from ._sections import DataSection, Sections, model_section, read_config, to_plain
+from ._sections import (
+    DataSection,
+    Sections,
+    model_section,
+    parse_words,
+    read_config,
+    to_plain,
+)
 from ._settings import TrainingConfig
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "TrainingConfig",
     "build_dataset",
     "build_host",
+    "parse_words",
     "read_config",
     "to_plain",
 ]

@@ -31,7 +31,7 @@ from ._data import validation_loader
 from ._driver import HostDriver
 from ._quiet import quiet_lightning
 from ._watch import Stopped, Watch
-from .base import Sections, build_dataset, build_host, read_config
+from .base import Sections, build_dataset, build_host, parse_words, read_config
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 
@@ -255,18 +255,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--logdir", default="logs", help="where run folders lie (default: logs)")
     parser.add_argument("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    given, rest = parser.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    # `-b a.yaml key=value` puts the overrides among the configs.
-    paths = [word for word in given.base if "=" not in word]
-    overrides = [word for word in given.base if "=" in word] + rest
-    if not paths:
+    given, overrides = parse_words(parser, argv, "base")
+    if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    config = read_config(paths, overrides)
+    config = read_config(given.base, overrides)
     name, logdir = given.name, Path(given.logdir)
-    stem = Path(paths[0]).stem
+    stem = Path(given.base[0]).stem
     if given.resume == "auto" and not name:
         runs = sorted(run for run in logdir.glob(f"*_{stem}") if _checkpoint.newest(run))
         name = runs[-1].name if runs else None

@@ -12,8 +12,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from lgvq_plugin._files import write_json
 from lgvq_plugin.ablation._job import read_curves, run_job
-from lgvq_plugin.ablation.base import Job, write_json
+from lgvq_plugin.ablation.base import Job
 from lgvq_plugin.checkpoints.base import load_host
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.hosts.base import reconstruct

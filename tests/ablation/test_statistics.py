@@ -12,7 +12,6 @@ from lgvq_plugin.ablation.statistics import (
     difference,
     mean_and_sd,
     seed_stretch,
-    student_quantile,
 )
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is in the extra [test]")
@@ -29,13 +28,6 @@ def test_mean_and_sd_are_numpys():
     assert mean == pytest.approx(values.mean(), rel=1e-12)
     assert sd == pytest.approx(values.std(ddof=1), rel=1e-9)
     assert mean_and_sd([2.0]) == (2.0, None)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30])
-@pytest.mark.parametrize("probability", [0.9, 0.975, 0.995])
-def test_student_quantile_is_scipys(freedom, probability):
-    expected = scipy_stats.t.ppf(probability, freedom)
-    assert student_quantile(probability, freedom) == pytest.approx(expected, rel=1e-8)
 
 
 def test_plain_percentiles_are_scipys():

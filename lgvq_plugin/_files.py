@@ -1,0 +1,51 @@
+"""Files that are there whole or not at all, whenever a run is killed; and the like of folders."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; it takes `path`'s place when the block ends well.
+
+    Folders on the way are made. A block that raises leaves `path` as it was; one that is killed
+    leaves a `*.part` file besides.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp()) / "a" / "b.txt"
+        >>> with replacing(place) as part:
+        ...     _ = part.write_text("whole")
+        >>> place.read_text(), [file.name for file in place.parent.iterdir()]
+        ('whole', ['b.txt'])
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content`, down to the disk: files that a later run relies on."""
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
+    """Write JSON; what it does not know is written as text."""
+    write_text(path, json.dumps(value, indent=indent, default=str) + "\n")

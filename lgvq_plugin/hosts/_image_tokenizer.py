@@ -1,0 +1,81 @@
+"""What hosts of our own share: the attributes and methods of taming's VQModel.
+
+image --encoder--> quant_conv --quantize--> decode --> reconstruction, loss called as taming's
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._vector_quantizer import VectorQuantizer
+
+
+class ImageTokenizer(nn.Module):
+    """A tokenizer that is driven like taming's VQModel; members build the parts.
+
+    Attributes:
+        learning_rate: of Adam; set it before :meth:`configure_optimizers`.
+        betas: of Adam.
+        downsample: f: an image of H x W has H/f x W/f codes.
+        image_key: where a batch holds its images.
+    """
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    downsample: int
+    image_key: str
+    encoder: nn.Module
+    decoder: Any
+    loss: nn.Module
+    quantize: VectorQuantizer
+    quant_conv: nn.Module
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
+
+        Raises:
+            ValueError: if x is not (B, 3, H, W) with H and W multiples of `downsample`.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or any(n % self.downsample for n in x.shape[2:]):
+            raise ValueError(
+                f"{type(self).__name__}: expected images (B, 3, H, W) with H and W multiples of "
+                f"{self.downsample}, got {tuple(x.shape)}"
+            )
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
+        return self.decoder(quant)
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """Map indices (B, h, w) to images (B, 3, H, W)."""
+        return self.decode(self.quantize.embed_code(indices))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
+        quant, quant_loss, _ = self.encode(x)
+        return self.decode(quant), quant_loss
+
+    def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
+        """Return `batch[key]`, (B, H, W, 3) or (B, 3, H, W), as (B, 3, H, W) float32."""
+        x = batch[key]
+        if x.shape[1] != 3:
+            x = x.movedim(-1, 1)
+        return x.to(memory_format=torch.contiguous_format).float()
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """Return Adam over the tokenizer, a second one if the loss has a discriminator, and []."""
+        parts = (part for name, part in self.named_children() if name != "loss")
+        groups = [[p for part in parts for p in part.parameters()]]
+        discriminator = getattr(self.loss, "discriminator", None)
+        if discriminator is not None:
+            groups.append(list(discriminator.parameters()))
+        return [torch.optim.Adam(g, lr=self.learning_rate, betas=self.betas) for g in groups], []
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Return `inputs` and `reconstructions` of a batch, (B, 3, H, W) near [-1, 1]."""
+        x = self.get_input(batch, self.image_key).to(next(self.decoder.parameters()).device)
+        return {"inputs": x, "reconstructions": self(x)[0]}
