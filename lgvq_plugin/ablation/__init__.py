@@ -8,14 +8,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._files import write_json, write_text
 from ..sockets import ConfigError
-from .base import REPORT, RESULTS, Results
+from .base import REPORT, RESULTS, SUMMARY, Results, summary
 
 logger = logging.getLogger(__name__)
 
 
 def publish(results: Results, folder: Path) -> Path:
-    """Write results.json, report.html and report.md; returns the path of the page.
+    """Write results.json, summary.json, report.html and report.md; returns the page's path.
 
     Args:
         results: of all runs; the paths of their examples are below `folder`.
@@ -27,7 +28,8 @@ def publish(results: Results, folder: Path) -> Path:
 
     cells = compare(results)
     results.save(folder / RESULTS)
-    (folder / REPORT).with_suffix(".md").write_text(markdown(results, cells), encoding="utf-8")
+    write_json(folder / SUMMARY, summary(results, cells))
+    write_text((folder / REPORT).with_suffix(".md"), markdown(results, cells))
     return write_report(results, cells, folder / REPORT, root=folder)
 
 

@@ -20,10 +20,9 @@ def markdown(results: Results, cells: Sequence[Cell]) -> str:
             controls = [cell for cell in own if cell.higher_is_better is None]
             parts += ["", *([f"## {data}", ""] if data else []), *_table(results, judged)]
             parts += ["", _caption(results, own)]
-            parts += ["", "Controls, of which neither more nor less is better:", ""] * bool(
-                controls
-            )
-            parts += _table(results, controls) if controls else []
+            if controls:
+                parts += ["", "Controls, of which neither more nor less is better:", ""]
+                parts += _table(results, controls)
     return "\n".join(parts) + "\n"
 
 

@@ -103,7 +103,7 @@ def differences(results: Results, cells: Sequence[Cell]) -> str:
     rows = [_difference_row(results, cell, d, reach[cell.data, cell.metric]) for cell, d in pairs]
     has_many = len(results.references) > 1
     heads = ['<th scope="col">metric</th>', '<th scope="col" class="text">variant</th>']
-    heads += [f'<th scope="col" class="text">{name}</th>' for name in ["against"] * has_many]
+    heads += ['<th scope="col" class="text">against</th>'] if has_many else []
     heads += ['<th scope="col">difference</th>', '<th scope="col">around zero</th>']
     heads += [
         '<th scope="col" class="text">verdict</th>',

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from ._page import counted, escape, number
-from .base import CONFIDENCE, Cell, Difference, Results
+from .base import CONFIDENCE, Cell, Difference, Results, Run
 
 SHOWN = 4  # metrics named in a sentence
 
@@ -106,12 +106,16 @@ def _reservations(results: Results, cells: Sequence[Cell]) -> list[str]:
     for runs, word in ((failed, "failed"), (missing, "not run yet")):
         if runs:
             names = ", ".join(
-                f"{escape(variant)} ({counted(len([*some]), 'run')})"
-                for variant, some in groupby(runs, key=lambda run: run.variant)
+                f"{escape(name)} ({counted(len([*some]), 'run')})"
+                for name, some in groupby(runs, key=_place)
             )
             told.append(f'<span class="failed">{word.capitalize()}</span>: {names}.')
     told.append(_cost(results))
     return told
+
+
+def _place(run: Run) -> str:
+    return f"{run.data}/{run.variant}" if run.data else run.variant
 
 
 def _cost(results: Results) -> str:

@@ -13,7 +13,11 @@ from typing import Any, Literal
 from .._files import write_json
 from ..sockets import ConfigError
 
-RESULTS, REPORT = "results.json", "report.html"  # in the folder of an ablation
+RESULTS, SUMMARY, REPORT = (
+    "results.json",
+    "summary.json",
+    "report.html",
+)  # in the folder of an ablation
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
 CONFIDENCE = 0.95
 
@@ -211,3 +215,37 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON mapping, got {type(value).__name__}")
     return value
+
+
+def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return results and differences without values by image and curves: small enough to commit.
+
+    Args:
+        results: of all runs.
+        cells: what `statistics.compare` says of them.
+    """
+    runs = []
+    for run in results.runs:
+        metrics = {
+            name: {key: row.get(key) for key in ("value", "n", "unit", "higher_is_better")}
+            for name, row in run.metrics.items()
+        }
+        told = {key: getattr(run, key) for key in ("data", "variant", "seed", "status", "reason")}
+        runs.append({**told, "cost": run.cost, "metrics": metrics})
+    done = next((run for run in results.runs if run.status == "done"), None)
+    differences = [
+        {"data": cell.data, "variant": cell.variant, "metric": cell.metric, **asdict(one)}
+        for cell in cells
+        for one in cell.differences
+    ]
+    return {
+        "title": results.title,
+        "references": list(results.references),
+        "variants": {
+            name: {key: told.get(key) for key in ("note", "changes")}
+            for name, told in results.variants.items()
+        },
+        "environment": done.evaluation.get("environment") if done else None,
+        "runs": runs,
+        "differences": differences,
+    }

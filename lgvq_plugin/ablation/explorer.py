@@ -20,7 +20,7 @@ from .._files import write_text
 from ..checkpoints.base import load_checkpoint, load_host
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError
-from ..training.base import Sections, build_dataset, read_config
+from ..training.base import Sections, build_dataset, lgvq_block, read_config
 from . import _codebook
 from ._explorer_html import explorer_page
 from ._page import data_uri, finite, png_bytes
@@ -198,12 +198,6 @@ def read_samples(section: Mapping[str, Any], limit: int) -> Samples:
     return Samples(torch.stack(images).contiguous(), captions, dict(section))
 
 
-def guide_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the `lgvq.guide` block of a config, if it has one."""
-    loss = ((config or {}).get("model", {}).get("params") or {}).get("lossconfig") or {}
-    return ((loss.get("params") or {}).get("lgvq") or {}).get("guide")
-
-
 def main(argv: list[str]) -> int:
     """Run `lgvq inspect`.
 
@@ -243,8 +237,8 @@ def main(argv: list[str]) -> int:
     }
     configs = [found for found in (config, *(one.config for one in read)) if found]
     data = Sections.of(configs[0]).data
-    samples = read_samples(data.validation or data.train, given.limit)
-    block = next((found for one in configs if (found := guide_of(one))), None)
+    samples = read_samples(data.test or data.validation or data.train, given.limit)
+    block = next((found for one in configs if (found := lgvq_block(one).get("guide"))), None)
     chosen = {"use": given.guide} if given.guide else block or {"use": "micro_clip"}
     guide = None if given.guide == "none" else build_guide(chosen)
     page = write_explorer(hosts, samples, Path(given.out), guide=guide, shown=given.show)

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config import ObjectivesConfig, parse
 from ..evaluation.base import METRICS, EvaluationConfig
 from ..sockets import ConfigError, suggest
-from ..training.base import Sections, read_config
+from ..training.base import LOSS_KEYS, Sections, lgvq_block, loss_section, read_config
 from .base import Job, Plan
 
 KEYS = [
@@ -87,7 +87,7 @@ def read_plan(
                 for seed in chosen
             ]
     _check_comparable(jobs, path)
-    guides = [guide for job in jobs if (guide := _lgvq_block(job.config).get("guide"))]
+    guides = [guide for job in jobs if (guide := lgvq_block(job.config).get("guide"))]
     if guides and "guide" not in evaluation:
         jobs = [replace(job, evaluation={**evaluation, "guide": guides[0]}) for job in jobs]
     return Plan(
@@ -149,11 +149,6 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     return evaluation | ({"metrics": [metrics]} if isinstance(metrics, str) else {})
 
 
-def _lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
-    loss = (config["model"].get("params") or {}).get("lossconfig") or {}
-    return (loss.get("params") or {}).get("lgvq") or {}
-
-
 def _config(
     given: Mapping[str, Any], data_changes: Any, changes: Any, path: Path, where: str
 ) -> DictConfig:
@@ -200,12 +195,22 @@ def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> D
         config = _merge(config)
         for key, value in changes.items():
             for full, part in _in_full(str(key), value, where):
-                OmegaConf.update(config, full, part, merge=True, force_add=True)
+                OmegaConf.update(config, full, _nested(part), merge=True, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where}: the changes do not fit the config: {error}") from error
     return config
+
+
+def _nested(value: Any) -> Any:
+    """Write out dotted keys at any depth: {"a.b": 1} as {"a": {"b": 1}}."""
+    if not isinstance(value, Mapping):
+        return value
+    whole = OmegaConf.create({})
+    for key, part in value.items():
+        OmegaConf.update(whole, str(key), _nested(part), merge=True, force_add=True)
+    return whole
 
 
 def _in_full(key: str, value: Any, where: str) -> Iterable[tuple[str, Any]]:
@@ -240,8 +245,7 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
         plain = Sections.of(changed).plain
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    loss = ((plain["model"].get("params") or {}).get("lossconfig")) or {}
-    block = (loss.get("params") or {}).get("lgvq")
+    loss, block = loss_section(plain), lgvq_block(plain)
     target = str(loss.get("target", ""))
     has_heads = target == "lgvq_plugin.LGVQLoss" or target.startswith("lgvq_plugin.over.")
     if block and not has_heads:
@@ -254,8 +258,10 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
             parse(block)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
-        params = loss.get("params") or {}
-        loss["params"] = {**params, "lgvq": {"seed": seed, **(block or {})}}
+        params = plain["model"]["params"]
+        key = next(key for key in LOSS_KEYS if params.get(key))
+        own = {**(loss.get("params") or {}), "lgvq": {"seed": seed, **block}}
+        params[key] = {**loss, "params": own}
     return plain
 
 

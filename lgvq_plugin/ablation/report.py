@@ -16,7 +16,7 @@ import yaml
 from .._files import write_text
 from ._page import counted, data_uri, download, escape, finite, number, page, table
 from ._tables import differences, numbers, swatch
-from ._words import sentences, tally
+from ._words import seconds_per_step, sentences, tally
 from .base import Cell, Results, Run, mean_and_sd
 
 LARGEST_RAW = 300_000  # values by image that the page still carries
@@ -134,7 +134,7 @@ def _image_grid(results: Results, data: str, shown: dict[str, Run], root: Path) 
                 f'<img src="{uri}" alt="{escape(name)}, image {i + 1}"></button>'
             )
     seeds = sorted({run.seed for run in shown.values()})
-    told = f"Seed {', '.join(map(str, seeds))}; the first {counted(columns, 'image')} of validation"
+    told = f"Seed {', '.join(map(str, seeds))}; the first {counted(columns, 'evaluated image')}"
     heading = f"<h3>{escape(data)}</h3>" if data else ""
     return (
         f'{heading}<div class="scroll"><div class="grid" data-columns="{columns}" '
@@ -144,13 +144,12 @@ def _image_grid(results: Results, data: str, shown: dict[str, Run], root: Path) 
 
 
 def _cost(results: Results) -> str:
-    rows, base = [], None
+    rows, base = [], seconds_per_step(results, results.references[0])
     for variant in results.variants:
         costs = [run.cost for run in results.runs if run.variant == variant and run.cost]
         seconds = [c["seconds_per_step"] for c in costs if c.get("seconds_per_step")]
         mean, sd = mean_and_sd(seconds)
         memory, _ = mean_and_sd([c["peak_memory_mib"] for c in costs if c.get("peak_memory_mib")])
-        base = mean if variant == results.references[0] else base
         ratio = mean / base if mean and base else None
         device = ", ".join(sorted({str(c.get("device", "")) for c in costs}))
         rows.append(

@@ -17,6 +17,7 @@ from ._settings import TrainingConfig
 logger = logging.getLogger(__name__)
 
 SECTIONS = ["model", "data", "training", "lightning"]
+LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
 MODEL_KEYS = ["base_learning_rate", "learning_rate", "target", "params"]
 DATA_KEYS = ["batch_size", "num_workers", "train", "validation", "test", "wrap"]
 
@@ -109,6 +110,8 @@ class DataSection:
     """`{target, params}` of the data set to train on."""
     validation: dict[str, Any] | None = None
     """`{target, params}` of the data set to validate on, or None."""
+    test: dict[str, Any] | None = None
+    """`{target, params}` of the data set that only evaluation sees, or None."""
     num_workers: int = 0
     """Processes that load samples, for each training process."""
 
@@ -204,6 +207,23 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
+def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section of the host's loss, `{target, params}`; {} if there is none.
+
+    Example:
+        >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
+        {'target': 'torch.nn.MSELoss'}
+    """
+    params = (config.get("model") or {}).get("params") or {}
+    found = next((params[key] for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
+    return to_plain(found) if found else {}
+
+
+def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `lgvq:` block of the host's loss as it is given; {} if there is none."""
+    return dict((loss_section(config).get("params") or {}).get("lgvq") or {})
+
+
 def _data_section(data: Mapping[str, Any]) -> DataSection:
     direct = {key: value for key, value in data.items() if key not in ("target", "params")}
     given = {**(data.get("params") or {}), **direct}
@@ -217,9 +237,9 @@ def _data_section(data: Mapping[str, Any]) -> DataSection:
         value = given.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"data.{key} must be a whole number >= {least}, got {value!r}")
-    for key in ("train", "validation"):
+    for key in ("train", "validation", "test"):
         section = given.get(key)
         if section is not None and not (isinstance(section, dict) and "target" in section):
             raise ConfigError(f"data.{key}: expected a mapping with a `target:`, got {section!r}")
-    used = ("batch_size", "train", "validation", "num_workers")
+    used = ("batch_size", "train", "validation", "test", "num_workers")
     return DataSection(**{key: given[key] for key in used if given.get(key) is not None})

@@ -10,8 +10,11 @@ from .. import compat
 from ..sockets import ConfigError, import_target, instantiate, resolve
 from ._quiet import prints_to_stderr
 from ._sections import (
+    LOSS_KEYS,
     DataSection,
     Sections,
+    lgvq_block,
+    loss_section,
     model_section,
     parse_words,
     read_config,
@@ -20,11 +23,14 @@ from ._sections import (
 from ._settings import TrainingConfig
 
 __all__ = [
+    "LOSS_KEYS",
     "DataSection",
     "Sections",
     "TrainingConfig",
     "build_dataset",
     "build_host",
+    "lgvq_block",
+    "loss_section",
     "parse_words",
     "read_config",
     "to_plain",
@@ -50,8 +56,7 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     model = model_section(to_plain({"model": section} if section is not None else {}))
     compat.patch()
     _check_targets(model, "model")
-    loss = (model.get("params") or {}).get("lossconfig") or {}
-    weight = (loss.get("params") or {}).get("perceptual_weight", 1.0)
+    weight = (loss_section({"model": model}).get("params") or {}).get("perceptual_weight", 1.0)
     try:
         with compat.lpips_only_if_used(float(weight)), prints_to_stderr():
             host = instantiate(model)

@@ -68,7 +68,6 @@ def test_it_keeps_curves_cost_and_examples(done):
     assert [step for step, _ in run.curves["val/rec_loss"]] == [2, 4]
     assert run.cost["steps"] == 4
     assert run.cost["seconds_per_step"] > 0
-    assert run.cost["seconds_per_step"] < 2  # starting up, which takes longer, is not in it
     assert run.cost["peak_memory_mib"] > 50
     assert len(run.examples) == 2
     for example in run.examples:

@@ -44,7 +44,8 @@ def lgvq(job):
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_plan_of_ours_is_good(path):
     plan = read_plan(path)
-    assert len(plan.jobs) == len(plan.variants) * len({job.seed for job in plan.jobs})
+    seeds, datasets = {job.seed for job in plan.jobs}, {job.data for job in plan.jobs}
+    assert len(plan.jobs) == len(plan.variants) * len(seeds) * len(datasets)
     for job in plan.jobs:
         Sections.of(job.config)
 
@@ -77,6 +78,14 @@ def test_the_seed_is_the_runs_and_the_heads(write):
     for job in read_plan(write(variants={"a": {}}), seeds=2).jobs:
         assert job.config["training"]["seed"] == job.seed
         assert lgvq(job)["seed"] == job.seed
+
+
+def test_dotted_keys_may_stand_at_any_depth():
+    config = OmegaConf.create({"model": {"params": {"lossconfig": {"target": "a.B"}}}})
+    changes = {"model.params": {"lossconfig.params": {"disc.start": 5}, "n_embed": 8}}
+    params = apply_changes(config, changes).model.params
+    assert params.lossconfig == {"target": "a.B", "params": {"disc": {"start": 5}}}
+    assert params.n_embed == 8
 
 
 def test_changes_nested_dotted_and_listed_are_the_same():

@@ -91,6 +91,22 @@ def test_downloads_hold_the_numbers(page, results):
     assert verdicts["all", "baseline", "codebook/usage"] == ""
 
 
+def test_the_summary_file_has_every_number_but_those_by_image(page, results):
+    text = (page.parent / "summary.json").read_text()
+    small, whole = json.loads(text), json.loads((page.parent / "results.json").read_text())
+    assert "per_image" not in text
+    assert "curves" not in text
+    for one, run in zip(small["runs"], whole["runs"], strict=True):
+        assert (one["variant"], one["seed"], one["status"]) == (
+            *(run["variant"], run["seed"], run["status"]),
+        )
+        for name, row in one["metrics"].items():
+            assert row["value"] == run["evaluation"]["metrics"][name]["value"]
+    psnr = [d for d in small["differences"] if d["metric"] == "reconstruction/psnr"]
+    found = next(d for d in psnr if (d["variant"], d["reference"]) == ("all", "baseline"))
+    assert found["value"] == pytest.approx(0.4)  # conftest lifts every image by 0.4 dB
+
+
 def test_the_markdown_table_has_the_same_marks(page):
     text = page.with_suffix(".md").read_text()
     assert "| | baseline | paper | all | broken |" in text
