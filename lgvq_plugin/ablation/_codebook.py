@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hosts.base import decode, encode
+from ..metrics.code_geometry import STRONG, word_code_association
 from ..sockets import ConfigError
 
 _ENGLISH = (
@@ -21,7 +22,6 @@ _ENGLISH = (
 )
 COMMON = frozenset(_ENGLISH.split())
 LARGEST_PATCH = 16  # pixels a side, on the page
-SURE = 10.83  # of the likelihood ratio: chance alone exceeds it once in a thousand code-word pairs
 LEAST = 3  # images in which a code and a word meet
 
 
@@ -181,18 +181,18 @@ class Association:
 
     Args:
         pmi: log2 of (images with both) / (as many as chance gives); -inf where they never meet.
-        likelihood_ratio: G^2 of the 2 x 2 table, 0 if independent.
+        strength: signed root of the likelihood ratio of the 2 x 2 table, 0 if independent.
         joint: images with both.
     """
 
     pmi: Tensor
-    likelihood_ratio: Tensor
+    strength: Tensor
     joint: Tensor
 
     @property
     def is_sure(self) -> Tensor:
         """Whether the code is used more with the word, more than chance gives, (K, W) bool."""
-        return (self.pmi > 0) & (self.likelihood_ratio > SURE) & (self.joint >= LEAST)
+        return (self.strength > STRONG) & (self.joint >= LEAST)
 
 
 def associate(has_code: Tensor, has_word: Tensor) -> Association:
@@ -208,16 +208,7 @@ def associate(has_code: Tensor, has_word: Tensor) -> Association:
     joint = code.T @ word
     codes, words = code.sum(0)[:, None], word.sum(0)[None, :]
     pmi = torch.log2(joint * images / (codes * words).clamp(min=1))
-    ratio = torch.zeros_like(joint)
-    for own, row, column in (
-        (joint, codes, words),
-        (codes - joint, codes, images - words),
-        (words - joint, images - codes, words),
-        (images - codes - words + joint, images - codes, images - words),
-    ):
-        expected = row * column / images
-        ratio += 2 * torch.special.xlogy(own, own / expected.clamp(min=1e-12))
-    return Association(pmi, ratio.clamp(min=0), joint.long())
+    return Association(pmi, word_code_association(has_word, has_code, least=1).T, joint.long())
 
 
 def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> Tensor:

@@ -115,9 +115,7 @@ def _panel(
         "sheets": {kind: _sheet(patches) for kind, patches in sheets.items()},
         "codes": _top(association, TOP_WORDS),
         "words": _top(
-            _codebook.Association(
-                association.pmi.T, association.likelihood_ratio.T, association.joint.T
-            ),
+            _codebook.Association(association.pmi.T, association.strength.T, association.joint.T),
             TOP_CODES,
         ),
         "fires": gathered.indices[:shown].flatten(1).tolist(),
@@ -130,7 +128,7 @@ def _sheet(patches: Tensor) -> str:
 
 def _top(association: _codebook.Association, count: int) -> list[list[list[float]]]:
     """For each row the surest columns: [column, pmi, images with both]."""
-    score = association.likelihood_ratio.masked_fill(~association.is_sure, -1)
+    score = association.strength.masked_fill(~association.is_sure, -1)
     best = score.topk(min(count, score.shape[1]), dim=1)
     return [
         [
@@ -220,6 +218,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--show", type=int, default=48, help="images on the page (default: 48)")
     parser.add_argument("--guide", help="text guide of the word map; default: the run's own, else "
                         "micro_clip; none: no map")  # fmt: skip
+    parser.add_argument("--averaged", action="store_true", help="take averaged (EMA) weights")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle old checkpoints")
     given = parser.parse_args(argv)
     if len(given.ckpt) > 2 or len(given.name or given.ckpt) != len(given.ckpt):
@@ -232,7 +231,9 @@ def main(argv: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # A run's own config says its host; -b stands in where there is none, and for the data.
     hosts = {
-        name: load_host(checkpoint.config or config, checkpoint, device=device)
+        name: load_host(
+            checkpoint.config or config, checkpoint, device=device, averaged=given.averaged
+        )
         for name, checkpoint in zip(names, read, strict=True)
     }
     configs = [found for found in (config, *(one.config for one in read)) if found]

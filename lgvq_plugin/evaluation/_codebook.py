@@ -9,6 +9,7 @@ from torch import Tensor
 from ..functional import pool_words
 from ..metrics.captions import tokenize_words
 from ..metrics.code_geometry import (
+    STRONG,
     nearest_code_distances,
     similarity_gap,
     word_code_association,
@@ -22,8 +23,6 @@ from ._rows import Row, Rows, rows_of
 LEAST_COUNT = 10
 """Images that a word must stand at, and a code be used in, to be looked at."""
 MOST_WORDS = 1000
-STRONG = 4.0
-"""A code answers to a word if the root of their likelihood ratio is above; chance: 1 in 16,000."""
 
 
 def usage(context: Context) -> Rows:

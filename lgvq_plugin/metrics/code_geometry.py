@@ -104,6 +104,10 @@ def _ranks(x: Tensor) -> Tensor:
     return (last - (count.double() - 1) / 2)[group]
 
 
+STRONG = 4.0
+"""A code answers to a word if their association is above; chance alone: once in 16,000 pairs."""
+
+
 def word_code_association(has_word: Tensor, has_code: Tensor, *, least: int = 5) -> Tensor:
     """Return how far each code speaks for each word: the signed root of the log-likelihood ratio.
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from lgvq_plugin.ablation.base import Results, Run
 from lgvq_plugin.ablation.statistics import (
@@ -13,8 +14,6 @@ from lgvq_plugin.ablation.statistics import (
     mean_and_sd,
     seed_stretch,
 )
-
-scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is in the extra [test]")
 
 
 def entry(value, *, higher=True, images=None):
