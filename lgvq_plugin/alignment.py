@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import LGVQConfig
 from .dist import world_size
-from .functional import batch_perplexity
+from .functional import batch_perplexity, seeded
 from .guides.base import AbstractGuide
 from .heads.code_vit import CodeViT
 from .objectives.base import AbstractObjective, Caption
@@ -53,8 +53,7 @@ class Alignment(nn.Module):
         self.config, self.guide, self.code_dim = config, guide, code_dim
         self._place = (-1, 0)  # last step seen, and how many batches it had so far
         self._told: set[str] = set()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             self.code_vit = CodeViT(
                 code_dim,
                 width=config.code_vit.width,

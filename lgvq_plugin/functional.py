@@ -8,6 +8,8 @@ L_mtp's count), we have the exact quotient: the values differ by less than 3e-6 
 one; less for more) and 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Literal
 
@@ -17,6 +19,24 @@ from torch import Tensor
 
 NORM_EPSILON = 1e-6
 """Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's generator inside, and put it back after; those of GPUs are not touched.
+
+    `torch.manual_seed` would seed the GPUs' too, and `fork_rng(devices=[])` not put them back.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.rand(3)
+        >>> with seeded(0):
+        ...     bool(torch.equal(first, torch.rand(3)))
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def global_semantic_loss(

@@ -36,11 +36,13 @@ class TextTokens:
         attention_mask: True at start, words and end; False at padding, (B, T) bool.
         word_ids: the number of the word that a token is a piece of, counted from 0; -1 at
             start, end and padding, (B, T) int64.
+        cut: how many of the captions were too long.
     """
 
     token_ids: Tensor
     attention_mask: Tensor
     word_ids: Tensor
+    cut: int = 0
 
 
 @dataclass(frozen=True)

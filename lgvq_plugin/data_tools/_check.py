@@ -189,17 +189,19 @@ def _lengths(
 ) -> Lengths | None:
     if not captions:
         return None
-    before, counts, rest = guide.truncated, [], iter(captions)
+    counts, cut, rest = [], 0, iter(captions)
     with tqdm(total=len(captions), desc=f"{name}: captions", disable=not progress) as bar:
         while batch := list(islice(rest, BATCH)):
-            counts.append(guide.tokenize(batch).attention_mask.sum(dim=1))
+            tokens = guide.tokenize(batch)
+            counts.append(tokens.attention_mask.sum(dim=1))
+            cut += tokens.cut
             bar.update(len(batch))
     numbers = torch.cat(counts).sort().values
     return Lengths(
         median=int(numbers[len(numbers) // 2]),
         most=int(numbers[min(len(numbers) - 1, int(0.95 * len(numbers)))]),
         longest=int(numbers[-1]),
-        cut=guide.truncated - before,
+        cut=cut,
         limit=guide.max_length,
     )
 

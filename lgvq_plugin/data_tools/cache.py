@@ -81,7 +81,7 @@ def _cache(sections: Sections, given: argparse.Namespace) -> None:
         if not block.get("guide"):
             raise ConfigError("lgvq.guide: {use: cached} names no `guide:` that could encode")
         block = dict(block["guide"])
-    captions = [text for text in _captions(sections) if text]
+    captions = [text for text in _captions(sections, config.caption_key) if text]
     if not captions:
         raise ConfigError("the config's data sets have no caption to encode")
     guide = build_guide(block)
@@ -115,17 +115,18 @@ def lgvq_block(plain: Mapping[str, Any]) -> LGVQConfig:
     return parse((loss.get("params") or {}).get("lgvq"))
 
 
-def _captions(sections: Sections) -> Iterator[str]:
+def _captions(sections: Sections, own_key: str | None) -> Iterator[str]:
     for section in (sections.data.train, sections.data.validation):
         if section is None:
             continue
         dataset = build_dataset(section)
         for index in range(len(dataset)):
-            if isinstance(dataset, CaptionedImages):
+            is_usual = own_key in (None, "caption", "captions")
+            if isinstance(dataset, CaptionedImages) and is_usual:
                 told: Any = dataset.captions_of(index)
             else:
                 sample = dataset[index]
-                keys = ("captions", "caption", "text", "txt")
+                keys = ("captions", "caption", "text", "txt") if own_key is None else (own_key,)
                 told = next((sample[key] for key in keys if sample.get(key)), ())
             yield from (text.strip() for text in ([told] if isinstance(told, str) else told))
 

@@ -10,6 +10,7 @@ from ..sockets import ConfigError, suggest
 
 FILE_KEYS = ("file_name", "file", "image", "filepath", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "title", "name")
+KEPT_KEYS = ("image_id", "questions", "objects", "attributes")
 TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 SIDECARS = (".txt", ".caption")
 KEYWORD_KEYS = ("keywords", "emojilib")
@@ -69,6 +70,22 @@ def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, 
     if not found:
         raise ConfigError(f"{path} is empty; expected {EXPECTED}")
     return found
+
+
+def read_extras(path: Path) -> dict[str, dict[str, Any]]:
+    """Return file name -> what `lgvq data convert` kept beside the captions; {} for other tables.
+
+    That is questions, labels and ids, and `source`, the file's old name, by which a hold-out
+    parts the copy as it parted the original.
+    """
+    if path.suffix.lower() != ".jsonl":
+        return {}
+    kept = {*KEPT_KEYS, "source"}
+    return {
+        row["file_name"]: {key: value for key, value in row.items() if key in kept}
+        for _, row in _jsonl_rows(path)
+        if "file_name" in row and "source" in row
+    }
 
 
 def read_sidecar(image: Path) -> list[str] | None:

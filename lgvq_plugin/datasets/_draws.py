@@ -24,12 +24,15 @@ class Draws:
     def __init__(self, *key: int):
         if min(key) < 0:
             raise ConfigError(f"seed, epoch and index must be >= 0, got {key}")
-        self._generator = np.random.default_rng(key)
+        self._key = key
+        self._generator: np.random.Generator | None = None  # most samples draw little or nothing
         self._pool: list[float] = []
 
     def unit(self) -> float:
         """Return the next number in [0, 1)."""
         if not self._pool:
+            if self._generator is None:
+                self._generator = np.random.default_rng(self._key)
             self._pool = self._generator.random(BLOCK).tolist()
         return self._pool.pop()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -94,7 +95,7 @@ def open_image(path: Source) -> Image.Image:
         ) from error
     except FileNotFoundError as error:
         raise UnreadableImage(f"image {path} does not exist") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL's decoders raise
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # PIL's decoders
         raise UnreadableImage(f"image {path} cannot be read: {error}") from error
 
 
@@ -189,7 +190,7 @@ def fit(image: Image.Image, size: int, crop: str, draws: Draws) -> Image.Image:
     # Cropping inside resize spares the wide strip that resizing a panorama first would make.
     box = (left, top, left + side, top + side)
     if side == size:
-        return image.crop(box)
+        return image if width == height else image.crop(box)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 

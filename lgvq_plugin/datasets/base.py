@@ -138,6 +138,8 @@ def recognize(root: str | Path, member: str | None = None) -> Layout:
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack images to a (B, ...) tensor and keep strings and lists of captions as lists.
 
+    A key that some samples lack becomes a list, with None in their places.
+
     Example:
         >>> import numpy as np
         >>> image = np.zeros((2, 2, 3), np.float32)
@@ -148,10 +150,11 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    keys = dict.fromkeys(key for sample in samples for key in sample)
+    batch: dict[str, Any] = {key: [sample.get(key) for sample in samples] for key in keys}
     for key, values in batch.items():
-        if isinstance(values[0], np.ndarray | torch.Tensor):
+        if all(isinstance(value, np.ndarray | torch.Tensor) for value in values):
             batch[key] = torch.stack([torch.as_tensor(value) for value in values])
-        elif isinstance(values[0], int | float):
+        elif all(isinstance(value, int | float) for value in values):
             batch[key] = torch.tensor(values)
     return batch

@@ -82,7 +82,10 @@ def _attributes(root: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     path = next((p for p in (root / ATTRIBUTES, root.parent / ATTRIBUTES) if p.is_file()), None)
     if path is None:
         return (), {}
-    _, header, *lines = read_lines(path) or ["", ""]
+    told = read_lines(path)
+    if len(told) < 2:
+        raise ConfigError(f"{path}: expected a count, a line of names, then a line for each image")
+    _, header, *lines = told
     names, labels = tuple(header.split()), {}
     for number, line in enumerate(lines, 3):
         file, *values = line.split()

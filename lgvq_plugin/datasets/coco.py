@@ -29,7 +29,8 @@ class Coco(ListedImages):
         split: train or validation; with `karpathy` train, restval, validation or test.
         year: 2014 or 2017; null takes the one that is there.
         karpathy: path of `dataset_coco.json`, from root or from where you are, to split by it.
-        restval: add Karpathy's 30,504 `restval` images to his train split, as is usual.
+        restval: add Karpathy's 30,504 `restval` images to his train split, as is usual; the
+            other splits stay as they are.
         instances: also read the object annotations: `objects`, a list of `{"name", "box"
             (x, y, width, height in pixels of the file), "is_crowd"}`, and `attributes`, whose
             `has_object` says which of the 80 classes are there.
@@ -139,7 +140,7 @@ def _official_records(root: Path, path: Path) -> list[Record]:
 
 def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list[Record]:
     wanted = {"val" if split == "validation" else split}
-    if restval:
+    if restval and split == "train":
         wanted.add("restval")
     images, records = CocoImages(root), []
     needed = ("filename", "split", "sentences")

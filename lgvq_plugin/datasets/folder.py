@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import EXPECTED, TABLES, clean, find_table, read_sidecar, read_table
+from ._caption_files import (
+    EXPECTED,
+    TABLES,
+    clean,
+    find_table,
+    read_extras,
+    read_sidecar,
+    read_table,
+)
 from ._image import SUFFIXES
 from ._listed import ListedImages, Reading, Record
 from ._names import SPLIT_ALIASES, choose_split, held_out_share
@@ -125,13 +133,13 @@ def _records(
     table = find_table(root, captions)
     if table is None:
         return _records_without_table(root, template)
-    listed = read_table(table, caption_key, template or "{}")
+    listed, extras = read_table(table, caption_key, template or "{}"), read_extras(table)
     places = (table.parent, root, root / "images", table.parent / "images")
     records = []
     for file, texts in listed.items():
         paths = [place / file for place in places]  # an absolute `file` stays as it is
         path = next((path for path in paths if path.is_file()), paths[0])
-        records.append(Record(file, path, tuple(texts)))
+        records.append(Record(file, path, tuple(texts), extras.get(file, {})))
     if not any(record.captions for record in records):
         raise ConfigError(f"{table}: all captions are empty; name their column with `caption_key`")
     return records
@@ -183,7 +191,12 @@ def _kept(
         raise ConfigError(f"{root}: split 'test' needs a folder {root / 'test'}")
     if split in ("train", "validation"):
         wanted = split == "validation"
-        records = [r for r in records if (held_out_share(r.file) < holdout) == wanted]
+        records = [r for r in records if (held_out_share(_first_name(r)) < holdout) == wanted]
     if not records:
         raise ConfigError(f"{root}: no image is left by split {split!r} and exclude {exclude!r}")
     return records
+
+
+def _first_name(record: Record) -> str:
+    """The file's name before `lgvq data convert` gave it another, if it did."""
+    return str(record.extra.get("source", record.file))

@@ -5,11 +5,12 @@ root: "shards/{000000..000099}.tar", several joined by "::"
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import CAPTION_KEYS, clean
+from ._caption_files import CAPTION_KEYS, KEPT_KEYS, clean
 from ._listed import ListedImages, Reading, Record
 from ._names import SPLIT_ALIASES, choose_split, held_out_share
 from ._shards import ShardSample, expand, samples
@@ -17,7 +18,6 @@ from ._shards import ShardSample, expand, samples
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "all")
-KEPT_KEYS = ("image_id", "questions", "objects", "attributes")
 
 
 class WebDataset(ListedImages):
@@ -28,9 +28,10 @@ class WebDataset(ListedImages):
 
     Args:
         root: a folder with shards, or a pattern of them.
-        split: train, validation or test: the folder of that name, or shards whose name begins
-            so; where there are none, train and validation are parted by a hash of each file's
-            name, in shards of `lgvq data convert` of its old name. null or all: every shard.
+        split: train, validation or test: the folder of that name, or shards that have it in
+            their name as a word, such as cc3m-train-0001.tar; where there are none, train and
+            validation are parted by a hash of each file's name, in shards of `lgvq data
+            convert` of its old name. null or all: every shard.
         holdout: share of the validation split in that last case, 0 < holdout < 1.
         caption_key: the field of `.json` with the captions, where it is not a usual one.
         options: see `Reading`.
@@ -87,23 +88,27 @@ class WebDataset(ListedImages):
 
 def _shards(root: str | Path, split: str) -> list[Path]:
     folder = Path(root).expanduser()
+    names = {split, *(alias for alias, name in SPLIT_ALIASES.items() if name == split)}
     if not folder.is_dir():
-        return expand(str(root)) if str(root).endswith(".tar") else []
+        listed = expand(str(root)) if str(root).endswith(".tar") else []
+        is_own = [path.parent.name in names or _has_word(path, names) for path in listed]
+        return [p for p, own in zip(listed, is_own, strict=True) if own or split == "all"]
     if split == "all":
         return sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")])
-    names = [split, *(alias for alias, name in SPLIT_ALIASES.items() if name == split)]
     inner = [path for name in names for path in (folder / name).glob("*.tar")]
-    prefixes = tuple(f"{name}{mark}" for name in names for mark in "-_.")
-    named = [path for path in folder.glob("*.tar") if path.name.startswith(prefixes)]
-    return sorted(inner or named)
+    return sorted(inner or [path for path in folder.glob("*.tar") if _has_word(path, names)])
+
+
+def _has_word(path: Path, names: set[str]) -> bool:
+    return not names.isdisjoint(re.split(r"[-_.]", path.stem))
 
 
 def _captions(sample: ShardSample, key: str | None) -> tuple[str, ...]:
     if key is not None and key not in sample.meta:
         raise ConfigError(f"{sample.image}: no caption_key {key!r} in its .json")
-    key = key or next((known for known in CAPTION_KEYS[:-1] if sample.meta.get(known)), None)
-    told = sample.meta[key] if key else None
-    if sample.text is not None and not isinstance(told, list):
+    usual = next((known for known in CAPTION_KEYS[:-1] if sample.meta.get(known)), None)
+    told = sample.meta[key or usual] if key or usual else None
+    if key is None and sample.text is not None and not isinstance(told, list):
         told = sample.text.splitlines()
     texts = [told] if isinstance(told, str) else told or []
     return tuple(text for text in (clean(str(text)) for text in texts) if text)

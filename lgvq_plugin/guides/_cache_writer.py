@@ -19,6 +19,7 @@ from ..types import TextFeatures
 from ._cache_file import (
     INDEX,
     KEY_BYTES,
+    VOCABULARY,
     CacheFacts,
     Shards,
     caption_key,
@@ -91,6 +92,11 @@ def write_cache(
     return plan, _fill(folder, facts, guide, plan, batch_size)
 
 
+def _is_begun(folder: Path) -> bool:
+    """Whether nothing is there but what a killed run wrote first."""
+    return folder.is_dir() and all(path.name.startswith(VOCABULARY) for path in folder.iterdir())
+
+
 def _prepare(
     folder: Path, facts: CacheFacts, guide: AbstractGuide, captions: Sequence[str]
 ) -> Plan:
@@ -104,7 +110,7 @@ def _prepare(
                 f"the text cache {folder} was made with {'; '.join(changed)}; choose another folder"
             )
     else:
-        if folder.exists() and (not folder.is_dir() or any(folder.glob("[!v]*"))):
+        if folder.exists() and not _is_begun(folder):
             raise ConfigError(f"{folder} is not empty and holds no text cache; choose a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_vocabulary(folder, guide.vocabulary.detach().cpu().numpy())

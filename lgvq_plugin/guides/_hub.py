@@ -1,12 +1,9 @@
 """What fetching foreign weights needs: a quick answer offline, and an untouched random stream."""
 
-import contextlib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 
 from ..sockets import ConfigError
@@ -49,11 +46,3 @@ def reach(url: str, sought: str, place: str) -> None:
             "open_clip, {use: huggingface, model: /path}; "
             "guide: {use: micro_clip} does without any download"
         )
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch inside, and leave its random stream as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

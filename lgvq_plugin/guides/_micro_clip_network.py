@@ -9,6 +9,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from ..functional import seeded
+
 CONFIG: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 16},  # a small ResNet
@@ -27,8 +29,7 @@ def new_tokenizer() -> SimpleTokenizer:
 
 def new_network(seed: int) -> CustomTextCLIP:
     """Return both towers as they are before training; the global random stream stays."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = CustomTextCLIP(**CONFIG)
     with torch.no_grad():
         rows = START_SCALE * seeded_rows(seed)

@@ -16,8 +16,9 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
+from ..functional import seeded
 from ..sockets import ConfigError, suggest
-from ._hub import cache_folder, reach, seeded
+from ._hub import cache_folder, reach
 
 log = logging.getLogger(__name__)
 

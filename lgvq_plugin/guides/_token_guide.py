@@ -39,14 +39,14 @@ class TokenGuide(AbstractGuide):
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         rows = [self._row(caption) for caption in captions]
-        tokens, cut = assemble(rows, length=self.max_length, pad=self._pad)
-        if cut and not self.truncated:
+        tokens = assemble(rows, length=self.max_length, pad=self._pad)
+        if tokens.cut and not self.truncated:
             log.warning(
                 "a caption has more than max_length = %d tokens and is cut, its end token kept; "
                 "the guide's `truncated` goes on counting",
                 self.max_length,
             )
-        self.truncated += cut
+        self.truncated += tokens.cut
         self._last = key, tokens
         return tokens
 

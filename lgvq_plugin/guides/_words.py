@@ -24,7 +24,7 @@ def number_words(ends: Sequence[bool]) -> list[int]:
     return numbers
 
 
-def assemble(rows: Sequence[Row], *, length: int, pad: int) -> tuple[TextTokens, int]:
+def assemble(rows: Sequence[Row], *, length: int, pad: int) -> TextTokens:
     """Cut rows to `length`, their last token kept, and pad the shorter ones.
 
     Args:
@@ -33,12 +33,12 @@ def assemble(rows: Sequence[Row], *, length: int, pad: int) -> tuple[TextTokens,
         pad: token id of the padding.
 
     Returns:
-        (B, T) tokens, and how many rows were cut.
+        (B, T) tokens, which tell how many rows were cut.
 
     Example:
-        >>> tokens, cut = assemble([([7, 5, 6, 9], [-1, 0, 1, -1]), ([7, 9], [-1, -1])],
-        ...                        length=3, pad=0)
-        >>> tokens.token_ids.tolist(), tokens.word_ids.tolist(), cut
+        >>> tokens = assemble([([7, 5, 6, 9], [-1, 0, 1, -1]), ([7, 9], [-1, -1])],
+        ...                   length=3, pad=0)
+        >>> tokens.token_ids.tolist(), tokens.word_ids.tolist(), tokens.cut
         ([[7, 5, 9], [7, 9, 0]], [[-1, 0, -1], [-1, -1, -1]], 1)
     """
     token_ids = torch.full((len(rows), length), pad)
@@ -52,4 +52,4 @@ def assemble(rows: Sequence[Row], *, length: int, pad: int) -> tuple[TextTokens,
         token_ids[row, : len(ids)] = torch.tensor(ids)
         word_ids[row, : len(words)] = torch.tensor(words)
         attention_mask[row, : len(ids)] = True
-    return TextTokens(token_ids, attention_mask, word_ids), cut
+    return TextTokens(token_ids, attention_mask, word_ids, cut)

@@ -66,6 +66,8 @@ class CachedGuide(AbstractGuide):
         self._missing, self._verify = missing, verify
         self.facts = CacheFacts.read(self._folder)
         self._source: AbstractGuide | None = None
+        self._last: tuple[tuple[str, ...], TextTokens] | None = None
+        self._found: tuple[tuple[str, ...], list[Place]] | None = None
         if rest and guide is None:
             raise ConfigError(f"guide cached: no key {next(iter(rest))!r}; put it under `guide:`")
         if verify or guide is not None:
@@ -82,15 +84,21 @@ class CachedGuide(AbstractGuide):
 
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
         """Return the tokens of B captions, as the guide split them, on the CPU."""
+        key = tuple(captions)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]  # a step asks twice, and a cut caption shall count once
         places = self._find(captions)
         if places is None:
             return self._tokenize_by_source(captions)
-        self._count_cut(sum(bool(shard["cut"][row]) for shard, row in places))
+        cut = sum(bool(shard["cut"][row]) for shard, row in places)
+        self._count_cut(cut)
         ids, attention, words = (
             self._stack([shard[name][row] for shard, row in places], kind, self.max_length)
             for name, kind in (("token_ids", np.int64), ("attention", bool), ("word_ids", np.int64))
         )
-        return TextTokens(ids, attention, words)
+        tokens = TextTokens(ids, attention, words, cut)
+        self._last = key, tokens
+        return tokens
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
@@ -207,6 +215,9 @@ class CachedGuide(AbstractGuide):
 
     def _find(self, captions: Sequence[str]) -> list[Place] | None:
         """Return where the captions lie, or None if the guide has to encode them."""
+        key = tuple(captions)
+        if self._found is not None and self._found[0] == key:
+            return self._found[1]
         places = self._shards.find(captions)
         lost = [text for text, place in zip(captions, places, strict=True) if place is None]
         if lost and self._missing == "error":
@@ -215,7 +226,11 @@ class CachedGuide(AbstractGuide):
                 f"{self._folder}; run `lgvq cache` again with this config (what is there is "
                 "kept), or set `guide.missing: encode`"
             )
-        return None if lost else [place for place in places if place is not None]
+        if lost:
+            return None
+        found = [place for place in places if place is not None]
+        self._found = key, found
+        return found
 
     def _maskings(
         self, captions: Sequence[str], places: list[Place], masks: np.ndarray | None

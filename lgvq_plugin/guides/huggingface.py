@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
+from ..functional import seeded
 from ..sockets import ConfigError
-from ._hub import cache_folder, reach, seeded
+from ._hub import cache_folder, reach
 from ._token_guide import TokenGuide
 from ._words import Row
 
@@ -47,7 +49,8 @@ class HuggingFaceGuide(TokenGuide):
             raise ConfigError(f"guide.sentence: expected {'|'.join(SENTENCES)}, got {sentence!r}")
         self._source = {"model": model, "sentence": sentence, "cache_dir": cache_dir}
         self._pooling = sentence
-        network, self._tokenizer = _load(model, cache_dir)
+        path = Path(model).expanduser()
+        network, self._tokenizer = _load(str(path) if path.is_dir() else model, cache_dir)
         self.max_length = _checked_length(max_length, network, self._tokenizer)
         self._words = network.get_input_embeddings().weight.shape[0]
         self._pad = self._tokenizer.pad_token_id or 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import functional
 from .._fields import require
 from .._files import replacing
 
@@ -57,8 +58,7 @@ class ProbeConfig:
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> Any:
     """Return what `build` gives under this seed; the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with functional.seeded(seed):
         return build()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..functional import global_semantic_loss
+from ..functional import global_semantic_loss, seeded
 from ..metrics.retrieval import retrieval_recall
 from ..sockets import ConfigError, resolve
 
@@ -84,8 +84,7 @@ def train(plan: Plan, output: Path) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(plan.seed)
+        with seeded(plan.seed):
             return _train(plan, output)
     finally:
         torch.set_num_threads(threads)

@@ -58,6 +58,17 @@ def test_counts_lengths_and_repeats(pictures, tmp_path):
     assert report.lengths.median in (4, 6)
 
 
+def test_each_split_counts_its_own_cut_captions(pictures, tmp_path):
+    long = " ".join(["dog"] * 40)
+    for split in ("train", "validation"):
+        (pictures(tmp_path / "set" / split, 1) / "000.txt").write_text(f"{long}\n")
+    found = check(tmp_path / "set", tmp_path / "out", progress=False)
+    assert {name: report.lengths.cut for name, report in found.splits.items()} == {
+        "train": 1,
+        "validation": 1,
+    }
+
+
 def test_images_shared_by_splits_are_told(pictures, tmp_path):
     pictures(tmp_path / "set/train", 3)
     pictures(tmp_path / "set/val", 2)  # the same noise

@@ -62,6 +62,16 @@ def test_hold_out_parts_the_copy_as_the_original(pictures, tmp_path):
         assert names[0] == names[1] != set()
 
 
+def test_a_copy_of_suffixes_that_change_is_parted_as_the_original(pictures, tmp_path):
+    root = pictures(tmp_path / "set", 30, suffix="webp")  # webp becomes jpg: other names
+    convert(root, tmp_path / "out", Settings(format="folder", size=20), progress=False)
+    parts = [
+        CaptionedFolder(place, split="validation").records for place in (root, tmp_path / "out")
+    ]
+    names = [{record.path.stem for record in records} for records in parts]
+    assert names[0] == names[1] != set()
+
+
 def test_shards_without_splits_are_parted_as_the_original(pictures, tmp_path):
     root = pictures(tmp_path / "set", 30)
     convert(root, tmp_path / "out", Settings(size=20), progress=False)
@@ -80,14 +90,18 @@ def test_splits_questions_and_labels_are_kept(trees, tmp_path):
     trees["vqa2"](tmp_path / "set")
     convert(tmp_path / "set", tmp_path / "out", Settings(), progress=False)
     before = recognize(tmp_path / "set").build("train")
-    after = WebDataset(tmp_path / "out", "train")
-    assert after[0]["questions"] == before[0]["questions"]
-    assert after[0]["image_id"] == before[0]["image_id"]
+    convert(tmp_path / "set", tmp_path / "flat", Settings(format="folder"), progress=False)
+    for after in (
+        WebDataset(tmp_path / "out", "train"),
+        CaptionedFolder(tmp_path / "flat", split="train"),
+    ):
+        assert after[0]["questions"] == before[0]["questions"]
+        assert after[0]["image_id"] == before[0]["image_id"]
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")
 def test_the_webdataset_package_reads_what_we_write(pictures, tmp_path):
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
     root = pictures(tmp_path / "set", 4)
     convert(root, tmp_path / "out", Settings(shard_size=2), progress=False)
     shards = str(tmp_path / "out/{000000..000001}.tar")
@@ -100,7 +114,7 @@ def test_the_webdataset_package_reads_what_we_write(pictures, tmp_path):
 
 
 def test_hugging_face_reads_the_folder(pictures, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     root = pictures(tmp_path / "set", 3)
     convert(root, tmp_path / "out", Settings(format="folder"), progress=False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -161,7 +161,7 @@ def webdataset(root):
 
 
 def huggingface(root):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = {
         "image": [{"bytes": encoded(k), "path": None} for k in range(COUNT)],
         "captions": [captions(k) for k in range(COUNT)],

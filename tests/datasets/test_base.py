@@ -138,6 +138,15 @@ def test_global_random_state_is_left_alone(build):
     assert torch.equal(before[1], torch.get_rng_state())
 
 
+def test_a_key_that_some_samples_lack_is_a_list():
+    image = np.zeros((2, 2, 3), np.float32)
+    batch = collate([{"image": image, "n": 1}, {"image": image, "labels": image}])
+    assert batch["image"].shape == (2, 2, 2, 3)
+    assert batch["n"] == [1, None]
+    assert batch["labels"][0] is None
+    assert batch["labels"][1] is image
+
+
 def test_a_batch_stacks_numbers_and_lists_the_rest(build):
     batch = collate([build()[i] for i in range(4)])
     assert batch["image"].shape == (4, 16, 16, 3)

@@ -145,3 +145,12 @@ def test_shrinking_keeps_the_shorter_side(tmp_path, square, expected):
     (tmp_path / "b").write_bytes(content)
     with Image.open(tmp_path / "b") as image:
         assert (image.size, image.mode, suffix) == (expected, "RGB", ".png")
+
+
+@pytest.mark.parametrize("exif", [b"II*\0\x08", b"XX*\0\x08\0\0\0"], ids=["short", "no TIFF"])
+def test_broken_exif_is_skipped_like_any_broken_file(tmp_path, exif):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png", exif=exif)
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    for k in range(2):
+        (tmp_path / f"{k}.txt").write_text(f"number {k}")
+    assert CaptionedFolder(tmp_path, skip_corrupt=True)[0]["caption"] == "number 1"

@@ -58,7 +58,7 @@ def test_a_list_takes_captions_behind_a_tab_or_beside(tmp_path):
 
 
 def test_shards_written_by_the_webdataset_package(tmp_path):
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
     with wds.TarWriter(str(tmp_path / "train-000000.tar")) as sink:
         for k in range(COUNT):
             meta = {"caption": captions(k), "image_id": k}
@@ -97,6 +97,52 @@ def test_a_cut_off_shard_and_a_compressed_one_are_named(tmp_path, trees):
         WebDataset(tmp_path)
 
 
+def put(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def shard(path, keys, meta=None):
+    """Write a shard of small photos with a .txt, and a .json if `meta` is given."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for key in keys:
+            put(tar, f"{key}.png", picture.getvalue())
+            put(tar, f"{key}.txt", f"text {key}".encode())
+            if meta is not None:
+                put(tar, f"{key}.json", json.dumps(meta).encode())
+    return path
+
+
+def test_a_pattern_of_shards_has_splits_too(tmp_path):
+    shard(tmp_path / "cc3m-train-0000.tar", ["a", "b"])
+    shard(tmp_path / "cc3m-train-0001.tar", ["c"])
+    shard(tmp_path / "cc3m-val-0000.tar", ["d"])
+    pattern = f"{tmp_path}/cc3m-train-{{0000..0001}}.tar::{tmp_path}/cc3m-val-0000.tar"
+    told = {s: [c for r in WebDataset(pattern, s).records for c in r.captions]
+            for s in ("train", "validation", "all")}  # fmt: skip
+    assert told["train"] == ["text a", "text b", "text c"]
+    assert told["validation"] == ["text d"]
+    assert told["all"] == [*told["train"], *told["validation"]]
+
+
+def test_one_shard_without_a_split_in_its_name_is_parted(tmp_path):
+    path = shard(tmp_path / "pictures.tar", [f"{k:02d}" for k in range(40)])
+    names = [{r.file for r in WebDataset(path, split, holdout=0.3).records}
+             for split in ("train", "validation")]  # fmt: skip
+    assert not names[0] & names[1]
+    assert len(names[0]) + len(names[1]) == 40
+    assert names[1]
+
+
+def test_a_caption_key_is_taken_where_there_is_a_text_too(tmp_path):
+    path = shard(tmp_path / "a.tar", ["x"], {"caption": "usual", "long": "another"})
+    assert WebDataset(path).records[0].captions == ("text x",)
+    assert WebDataset(path, caption_key="long").records[0].captions == ("another",)
+
+
 def test_missing_shards_are_counted(tmp_path):
     with pytest.raises(ConfigError, match="3 shards do not exist"):
         WebDataset(f"{tmp_path}/a_{{0..2}}.tar")
@@ -119,7 +165,7 @@ def imagefolder(tmp_path):
 
 
 def test_imagefolder_reads_the_same_with_and_without_the_library(imagefolder, monkeypatch):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", imagefolder.parent / "cache")
     for split in ("train", "validation"):
         theirs = HuggingFaceImages(imagefolder, split, size=16)
@@ -130,7 +176,7 @@ def test_imagefolder_reads_the_same_with_and_without_the_library(imagefolder, mo
 
 
 def test_parquet_files_with_image_bytes(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     import pyarrow
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

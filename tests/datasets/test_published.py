@@ -107,6 +107,8 @@ def test_coco_karpathy_split(tmp_path):
     both = Coco(tmp_path, "train", restval=True, **options)
     assert [r.extra["image_id"] for r in both.records] == [9, 25, 36, 123456]
     assert Coco(tmp_path, "val", **options)[0]["captions"] == ["caption 0 of 2"]
+    for split in ("val", "test"):
+        assert len(Coco(tmp_path, split, restval=True, **options)) == 1
 
 
 def test_coco_instances_tell_objects_and_labels(tmp_path):

@@ -76,6 +76,24 @@ def test_features_are_the_guides_bit_for_bit(tmp_path, block, padding):
     assert torch.equal(cached.tokenize(captions).word_ids, guide.tokenize(captions).word_ids)
 
 
+def test_a_cut_caption_counts_once_a_step_as_in_the_guide(tmp_path):
+    """A step asks for the tokens, the whole captions, and the masked ones."""
+    batch = [CAPTIONS[0], LONG]
+    guide = fill(tmp_path, MICRO, batch)
+    cached, counts = build_guide({"use": "cached", "folder": str(tmp_path)}), []
+    for each in (guide, cached):
+        before = each.truncated
+        for _ in range(2):
+            for captions in (batch, CAPTIONS[:1]):  # another batch between two steps
+                words = each.tokenize(captions).word_ids
+                assert each.tokenize(captions).cut == (LONG in captions)
+                generator = torch.Generator().manual_seed(0)
+                mask = each.draw_mask(captions, words, ratio=(0.15, 0.5), generator=generator)
+                each.encode(captions) if each is guide else each.encode(captions, token_mask=mask)
+        counts.append(each.truncated - before)
+    assert counts == [2, 2]
+
+
 def test_order_and_repeats_change_no_bit(tmp_path):
     fill(tmp_path / "c", MICRO, [*CAPTIONS[:3]] * 2)
     cached = build_guide({"use": "cached", "folder": str(tmp_path / "c")})

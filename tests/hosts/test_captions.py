@@ -120,7 +120,9 @@ def test_the_wrong_number_is_told(captions, told):
 
 def test_the_wrong_grid_is_told():
     case = BY_NAME["VectorQuantize-rows"]
-    pytest.importorskip("vector_quantize_pytorch")
+    pytest.importorskip(
+        "vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed"
+    )
     host, _ = case.build()
     attach(host, grid=[3, 5], **LGVQ)
     with pytest.raises(ConfigError, match=r"16 codes an image are no 3 x 5 grid.*lgvq.grid"):
@@ -129,7 +131,9 @@ def test_the_wrong_grid_is_told():
 
 def test_a_grid_that_is_not_square():
     case = BY_NAME["VectorQuantize-rows"]
-    pytest.importorskip("vector_quantize_pytorch")
+    pytest.importorskip(
+        "vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed"
+    )
     host, _ = case.build()
     handle = attach(host, grid=[2, 8], **LGVQ)
     host(case.batch()["image"])

@@ -317,7 +317,7 @@ def test_attach_to_an_optimizer_and_back():
 
 
 def test_diffusers_is_encoded_reconstructed_and_decoded():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="diffusers is in the extra [diffusers]")
     case = BY_NAME["diffusers"]
     host, _ = case.build()
     host.eval()

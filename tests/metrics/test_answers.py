@@ -93,7 +93,7 @@ def test_wups_by_hand():
 
 def test_wordnet_gives_the_documented_similarity():
     """NLTK's own documentation: wup_similarity of dog.n.01 and cat.n.01 is 0.857142..."""
-    pytest.importorskip("nltk")
+    pytest.importorskip("nltk", reason="nltk is in the extra [eval]")
     try:
         similarity = wordnet_similarity(os.environ.get("LGVQ_WORDNET"))
     except ConfigError as error:
@@ -103,7 +103,7 @@ def test_wordnet_gives_the_documented_similarity():
 
 
 def test_a_missing_wordnet_is_told(monkeypatch, tmp_path):
-    nltk = pytest.importorskip("nltk")
+    nltk = pytest.importorskip("nltk", reason="nltk is in the extra [eval]")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     try:
         wordnet_similarity()

@@ -24,7 +24,7 @@ def test_it_reads_the_codes(probe, test):
 
 
 def test_scores_and_their_control(probe, test):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is in the extra [eval]")
     scores = probe.evaluate(test.codes, test.captions)
     assert scores["bleu_4"] > 0.8
     assert scores["cider_d"] > 3 * scores["shuffled/cider_d"]
