@@ -65,7 +65,9 @@ def reading(photos, converted):
 
     runs = {
         "pillow": lambda: drop(plain(path) for path in paths),
-        "pillow_to_floats": lambda: drop(np.asarray(plain(p), np.float32) / 127.5 for p in paths),
+        "pillow_to_floats": lambda: drop(
+            np.asarray(plain(p), np.float32) / 127.5 - 1 for p in paths
+        ),
         "folder": lambda: drop(ours[i] for i in range(len(ours))),
         "webdataset": lambda: drop(shards[i] for i in range(len(shards))),
         "folder_one_worker": lambda: through(ours),
@@ -79,12 +81,21 @@ def reading(photos, converted):
             clock = time.perf_counter if "worker" in name else time.process_time
             times[name].append(seconds(work, clock))
     rates = {name: len(paths) / statistics.median(taken) for name, taken in times.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times["pillow"], times[name], strict=True))
-        for name in runs
-        if name not in ("pillow", "folder_one_worker")
+
+    def ratios(base):
+        others = (name for name in runs if name not in ("pillow", "folder_one_worker", base))
+        return {
+            name: statistics.median(a / b for a, b in zip(times[base], times[name], strict=True))
+            for name in others
+        }
+
+    return {
+        "samples_per_second": rates,
+        # The bytes of an RGB image, or the float32 array in [-1, 1] that a sample is.
+        "ratio_to_pillow": ratios("pillow"),
+        "ratio_to_pillow_to_floats": ratios("pillow_to_floats"),
+        "images": len(paths),
     }
-    return {"samples_per_second": rates, "ratio_to_pillow": ratios, "images": len(paths)}
 
 
 def look_ups(photos, folder, count):
