@@ -7,13 +7,12 @@ captions --guide--> Caption ---|--> objectives --> sum of weight * term, and wha
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from .config import LGVQConfig
+from .config import LGVQConfig, ObjectivesConfig
 from .dist import world_size
 from .functional import batch_perplexity, seeded
 from .guides.base import AbstractGuide
@@ -51,7 +50,7 @@ class Alignment(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.guide, self.code_dim = config, guide, code_dim
-        self._place = (-1, 0)  # last step seen, and how many batches it had so far
+        self._places: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._told: set[str] = set()
         with seeded(config.seed):
             self.code_vit = CodeViT(
@@ -81,14 +80,16 @@ class Alignment(nn.Module):
             FloatingPointError: for a term that is not finite (`on_nonfinite: raise`).
         """
         self._check(codes, captions)
-        generator = self._generator(step)
+        generator = self._generator(step, split)
         strings = [_draw(caption, generator) for caption in captions]
         log = _codebook_log(codes, split)
         scale = self._scale(step) if split == "train" else 1.0
         if scale == 0.0 or (not any(strings) and world_size() == 1):
             if not any(strings):
                 self._tell_once("no captions in a batch: it trains the base loss alone")
-            return codes.codes.new_zeros(()), log
+            # Other ranks may have captions, and DDP waits for a gradient of every parameter.
+            nothing = zero_of(self) if world_size() > 1 else codes.codes.new_zeros(())
+            return nothing, log
         view, caption = self._see(codes, strings, generator)
         terms: dict[str, Term] = {n: each(view, caption) for n, each in self.objectives.items()}
         bad = self._not_finite(terms, step)
@@ -96,8 +97,8 @@ class Alignment(nn.Module):
         for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
             log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}
-            if name in bad:  # the other ranks wait for a gradient of every parameter
-                total = total + zero_of(self.objectives[name])
+            if name in bad:  # the code-ViT too: it may be the only objective
+                total = total + zero_of(self)
             else:
                 total = total + scale * self.weight(name) * term.value
         log[f"{split}/lgvq/total"] = total.detach()
@@ -139,11 +140,12 @@ class Alignment(nn.Module):
                 f"(a string, a list of strings, or None){hint if lengths == {batch} else ''}"
             )
 
-    def _generator(self, step: int) -> torch.Generator:
-        last, count = self._place
-        self._place = (step, count + 1 if step == last else 0)
+    def _generator(self, step: int, split: str = "train") -> torch.Generator:
+        last, count = self._places.get(split, (-1, 0))
+        count = count + 1 if step == last else 0
+        self._places[split] = (step, count)
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
-        seed = torch.tensor([self.config.seed, step, self._place[1], rank], dtype=torch.int64)
+        seed = torch.tensor([self.config.seed, step, count, rank], dtype=torch.int64)
         primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
         return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
 
@@ -156,6 +158,8 @@ class Alignment(nn.Module):
 
     def _not_finite(self, terms: dict[str, Term], step: int) -> list[str]:
         """Return the names of terms that are not finite; one read from the device for all."""
+        if not terms:
+            return []
         values = torch.stack([term.value.detach().float() for term in terms.values()]).tolist()
         bad = {n: value for n, value in zip(terms, values, strict=True) if not math.isfinite(value)}
         for name, value in bad.items():
@@ -189,15 +193,11 @@ def zero_of(module: nn.Module) -> Tensor:
 def _objectives(
     config: LGVQConfig, guide: AbstractGuide, code_dim: int
 ) -> dict[str, AbstractObjective]:
-    needs: dict[str, dict[str, Any]] = {
-        "global_semantic": {"image_dim": guide.token_dim, "sentence_dim": guide.sentence_dim},
-        "masked_text": {"memory_dim": guide.token_dim, "guide": guide},
-        "relationship": {"code_dim": code_dim, "token_dim": guide.token_dim},
-    }
+    chosen = {each.name: getattr(config.objectives, each.name) for each in fields(ObjectivesConfig)}
     return {
-        name: resolve("objectives", name)(getattr(config.objectives, name), **extra)
-        for name, extra in needs.items()
-        if getattr(config.objectives, name).weight > 0
+        name: resolve("objectives", name)(own, guide=guide, code_dim=code_dim)
+        for name, own in chosen.items()
+        if own.weight > 0
     }
 
 
@@ -226,7 +226,9 @@ def _codebook_log(codes: Codes, split: str) -> dict[str, Tensor]:
     """Usage (share of codes in this batch) and perplexity of this batch."""
     if codes.indices is None or codes.codebook is None:
         return {}
-    counts = torch.bincount(codes.indices.flatten(), minlength=len(codes.codebook)).float()
+    chosen = codes.indices.flatten()
+    counts = torch.zeros(len(codes.codebook), device=chosen.device)  # bincount reads the device
+    counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
     usage = (counts > 0).float().mean()
     return {
         f"{split}/codebook/usage": usage,

@@ -23,6 +23,7 @@ from ._loss_parts import (
     base_of,
     bound_arguments,
     captions_of,
+    forget_averages,
     forgive_missing_heads,
     in_words,
     is_on,
@@ -157,9 +158,10 @@ class LGVQLoss(Wrapper):
         for part in (self._tap, self._check, self._methods):
             if part is not None:
                 part.remove()
-        self._modules.pop("lgvq", None)
         if self._host is not None:
+            forget_averages(self._host.module, self)
             replace_module(self._host.module, self, self.base_loss)
+        self._modules.pop("lgvq", None)
         self._tap = self._check = self._captions = self._methods = None
         self._orphan_told = True
         return self.base_loss

@@ -69,5 +69,8 @@ def over(target: str) -> type[LGVQLoss]:
     return type(name, (LGVQLoss,), {"BASE_TARGET": target, "__module__": place, "__doc__": told})
 
 
-if not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path):
+if not any(
+    (type(finder).__module__, type(finder).__name__) == (__name__, "_Finder")
+    for finder in sys.meta_path
+):
     sys.meta_path.append(_Finder())

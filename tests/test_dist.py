@@ -13,6 +13,7 @@ from lgvq_plugin.dist import gather_rows, world_size
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
+from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -37,7 +38,8 @@ class Net(nn.Module):
         torch.manual_seed(1)
         self.encoder = nn.Linear(4, 7)
         config = GlobalSemanticConfig(temperature=0.3, **knobs)
-        self.objective = GlobalSemantic(config, image_dim=7, sentence_dim=5)
+        self.objective = GlobalSemantic(
+            config, guide=SimpleNamespace(token_dim=7, sentence_dim=5), code_dim=7)
 
     def forward(self, rows, present):
         cls = self.encoder(IMAGES[rows])

@@ -19,26 +19,31 @@ Every variant of a seed has the same data, order of samples, initial weights and
 that breaks this is refused.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from ..config import ObjectivesConfig, parse
+from ..config import parse
 from ..evaluation.base import METRICS, EvaluationConfig
 from ..sockets import ConfigError, suggest
-from ..training.base import LOSS_KEYS, Sections, lgvq_block, loss_section, read_config
+from ..training.base import (
+    LOSS_KEYS,
+    Sections,
+    lgvq_block,
+    loss_section,
+    read_config,
+    to_plain,
+)
+from ._changes import apply_changes, merged
 from .base import Job, Plan
 
 KEYS = [
     *("title", "base", "config", "seeds", "baseline", "against"),
     *("data", "variants", "evaluation", "examples"),
 ]
-OBJECTIVES = [field.name for field in fields(ObjectivesConfig)]
-LGVQ = "model.params.lossconfig.params.lgvq"
 NAME = "letters, digits, dots, + and _"
 
 
@@ -137,7 +142,7 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     """Check the plan's `evaluation:`: `metrics`, and keys of an evaluation block."""
     if not isinstance(given or {}, Mapping):
         raise ConfigError(f"{path}: evaluation: expected a mapping, got {given!r}")
-    evaluation = {str(key): value for key, value in (given or {}).items()}
+    evaluation = to_plain(given or {})
     metrics = evaluation.get("metrics")
     for name in metrics if isinstance(metrics, list) else [metrics] * (metrics is not None):
         if name not in METRICS:
@@ -173,74 +178,12 @@ def _beside(path: Path, base: str) -> Path:
     return beside if beside.exists() or not Path(base).exists() else Path(base)
 
 
-def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> DictConfig:
-    """Return `config` with the changes of one variant.
-
-    Args:
-        config: sections model, data, training.
-        changes: a mapping with keys of the config, nested or dotted, and the short forms
-            `recipe`, `objectives` and `lgvq`; or a list of "key=value".
-        where: for messages.
-
-    Example:
-        >>> short = apply_changes(OmegaConf.create({}), {"recipe": "paper", "training.seed": 3})
-        >>> short.training.seed, short.model.params.lossconfig.params.lgvq.recipe
-        (3, 'paper')
-    """
-    if isinstance(changes, str) or not isinstance(changes, Mapping | Sequence):
-        raise ConfigError(f"{where}: expected a mapping or a list of key=value, got {changes!r}")
-    try:
-        if not isinstance(changes, Mapping):
-            return _merge(config, read_config([], [str(change) for change in changes]))
-        config = _merge(config)
-        for key, value in changes.items():
-            for full, part in _in_full(str(key), value, where):
-                OmegaConf.update(config, full, _nested(part), merge=True, force_add=True)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where}: the changes do not fit the config: {error}") from error
-    return config
-
-
-def _nested(value: Any) -> Any:
-    """Write out dotted keys at any depth: {"a.b": 1} as {"a": {"b": 1}}."""
-    if not isinstance(value, Mapping):
-        return value
-    whole = OmegaConf.create({})
-    for key, part in value.items():
-        OmegaConf.update(whole, str(key), _nested(part), merge=True, force_add=True)
-    return whole
-
-
-def _in_full(key: str, value: Any, where: str) -> Iterable[tuple[str, Any]]:
-    """Yield (key of the config, value) for one key of a variant."""
-    head, dot, rest = key.partition(".")
-    if head == "recipe":
-        yield f"{LGVQ}.recipe", value
-    elif key == "objectives" and not isinstance(value, Mapping):
-        names = [value] if isinstance(value, str) else list(value or [])
-        for name in names:
-            if name not in OBJECTIVES:
-                raise ConfigError(f"{where}: objectives: {name!r}{suggest(name, OBJECTIVES)}")
-        for name in OBJECTIVES:
-            if name not in names:
-                yield f"{LGVQ}.objectives.{name}.weight", 0.0
-    elif head in ("objectives", "lgvq"):
-        yield LGVQ + (".objectives" if head == "objectives" else "") + dot + rest, value
-    elif head in ("model", "data", "training"):
-        yield key, value
-    else:
-        known = ["model", "data", "training", "lgvq", "recipe", "objectives", "note", "base"]
-        raise ConfigError(f"{where}: no key {key!r} in a variant{suggest(head, known)}")
-
-
 def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str) -> dict[str, Any]:
     """Return the plain config of one seed, checked; the heads get the seed too."""
     given = read_config([], overrides)
     if OmegaConf.select(given, "training.seed") is not None:
         raise ConfigError("training.seed is the plan's: give --seeds, or `seeds:` in the plan")
-    changed = _merge(config, given, OmegaConf.create({"training": {"seed": seed}}))
+    changed = merged(config, given, OmegaConf.create({"training": {"seed": seed}}))
     try:
         plain = Sections.of(changed).plain
     except ConfigError as error:
@@ -263,12 +206,6 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
         own = {**(loss.get("params") or {}), "lgvq": {"seed": seed, **block}}
         params[key] = {**loss, "params": own}
     return plain
-
-
-def _merge(*configs: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(*configs)
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def _check_comparable(jobs: Sequence[Job], path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..config import GlobalSemanticConfig
 from ..dist import gather_rows
 from ..functional import cosines, global_semantic_loss
+from ..guides.base import AbstractGuide
 from ..types import CodeView, Term
 from .base import AbstractObjective, Caption
 
@@ -24,8 +25,11 @@ class GlobalSemantic(AbstractObjective):
         sentence_dim: Ds.
     """
 
-    def __init__(self, config: GlobalSemanticConfig, *, image_dim: int, sentence_dim: int) -> None:
+    def __init__(
+        self, config: GlobalSemanticConfig, *, guide: AbstractGuide, code_dim: int
+    ) -> None:
         super().__init__()
+        image_dim, sentence_dim = guide.token_dim, guide.sentence_dim  # the code-ViT's, the text's
         self.config = config
         same_width = image_dim == sentence_dim
         self.project = nn.Identity() if same_width else nn.Linear(image_dim, sentence_dim)

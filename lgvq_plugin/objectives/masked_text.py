@@ -24,12 +24,12 @@ class MaskedText(AbstractObjective):
         guide: gives the widths and the vocabulary.
     """
 
-    def __init__(self, config: MaskedTextConfig, *, memory_dim: int, guide: AbstractGuide) -> None:
+    def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
         self.config = config
         self.decoder = TextDecoder(
             guide.token_dim,
-            memory_dim=memory_dim,
+            memory_dim=guide.token_dim,
             vocabulary_size=len(guide.vocabulary),
             max_length=guide.max_length,
             depth=config.depth,

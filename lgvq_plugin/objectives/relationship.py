@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import RelationshipConfig
 from ..functional import pool_words, relationship_loss
+from ..guides.base import AbstractGuide
 from ..types import CodeView, Term
 from .base import AbstractObjective, Caption
 
@@ -22,14 +23,14 @@ class Relationship(AbstractObjective):
         token_dim: Dt.
     """
 
-    def __init__(self, config: RelationshipConfig, *, code_dim: int, token_dim: int) -> None:
+    def __init__(self, config: RelationshipConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
         self.config = config
         self.project: nn.Module = nn.Identity()
         if config.project:
-            linear = nn.Linear(code_dim, token_dim)
+            linear = nn.Linear(code_dim, guide.token_dim)
             nn.init.normal_(linear.weight, std=0.01)
-            self.project = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(token_dim))
+            self.project = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(guide.token_dim))
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_ras over the captions that are present."""

@@ -80,6 +80,14 @@ def test_the_seed_is_the_runs_and_the_heads(write):
         assert lgvq(job)["seed"] == job.seed
 
 
+def test_an_evaluation_may_name_variables_of_the_environment(write, monkeypatch):
+    monkeypatch.setenv("SOME_GUIDE", "micro_clip")
+    path = write(
+        variants={"a": None}, evaluation={"guide": {"use": "${oc.env:SOME_GUIDE}"}, "limit": 4}
+    )
+    assert read_plan(path).jobs[0].evaluation == {"guide": {"use": "micro_clip"}, "limit": 4}
+
+
 def test_dotted_keys_may_stand_at_any_depth():
     config = OmegaConf.create({"model": {"params": {"lossconfig": {"target": "a.B"}}}})
     changes = {"model.params": {"lossconfig.params": {"disc.start": 5}, "n_embed": 8}}

@@ -163,14 +163,10 @@ def test_detach_leaves_no_trace(case):
     base = attached.detach()
     if case.name == "llamagen":
         host.loss = base  # the loss is no part of the model: the script puts its own back
-    has_ema = hasattr(host, "model_ema")  # LitEma has its own copy of the heads, and keeps it
-    if not has_ema:
-        assert structure(host) == structure(bare)
+    assert structure(host) == structure(bare)  # LitEma's copies of the heads are gone too
     assert not any("lgvq" in name for name, _ in host.named_parameters())
-    result = host.load_state_dict(bare.state_dict(), strict=not has_ema)
-    assert all(key.startswith("model_ema.losslgvq") for key in result.missing_keys)
-    if not has_ema:
-        assert torch.equal(step(case, host), step(case, bare))
+    host.load_state_dict(bare.state_dict())
+    assert torch.equal(step(case, host), step(case, bare))
 
 
 def test_copies_and_pickles_train_on_their_own(case):
@@ -289,12 +285,7 @@ def test_encode_reads_the_codes_of_the_host(case):
 
 
 def test_a_compiled_host_still_leaves_its_codes(case):
-    if case.name not in COMPILED:
-        pytest.skip("one host of each layout is enough: compiling takes seconds")
     host, attached = case.build(LGVQ)
     expected = step(case, *case.build(LGVQ))
     host.forward = torch.compile(host.forward, backend="eager")
     torch.testing.assert_close(step(case, host, attached), expected, rtol=1e-4, atol=1e-5)
-
-
-COMPILED = ("vqvae", "vit-vqgan")  # a layout each

@@ -111,13 +111,10 @@ def batch():
     def make(name, recipe, strings=STRINGS, scale=1.0, max_length=12, **knobs):
         config = parse({"recipe": recipe, "objectives": {name: knobs}})
         guide = ToyGuide(max_length)
-        needs = {
-            "global_semantic": {"image_dim": TOKEN_DIM, "sentence_dim": SENTENCE_DIM},
-            "masked_text": {"memory_dim": TOKEN_DIM, "guide": guide},
-            "relationship": {"code_dim": CODE_DIM, "token_dim": TOKEN_DIM},
-        }
         torch.manual_seed(0)
-        objective = resolve("objectives", name)(getattr(config.objectives, name), **needs[name])
+        objective = resolve("objectives", name)(
+            getattr(config.objectives, name), guide=guide, code_dim=CODE_DIM
+        )
         objective.eval()  # dropout off, so that runs can be compared
         size = len(strings)
         cls, tokens, codes = (

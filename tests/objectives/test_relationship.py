@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,9 @@ def test_the_released_layer(batch):
     assert [type(m).__name__ for m in layer] == ["Linear", "GELU", "LayerNorm"]
     assert layer[0].weight.std().item() == pytest.approx(0.01, rel=0.3)
     assert not [*batch("relationship", "corrected").objective.parameters()]
-    big = Relationship(RelationshipConfig(project=True), code_dim=256, token_dim=512)
+    big = Relationship(
+        RelationshipConfig(project=True), guide=SimpleNamespace(token_dim=512), code_dim=256
+    )
     assert sum(p.numel() for p in big.parameters()) == 132_608  # "0.13 M"
     assert big.project[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert big.project[0].bias.abs().max() <= 1 / 16  # as torch has it

@@ -40,10 +40,18 @@ def assert_same_run(ours, theirs):
     assert files[0] == files[1]
 
 
+LGVQ = [
+    "model.params.lossconfig.target=lgvq_plugin.LGVQLoss",
+    "model.params.lossconfig.params.lgvq.guide.use=micro_clip",
+]
+
+
+@pytest.mark.parametrize("lgvq", [[], LGVQ], ids=["host", "lgvq"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_half_and_half_is_the_whole(config, tmp_path, workers):
+def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     # 11 samples, batches of 2: an epoch ends in the middle of the second half.
     extra = [
+        *lgvq,
         "training.ema_decay=0.9",
         "training.val_every=2",
         "training.images_every=4",

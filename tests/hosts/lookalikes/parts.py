@@ -87,11 +87,11 @@ class LitEma(nn.Module):
     def __init__(self, model, decay: float = 0.9):
         super().__init__()
         self.decay = decay
-        self.names = {}
+        self.m_name2s_name = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self.names[name] = name.replace(".", "")
-                self.register_buffer(self.names[name], parameter.detach().clone())
+                self.m_name2s_name[name] = name.replace(".", "")
+                self.register_buffer(self.m_name2s_name[name], parameter.detach().clone())
         self.kept = []
 
     @torch.no_grad()
@@ -99,16 +99,16 @@ class LitEma(nn.Module):
         shadows = dict(self.named_buffers())
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                shadows[self.names[name]].lerp_(parameter, 1 - self.decay)
+                shadows[self.m_name2s_name[name]].lerp_(parameter, 1 - self.decay)
             else:
-                assert name not in self.names
+                assert name not in self.m_name2s_name
 
     def swap_in(self, model):
         self.kept = [p.detach().clone() for p in model.parameters()]
         shadows = dict(self.named_buffers())
         for name, parameter in model.named_parameters():
-            if name in self.names:
-                parameter.data.copy_(shadows[self.names[name]])
+            if name in self.m_name2s_name:
+                parameter.data.copy_(shadows[self.m_name2s_name[name]])
 
     def swap_out(self, model):
         for kept, parameter in zip(self.kept, model.parameters(), strict=True):
