@@ -38,7 +38,7 @@ HOMES = {  # a heavy library is imported in these rooms only
     "lightning": {"training", "checkpoints"},
     "torchmetrics": {"metrics"},
     "torchvision": {"datasets", "metrics"},
-    "transformers": {"guides"},
+    "transformers": {"guides", "metrics"},
 }
 LIGHT = ["torch", "numpy", "lightning", "pytorch_lightning", "taming", "open_clip", "torchmetrics"]
 FILES = sorted(ROOT.rglob("*.py"))

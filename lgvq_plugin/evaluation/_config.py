@@ -71,6 +71,8 @@ class EvaluationConfig:
     """Folder that holds NLTK's corpora/wordnet, for WUPS; null: where NLTK looks."""
     t2i: dict[str, Any] = field(default_factory=dict)
     """Keys of the text-to-image probe."""
+    clip_score: str | None = None
+    """CLIP of transformers that scores generated images, a folder or a name; null: no score."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "train_limit"):

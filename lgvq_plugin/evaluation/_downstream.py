@@ -11,6 +11,7 @@ from .._fields import build
 from ..hosts.base import decode
 from ..metrics.answers import wordnet_similarity, wups
 from ..metrics.captions import caption_scores, meteor_score, tokenize_ptb, tokenize_words
+from ..metrics.clip_score import clip_score
 from ..metrics.frechet import FrechetDistance
 from ..sockets import ConfigError, resolve
 from ._alignment import _stack_labels
@@ -107,7 +108,25 @@ def t2i(context: Context) -> Rows:
     indices = probe.draw(captions[:count], seed=context.config.seed, progress=context.progress)
     images = images_of(context, test, indices)
     context.generated = (captions[:count], images)
+    rows |= _clip_score(context, captions[:count], images, settings)
     return rows | _judged(context, images, settings)
+
+
+def _clip_score(
+    context: Context, captions: list[str], images: Tensor, settings: dict[str, Any]
+) -> Rows:
+    """Score generated images and reconstructions by the configured CLIP; {} without one."""
+    model = context.config.clip_score
+    if model is None:
+        return {}
+    again = torch.cat([pair[1] for pair in context.pairs()])[: len(images)]
+    told = {**settings, "implementation": "100 max(cosine, 0)", "model": model}
+    rows = {}
+    for name, shown, better in (("", images, True), ("reconstructed/", again, None)):
+        values = clip_score(shown, captions, model).double()
+        row = Row(float(values.mean()), len(values), "", better, values.tolist(), told)
+        rows[f"t2i/{name}clip_score"] = row
+    return rows
 
 
 def images_of(context: Context, data: Encoded, indices: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ OWN_KEYS = {  # the keys of `evaluation:` that a metric depends on, beside those
     "attributes": ("few_shot",),
     "caption": ("caption", "tokenizer"),
     "vqa": ("vqa", "wordnet"),
-    "t2i": ("guide", "t2i", "fd"),
+    "t2i": ("guide", "t2i", "fd", "clip_score"),
 }
 COMMON_KEYS = ("limit", "train_limit", "seed")
 

@@ -46,7 +46,12 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     contexts: dict[str, Context] = {}
     for label, checkpoint in zip(labels, checkpoints, strict=True):
         folder = _folder(given.output, label, checkpoint, many=len(labels) > 1)
-        host = load_host(_host_config(config, checkpoint), checkpoint, device=_device(given.device))
+        host = load_host(
+            _host_config(config, checkpoint),
+            checkpoint,
+            device=_device(given.device),
+            averaged=given.averaged,
+        )
         # The guide is the one of the config for all hosts, or a comparison would not be fair.
         contexts[label] = build_context(
             host,
@@ -132,6 +137,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--csv", metavar="F", help="write them as CSV, settings included")
     add("--export", choices=("npz", "png"), help="images and reconstructions, for other tools")
     add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    add("--averaged", action="store_true", help="take averaged (EMA) weights where there are any")
     add("--no-progress", action="store_true", help="no progress bars")
     given, overrides = parse_words(parser, argv, "base", "ckpt")
     if given.limit is not None and given.limit < 2:
