@@ -95,9 +95,12 @@ def t2i(context: Context) -> Rows:
     captions = [texts[0] for texts in test.captions]
     settings = {"probe": vars(config), "guide": context.guide_config, "train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
+    numbers = probe.evaluate(test.codes, captions, seed=context.config.seed)
+    # Codes that are easy to guess without text cost few bits too: this is the text's own share.
+    numbers["text_gain"] = numbers["without_text/bits_per_code"] - numbers["bits_per_code"]
     rows = rows_of(
         "t2i",
-        probe.evaluate(test.codes, captions, seed=context.config.seed),
+        numbers,
         len(captions),
         lower=["bits"],
         neutral=["shuffled", "without_text"],

@@ -107,6 +107,8 @@ def test_all_tasks_run_and_are_the_same_again(palette, config, tmp_path):
         "t2i/fd_judge",
     }
     assert wanted <= found, (sorted(wanted - found), first["skipped"])
+    bits = [value(first, f"t2i/{name}bits_per_code") for name in ("without_text/", "")]
+    assert value(first, "t2i/text_gain") == pytest.approx(bits[0] - bits[1])
 
 
 def test_finished_metrics_are_not_computed_again(palette, config, tmp_path, monkeypatch):
