@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..sockets import ConfigError, suggest
-from ._draws import Draws
+from ._draws import AbstractDraws, HashedDraws
 from .base import Health
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -57,7 +57,7 @@ class Pipeline:
         if self.crop not in CROPS:
             raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(CROPS))}")
 
-    def __call__(self, path: Source, draws: Draws) -> np.ndarray:
+    def __call__(self, path: Source, draws: AbstractDraws) -> np.ndarray:
         """Return float32 in [-1, 1], (size, size, 3), or (3, size, size) if channel_first.
 
         Raises:
@@ -126,7 +126,7 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
     if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
         return raw, ".jpg" if kind == "JPEG" else ".png"
     if is_cut:
-        image = fit(image, target, "center", Draws(0))
+        image = fit(image, target, "center", HashedDraws(0))
     elif target != side:
         scaled = [max(1, round(length * target / side)) for length in image.size]
         image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
@@ -171,11 +171,11 @@ def examine(file: str, source: Source) -> Health:
     return Health(file, "", "", digest, image.width, image.height)
 
 
-def fit(image: Image.Image, size: int, crop: str, draws: Draws) -> Image.Image:
+def fit(image: Image.Image, size: int, crop: str, draws: AbstractDraws) -> Image.Image:
     """Return a square of `size` pixels, aspect ratio kept, antialiased.
 
     Example:
-        >>> fit(Image.new("RGB", (40, 20)), 10, "none", Draws(0)).getpixel((5, 0))
+        >>> fit(Image.new("RGB", (40, 20)), 10, "none", HashedDraws(0)).getpixel((5, 0))
         (255, 255, 255)
     """
     width, height = image.size

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..sockets import ConfigError, suggest
-from ._draws import Draws
+from ._draws import HashedDraws
 from ._image import Pipeline, Source, UnreadableImage, examine, shrink
 from .base import CaptionedFiles, Health
 
@@ -47,7 +47,7 @@ class Reading:
         most = self.captions_per_image
         if most is not None and (not isinstance(most, int) or most < 1):
             raise ConfigError(f"captions_per_image must be an int >= 1 or null, got {most!r}")
-        Draws(self.seed)  # refuses a negative seed here and not in a worker
+        HashedDraws(self.seed)  # refuses a negative seed here and not in a worker
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Reading":
@@ -150,7 +150,7 @@ class ListedImages(CaptionedFiles):
         return f"{len(self.skipped)} of {len(self)} images skipped; first: {first}"
 
     def _sample(self, record: Record, index: int) -> dict[str, Any]:
-        draws = Draws(self.seed, self.epoch, index)
+        draws = HashedDraws(self.seed, self.epoch, index)
         # The caption is drawn first, so that another crop or size leaves it as it is.
         caption = draws.pick(record.captions) if record.captions else ""
         return {

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgvq_plugin.datasets._draws import Draws
+from lgvq_plugin.datasets._draws import HashedDraws
 from lgvq_plugin.datasets._image import Pipeline, UnreadableImage, open_image, shrink
 from lgvq_plugin.datasets.folder import CaptionedFolder
 from lgvq_plugin.sockets import ConfigError
 
 
 def read(path, size=8, **options):
-    return Pipeline(size=size, **options)(path, Draws(0))
+    return Pipeline(size=size, **options)(path, HashedDraws(0))
 
 
 def levels(array):
