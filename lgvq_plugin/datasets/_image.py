@@ -87,8 +87,7 @@ def open_image(path: Source) -> Image.Image:
         with Image.open(_readable(path)) as image:
             _refuse_bomb(image.size)
             image.load()
-            is_upright = image.getexif().get(ORIENTATION, 1) == 1
-            return _to_rgb(image if is_upright else ImageOps.exif_transpose(image))
+            return _to_rgb(image if _is_upright(image) else ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecompressionBomb(
             f"image {path}: {error}; shrink or remove the file, or exclude it by name"
@@ -121,7 +120,7 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
     raw = source.read_bytes()
     with Image.open(io.BytesIO(raw)) as stored:
         kind, is_plain = stored.format, stored.mode == "RGB" and stored.size == image.size
-        is_plain = is_plain and stored.getexif().get(ORIENTATION, 1) == 1
+        is_plain = is_plain and _is_upright(stored)
         is_plain = is_plain and "transparency" not in stored.info
     if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
         return raw, ".jpg" if kind == "JPEG" else ".png"
@@ -136,6 +135,13 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
         return written.getvalue(), ".png"
     image.save(written, "JPEG", quality=95, subsampling=0)
     return written.getvalue(), ".jpg"
+
+
+def _is_upright(image: Image.Image) -> bool:
+    # Most JPEGs say nothing of it, and PIL takes its time to find that out.
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return True
+    return bool(image.getexif().get(ORIENTATION, 1) == 1)
 
 
 def _readable(source: Source) -> Path | io.BytesIO:
