@@ -35,7 +35,7 @@ def numbers(results: Results, cells: Sequence[Cell]) -> str:
     rows = []
     for data in results.datasets:
         for variant in results.variants:
-            name = f"<small>{escape(data)}</small>" if data else ""
+            name = f"<br><small>{escape(data)}</small>" if data else ""
             row = [at.get((data, variant, metric)) for metric in metrics]
             rows.append(
                 f'<tr data-variant="{escape(variant)}"><th scope="row" class="sticky-narrow">'
