@@ -47,7 +47,8 @@ class CocoQA(ListedImages):
         split = choose_split(split, SPLITS)
         homes = [Path(images).expanduser()] if images else [given, root, root.parent]
         files = CocoImages(*homes)
-        captions = {k: v for home in homes for k, v in all_captions(home, home).items()}
+        told = [all_captions(home, home) for home in dict.fromkeys(homes)]
+        captions = {number: texts for found in told for number, texts in found.items()}
         records = []
         for number, asked in _questions(root / split).items():
             path = files.find(number=number)

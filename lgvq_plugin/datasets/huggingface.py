@@ -70,7 +70,8 @@ class HuggingFaceImages(ListedImages):
         **options: Any,
     ):
         reading = Reading.of(options)
-        table = _load(str(Path(root).expanduser()) if Path(root).exists() else str(root), name)
+        folder = Path(root).expanduser()
+        table = _load(str(folder) if folder.exists() else str(root), name)
         table = _part(table, split)
         column = _column(table, image_column, ("image", "img", "jpg", "png"), "image_column")
         words = _column(table, caption_column, CAPTION_COLUMNS, "caption_column")

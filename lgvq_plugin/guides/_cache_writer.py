@@ -150,11 +150,7 @@ class _Builder:
 
     def add(self, guide: AbstractGuide, captions: list[str]) -> None:
         """Encode a batch, plain and under each masking."""
-        cut = []
-        for caption in captions:
-            before = guide.truncated
-            guide.tokenize([caption])
-            cut.append(guide.truncated > before)
+        cut = [guide.tokenize([caption]).cut > 0 for caption in captions]
         plain = guide.encode(captions)
         attention = plain.attention_mask.cpu().numpy()
         self._put("keys", [np.frombuffer(caption_key(text), np.uint8) for text in captions])

@@ -37,7 +37,10 @@ class AbstractGuide(ABC):
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
-        """Split B captions into (B, max_length) tokens; too long ones are cut, [EOT] kept."""
+        """Split B captions into (B, max_length) tokens; too long ones are cut, [EOT] kept.
+
+        `cut` of the result tells how many; the cache and `lgvq data check` go by it.
+        """
 
     @abstractmethod
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:

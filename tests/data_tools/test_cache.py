@@ -132,3 +132,13 @@ def test_a_disk_that_is_too_small_is_told_before(config, tmp_path, capsys, monke
     given = ["cache", "-b", config(), "-o", str(tmp_path / "c"), "--no-progress"]
     assert main(given) == 2
     assert "--drop-padding" in capsys.readouterr().err
+
+
+def test_captions_come_from_the_key_that_training_reads(config, tmp_path):
+    path, out = config(caption_key="file"), tmp_path / "cache"
+    assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0
+    files = {Scenes(split, size=16, length=6)[i]["file"]
+             for split in ("train", "validation") for i in range(6)}  # fmt: skip
+    cached = build_guide({"use": "cached", "folder": str(out)})
+    assert len(cached) == len(files) + 1  # and the empty one
+    cached.tokenize(sorted(files))  # raises for one that is not there

@@ -178,6 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(pictures, tmp_path, form):
     done = "*.tar" if form == "webdataset" else ".rows/*.jsonl"
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob(done))) < 2 and time.monotonic() < deadline:
+        assert run.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()

@@ -194,6 +194,12 @@ def test_parquet_files_with_image_bytes(tmp_path, monkeypatch):
     assert dataset[2]["image"].shape == (16, 16, 3)
 
 
+def test_a_hugging_face_folder_may_lie_at_home(tmp_path, trees, monkeypatch):
+    trees["huggingface"](tmp_path / "set")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(HuggingFaceImages("~/set")) == COUNT
+
+
 def test_a_column_that_is_not_there_is_told(tmp_path, trees):
     params = trees["huggingface"](tmp_path)
     with pytest.raises(ConfigError, match=r"caption_column: 'txet'.*captions"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from disk_trees import COCO_IDS, COUNT, captions, coco, photo, write
 
+from lgvq_plugin.datasets import _coco
 from lgvq_plugin.datasets.celeba_hq import CelebAHQ
 from lgvq_plugin.datasets.coco import Coco
 from lgvq_plugin.datasets.cocoqa import CocoQA
@@ -157,6 +158,13 @@ def test_cocoqa_questions_stand_with_their_image(tmp_path, trees):
     ]
 
 
+def test_cocoqa_reads_a_captions_file_once(tmp_path, trees, monkeypatch):
+    params, read, plain = trees["cocoqa"](tmp_path), [], _coco.read_json
+    monkeypatch.setattr(_coco, "read_json", lambda path: (read.append(path), plain(path))[1])
+    assert CocoQA(**params)[0]["captions"] == captions(0)
+    assert len(read) == len(set(read)) == 1
+
+
 def test_cocoqa_takes_images_of_2017_and_needs_no_captions(tmp_path, trees):
     trees["cocoqa"](tmp_path / "qa")
     for k, number in enumerate(COCO_IDS):
@@ -250,6 +258,13 @@ def test_celeba_hq_attributes_follow_the_number(tmp_path, trees):
     assert dataset.attribute_names() == {"face": ("Bald", "Smiling")}
     assert dataset[2]["attributes"]["face"].tolist() == [1, 1]
     assert dataset[3]["attributes"]["face"].tolist() == [0, 1]
+
+
+def test_celeba_hq_attribute_file_of_one_line_is_told(tmp_path, trees):
+    trees["celeba_hq"](tmp_path)
+    write(tmp_path / "CelebAMask-HQ-attribute-anno.txt", f"{COUNT}\n")
+    with pytest.raises(ConfigError, match="expected a count, a line of names"):
+        CelebAHQ(tmp_path)
 
 
 def test_celeba_hq_all_needs_no_split_file_and_counts_by_number(tmp_path, trees):

@@ -94,6 +94,22 @@ def test_a_cut_caption_counts_once_a_step_as_in_the_guide(tmp_path):
     assert counts == [2, 2]
 
 
+@pytest.mark.parametrize("block", [MICRO, TOY], ids=["micro_clip", "toy"])
+def test_a_caption_that_the_guide_has_just_seen_is_stored_as_cut(tmp_path, block):
+    guide = fill(tmp_path, block, CAPTIONS[:1])
+    guide.tokenize([LONG])
+    _, steps = CachedGuide.write(tmp_path, guide, [LONG], block=block)
+    list(steps)
+    assert build_guide({"use": "cached", "folder": str(tmp_path)}).tokenize([LONG]).cut == 1
+
+
+def test_a_folder_of_other_files_is_refused_whatever_their_names(tmp_path):
+    (tmp_path / "video.mp4").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="holds no text cache"):
+        fill(tmp_path, TOY, CAPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+
+
 def test_order_and_repeats_change_no_bit(tmp_path):
     fill(tmp_path / "c", MICRO, [*CAPTIONS[:3]] * 2)
     cached = build_guide({"use": "cached", "folder": str(tmp_path / "c")})
@@ -342,6 +358,7 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):
     run = subprocess.Popen([sys.executable, "-c", SLOW, folder], env=environment)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("shard-*.safetensors"))) < 3 and time.monotonic() < deadline:
+        assert run.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()

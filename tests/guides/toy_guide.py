@@ -20,17 +20,18 @@ class ToyGuide(AbstractGuide):
         self._table = torch.randn(HIDDEN + 1, width, generator=generator)
 
     def tokenize(self, captions):
-        rows, words = [], []
+        rows, words, cut = [], [], 0
         for caption in captions:
             ids = [zlib.crc32(word.encode()) % WORDS for word in caption.split()]
-            self.truncated += len(ids) > self.max_length - 2
+            cut += len(ids) > self.max_length - 2
             ids = ids[: self.max_length - 2]
             fill = self.max_length - 2 - len(ids)
             rows.append([START, *ids, END, *[PAD] * fill])
             words.append([-1, *range(len(ids)), -1, *[-1] * fill])
         token_ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, self.max_length)
         word_ids = torch.tensor(words, dtype=torch.int64).reshape(-1, self.max_length)
-        return TextTokens(token_ids, token_ids != PAD, word_ids)
+        self.truncated += cut
+        return TextTokens(token_ids, token_ids != PAD, word_ids, cut)
 
     def encode(self, captions, token_mask=None):
         text = self.tokenize(captions)
