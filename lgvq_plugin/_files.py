@@ -42,10 +42,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON; what it does not know is written as text."""
-    write_text(path, json.dumps(value, indent=indent, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")

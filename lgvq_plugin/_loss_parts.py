@@ -223,10 +223,10 @@ def base_of(
 def forget_averages(host: nn.Module, loss: nn.Module) -> None:
     """Take the heads out of the moving averages that a host keeps of itself (LitEma)."""
     path = next((name for name, module in host.named_modules() if module is loss), None)
+    if path is None:
+        return
     for module in host.modules():
-        names = getattr(module, "m_name2s_name", None)  # parameter -> buffer, its dots left out
-        if path is None or not isinstance(names, dict):
-            continue
+        names = getattr(module, "m_name2s_name", {})  # parameter -> buffer, its dots left out
         for name in [name for name in names if name.startswith(f"{path}.lgvq.")]:
             module._buffers.pop(names.pop(name), None)
 

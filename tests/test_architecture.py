@@ -29,7 +29,7 @@ FLOORS = [  # top floor first; a module may import only from floors below its ow
     {"config"},
     {"compat"},
     {"_fields"},
-    {"types", "sockets", "dist", "_files"},
+    {"types", "sockets", "dist", "_files", "_arguments"},
 ]
 FLOOR = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 SOCKETS = {"objectives", "guides", "hosts", "datasets", "probes"}  # members: named by config only

@@ -51,3 +51,15 @@ def test_it_pickles_into_a_process_that_has_not_imported_it():
         del sys.modules[name]
     again = pickle.loads(data)
     assert again(torch.zeros(2), torch.ones(2)).item() == 1
+
+
+def test_another_package_may_have_a_finder_of_that_name(monkeypatch):
+    class _Finder:
+        def find_spec(self, *_):
+            return None
+
+    ours = [f for f in sys.meta_path if type(f).__module__ != "lgvq_plugin.over"]
+    monkeypatch.setattr(sys, "meta_path", [_Finder(), *ours])
+    module = importlib.import_module("lgvq_plugin.over")
+    importlib.reload(module)
+    assert any(type(f).__module__ == "lgvq_plugin.over" for f in sys.meta_path)

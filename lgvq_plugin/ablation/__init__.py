@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._arguments import parse_words
 from .._files import write_json, write_text
 from ..sockets import ConfigError
 from .base import REPORT, RESULTS, SUMMARY, Results, summary
@@ -77,8 +78,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", choices=["auto"], help="go on where runs were left")
     parser.add_argument("--report", action="store_true", help="only write the report again")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    from ..training.base import parse_words
-
     given, overrides = parse_words(parser, argv, "base")
     plans = [Path(word) for word in given.base]
     if not plans:

@@ -13,11 +13,8 @@ from typing import Any, Literal
 from .._files import write_json
 from ..sockets import ConfigError
 
-RESULTS, SUMMARY, REPORT = (
-    "results.json",
-    "summary.json",
-    "report.html",
-)  # in the folder of an ablation
+# In the folder of an ablation:
+RESULTS, SUMMARY, REPORT = "results.json", "summary.json", "report.html"
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
 CONFIDENCE = 0.95
 

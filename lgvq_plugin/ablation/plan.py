@@ -30,9 +30,9 @@ from ..config import parse
 from ..evaluation.base import METRICS, EvaluationConfig
 from ..sockets import ConfigError, suggest
 from ..training.base import (
-    LOSS_KEYS,
     Sections,
     lgvq_block,
+    loss_key,
     loss_section,
     read_config,
     to_plain,
@@ -201,10 +201,8 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
             parse(block)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
-        params = plain["model"]["params"]
-        key = next(key for key in LOSS_KEYS if params.get(key))
         own = {**(loss.get("params") or {}), "lgvq": {"seed": seed, **block}}
-        params[key] = {**loss, "params": own}
+        plain["model"]["params"] |= {loss_key(plain): {**loss, "params": own}}
     return plain
 
 

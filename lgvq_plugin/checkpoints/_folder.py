@@ -12,6 +12,7 @@ from torch import Tensor
 from .._files import write_bytes, write_json, write_text
 from ..hosts.base import HEADS_CONFIG, HEADS_WEIGHTS
 from ..sockets import ConfigError
+from ..training.base import lgvq_block, loss_section
 from ._compare import HEADS, sizes_of
 from .base import Checkpoint
 
@@ -136,15 +137,13 @@ def model_card(
     return "\n".join(lines)
 
 
-def _block(config: Mapping[str, Any] | None) -> Any:
-    params = ((config or {}).get("model") or {}).get("params") or {}
-    for key in ("lossconfig", "loss"):
-        loss = params.get(key)
-        if isinstance(loss, Mapping) and str(loss.get("target")).startswith("lgvq_plugin."):
-            inner = loss.get("params") or {}
-            is_ours = "lgvq" in inner or "LGVQ" in loss["target"] or ".over." in loss["target"]
-            return (inner.get("lgvq") or {}) if is_ours else None
-    return None
+def _block(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the `lgvq:` block of a loss of ours; None for another's."""
+    loss = loss_section(config or {})
+    target, has_block = str(loss.get("target")), "lgvq" in (loss.get("params") or {})
+    is_ours = target.startswith("lgvq_plugin.")
+    is_ours = is_ours and (has_block or "LGVQ" in target or ".over." in target)
+    return lgvq_block(config or {}) if is_ours else None
 
 
 def _version() -> str:

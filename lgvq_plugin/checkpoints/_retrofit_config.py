@@ -7,13 +7,13 @@ from typing import Any
 
 from ..config import parse
 from ..sockets import ConfigError
+from ..training.base import LOSS_KEYS, loss_key
 from .base import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 TAMING = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
 OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
-LOSSES = ("lossconfig", "loss")
 
 
 def over_old_loss(
@@ -35,11 +35,11 @@ def over_old_loss(
     """
     made = copy.deepcopy(dict(model))
     params = made["params"] = dict(made.get("params") or {})
-    key = next((k for k in LOSSES if isinstance(params.get(k), Mapping)), None)
+    key = loss_key({"model": made})
     if key is None or "target" not in params[key]:
         raise ConfigError(
-            f"model.params has no {' or '.join(LOSSES)} with a target, so there is no loss to put "
-            "LG-VQ over; for such a model use lgvq_plugin.attach in a loop of your own"
+            f"model.params has no {' or '.join(LOSS_KEYS)} with a target, so there is no loss to "
+            "put LG-VQ over; for such a model use lgvq_plugin.attach in a loop of your own"
         )
     loss = params[key] = dict(params[key])
     target = str(loss["target"])
@@ -55,17 +55,10 @@ def over_old_loss(
     return made
 
 
-def lgvq_block(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the `lgvq:` block of a section that :func:`over_old_loss` made."""
-    key = next(k for k in LOSSES if k in model["params"])
-    return model["params"][key]["params"]["lgvq"]
-
-
 def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Count the steps until the discriminator starts from the old run's beginning."""
-    old = model.get("params") or {}
-    loss: dict[str, Any] = next((old[key] for key in LOSSES if isinstance(old.get(key), dict)), {})
-    params = loss.get("params") or {}
+    key = loss_key({"model": model})
+    params = model["params"][key].get("params") or {} if key else {}
     has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
     if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):
         return

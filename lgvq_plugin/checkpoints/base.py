@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..sockets import ConfigError
-from ..training.base import build_host, read_config, to_plain
+from ..training.base import LOSS_KEYS, build_host, read_config, to_plain
 from ._compare import LoadReport, compare
 from ._layout import sort_tensors, unflatten
 from ._safe_load import How, plain, read_raw
@@ -184,7 +184,7 @@ def model_of(config: DictConfig | Mapping[str, Any], *, with_loss: bool = True) 
         raise ConfigError(f"the config has no section `model:`; it has {list(config)}")
     model = dict(to_plain({"model": section})["model"])
     params = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
-    for key in ("lossconfig", "loss"):
+    for key in LOSS_KEYS:
         if not with_loss and isinstance(params.get(key), Mapping):
             params[key] = dict(NO_LOSS)
     if model.get("learning_rate") is None and model.get("base_learning_rate") is None:

@@ -15,14 +15,15 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from .._arguments import parse_words
 from .._files import write_json, write_text
 from ..config import parse
 from ..guides.base import build_guide
 from ..hosts.base import load_heads, reconstruct
 from ..sockets import ConfigError
-from ..training.base import Sections, build_dataset, parse_words, read_config, to_plain
+from ..training.base import Sections, build_dataset, lgvq_block, read_config, to_plain
 from ..training.run import TrainResult, train
-from ._retrofit_config import lgvq_block, over_old_loss, shift_discriminator
+from ._retrofit_config import over_old_loss, shift_discriminator
 from ._side_by_side import as_table, compare_hosts
 from .base import Checkpoint, LoadReport, load_checkpoint, load_host, load_into
 
@@ -80,7 +81,7 @@ def retrofit(
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
     sections = Sections.of(new)
-    guide = build_guide(parse(lgvq_block(sections.model)).guide)  # before hours of training
+    guide = build_guide(parse(lgvq_block(sections.plain)).guide)  # before hours of training
     held_out = build_dataset(sections.data.validation or sections.data.train)
     images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
     start = _Start(checkpoint, old, images, params=sections.model["params"], averaged=averaged)

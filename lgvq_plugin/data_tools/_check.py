@@ -3,7 +3,6 @@
 recognize -> for each split: decode every file, measure every caption -> report, list, pictures
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._files import write_bytes
+from .._files import write_json, write_text
 from ..datasets.base import CaptionedFiles, Health, recognize
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, suggest
@@ -139,11 +138,11 @@ def check(
     result = Check(Path(path), layout.member, splits, shared, problems, written)
     if problems:
         lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in problems)
-        write_bytes(out / "problems.txt", "".join(lines).encode())
+        write_text(out / "problems.txt", "".join(lines))
         written.append(out / "problems.txt")
     else:
         (out / "problems.txt").unlink(missing_ok=True)
-    write_bytes(out / "report.json", json.dumps(_plain(result), indent=2).encode())
+    write_json(out / "report.json", _plain(result))
     written.append(out / "report.json")
     return result
 

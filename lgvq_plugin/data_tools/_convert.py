@@ -20,8 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .._files import replacing, write_bytes
-from ..datasets.base import CaptionedFiles, recognize
+from .._fields import differing
+from .._files import replacing, write_bytes, write_json, write_text
+from ..datasets.base import CONVERTED_FROM, CaptionedFiles, recognize
 from ..sockets import ConfigError, suggest
 
 FORMATS = ("webdataset", "folder")
@@ -113,7 +114,7 @@ def convert(
         written[name] = _finish(home, own, settings.format)
     problems = [line for part in parts for line in part.problems()]
     if problems:
-        write_bytes(out / "problems.txt", "".join(f"{p}\n" for p in problems).encode())
+        write_text(out / "problems.txt", "".join(f"{p}\n" for p in problems))
     return Conversion(out, written, resumed, problems)
 
 
@@ -151,11 +152,9 @@ def _write_plan(out: Path, settings: Settings, sources: dict[str, CaptionedFiles
             before = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is broken ({error}); choose another folder") from error
-        changed = [key for key in plan if before.get(key) != plan[key]]
+        changed = differing(before, plan)
         if changed:
-            told = ", ".join(
-                f"{key}: {before.get(key)!r} then, {plan[key]!r} now" for key in changed
-            )
+            told = ", ".join(changed)
             raise ConfigError(
                 f"{out} was begun with other settings ({told}); choose another folder"
             )
@@ -163,7 +162,7 @@ def _write_plan(out: Path, settings: Settings, sources: dict[str, CaptionedFiles
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty and holds no {PLAN}; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, json.dumps(plan, indent=2).encode())
+    write_json(path, plan)
 
 
 def _digest(source: CaptionedFiles) -> str:
@@ -245,11 +244,9 @@ def _write_files(part: _Part, settings: Settings, tick: Any) -> None:
             continue
         name = f"images/{part.names[index]}{image[1]}"
         path = part.home / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, image[0])
         rows.append(_row(part.source, index, file_name=name))
     _write_problems(part, bad)
-    part.target.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(part.target, b"".join(row + b"\n" for row in rows))
 
 
@@ -266,12 +263,11 @@ def _shrunken(
 def _write_problems(part: _Part, bad: list[str]) -> None:
     part.bad.unlink(missing_ok=True)
     if bad:
-        part.bad.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(part.bad, "".join(f"{line}\n" for line in bad).encode())
+        write_text(part.bad, "".join(f"{line}\n" for line in bad))
 
 
 def _row(source: CaptionedFiles, index: int, **first: str) -> bytes:
-    row = {**first, "captions": source.captions_of(index), "source": source.file_of(index)}
+    row = {**first, "captions": source.captions_of(index), CONVERTED_FROM: source.file_of(index)}
     row.update(source.extra_of(index))
     return json.dumps(row, default=lambda array: array.tolist()).encode()
 
@@ -291,5 +287,5 @@ def _finish(home: Path, parts: list[_Part], form: str) -> int:
         table = b"".join(part.target.read_bytes() for part in parts)
         write_bytes(home / "metadata.jsonl", table)
     else:
-        write_bytes(home / "sizes.json", json.dumps(counts, indent=1).encode())
+        write_json(home / "sizes.json", counts)
     return sum(counts.values())

@@ -18,12 +18,13 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from .._files import write_bytes
-from ..config import LGVQConfig, parse
+from .._arguments import parse_words
+from .._files import write_text
+from ..config import parse
 from ..datasets.base import CaptionedImages
 from ..guides.base import build_guide
 from ..sockets import ConfigError, resolve
-from ..training.base import Sections, build_dataset, parse_words, read_config
+from ..training.base import Sections, build_dataset, lgvq_block, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def _cache(sections: Sections, given: argparse.Namespace) -> None:
-    config = lgvq_block(sections.plain)
+    config = parse(lgvq_block(sections.plain))
     block, folder = dict(config.guide), given.out
     if block.get("use") == "cached":  # the config that trains from the cache can make it, too
         folder = folder or Path(block["folder"])
@@ -109,12 +110,6 @@ def _cache(sections: Sections, given: argparse.Namespace) -> None:
     _tell(folder, block, plan, time.monotonic() - begin)
 
 
-def lgvq_block(plain: Mapping[str, Any]) -> LGVQConfig:
-    """Return the checked `lgvq:` block of a whole config; its defaults if there is none."""
-    loss = plain["model"].get("params", {}).get("lossconfig") or {}
-    return parse((loss.get("params") or {}).get("lgvq"))
-
-
 def _captions(sections: Sections, own_key: str | None) -> Iterator[str]:
     for section in (sections.data.train, sections.data.validation):
         if section is None:
@@ -145,7 +140,7 @@ def _tell(folder: Path, block: Mapping[str, Any], plan: Any, seconds: float) -> 
     guide = {"use": "cached", "folder": str(folder.resolve()), "guide": dict(block)}
     loss = {"params": {"lgvq": {"guide": guide}}}
     overlay = yaml.safe_dump({"model": {"params": {"lossconfig": loss}}}, sort_keys=False)
-    write_bytes(folder / OVERLAY, overlay.encode())
+    write_text(folder / OVERLAY, overlay)
     size = sum(path.stat().st_size for path in folder.iterdir())
     count = plan.done + len(plan.todo)
     print(

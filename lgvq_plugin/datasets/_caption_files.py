@@ -3,10 +3,12 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError, suggest
+from .base import CONVERTED_FROM
 
 FILE_KEYS = ("file_name", "file", "image", "filepath", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "title", "name")
@@ -42,8 +44,17 @@ def find_table(root: Path, captions: str | Path | None) -> Path | None:
     return others[0] if others else None
 
 
-def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, list[str]]:
-    """Return file name -> captions, in the order of the table; rows of one file are joined.
+@dataclass(slots=True)
+class Listed:
+    """What a table tells of one file."""
+
+    captions: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What `lgvq data convert` kept: questions, labels, ids, and the file's old name."""
+
+
+def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, Listed]:
+    """Return file name -> what is told of it, in the order of the table; its rows are joined.
 
     Args:
         path: a .jsonl or .csv file.
@@ -56,7 +67,7 @@ def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, 
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"captions: {path} is none of {', '.join(readers)}")
-    found: dict[str, list[str]] = {}
+    found: dict[str, Listed] = {}
     for line, row in readers[path.suffix.lower()](path):
         where = f"{path}:{line}"
         key = next((key for key in FILE_KEYS if row.get(key)), None)
@@ -65,27 +76,14 @@ def read_table(path: Path, caption_key: str | None, template: str) -> dict[str, 
                 f"{where}: no file name; expected one of {', '.join(FILE_KEYS)}, "
                 f"got the keys {', '.join(map(str, row))}"
             )
-        captions = found.setdefault(row[key], [])
-        captions += [c for c in _captions(row, caption_key, template, where) if c not in captions]
+        own = found.setdefault(row[key], Listed())
+        told = _captions(row, caption_key, template, where)
+        own.captions += [caption for caption in told if caption not in own.captions]
+        if CONVERTED_FROM in row:
+            own.extra = {key: row[key] for key in (*KEPT_KEYS, CONVERTED_FROM) if key in row}
     if not found:
         raise ConfigError(f"{path} is empty; expected {EXPECTED}")
     return found
-
-
-def read_extras(path: Path) -> dict[str, dict[str, Any]]:
-    """Return file name -> what `lgvq data convert` kept beside the captions; {} for other tables.
-
-    That is questions, labels and ids, and `source`, the file's old name, by which a hold-out
-    parts the copy as it parted the original.
-    """
-    if path.suffix.lower() != ".jsonl":
-        return {}
-    kept = {*KEPT_KEYS, "source"}
-    return {
-        row["file_name"]: {key: value for key, value in row.items() if key in kept}
-        for _, row in _jsonl_rows(path)
-        if "file_name" in row and "source" in row
-    }
 
 
 def read_sidecar(image: Path) -> list[str] | None:

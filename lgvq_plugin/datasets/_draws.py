@@ -20,7 +20,6 @@ class AbstractDraws(ABC):
     def __init__(self, *key: int):
         if min(key) < 0:
             raise ConfigError(f"seed, epoch and index must be >= 0, got {key}")
-        self._key = key
 
     @abstractmethod
     def unit(self) -> float:

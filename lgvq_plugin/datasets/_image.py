@@ -138,9 +138,6 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
 
 
 def _is_upright(image: Image.Image) -> bool:
-    # Most JPEGs say nothing of it, and PIL takes its time to find that out.
-    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
-        return True
     return bool(image.getexif().get(ORIENTATION, 1) == 1)
 
 

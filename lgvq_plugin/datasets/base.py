@@ -46,6 +46,10 @@ class CaptionedImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+CONVERTED_FROM = "converted_from"
+"""Key under which `lgvq data convert` keeps a file's old name: a hold-out parts the copy by it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """What a look at one image file found.

@@ -17,13 +17,13 @@ from ._caption_files import (
     TABLES,
     clean,
     find_table,
-    read_extras,
     read_sidecar,
     read_table,
 )
 from ._image import SUFFIXES
 from ._listed import ListedImages, Reading, Record
 from ._names import SPLIT_ALIASES, choose_split, held_out_share
+from .base import CONVERTED_FROM
 
 log = logging.getLogger(__name__)
 
@@ -133,13 +133,13 @@ def _records(
     table = find_table(root, captions)
     if table is None:
         return _records_without_table(root, template)
-    listed, extras = read_table(table, caption_key, template or "{}"), read_extras(table)
+    listed = read_table(table, caption_key, template or "{}")
     places = (table.parent, root, root / "images", table.parent / "images")
     records = []
-    for file, texts in listed.items():
+    for file, told in listed.items():
         paths = [place / file for place in places]  # an absolute `file` stays as it is
         path = next((path for path in paths if path.is_file()), paths[0])
-        records.append(Record(file, path, tuple(texts), extras.get(file, {})))
+        records.append(Record(file, path, tuple(told.captions), told.extra))
     if not any(record.captions for record in records):
         raise ConfigError(f"{table}: all captions are empty; name their column with `caption_key`")
     return records
@@ -199,4 +199,4 @@ def _kept(
 
 def _first_name(record: Record) -> str:
     """The file's name before `lgvq data convert` gave it another, if it did."""
-    return str(record.extra.get("source", record.file))
+    return str(record.extra.get(CONVERTED_FROM, record.file))

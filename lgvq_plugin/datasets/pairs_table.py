@@ -47,10 +47,10 @@ class PairsTable(ListedImages):
         near = (table.parent, table.parent / "images", Path())
         homes = [Path(images).expanduser()] if images else near
         records = []
-        for file, texts in read_table(table, caption_key, "{}").items():
+        for file, told in read_table(table, caption_key, "{}").items():
             places = [home / file for home in homes]
             path = next((place for place in places if place.is_file()), places[0])
-            records.append(Record(file, path, tuple(texts)))
+            records.append(Record(file, path, tuple(told.captions), told.extra))
         super().__init__(records, reading, where=table)
 
     @classmethod

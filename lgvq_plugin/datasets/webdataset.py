@@ -14,6 +14,7 @@ from ._caption_files import CAPTION_KEYS, KEPT_KEYS, clean
 from ._listed import ListedImages, Reading, Record
 from ._names import SPLIT_ALIASES, choose_split, held_out_share
 from ._shards import ShardSample, expand, samples
+from .base import CONVERTED_FROM
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class WebDataset(ListedImages):
                 if sample.image is None:
                     odd += 1
                     continue
-                source = str(sample.meta.get("source", sample.image.name))
+                source = str(sample.meta.get(CONVERTED_FROM, sample.image.name))
                 if not is_parted and (held_out_share(source) < holdout) != (split == "validation"):
                     continue
                 captions = _captions(sample, caption_key)

@@ -11,7 +11,7 @@ from .._fields import build
 from ..hosts.base import decode
 from ..metrics.answers import wordnet_similarity, wups
 from ..metrics.captions import caption_scores, meteor_score, tokenize_ptb, tokenize_words
-from ..metrics.clip_score import clip_score
+from ..metrics.clip_score import CLIPScorer
 from ..metrics.frechet import FrechetDistance
 from ..sockets import ConfigError, resolve
 from ._alignment import _stack_labels
@@ -87,6 +87,8 @@ def vqa(context: Context) -> Rows:
 
 def t2i(context: Context) -> Rows:
     """Bits per code with and without text; and of generated images, what a judge sees in them."""
+    model = context.config.clip_score
+    scorer = CLIPScorer(model) if model else None  # a wrong path is told before hours of training
     member = resolve("probes", "text_to_image")
     config = build(member.Config, _keys(context, context.config.t2i), "evaluation.t2i")
     train, test = context.train.captioned(), context.test.captioned()
@@ -111,22 +113,24 @@ def t2i(context: Context) -> Rows:
     indices = probe.draw(captions[:count], seed=context.config.seed, progress=context.progress)
     images = images_of(context, test, indices)
     context.generated = (captions[:count], images)
-    rows |= _clip_score(context, captions[:count], images, settings)
+    if scorer is not None:
+        rows |= _clip_score(context, scorer, captions[:count], images, settings)
     return rows | _judged(context, images, settings)
 
 
 def _clip_score(
-    context: Context, captions: list[str], images: Tensor, settings: dict[str, Any]
+    context: Context,
+    scorer: CLIPScorer,
+    captions: list[str],
+    images: Tensor,
+    settings: dict[str, Any],
 ) -> Rows:
-    """Score generated images and reconstructions by the configured CLIP; {} without one."""
-    model = context.config.clip_score
-    if model is None:
-        return {}
+    """Score generated images and, as a control, reconstructions of the real ones."""
     again = torch.cat([pair[1] for pair in context.pairs()])[: len(images)]
-    told = {**settings, "implementation": "100 max(cosine, 0)", "model": model}
     rows = {}
     for name, shown, better in (("", images, True), ("reconstructed/", again, None)):
-        values = clip_score(shown, captions, model).double()
+        values = scorer(shown, captions).double()
+        told = {**settings, **scorer.settings}
         row = Row(float(values.mean()), len(values), "", better, values.tolist(), told)
         rows[f"t2i/{name}clip_score"] = row
     return rows

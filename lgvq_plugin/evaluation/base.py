@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..sockets import ConfigError, suggest
-from ..training.base import to_plain
+from ..training.base import lgvq_block, to_plain
 from . import _alignment, _codebook, _downstream, _reconstruction
 from ._config import EvaluationConfig
 from ._context import Context
@@ -186,15 +186,6 @@ def _part(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     is_trained = name not in ("psnr", "ssim", "lpips", "fid", "fd", "usage")
     train = settings["train"] if is_trained else None
     return {"test": settings["test"], "train": train, "evaluation": block}
-
-
-def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `lgvq:` block of the host's loss, {} if there is none."""
-    node: Any = config
-    for key in ("model", "params", "lossconfig", "params", "lgvq"):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    plain = to_plain({"lgvq": node}) if node else {}
-    return dict(plain.get("lgvq") or {})
 
 
 def environment() -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from .._arguments import parse_words
 from .._files import write_json, write_text
 from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
 from ..sockets import ConfigError
-from ..training.base import parse_words, read_config
+from ..training.base import read_config
 from . import _figures
 from ._codebook import answering_words
 from ._context import Context

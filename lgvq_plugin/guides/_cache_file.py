@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from .._files import write_bytes
+from .._files import write_bytes, write_json
 from ..sockets import ConfigError
 
 INDEX, VOCABULARY, FORMAT = "cache.json", "vocabulary.safetensors", 1
@@ -68,8 +68,7 @@ class CacheFacts:
 
     def write(self, folder: Path) -> None:
         """Write them atomically."""
-        content = json.dumps(asdict(self), indent=2, default=str).encode()
-        write_bytes(folder / INDEX, content)
+        write_json(folder / INDEX, asdict(self))
 
 
 def caption_key(caption: str) -> bytes:

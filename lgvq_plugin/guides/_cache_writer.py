@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._fields import differing
 from ..functional import sample_word_mask
 from ..sockets import ConfigError
 from ..types import TextFeatures
@@ -102,9 +103,7 @@ def _prepare(
 ) -> Plan:
     """Begin a cache, or make sure that the one in `folder` is the same."""
     if (folder / INDEX).is_file():
-        before, now = asdict(CacheFacts.read(folder)), asdict(facts)
-        changed = [f"{key}: {before[key]!r} then, {now[key]!r} now"
-                   for key in now if before[key] != now[key]]  # fmt: skip
+        changed = differing(asdict(CacheFacts.read(folder)), asdict(facts))
         if changed:
             raise ConfigError(
                 f"the text cache {folder} was made with {'; '.join(changed)}; choose another folder"

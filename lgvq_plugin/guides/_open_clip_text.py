@@ -10,11 +10,11 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ..sockets import ConfigError
-from ._token_guide import TokenGuide
+from ._token_guide import AbstractTokenGuide
 from ._words import Row, number_words
 
 
-class OpenCLIPText(TokenGuide):
+class OpenCLIPText(AbstractTokenGuide):
     """open_clip's own text tower, frozen, in float32, with one more row in its vocabulary.
 
     That row stands for hidden words. CLIP has no mask token, so it is the mean of all token

@@ -14,7 +14,7 @@ from .base import AbstractGuide
 log = logging.getLogger(__name__)
 
 
-class TokenGuide(AbstractGuide):
+class AbstractTokenGuide(AbstractGuide):
     """Captions to rows of tokens, hidden words to one id, ids to features.
 
     The tokens of the last batch are kept: a step asks for them as they are and once more with

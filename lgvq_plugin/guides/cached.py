@@ -66,7 +66,6 @@ class CachedGuide(AbstractGuide):
         self._missing, self._verify = missing, verify
         self.facts = CacheFacts.read(self._folder)
         self._source: AbstractGuide | None = None
-        self._last: tuple[tuple[str, ...], TextTokens] | None = None
         self._found: tuple[tuple[str, ...], list[Place]] | None = None
         if rest and guide is None:
             raise ConfigError(f"guide cached: no key {next(iter(rest))!r}; put it under `guide:`")
@@ -84,21 +83,14 @@ class CachedGuide(AbstractGuide):
 
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
         """Return the tokens of B captions, as the guide split them, on the CPU."""
-        key = tuple(captions)
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]  # a step asks twice, and a cut caption shall count once
         places = self._find(captions)
         if places is None:
             return self._tokenize_by_source(captions)
-        cut = sum(bool(shard["cut"][row]) for shard, row in places)
-        self._count_cut(cut)
         ids, attention, words = (
             self._stack([shard[name][row] for shard, row in places], kind, self.max_length)
             for name, kind in (("token_ids", np.int64), ("attention", bool), ("word_ids", np.int64))
         )
-        tokens = TextTokens(ids, attention, words, cut)
-        self._last = key, tokens
-        return tokens
+        return TextTokens(ids, attention, words, _cut(places))
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
@@ -229,7 +221,8 @@ class CachedGuide(AbstractGuide):
         if lost:
             return None
         found = [place for place in places if place is not None]
-        self._found = key, found
+        self._found = key, found  # a step asks several times, and a cut caption shall count once
+        self._count_cut(_cut(found))
         return found
 
     def _maskings(
@@ -295,3 +288,7 @@ class CachedGuide(AbstractGuide):
                 self.max_length,
             )
         self.truncated += cut
+
+
+def _cut(places: list[Place]) -> int:
+    return sum(bool(shard["cut"][row]) for shard, row in places)

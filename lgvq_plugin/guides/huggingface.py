@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..functional import seeded
 from ..sockets import ConfigError
 from ._hub import cache_folder, reach
-from ._token_guide import TokenGuide
+from ._token_guide import AbstractTokenGuide
 from ._words import Row
 
 SENTENCES = ("mean", "first", "pooled")
 
 
-class HuggingFaceGuide(TokenGuide):
+class HuggingFaceGuide(AbstractTokenGuide):
     """A text encoder of transformers, frozen, in float32.
 
     Hidden words become the tokenizer's mask token. Where it has none they become one more row of

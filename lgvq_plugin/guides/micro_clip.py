@@ -71,7 +71,7 @@ class MicroCLIPGuide(OpenCLIPText):
             "sha256": hashlib.sha256(weights).hexdigest(),
         }
         write_bytes(folder / "weights.safetensors", weights)
-        write_json(folder / "about.json", about, indent=2)
+        write_json(folder / "about.json", about)
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:

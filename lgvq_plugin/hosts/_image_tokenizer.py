@@ -3,6 +3,7 @@
 image --encoder--> quant_conv --quantize--> decode --> reconstruction, loss called as taming's
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ._vector_quantizer import VectorQuantizer
 
 
-class ImageTokenizer(nn.Module):
+class AbstractImageTokenizer(nn.Module, ABC):
     """A tokenizer that is driven like taming's VQModel; members build the parts.
 
     Attributes:
@@ -31,6 +32,7 @@ class ImageTokenizer(nn.Module):
     loss: nn.Module
     quantize: VectorQuantizer
     quant_conv: nn.Module
+    post_quant_conv: nn.Module
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
@@ -47,11 +49,15 @@ class ImageTokenizer(nn.Module):
 
     def decode(self, quant: Tensor) -> Tensor:
         """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
-        return self.decoder(quant)
+        return self.decoder(self.post_quant_conv(quant))
 
     def decode_code(self, indices: Tensor) -> Tensor:
         """Map indices (B, h, w) to images (B, 3, H, W)."""
         return self.decode(self.quantize.embed_code(indices))
+
+    @abstractmethod
+    def get_last_layer(self) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""

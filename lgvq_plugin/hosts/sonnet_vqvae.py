@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sockets import instantiate
-from ._image_tokenizer import ImageTokenizer
+from ._image_tokenizer import AbstractImageTokenizer
 from ._vector_quantizer import VectorQuantizer
 
 FOREIGN = (  # pattern at the start of a foreign name, ours
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         return self.conv_trans_2(self.conv_trans_1(x).relu())
 
 
-class SonnetVQVAE(ImageTokenizer):
+class SonnetVQVAE(AbstractImageTokenizer):
     """A foreign VQ-VAE with the attributes and methods of taming's VQModel.
 
     The ports divide the squared error by the variance of the data, 0.06 for CIFAR: to train such
@@ -125,6 +125,7 @@ class SonnetVQVAE(ImageTokenizer):
         self.decoder = Decoder(embed_dim, channels, residual_channels, num_res_blocks)
         self.loss = instantiate(lossconfig)
         self.quant_conv = nn.Conv2d(channels, embed_dim, 1)
+        self.post_quant_conv = nn.Identity()
         self.quantize = VectorQuantizer(
             n_embed,
             embed_dim,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sockets import ConfigError, instantiate
-from ._image_tokenizer import ImageTokenizer
+from ._image_tokenizer import AbstractImageTokenizer
 from ._vector_quantizer import VectorQuantizer
 from ._vqvae_layers import Decoder, Encoder
 
@@ -58,7 +58,7 @@ class VQVAELoss(nn.Module):
         return total, {f"{split}/{name}": value.detach() for name, value in log.items()}
 
 
-class VQVAE(ImageTokenizer):
+class VQVAE(AbstractImageTokenizer):
     """VQ-VAE (van den Oord et al. 2017) with the attributes and methods of taming's VQModel.
 
     Args:
@@ -126,10 +126,6 @@ class VQVAE(ImageTokenizer):
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
-
-    def decode(self, quant: Tensor) -> Tensor:
-        """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(quant))
 
     def get_last_layer(self) -> Tensor:
         """Return the weight of the decoder's last convolution."""

@@ -16,34 +16,44 @@ from ._pixels import eight_bit
 BATCH = 32
 
 
-@torch.no_grad()
-def clip_score(images: Tensor, captions: Sequence[str], model: str) -> Tensor:
-    """Return the CLIP score of each pair, (M,) float32 in [0, 100] (Hessel et al. 2021, w = 100).
+class CLIPScorer:
+    """Score pictures by how well a CLIP of transformers finds that texts fit them.
 
     Args:
-        images: (M, 3, H, W) in [-1, 1]; they are seen in 8 bits.
-        captions: M texts; too long ones are cut.
-        model: a CLIP of transformers: a folder with its weights, or a name on the hub.
+        model: a folder with its weights, or a name on the hub.
 
     Raises:
         ConfigError: if transformers is not installed, or the model cannot be loaded.
     """
-    network, processor = _load(model)
-    network = network.float().eval().to(images.device)
-    shown = (255 * eight_bit(images)).round().to(torch.uint8)
-    parts = []
-    for begin in range(0, len(shown), BATCH):
-        part = slice(begin, begin + BATCH)
-        given = processor(
-            text=list(captions[part]),
-            images=list(shown[part].cpu()),
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-        )
-        seen = network(**given.to(images.device))
-        parts.append(F.cosine_similarity(seen.image_embeds, seen.text_embeds).cpu())
-    return 100 * torch.cat(parts).clamp(min=0)
+
+    def __init__(self, model: str) -> None:
+        network, self._processor = _load(model)
+        self._network = network.float().eval()
+        self.settings = {"implementation": "100 max(cosine, 0)", "model": model}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the CLIP score of each pair, (M,) float32 in [0, 100] (Hessel et al. 2021).
+
+        Args:
+            images: (M, 3, H, W) in [-1, 1]; they are seen in 8 bits.
+            captions: M texts; too long ones are cut.
+        """
+        network = self._network.to(images.device)
+        shown = (255 * eight_bit(images)).round().to(torch.uint8).cpu()
+        parts = []
+        for begin in range(0, len(shown), BATCH):
+            part = slice(begin, begin + BATCH)
+            given = self._processor(
+                text=list(captions[part]),
+                images=list(shown[part]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+            )
+            seen = network(**given.to(images.device))
+            parts.append(F.cosine_similarity(seen.image_embeds, seen.text_embeds).cpu())
+        return 100 * torch.cat(parts).clamp(min=0)
 
 
 def _load(model: str) -> tuple[Any, Any]:

@@ -120,7 +120,7 @@ def word_code_association(has_word: Tensor, has_code: Tensor, *, least: int = 5)
         least: words, and codes, of fewer images get 0 everywhere.
 
     Returns:
-        (W, K) float32.
+        (W, K) float64.
 
     Example:
         >>> seen = torch.tensor([[True], [True], [False], [False]])
@@ -143,4 +143,4 @@ def word_code_association(has_word: Tensor, has_code: Tensor, *, least: int = 5)
         ratio += torch.xlogy(cell, cell * total / product.clamp(min=1e-12))
     sign = (both - of_word * of_code / total).sign()
     enough = (of_word >= least) & (of_code >= least)
-    return (sign * (2 * ratio.clamp(min=0)).sqrt() * enough).float()
+    return sign * (2 * ratio.clamp(min=0)).sqrt() * enough

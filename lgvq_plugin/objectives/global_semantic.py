@@ -21,8 +21,8 @@ class GlobalSemantic(AbstractObjective):
 
     Args:
         config: see `GlobalSemanticConfig`.
-        image_dim: D, width of the code-ViT's output.
-        sentence_dim: Ds.
+        guide: gives Dt, the width of the code-ViT's output too, and Ds.
+        code_dim: not needed here.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ class MaskedText(AbstractObjective):
 
     Args:
         config: see `MaskedTextConfig`.
-        memory_dim: D, width of the code-ViT's tokens.
-        guide: gives the widths and the vocabulary.
+        guide: gives the widths, the code-ViT's too, and the vocabulary.
+        code_dim: not needed here.
     """
 
     def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:

@@ -19,8 +19,8 @@ class Relationship(AbstractObjective):
 
     Args:
         config: see `RelationshipConfig`.
+        guide: gives Dt.
         code_dim: C.
-        token_dim: Dt.
     """
 
     def __init__(self, config: RelationshipConfig, *, guide: AbstractGuide, code_dim: int) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import functional
 from .._fields import require
 from .._files import replacing
 
@@ -54,12 +53,6 @@ class ProbeConfig:
         require(self.learning_rate > 0, "learning_rate", "a number > 0", self.learning_rate)
         require(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
         require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)", self.dropout)
-
-
-def seeded(seed: int, build: Callable[[], nn.Module]) -> Any:
-    """Return what `build` gives under this seed; the global generator stays as it was."""
-    with functional.seeded(seed):
-        return build()
 
 
 def generator_at(seed: int, step: int) -> torch.Generator:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._fields import require
+from ..functional import seeded
 from ..metrics.captions import caption_scores, tokenize_words
-from ._fit import ProbeConfig, fit, seeded
+from ._fit import ProbeConfig, fit
 from ._frozen import FrozenCodes, require_captions
 from ._transformer import Cache, CodeMemory, ProbeTransformer
 from ._words import END, PAD, START, UNKNOWN, Words, trim
@@ -75,9 +76,9 @@ class CaptioningProbe:
         )
         length = config.max_words + 2
         rows = [self.words.encode(texts, length=length) for texts in tokenized]
-        self.network = seeded(
-            config.seed, lambda: _Captioner(codes, config, len(self.words), length)
-        ).to(self.device)
+        with seeded(config.seed):
+            network = _Captioner(codes, config, len(self.words), length)
+        self.network = network.to(self.device)
 
         def loss_of(images: Tensor, generator: torch.Generator) -> Tensor:
             draws = torch.rand(len(images), generator=generator)

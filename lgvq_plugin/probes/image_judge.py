@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._fit import ProbeConfig, fit, seeded
+from ..functional import seeded
+from ._fit import ProbeConfig, fit
 
 CONFIG = ProbeConfig(steps=500, batch_size=64, learning_rate=3e-3, width=128, heads=1, dropout=0.0)
 
@@ -71,7 +72,8 @@ def _train(
     config: ProbeConfig,
 ) -> ImageJudge:
     sizes = {n: int(v.max()) + 1 if v.ndim == 1 else v.shape[1] for n, v in target.items()}
-    judge: ImageJudge = seeded(config.seed, lambda: ImageJudge(sizes))
+    with seeded(config.seed):
+        judge = ImageJudge(sizes)
 
     def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
         features = judge(images[rows])

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._fields import require
+from ..functional import seeded
 from ..guides.base import AbstractGuide
 from ..types import TextTokens
-from ._fit import ProbeConfig, fit, generator_at, seeded
+from ._fit import ProbeConfig, fit, generator_at
 from ._frozen import FrozenCodes, require_captions
 from ._transformer import CodeMemory, ProbeTransformer
 
@@ -77,7 +78,8 @@ class MaskedWordsProbe:
         require_captions(codes, captions)
         config = self.config
         counts = _count_tokens(self.guide, captions)
-        self.network = seeded(config.seed, lambda: _Filler(codes, self.guide, counts, config))
+        with seeded(config.seed):
+            self.network = _Filler(codes, self.guide, counts, config)
         self.network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:

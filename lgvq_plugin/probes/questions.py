@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._fields import require
+from ..functional import seeded
 from ..metrics.answers import exact_accuracy, majority, vote_accuracy
 from ..metrics.captions import tokenize_words
-from ._fit import ProbeConfig, fit, seeded
+from ._fit import ProbeConfig, fit
 from ._frozen import FrozenCodes
 from ._transformer import CodeMemory, ProbeTransformer
 from ._words import PAD, Words, trim
@@ -80,9 +81,9 @@ class QuestionsProbe:
         tokens = self.words.encode(texts, length=config.max_words + 2)
         images = torch.tensor([question.row for question in kept])
         targets = torch.tensor([number[question.answer] for question in kept])
-        self.network = seeded(
-            config.seed, lambda: _Answerer(codes, config, len(self.words), len(self.answers))
-        ).to(self.device)
+        with seeded(config.seed):
+            network = _Answerer(codes, config, len(self.words), len(self.answers))
+        self.network = network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
             seen = codes.codes(images[rows]).to(self.device)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._fields import require
+from ..functional import seeded
 from ..guides.base import AbstractGuide
 from ..sockets import ConfigError
-from ._fit import ProbeConfig, fit, generator_at, seeded
+from ._fit import ProbeConfig, fit, generator_at
 from ._frozen import FrozenCodes, require_captions
 from ._transformer import Cache, ProbeTransformer
 
@@ -95,9 +96,9 @@ class TextToImageProbe:
         require_captions(codes, captions)
         config = self.config
         size, length = len(table), indices.shape[1]
-        self.network = seeded(
-            config.seed, lambda: _Drawer(config, self.guide.token_dim, size, length)
-        ).to(self.device)
+        with seeded(config.seed):
+            network = _Drawer(config, self.guide.token_dim, size, length)
+        self.network = network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
             draws = torch.rand(2, len(rows), generator=generator)

@@ -1,6 +1,5 @@
 """From YAML files to checked sections: model, data, training."""
 
-import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,38 +46,6 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
         raise ConfigError(f"the configs and overrides do not fit together: {error}") from error
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def parse_words(
-    parser: argparse.ArgumentParser, argv: Sequence[str], *keys: str
-) -> tuple[argparse.Namespace, list[str]]:
-    """Parse argv with `key=value` words anywhere, also behind `-b a.yaml b.yaml`.
-
-    Args:
-        parser: of the command.
-        argv: its arguments.
-        keys: options that take several words; theirs lose their key=value words.
-
-    Returns:
-        What the parser made of it, and the key=value words; :func:`read_config` checks them.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> _ = parser.add_argument("-b", "--base", nargs="+", action="extend", default=[])
-        >>> given, overrides = parse_words(parser, ["-b", "a.yaml", "x=1"], "base")
-        >>> given.base, overrides
-        (['a.yaml'], ['x=1'])
-    """
-    given, rest = parser.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    overrides: list[str] = []
-    for key in keys:
-        words = getattr(given, key)
-        overrides += [word for word in words if "=" in word]
-        setattr(given, key, [word for word in words if "=" not in word])
-    return given, overrides + rest
 
 
 def _read_file(path: Path) -> DictConfig:
@@ -207,6 +174,12 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
+def loss_key(config: Mapping[str, Any]) -> str | None:
+    """Return where `model.params` holds the host's loss: lossconfig, or loss; None for neither."""
+    params = (config.get("model") or {}).get("params") or {}
+    return next((key for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
+
+
 def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of the host's loss, `{target, params}`; {} if there is none.
 
@@ -214,9 +187,8 @@ def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
         >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
         {'target': 'torch.nn.MSELoss'}
     """
-    params = (config.get("model") or {}).get("params") or {}
-    found = next((params[key] for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
-    return to_plain(found) if found else {}
+    key = loss_key(config)
+    return to_plain(config["model"]["params"][key]) if key else {}
 
 
 def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:

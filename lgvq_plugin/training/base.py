@@ -14,9 +14,9 @@ from ._sections import (
     DataSection,
     Sections,
     lgvq_block,
+    loss_key,
     loss_section,
     model_section,
-    parse_words,
     read_config,
     to_plain,
 )
@@ -30,8 +30,8 @@ __all__ = [
     "build_dataset",
     "build_host",
     "lgvq_block",
+    "loss_key",
     "loss_section",
-    "parse_words",
     "read_config",
     "to_plain",
 ]

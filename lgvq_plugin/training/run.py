@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .._arguments import parse_words
 from ..sockets import ConfigError
 from . import _checkpoint, _rng
 from ._csv import MetricsFile
@@ -31,7 +32,7 @@ from ._data import validation_loader
 from ._driver import HostDriver
 from ._quiet import quiet_lightning
 from ._watch import Stopped, Watch
-from .base import Sections, build_dataset, build_host, parse_words, read_config
+from .base import Sections, build_dataset, build_host, read_config
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 

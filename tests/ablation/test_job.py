@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lgvq_plugin._files import write_json
+from lgvq_plugin.ablation import _job
 from lgvq_plugin.ablation._job import read_curves, run_job
 from lgvq_plugin.ablation.base import Job
 from lgvq_plugin.checkpoints.base import load_host
@@ -74,6 +76,18 @@ def test_it_keeps_curves_cost_and_examples(done):
         assert (root / example["original"]).read_bytes()[1:4] == b"PNG"
     saved = json.loads((root / "a/seed_0/run.json").read_text())
     assert saved["evaluation"]["metrics"] == run.evaluation["metrics"]
+
+
+def test_starting_up_is_not_in_the_time_of_a_step(monkeypatch):
+    """Fifty seconds until the first update, then three steps in six."""
+    times = iter([50.0, 52.0, 54.0, 56.0])
+    monkeypatch.setattr(_job, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    clock = _job._Clock()
+    with clock.running():
+        for _ in range(4):
+            optimizer.step()
+    assert clock.seconds == 6.0
 
 
 def test_a_job_that_is_trained_is_only_evaluated(done):

@@ -8,10 +8,10 @@ import yaml
 from safetensors.numpy import load_file
 
 from lgvq_plugin.cli import main
-from lgvq_plugin.data_tools.cache import lgvq_block
+from lgvq_plugin.config import parse
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.guides.base import build_guide
-from lgvq_plugin.training.base import Sections, read_config
+from lgvq_plugin.training.base import Sections, lgvq_block, read_config
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsy
     assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0
     assert f"{len(captions()) + 1} different captions" in capsys.readouterr().out
     merged = Sections.of(read_config([path, out / "guide.yaml"]))
-    block = lgvq_block(merged.plain)
+    block = parse(lgvq_block(merged.plain))
     cached = build_guide(block.guide)
     told = sorted(captions())
     words = cached.encode(told).word_ids

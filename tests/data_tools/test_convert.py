@@ -106,7 +106,9 @@ def test_the_webdataset_package_reads_what_we_write(pictures, tmp_path):
     convert(root, tmp_path / "out", Settings(shard_size=2), progress=False)
     shards = str(tmp_path / "out/{000000..000001}.tar")
     read = list(wds.WebDataset(shards, shardshuffle=False).decode("rgb8"))
-    assert [sample["json"]["source"] for sample in read] == [f"{k:03d}.jpg" for k in range(4)]
+    assert [sample["json"]["converted_from"] for sample in read] == [
+        f"{k:03d}.jpg" for k in range(4)
+    ]
     assert read[2]["txt"] == "a dog number 2\nsome animal"
     assert read[2]["jpg"].shape == (40, 60, 3)
     sizes = json.loads((tmp_path / "out/sizes.json").read_text())

@@ -235,6 +235,16 @@ def test_a_folder_without_captions_says_what_would_do(tmp_path):
         CaptionedFolder(tmp_path)
 
 
+def test_a_column_of_ones_own_called_source_does_not_part_the_set(tmp_path):
+    rows = [{"file_name": f"{k}.jpg", "text": "a dog", "source": "flickr"} for k in range(40)]
+    for row in rows:
+        photo(tmp_path / row["file_name"], 1)
+    write(tmp_path / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    sizes = [len(CaptionedFolder(tmp_path, split=s, holdout=0.3)) for s in ("train", "validation")]
+    assert sum(sizes) == 40
+    assert min(sizes) > 3
+
+
 def test_holdout_parts_the_same_way_whatever_else_lies_there(tmp_path):
     for k in range(40):
         photo(tmp_path / f"{k}.jpg", 0)

@@ -8,14 +8,42 @@ import torch.multiprocessing as mp
 from lookalikes import workers
 from lookalikes.cases import LGVQ
 
+ONLY_RELATIONSHIP = {
+    "global_semantic": {"weight": 0},
+    "masked_text": {"weight": 0},
+    "relationship": {"weight": 1},
+}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("options", "is_broken"),
+    [
+        ({"start": 5}, False),
+        ({"on_nonfinite": "skip", "objectives": ONLY_RELATIONSHIP}, True),
+    ],
+    ids=["before start", "its only term skipped"],
+)
+def test_a_step_without_a_term_gives_every_head_a_gradient(tmp_path, options, is_broken):
+    args = (free_port(), str(tmp_path), options, is_broken)
+    mp.spawn(workers.run_heads, args=args, nprocs=2)
+    for rank in (0, 1):
+        grads = torch.load(tmp_path / f"{rank}.pt")
+        assert len(grads) > 10
+        assert [n for n, g in grads.items() if g is None or g.any()] == []  # and it is zero
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_rank_without_captions_does_not_hang_the_others(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(workers.run, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(workers.run, args=(free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     initial, _ = workers.BY_NAME["vqvae"].build(LGVQ)
     for part in ("host", "script", "own"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.metrics.clip_score import clip_score
+from lgvq_plugin.metrics.clip_score import CLIPScorer
 from lgvq_plugin.sockets import ConfigError
 
 transformers = pytest.importorskip("transformers", reason="extra [hf] is not installed")
@@ -63,11 +63,11 @@ def test_it_is_a_hundred_times_the_cosine_or_zero(folder):
     expected = np.maximum(100 * (pictures * words).sum(axis=1) / lengths, 0)
     assert (expected > 0).any()
     assert (expected == 0).any()
-    got = clip_score(images, captions, str(folder))
+    got = CLIPScorer(str(folder))(images, captions)
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-3)
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"evaluation\.clip_score: no CLIP model at .*nowhere"):
-        clip_score(torch.zeros(2, 3, 8, 8), ["a", "b"], str(tmp_path / "nowhere"))
+        CLIPScorer(str(tmp_path / "nowhere"))

@@ -1,6 +1,7 @@
 """What the processes of tests/hosts/test_processes.py run; importable by a spawned one."""
 
 import os
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lgvq_plugin import attach
+from lgvq_plugin.types import Codes
 from lookalikes import plain
 from lookalikes.cases import CAPTIONS, CASES, LGVQ
 from lookalikes.parts import VectorQuantizer
@@ -100,3 +102,36 @@ def _own(rank):
         (F.mse_loss(recons, images) + aux + ours).backward()
         optimizer.step()
     return {n: p.detach() for n, p in model.named_parameters()}
+
+
+class Heads(torch.nn.Module):
+    """The heads alone in a DDP, their codes from outside."""
+
+    def __init__(self, alignment):
+        super().__init__()
+        self.alignment = alignment
+
+    def forward(self, codes, captions):
+        return self.alignment(codes, captions, step=0)[0]
+
+
+def run_heads(rank, port, folder, options, is_broken):
+    """Three backward passes; DDP raises at the second if a parameter had no gradient."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        alignment = BY_NAME["vqvae"].build({**LGVQ, **options})[0].loss.alignment
+        if is_broken:
+            (objective,) = alignment.objectives.values()
+            objective.register_forward_hook(
+                lambda module, args, term: replace(term, value=term.value * float("nan"))
+            )
+        wrapped = DistributedDataParallel(Heads(alignment))
+        for _ in range(3):
+            codes = torch.randn(2, 16, alignment.code_dim, requires_grad=True)
+            wrapped(Codes(codes, None, (4, 4)), CAPTIONS[:2]).backward()
+        grads = {n: p.grad for n, p in alignment.named_parameters() if p.requires_grad}
+        torch.save(grads, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
