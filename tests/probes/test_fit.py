@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lgvq_plugin._fields import build
+from lgvq_plugin.functional import seeded
 from lgvq_plugin.probes import _fit
-from lgvq_plugin.probes._fit import ProbeConfig, fit, seeded
+from lgvq_plugin.probes._fit import ProbeConfig, fit
 from lgvq_plugin.sockets import ConfigError
 
 CONFIG = ProbeConfig(steps=12, batch_size=4, checkpoint_every=5, dropout=0.5, seed=3)
@@ -16,7 +17,8 @@ X = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
 
 
 def new():
-    return seeded(0, lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
+    with seeded(0):
+        return nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
 
 
 def train(network, folder=None, config=CONFIG, stop=None, facts=None):
