@@ -28,7 +28,7 @@ FLOORS = [  # top floor first; a module may import only from floors below its ow
     {"functional"},
     {"config"},
     {"compat"},
-    {"_fields"},
+    {"_fields", "_device"},
     {"types", "sockets", "dist", "_files", "_arguments"},
 ]
 FLOOR = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}

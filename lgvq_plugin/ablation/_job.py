@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .._device import choose_device
 from .._files import write_json
 from ..checkpoints.base import load_host
 from ..evaluation.base import evaluate
@@ -52,7 +53,7 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     cost = _cost(trained.steps, trained.steps - steps_before, clock.seconds, folder)
     logger.info("evaluating %s", job.name)
     is_averaged = job.config["training"].get("ema_decay") is not None
-    checkpoint, device = trained.checkpoint, _device()
+    checkpoint, device = trained.checkpoint, choose_device()
     del trained  # its host need not stay beside the one that is evaluated
     host = load_host(job.config, checkpoint, device=device, averaged=is_averaged)
     options = {k: v for k, v in job.evaluation.items() if k != "metrics"}
@@ -152,10 +153,6 @@ def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str,
     }
     write_json(folder / "cost.json", cost)
     return cost
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[dict[str, str]]:

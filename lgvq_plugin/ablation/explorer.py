@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .._device import choose_device
 from .._files import write_text
 from ..checkpoints.base import load_checkpoint, load_host
 from ..guides.base import AbstractGuide, build_guide
@@ -228,7 +229,7 @@ def main(argv: list[str]) -> int:
     config = read_config(given.base) if given.base else None
     read = [load_checkpoint(path, given.trust_pickle) for path in given.ckpt]
     names = _distinct(given.name or [_run_name(checkpoint.path) for checkpoint in read])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     # A run's own config says its host; -b stands in where there is none, and for the data.
     hosts = {
         name: load_host(

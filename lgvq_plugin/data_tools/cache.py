@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tqdm import tqdm
 
 from .._arguments import parse_words
+from .._device import choose_device
 from .._files import write_text
 from ..config import parse
 from ..datasets.base import CaptionedImages
@@ -86,7 +86,7 @@ def _cache(sections: Sections, given: argparse.Namespace) -> None:
     if not captions:
         raise ConfigError("the config's data sets have no caption to encode")
     guide = build_guide(block)
-    guide.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    guide.to(choose_device(given.device))
     folder = (folder or Path(f"text_cache_{guide.fingerprint[:12]}")).expanduser()
     masked = config.objectives.masked_text
     needs_maskings = masked.weight > 0 and masked.mask_at == "input"

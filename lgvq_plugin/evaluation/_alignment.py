@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._fields import build
 from ..probes.base import CodeFeatures
 from ..sockets import ConfigError, resolve
 from ._context import Context
-from ._rows import Rows, rows_of
+from ._rows import Rows, means_of, rows_of
 
 
 def retrieval(context: Context) -> Rows:
@@ -18,21 +17,21 @@ def retrieval(context: Context) -> Rows:
     probe.fit(train.codes.features(), _sentences(context, train.captions))
     captions = [texts[0] for texts in test.captions]
     target = _sentences(context, [[text] for text in captions])
-    numbers = probe.evaluate(test.codes.features(), target, captions)
-    count = int(numbers.pop("count"))
+    values = probe.values(test.codes.features(), target, captions)
     settings = {
         "probe": "ridge",
-        "strength": numbers.pop("strength"),
+        "strength": probe.strength,
         "guide": context.guide_config,
         "train_images": len(train.codes),
     }
     return rows_of(
         "retrieval",
-        numbers,
-        count,
+        means_of(values),
+        len(captions),
         lower=["mean_rank"],
         neutral=["chance"],
         settings=settings,
+        per_image={name: v for name, v in values.items() if name != "chance@1"},
     )
 
 
@@ -54,9 +53,7 @@ def masked_words(context: Context) -> Rows:
 
     Nothing of an LG-VQ model's own heads is used, so a baseline is asked in the same way.
     """
-    member = resolve("probes", "masked_words")
-    keys = {"seed": context.config.seed, **context.config.masked_words}
-    config = build(member.Config, keys, "evaluation.masked_words")
+    member, config = context.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
     captions = [texts[0] for texts in test.captions]
     rows: Rows = {}
@@ -77,10 +74,17 @@ def masked_words(context: Context) -> Rows:
             "probe": vars(config),
         }
         for hidden in (1, 3):
+            found = probe.values(test.codes, captions, hidden=hidden, seed=context.config.seed)
+            each = {f"mask_{hidden}/{name}": values for name, values in found.items()}
             count = int(numbers.pop(f"mask_{hidden}/words"))
             part = {name: v for name, v in numbers.items() if f"mask_{hidden}/" in name}
             rows |= rows_of(
-                f"masked_words/{protocol}", part, count, neutral=["shuffled"], settings=settings
+                f"masked_words/{protocol}",
+                part,
+                count,
+                neutral=["shuffled"],
+                settings=settings,
+                per_image=each,
             )
     return rows
 
@@ -108,6 +112,7 @@ def attributes(context: Context) -> Rows:
             len(test.codes),
             neutral=["majority", "shuffled"],
             settings={"probe": "ridge", "train_images": count},
+            per_image=probe.values(seen, target),
         )
     return rows
 

@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._fields import build
 from ..hosts.base import decode
 from ..metrics.answers import wordnet_similarity, wups
-from ..metrics.captions import caption_scores, meteor_score, tokenize_ptb, tokenize_words
+from ..metrics.captions import (
+    caption_scores,
+    caption_values,
+    meteor_score,
+    tokenize_ptb,
+    tokenize_words,
+)
 from ..metrics.clip_score import CLIPScorer
 from ..metrics.frechet import FrechetDistance
 from ..sockets import ConfigError, resolve
@@ -18,7 +23,7 @@ from ._alignment import _stack_labels
 from ._codebook import indices_of
 from ._context import Context, Encoded
 from ._reconstruction import warn_of_few
-from ._rows import Row, Rows, rows_of
+from ._rows import Row, Rows, means_of, rows_of
 
 logger = logging.getLogger(__name__)
 JUDGED = 2048  # training pictures that the judge sees, at most
@@ -26,8 +31,7 @@ JUDGED = 2048  # training pictures that the judge sees, at most
 
 def caption(context: Context) -> Rows:
     """BLEU, ROUGE-L, CIDEr-D and METEOR of captions written from frozen codes."""
-    member = resolve("probes", "captioning")
-    config = build(member.Config, _keys(context, context.config.caption), "evaluation.caption")
+    member, config = context.probe("caption")
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(config, device=context.device)
     probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)
@@ -47,7 +51,14 @@ def caption(context: Context) -> Rows:
         numbers["meteor"] = meteor_score(written, references)
     except ConfigError as error:
         settings["meteor"] = f"skipped: {error}"
-    return rows_of("caption", numbers, len(written), neutral=["shuffled"], settings=settings)
+    return rows_of(
+        "caption",
+        numbers,
+        len(written),
+        neutral=["shuffled"],
+        settings=settings,
+        per_image=caption_values(written, references),
+    )
 
 
 def _tokenized(context: Context, captions: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -62,8 +73,7 @@ def vqa(context: Context) -> Rows:
     train, test = context.train, context.test
     if not train.questions or not test.questions:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
-    member = resolve("probes", "questions")
-    config = build(member.Config, _keys(context, context.config.vqa), "evaluation.vqa")
+    member, config = context.probe("vqa")
     probe = member(config, device=context.device)
     probe.fit(train.codes, train.questions, folder=context.folder, progress=context.progress)
     numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed)
@@ -89,25 +99,25 @@ def t2i(context: Context) -> Rows:
     """Bits per code with and without text; and of generated images, what a judge sees in them."""
     model = context.config.clip_score
     scorer = CLIPScorer(model) if model else None  # a wrong path is told before hours of training
-    member = resolve("probes", "text_to_image")
-    config = build(member.Config, _keys(context, context.config.t2i), "evaluation.t2i")
+    member, config = context.probe("t2i")
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(context.guide, config, device=context.device)
     probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)
     captions = [texts[0] for texts in test.captions]
     settings = {"probe": vars(config), "guide": context.guide_config, "train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
-    numbers = probe.evaluate(test.codes, captions, seed=context.config.seed)
-    # Codes that are easy to guess without text cost few bits too: this is the text's own share.
-    numbers["text_gain"] = numbers["without_text/bits_per_code"] - numbers["bits_per_code"]
+    if scorer is None:
+        settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
+    values = probe.values(test.codes, captions, seed=context.config.seed)
     rows = rows_of(
         "t2i",
-        numbers,
+        means_of(values),
         len(captions),
         lower=["bits"],
         neutral=["shuffled", "without_text"],
         unit="bits",
         settings=settings,
+        per_image=values,
     )
     count = min(config.images, len(captions))
     indices = probe.draw(captions[:count], seed=context.config.seed, progress=context.progress)
@@ -202,7 +212,3 @@ def _distance(distance: FrechetDistance, real: Tensor, shown: Tensor) -> float:
     for part in shown.split(64):
         distance.update(part, real=False)
     return distance.compute()
-
-
-def _keys(context: Context, given: dict[str, Any]) -> dict[str, Any]:
-    return {"seed": context.config.seed, **given}

@@ -1,8 +1,10 @@
 """One number of an evaluation, with all that it depends on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 Rows = dict[str, "Row"]
 
@@ -42,6 +44,16 @@ class Row:
         return told
 
 
+def means_of(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the mean over images of each (M,) tensor.
+
+    Example:
+        >>> means_of({"recall@1": Tensor([0.0, 1.0])})
+        {'recall@1': 0.5}
+    """
+    return {name: float(value.double().mean()) for name, value in values.items()}
+
+
 def rows_of(
     prefix: str,
     numbers: Mapping[str, float],
@@ -51,6 +63,7 @@ def rows_of(
     neutral: Sequence[str] = (),
     unit: str = "",
     settings: Mapping[str, Any] | None = None,
+    per_image: Mapping[str, Iterable[float]] | None = None,
 ) -> Rows:
     """Return `prefix/NAME` -> Row of each number.
 
@@ -62,6 +75,7 @@ def rows_of(
         neutral: parts of a name that say that neither is, such as shuffled.
         unit: of all.
         settings: of all.
+        per_image: values of each image, by name, of those numbers that are their mean.
 
     Example:
         >>> numbers = {"accuracy": 0.5, "shuffled/accuracy": 0.1}
@@ -74,5 +88,7 @@ def rows_of(
         better: bool | None = not any(part in name for part in lower)
         if any(part in name for part in neutral):
             better = None
-        rows[f"{prefix}/{name}"] = Row(float(value), n, unit, better, settings=settings or {})
+        each = (per_image or {}).get(name)
+        values = None if each is None else [float(one) for one in each]
+        rows[f"{prefix}/{name}"] = Row(float(value), n, unit, better, values, settings or {})
     return rows

@@ -18,7 +18,7 @@ from ..sockets import ConfigError, suggest
 from ..training.base import lgvq_block, to_plain
 from . import _alignment, _codebook, _downstream, _reconstruction
 from ._config import EvaluationConfig
-from ._context import Context
+from ._context import PROBES, Context
 from ._rows import Rows
 from ._store import Store, host_hash, mark_of
 
@@ -139,6 +139,8 @@ def build_context(
 def run(context: Context, names: list[str], output: str | Path | None) -> dict[str, Any]:
     """Compute the metrics of a context, those that are on disk already aside."""
     store = Store(None if output is None else Path(output) / "metrics")
+    for name in PROBES.keys() & names:
+        context.probe(name)  # a wrong key is told before the first probe is trained
     settings = settings_of(context)
     rows: dict[str, Any] = {}
     skipped: dict[str, str] = {}
@@ -157,6 +159,7 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
                 continue
             store.write(name, mark, found)
         rows |= found
+        skipped |= _left_out(name, found)
     if not rows:
         told = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise ConfigError(f"no metric could be computed: {told}")
@@ -165,6 +168,16 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
         "environment": environment(),
         "metrics": rows,
         "skipped": skipped,
+    }
+
+
+def _left_out(name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the parts of a metric that could not be computed, as its settings tell."""
+    return {
+        f"{name}/{key}": told.removeprefix("skipped: ")
+        for row in rows.values()
+        for key, told in (row.get("settings") or {}).items()
+        if isinstance(told, str) and told.startswith("skipped: ")
     }
 
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .._arguments import parse_words
+from .._device import choose_device
 from .._files import write_json, write_text
 from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
 from ..sockets import ConfigError
@@ -50,7 +49,7 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
         host = load_host(
             _host_config(config, checkpoint),
             checkpoint,
-            device=_device(given.device),
+            device=choose_device(given.device),
             averaged=given.averaged,
         )
         # The guide is the one of the config for all hosts, or a comparison would not be fair.
@@ -197,10 +196,3 @@ def _folder(output: str | None, label: str, checkpoint: Checkpoint, *, many: boo
     if path.parent.name == "checkpoints":
         return path.parent.parent / "evaluation" / path.stem
     return path.parent / f"{path.stem}_evaluation"
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r}: {str(error).splitlines()[0]}") from error

@@ -18,6 +18,8 @@ def caption_scores(
 ) -> dict[str, float]:
     """Return `bleu_1` to `bleu_4`, `rouge_l` and `cider_d` of tokenized sentences.
 
+    BLEU is of the whole set; the others are means over images.
+
     CIDEr-D weighs words by how rare they are in the references given here, so numbers of two
     sets do not compare. It is about 10 at the most, the others 1.
 
@@ -32,9 +34,23 @@ def caption_scores(
     given, wanted = _tables(hypotheses, references)
     bleu = _scorer("bleu.bleu", "Bleu")(4).compute_score(wanted, given, verbose=0)[0]
     scores = {f"bleu_{n + 1}": float(bleu[n]) for n in range(4)}
-    scores["rouge_l"] = float(_scorer("rouge.rouge", "Rouge")().compute_score(wanted, given)[0])
-    scores["cider_d"] = float(_scorer("cider.cider", "Cider")().compute_score(wanted, given)[0])
-    return scores
+    means = {name: sum(v) / len(v) for name, v in caption_values(hypotheses, references).items()}
+    return scores | means
+
+
+def caption_values(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, list[float]]:
+    """Return `rouge_l` and `cider_d` of each image; arguments as :func:`caption_scores`.
+
+    A CIDEr-D depends on the references of the other images, too.
+    """
+    given, wanted = _tables(hypotheses, references)
+    scorers = {"rouge_l": ("rouge.rouge", "Rouge"), "cider_d": ("cider.cider", "Cider")}
+    return {
+        name: [float(value) for value in _scorer(*place)().compute_score(wanted, given)[1]]
+        for name, place in scorers.items()
+    }
 
 
 def meteor_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:

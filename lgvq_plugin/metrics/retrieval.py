@@ -9,7 +9,22 @@ from torch import Tensor
 def retrieval_recall(
     similarity: Tensor, relevant: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Share of queries with a right item among their k nearest, and the mean rank of the first.
+    """Means of :func:`retrieval_by_query`, whose arguments these are.
+
+    Example:
+        >>> retrieval_recall(torch.eye(4), torch.eye(4).bool(), ks=(1,))
+        {'recall@1': 1.0, 'mean_rank': 1.0}
+        >>> retrieval_recall(torch.zeros(4, 4), torch.eye(4).bool(), ks=())
+        {'mean_rank': 2.5}
+    """
+    values = retrieval_by_query(similarity, relevant, ks)
+    return {name: float(value.mean()) for name, value in values.items()}
+
+
+def retrieval_by_query(
+    similarity: Tensor, relevant: Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, Tensor]:
+    """Is a right item among the k nearest of each query, and which rank has the first?
 
     Equal similarities count as if their order were drawn at random: the number is the expected
     recall, so features that say nothing give chance level and not 1.
@@ -21,16 +36,10 @@ def retrieval_recall(
         ks: how many nearest items to look at.
 
     Returns:
-        `recall@k` for each k in [0, 1], and `mean_rank` counted from 1.
+        `recall@k` for each k, in [0, 1], and `mean_rank`, counted from 1; each (Q,) float64.
 
     Raises:
         ValueError: on unequal shapes, nan, or a query without a right item.
-
-    Example:
-        >>> retrieval_recall(torch.eye(4), torch.eye(4).bool(), ks=(1,))
-        {'recall@1': 1.0, 'mean_rank': 1.0}
-        >>> retrieval_recall(torch.zeros(4, 4), torch.eye(4).bool(), ks=())
-        {'mean_rank': 2.5}
     """
     if similarity.ndim != 2 or similarity.shape != relevant.shape or not len(similarity):
         raise ValueError(
@@ -46,9 +55,9 @@ def retrieval_recall(
     before = ((similarity > best) & ~relevant).sum(dim=1).double()
     wrong = ((similarity == best) & ~relevant).sum(dim=1).double()
     right = ((similarity == best) & relevant).sum(dim=1).double()
-    recalls = {f"recall@{k}": float(_hit(k - before, wrong, right).mean()) for k in ks}
+    recalls = {f"recall@{k}": _hit(k - before, wrong, right) for k in ks}
     # Of `wrong` items mixed with `right` ones, wrong / (right + 1) come before the first right.
-    return recalls | {"mean_rank": float((before + wrong / (right + 1) + 1).mean())}
+    return recalls | {"mean_rank": before + wrong / (right + 1) + 1}
 
 
 def _hit(places: Tensor, wrong: Tensor, right: Tensor) -> Tensor:

@@ -132,17 +132,17 @@ class CodeCollector:
         if first.indices is not None:
             indices = torch.cat([part.indices for part in self._parts])  # type: ignore[misc]
         if indices is None:
-            return FrozenCodes(first.grid, None, book, self._vectors(None, book))
+            return FrozenCodes(first.grid, None, book, self._vectors(book))
         if all(part.codes.shape[1] == 0 for part in self._parts):
             return FrozenCodes(first.grid, indices, book)
-        vectors = self._vectors(indices, book)
+        vectors = self._vectors(book)
         size = len(book) if book is not None else self.codebook_size
         size = int(indices.max()) + 1 if size is None else size
         table = _mean_table(vectors, indices, size)
         same = _is_table(vectors, indices, table)
         return FrozenCodes(first.grid, indices, table, None if same else vectors)
 
-    def _vectors(self, indices: Tensor | None, book: Tensor | None) -> Tensor:
+    def _vectors(self, book: Tensor | None) -> Tensor:
         return torch.cat(
             [
                 part.codes if part.codes.shape[1] else book[part.indices]  # type: ignore[index]

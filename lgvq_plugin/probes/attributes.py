@@ -1,6 +1,6 @@
 """Which attributes of an image can be read from its frozen codes by a linear map."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,21 @@ class AttributesProbe(AbstractProbe[Mapping[str, Tensor]]):
         self._usual = {name: _answer(c.mean(0, True), target[name]) for name, c in columns.items()}
         return self
 
+    def values(self, features: CodeFeatures, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `NAME/accuracy` and `mean_accuracy` of each image, (M,) float64; see `evaluate`.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`evaluate`.
+        """
+        right = {
+            f"{name}/accuracy": (_answer(scores, labels) == labels)
+            .double()
+            .reshape(len(labels), -1)
+            for name, labels, scores in self._scored(features, target)
+        }
+        values = {name: table.mean(dim=1) for name, table in right.items()}
+        return values | {"mean_accuracy": torch.stack([*values.values()]).mean(dim=0)}
+
     def evaluate(self, features: CodeFeatures, target: Mapping[str, Tensor]) -> dict[str, float]:
         """Return `NAME/accuracy`, `NAME/majority` (always the usual answer), `mean_accuracy`.
 
@@ -46,17 +61,8 @@ class AttributesProbe(AbstractProbe[Mapping[str, Tensor]]):
             RuntimeError: before :meth:`fit`.
             ValueError: if a name was not in the target of fit, or has another length.
         """
-        if self._scaling is None:
-            raise RuntimeError("AttributesProbe: call fit(...) on training images first")
-        x = self._scaling(features)
         results: dict[str, float] = {}
-        for name, labels in target.items():
-            if name not in self._ridges or len(labels) != len(x):
-                raise ValueError(
-                    f"attribute {name!r}: expected {len(x)} labels of one of "
-                    f"{sorted(self._ridges)}, got {len(labels)}"
-                )
-            scores = self._ridges[name](x)
+        for name, labels, scores in self._scored(features, target):
             right = _answer(scores, labels) == labels
             results[f"{name}/accuracy"] = float(right.double().mean())
             results[f"{name}/majority"] = float((self._usual[name] == labels).double().mean())
@@ -64,6 +70,21 @@ class AttributesProbe(AbstractProbe[Mapping[str, Tensor]]):
                 results[f"{name}/auc"] = _mean_auc(scores, labels.bool())
         accuracies = [value for name, value in results.items() if name.endswith("/accuracy")]
         return results | {"mean_accuracy": sum(accuracies) / max(len(accuracies), 1)}
+
+    def _scored(
+        self, features: CodeFeatures, target: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, labels and scores (M, D)."""
+        if self._scaling is None:
+            raise RuntimeError("AttributesProbe: call fit(...) on training images first")
+        x = self._scaling(features)
+        for name, labels in target.items():
+            if name not in self._ridges or len(labels) != len(x):
+                raise ValueError(
+                    f"attribute {name!r}: expected {len(x)} labels of one of "
+                    f"{sorted(self._ridges)}, got {len(labels)}"
+                )
+            yield name, labels, self._ridges[name](x)
 
 
 def stack_labels(records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -109,7 +109,6 @@ class MaskedWordsProbe:
         )
         return self
 
-    @torch.no_grad()
     def recall(
         self, codes: FrozenCodes, captions: Sequence[str], *, hidden: int, seed: int = 0
     ) -> dict[str, float]:
@@ -125,8 +124,16 @@ class MaskedWordsProbe:
             `recall@1` and `recall@5` (a word of several tokens is found if all of them are) and
             `words`, how many were asked for.
         """
-        found = {1: 0.0, 5: 0.0}
-        asked = 0
+        values = self.values(codes, captions, hidden=hidden, seed=seed)
+        share = {name: sum(value) / max(len(value), 1) for name, value in values.items()}
+        return share | {"words": float(hidden * len(values["recall@1"]))}
+
+    @torch.no_grad()
+    def values(
+        self, codes: FrozenCodes, captions: Sequence[str], *, hidden: int, seed: int = 0
+    ) -> dict[str, list[float]]:
+        """Return `recall@1` and `recall@5` of each caption that is long enough; see `recall`."""
+        found: dict[int, list[float]] = {1: [], 5: []}
         for part, rows in enumerate(torch.arange(len(codes)).split(PART)):
             texts = [captions[int(i)] for i in rows]
             tokens = self.guide.tokenize(texts)
@@ -141,13 +148,13 @@ class MaskedWordsProbe:
             logits = self._logits(texts, mask, codes.codes(rows))
             nearest = logits.topk(min(5, logits.shape[1]), dim=-1).indices
             best = nearest == self._targets(tokens, mask)[:, None]
-            words = _word_numbers(tokens, mask)
-            asked += len(words.unique())
-            for k in found:
+            words, length = _word_numbers(tokens, mask), mask.shape[1]
+            asked = torch.bincount(words.unique() // length, minlength=len(rows))
+            for k, shares in found.items():
                 missed = words[(~best[:, :k].any(dim=1)).cpu()].unique()
-                found[k] += len(words.unique()) - len(missed)
-        share = {f"recall@{k}": value / max(asked, 1) for k, value in found.items()}
-        return share | {"words": float(asked)}
+                lost = torch.bincount(missed // length, minlength=len(rows))
+                shares += (1 - lost[asked > 0] / asked[asked > 0]).tolist()
+        return {f"recall@{k}": shares for k, shares in found.items()}
 
     def evaluate(
         self, codes: FrozenCodes, captions: Sequence[str], *, seed: int = 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..metrics.retrieval import retrieval_recall
+from ..metrics.retrieval import retrieval_by_query
 from ._ridge import Ridge, Scaling, fit_ridges
 from .base import AbstractProbe, CodeFeatures
 
@@ -22,6 +22,11 @@ class RetrievalProbe(AbstractProbe[Tensor]):
     def __init__(self, *, ks: Sequence[int] = (1, 5, 10), seed: int = 0):
         self.ks, self.seed = tuple(ks), seed
         self._scaling: Scaling | None = None
+
+    @property
+    def strength(self) -> float:
+        """Of the ridge, as chosen in :meth:`fit`."""
+        return self._ridge.strength
 
     def fit(self, features: CodeFeatures, target: Tensor) -> "RetrievalProbe":
         """Train on M images.
@@ -48,6 +53,20 @@ class RetrievalProbe(AbstractProbe[Tensor]):
         target: Tensor,
         captions: Sequence[str] | None = None,
     ) -> dict[str, float]:
+        """Return the means of :meth:`values`, whose arguments and errors these are.
+
+        With them `strength` of the ridge and `count` of images.
+        """
+        values = self.values(features, target, captions)
+        means = {name: float(value.mean()) for name, value in values.items()}
+        return means | {"strength": self.strength, "count": float(len(features))}
+
+    def values(
+        self,
+        features: CodeFeatures,
+        target: Tensor,
+        captions: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
         """Search among the M captions for each of the M images, and the other way round.
 
         Args:
@@ -57,9 +76,9 @@ class RetrievalProbe(AbstractProbe[Tensor]):
                 whose features are equal bit by bit do.
 
         Returns:
-            `image_to_text/recall@k`, `image_to_text/mean_rank`, the same for `text_to_image`,
-            `chance@1` (the expected recall at 1 of features that say nothing), `strength` of the
-            ridge and `count` of images.
+            `image_to_text/recall@k`, `image_to_text/mean_rank`, the same for `text_to_image`, and
+            `chance@1` (the expected recall at 1 of features that say nothing); of each image,
+            (M,) float64.
 
         Raises:
             RuntimeError: before :meth:`fit`.
@@ -84,14 +103,9 @@ class RetrievalProbe(AbstractProbe[Tensor]):
                 ("image_to_text", similarity),
                 ("text_to_image", similarity.mT),
             )
-            for name, value in retrieval_recall(matrix, same, self.ks).items()
+            for name, value in retrieval_by_query(matrix, same, self.ks).items()
         }
-        chance = float(same.double().mean())
-        return results | {
-            "chance@1": chance,
-            "strength": self._ridge.strength,
-            "count": float(len(features)),
-        }
+        return results | {"chance@1": same.double().mean(dim=1)}
 
 
 def _same(sentences: Tensor, captions: Sequence[str] | None) -> Tensor:

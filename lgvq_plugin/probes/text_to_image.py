@@ -123,20 +123,27 @@ class TextToImageProbe:
         )
         return self
 
-    @torch.no_grad()
     def bits_per_code(
         self, codes: FrozenCodes, captions: Sequence[str], *, with_text: bool = True
     ) -> float:
         """Return the mean of -log2 of the probability of each code of held-out images."""
+        return float(self._bits(codes, captions, with_text=with_text).mean())
+
+    @torch.no_grad()
+    def _bits(
+        self, codes: FrozenCodes, captions: Sequence[str], *, with_text: bool = True
+    ) -> Tensor:
+        """Return the mean bits of a code of each image, (M,) float64."""
         indices, _ = _indices(codes)
-        total = 0.0
+        parts = []
         for rows in torch.arange(len(codes)).split(self.config.batch_size):
             hidden = torch.full((len(rows),), not with_text)
             memory, mask = self._read([captions[int(i)] for i in rows], hidden)
             seen = indices[rows].to(self.device)
             logits = self.network(seen[:, :-1], memory, mask)
-            total += float(F.cross_entropy(logits.flatten(0, 1), seen.flatten(), reduction="sum"))
-        return total / indices.numel() / math.log(2)
+            nats = F.cross_entropy(logits.mT, seen, reduction="none")
+            parts.append(nats.double().mean(dim=1).cpu() / math.log(2))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def draw(self, captions: Sequence[str], *, seed: int = 0, progress: bool = False) -> Tensor:
@@ -152,14 +159,25 @@ class TextToImageProbe:
     def evaluate(
         self, codes: FrozenCodes, captions: Sequence[str], *, seed: int = 0
     ) -> dict[str, float]:
-        """Return `bits_per_code` of held-out images with their captions, `without_text/`, and
-        `shuffled/` with the captions of other images.
+        """Return the means of :meth:`values`."""
+        values = self.values(codes, captions, seed=seed)
+        return {name: float(value.mean()) for name, value in values.items()}
+
+    def values(
+        self, codes: FrozenCodes, captions: Sequence[str], *, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Return `bits_per_code` of each held-out image, (M,) float64, with its caption.
+
+        `without_text/` is without any, `shuffled/` with the captions of other images, and
+        `text_gain` what the text tells: `without_text/bits_per_code` - `bits_per_code`. Codes
+        that are easy to guess without text cost few bits too; this is the text's own share.
         """
-        order = codes.shuffled(seed)
+        with_text, without = (self._bits(codes, captions, with_text=w) for w in (True, False))
         return {
-            "bits_per_code": self.bits_per_code(codes, captions),
-            "without_text/bits_per_code": self.bits_per_code(codes, captions, with_text=False),
-            "shuffled/bits_per_code": self.bits_per_code(order, captions),
+            "bits_per_code": with_text,
+            "without_text/bits_per_code": without,
+            "shuffled/bits_per_code": self._bits(codes.shuffled(seed), captions),
+            "text_gain": without - with_text,
         }
 
     def _read(self, captions: Sequence[str], hidden: Tensor) -> tuple[Tensor, Tensor]:

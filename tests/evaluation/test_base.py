@@ -151,6 +151,7 @@ def test_what_cannot_be_computed_is_told_and_the_rest_is_done(palette, config):
         ({"limt": 3}, ["psnr"], r"evaluation\.limt; did you mean 'limit'"),
         ({"limit": 1}, ["psnr"], r"evaluation\.limit"),
         ({"caption": {"stepz": 1}}, ["caption"], r"evaluation\.caption\.stepz"),
+        ({"t2i": {"sampling": {"top_p": 2}}}, ["t2i"], r"evaluation\.t2i\.sampling\.top_p"),
         ({"tokenizer": "bpe"}, ["psnr"], "words or ptb"),
     ],
 )
@@ -158,6 +159,49 @@ def test_wrong_input_is_told(palette, config, block, metrics, message):
     config["evaluation"] |= block
     with pytest.raises(ConfigError, match=message):
         evaluate(palette, config, metrics=metrics, progress=False)
+
+
+def test_a_wrong_key_of_the_last_probe_is_told_before_the_first_is_trained(
+    palette, config, tmp_path
+):
+    config["evaluation"] |= {"masked_words": TINY, "t2i": {"stepz": 1}}
+    names = ["psnr", "masked_words", "t2i"]
+    with pytest.raises(ConfigError, match=r"evaluation\.t2i\.stepz; did you mean 'steps'"):
+        evaluate(palette, config, metrics=names, output=tmp_path, progress=False)
+    assert not [*tmp_path.rglob("*")]
+
+
+def test_values_of_each_image_have_the_mean_that_is_told(palette, config):
+    config["evaluation"] |= dict.fromkeys(("masked_words", "caption"), TINY)
+    config["evaluation"]["t2i"] = {**TINY, "images": 4}
+    names = ["retrieval", "masked_words", "attributes", "caption", "t2i"]
+    result = evaluate(palette, config, metrics=names, limit=16, progress=False)
+    rows = {name: row for name, row in result["metrics"].items() if "per_image" in row}
+    for name in (
+        "retrieval/image_to_text/recall@5",
+        "retrieval/text_to_image/mean_rank",
+        "masked_words/leak_free/mask_1/recall@1",
+        "masked_words/leaky/mask_3/recall@5",
+        "attributes/linear/mean_accuracy",
+        "attributes/few_shot/main_color/accuracy",
+        "caption/cider_d",
+        "caption/rouge_l",
+        "t2i/bits_per_code",
+        "t2i/text_gain",
+    ):
+        row = rows.pop(name)
+        assert len(row["per_image"]) == 16
+        assert np.mean(row["per_image"]) == pytest.approx(row["value"], abs=2e-6)
+    assert not any("bleu" in name or "auc" in name for name in rows)  # no means over images
+
+
+def test_parts_that_need_what_is_not_here_are_told(palette, config, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java
+    config["evaluation"] |= {"caption": TINY, "t2i": {**TINY, "images": 4}}
+    result = evaluate(palette, config, metrics=["caption", "t2i"], limit=16, progress=False)
+    assert "Java" in result["skipped"]["caption/meteor"]
+    assert "evaluation.clip_score" in result["skipped"]["t2i/clip_score"]
+    assert "caption/meteor" not in result["metrics"]
 
 
 def test_sections_that_are_missing_are_told(palette, config):

@@ -50,4 +50,5 @@ def test_every_option_is_told_and_read(cls):
     told = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
     for field in fields(cls):
         assert re.search(rf'\n    {field.name}: [^\n]*\n    """', told), field.name
-        assert re.search(rf"(config|options|sampling)\.{field.name}\b", code), field.name
+        read = rf"(config|options|sampling)\.{field.name}\b|\.probe\(.{field.name}.\)"
+        assert re.search(read, code), field.name

@@ -109,6 +109,7 @@ def test_exported_png_equal_the_npz(folder):
         (["--ckpt", "HOST", "--metrics", "psnr,fidd"], "did you mean 'fid'"),
         (["--ckpt", "HOST", "--names", "a", "b"], "--names"),
         (["--ckpt", "HOST", "--device", "toaster"], "--device"),
+        (["--ckpt", "HOST", "--device", "cuda:99"], "--device cpu"),
         (["--ckpt", "HOST", "evaluation.limt=3"], "limit"),
     ],
 )

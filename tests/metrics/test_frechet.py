@@ -64,7 +64,10 @@ def test_a_factory_by_dotted_path():
 @pytest.mark.slow
 def test_fid_is_torchmetrics_inception(tmp_path):
     """With random weights in a file of Inception's layout: equals torchmetrics' own call."""
-    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    extractor = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="needs torch-fidelity: the extra eval",
+    )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.metrics.retrieval import retrieval_recall
+from lgvq_plugin.metrics.retrieval import retrieval_by_query, retrieval_recall
 
 
 def brute_force(similarity: np.ndarray, relevant: np.ndarray, k: int) -> tuple[float, float]:
@@ -63,3 +63,15 @@ def test_k_beyond_the_gallery_is_one():
 def test_wrong_input_is_told(similarity, relevant, words):
     with pytest.raises(ValueError, match=words):
         retrieval_recall(similarity, relevant)
+
+
+def test_each_query_has_the_rank_that_sorting_gives():
+    generator = np.random.default_rng(4)
+    similarity = generator.normal(size=(9, 7))
+    right = generator.integers(7, size=9)
+    order = (-similarity).argsort(axis=1)
+    rank = (order == right[:, None]).argmax(axis=1) + 1
+    relevant = torch.nn.functional.one_hot(torch.tensor(right), 7).bool()
+    got = retrieval_by_query(torch.tensor(similarity), relevant, ks=(3,))
+    np.testing.assert_allclose(got["mean_rank"], rank)
+    np.testing.assert_allclose(got["recall@3"], rank <= 3, atol=1e-12)

@@ -1,0 +1,26 @@
+"""Which device a command computes on."""
+
+import torch
+
+from .sockets import ConfigError
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device that `--device` names; None: a GPU if there is one.
+
+    Raises:
+        ConfigError: if torch knows no such device, or this machine has none.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as its backend likes
+        told = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name!r}: {told}; `--device cpu` works everywhere") from error
+    return device
