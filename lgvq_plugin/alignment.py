@@ -150,7 +150,12 @@ class Alignment(nn.Module):
         return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
 
     def _scale(self, step: int) -> float:
-        """Return the share of the weights at `step`: 0 before `start`, then up to 1 by `ramp`."""
+        """Return the share of the weights at `step`: 0 before `start`, then up to 1 by `ramp`.
+
+        From `stop` on it is 0 again.
+        """
+        if self.config.stop is not None and step >= self.config.stop:
+            return 0.0
         done = step - self.config.start
         if done < 0:
             return 0.0

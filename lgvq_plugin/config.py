@@ -146,6 +146,8 @@ class LGVQConfig:
     """First step with our terms."""
     ramp: int = 0
     """Steps over which the weights grow to their values."""
+    stop: int | None = None
+    """First step without our terms again, so that the host alone has the last word; null: none."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What a term that is not finite does."""
     seed: int = 0
@@ -159,6 +161,8 @@ class LGVQConfig:
         require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
         require(self.start >= 0, "start", ">= 0", self.start)
         require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
+        expected = f"> start ({self.start}), or null"
+        require(self.stop is None or self.stop > self.start, "stop", expected, self.stop)
         require(self.seed >= 0, "seed", ">= 0", self.seed)
 
 
