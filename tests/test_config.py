@@ -170,6 +170,7 @@ WRONG = [  # path, value, what the message says beside them
     ("lgvq.codebook_gradient", 1, "true or false"),
     ("lgvq.start", -1, ">= 0"),
     ("lgvq.ramp", -1, ">= 0"),
+    ("lgvq.stop", 0, "> start (0), or null"),
     ("lgvq.seed", 0.5, "a whole number"),
     ("lgvq.on_nonfinite", "ignore", "'raise' or 'skip'"),
 ]

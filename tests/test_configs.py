@@ -13,7 +13,7 @@ from lgvq_plugin.sockets import import_target, resolve
 from lgvq_plugin.training.base import Sections, TrainingConfig, read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = ["guide_micro_clip"]
+OVERLAYS = ["guide_micro_clip", "guide_minilm"]
 PAIRS = sorted(
     path.stem for path in CONFIGS.glob("*.yaml") if (CONFIGS / f"{path.stem}_lgvq.yaml").exists()
 )
