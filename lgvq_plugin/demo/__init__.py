@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from ..ablation import publish
-from ..ablation.base import Results, Run
+from ..ablation.base import Difference, Results, Run
 from ..ablation.plan import read_plan
 from ..ablation.run import run_plan
+from ..ablation.statistics import compare
 from ..sockets import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -55,21 +56,27 @@ def demo(
 
 
 def table(results: Results) -> str:
-    """Return the rows of :data:`SHOWN`, and the time of a step, for both variants."""
+    """Return the rows of :data:`SHOWN`, and the time of a step, for both variants.
+
+    Where a metric has a value of each image, the 95 % interval of the mean difference stands
+    beside it: ▲ better or ▼ worse only if it excludes zero.
+    """
     runs = {run.variant: run for run in results.runs if run.status == "done"}
-    rows = [["", *runs]]
+    found = {(cell.variant, cell.metric): cell for cell in compare(results)}
+    rows = [["", *runs, "difference"]]
     for metric, (label, digits) in SHOWN.items():
         cells = [_cell(run, metric, digits) for run in runs.values()]
         if any(cells):
-            rows.append([label, *cells])
+            cell = found.get(("lgvq", metric))
+            rows.append([label, *cells, _interval(cell.to("baseline") if cell else None, digits)])
     times = [run.cost.get("seconds_per_step") for run in runs.values()]
-    rows.append(["seconds a step", *("" if t is None else f"{t:.3f}" for t in times)])
+    rows.append(["seconds a step", *("" if t is None else f"{t:.3f}" for t in times), ""])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     )
 
@@ -77,6 +84,14 @@ def table(results: Results) -> str:
 def _cell(run: Run, metric: str, digits: int) -> str:
     value = run.metrics.get(metric, {}).get("value")
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(found: Difference | None, digits: int) -> str:
+    if found is None or found.low is None or found.high is None:
+        return ""
+    ends = f"[{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    mark = {"better": " ▲", "worse": " ▼", "": ""}[found.verdict]
+    return f"{found.value:+.{digits}f} {ends}{mark}"
 
 
 def main(argv: list[str]) -> int:
@@ -113,5 +128,8 @@ def main(argv: list[str]) -> int:
     for run in failed:
         print(f"{run.variant}: {run.status}: {run.reason}")
     minutes = (time.perf_counter() - begun) / 60
-    print(f"\nOne seed shows no more than that it runs; report: {page} ({minutes:.1f} min)")
+    print(
+        "\nIntervals are over test images (95 %), of one training each: another seed gives other "
+        f"numbers.\nReport: {page} ({minutes:.1f} min)"
+    )
     return int(bool(failed))

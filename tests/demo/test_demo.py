@@ -45,7 +45,14 @@ def test_the_demo_runs_and_its_table_is_the_results(tmp_path, capsys, monkeypatc
     assert [run["variant"] for run in runs] == ["baseline", "lgvq"]
     row = next(line for line in printed.splitlines() if line.startswith("PSNR"))
     psnr = [run["evaluation"]["metrics"]["reconstruction/psnr"]["value"] for run in runs]
-    assert row.split()[-2:] == [f"{value:.2f}" for value in psnr]
+    assert row.split()[2:4] == [f"{value:.2f}" for value in psnr]
+    each = [run["evaluation"]["metrics"]["reconstruction/psnr"]["per_image"] for run in runs]
+    gap = sum(b - a for a, b in zip(*each, strict=True)) / 24
+    low, high = (float(end.strip("[],")) for end in row.split()[5:7])
+    assert row.split()[4] == f"{gap:+.2f}"
+    assert low <= gap + 0.005
+    assert high >= gap - 0.005
+    assert ("▲" in row, "▼" in row) == (low > 0, high < 0)
     for label in ("codebook usage", "image to text R@1", "attribute accuracy", "seconds a step"):
         assert len(next(li for li in printed.splitlines() if li.startswith(label)).split()) >= 4
     page = (out / "report.html").read_text()
