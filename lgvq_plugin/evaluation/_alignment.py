@@ -65,7 +65,6 @@ def masked_words(context: Context) -> Rows:
         probe = member(context.guide, config, protocol=protocol, device=context.device)
         folder = context.folder
         probe.fit(train.codes, train.captions, folder=folder, progress=context.progress)
-        numbers = probe.evaluate(test.codes, captions, seed=context.config.seed)
         settings = {
             "protocol": what,
             "heads": "trained on frozen codes",
@@ -74,10 +73,13 @@ def masked_words(context: Context) -> Rows:
             "probe": vars(config),
         }
         for hidden in (1, 3):
-            found = probe.values(test.codes, captions, hidden=hidden, seed=context.config.seed)
+            asked = {"hidden": hidden, "seed": context.config.seed}
+            found = probe.values(test.codes, captions, **asked)
+            blind = probe.recall(test.codes.shuffled(context.config.seed), captions, **asked)
             each = {f"mask_{hidden}/{name}": values for name, values in found.items()}
-            count = int(numbers.pop(f"mask_{hidden}/words"))
-            part = {name: v for name, v in numbers.items() if f"mask_{hidden}/" in name}
+            part = {name: sum(values) / max(len(values), 1) for name, values in each.items()}
+            count = int(blind.pop("words"))
+            part |= {f"shuffled/mask_{hidden}/{name}": value for name, value in blind.items()}
             rows |= rows_of(
                 f"masked_words/{protocol}",
                 part,

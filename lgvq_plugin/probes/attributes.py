@@ -40,13 +40,10 @@ class AttributesProbe(AbstractProbe[Mapping[str, Tensor]]):
         Raises:
             RuntimeError, ValueError: as :meth:`evaluate`.
         """
-        right = {
-            f"{name}/accuracy": (_answer(scores, labels) == labels)
-            .double()
-            .reshape(len(labels), -1)
-            for name, labels, scores in self._scored(features, target)
-        }
-        values = {name: table.mean(dim=1) for name, table in right.items()}
+        values = {}
+        for name, labels, scores in self._scored(features, target):
+            right = (_answer(scores, labels) == labels).double()
+            values[f"{name}/accuracy"] = right.reshape(len(right), -1).mean(dim=1)
         return values | {"mean_accuracy": torch.stack([*values.values()]).mean(dim=0)}
 
     def evaluate(self, features: CodeFeatures, target: Mapping[str, Tensor]) -> dict[str, float]:
