@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ._page import counted, number
 from ._tables import images_told
 from ._words import sentences
-from .base import CONFIDENCE, Cell, Results
+from .base import CONFIDENCE, MARKS, Cell, Results
 
 
 def markdown(results: Results, cells: Sequence[Cell]) -> str:
@@ -57,6 +57,6 @@ def _value(cell: Cell | None, reference: str) -> str:
     if cell is None or cell.mean is None:
         return "–"
     found = cell.to(reference)
-    mark = {"better": " ▲", "worse": " ▼", "": ""}[found.verdict if found else ""]
+    mark = MARKS[found.verdict if found else ""]
     spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
     return f"{number(cell.mean)}{spread}{mark}"

@@ -153,6 +153,10 @@ class Difference:
     verdict: Literal["better", "worse", ""]
 
 
+MARKS = {"better": " ▲", "worse": " ▼", "": ""}
+"""How a table shows a verdict."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One metric of one variant on one data set.

@@ -6,13 +6,14 @@ plan.yaml --> ablation: train and evaluate both --> table in the terminal, repor
 import argparse
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..ablation import publish
-from ..ablation.base import Difference, Results, Run
+from ..ablation.base import MARKS, Results, Run
 from ..ablation.plan import read_plan
 from ..ablation.run import run_plan
-from ..ablation.statistics import compare
+from ..ablation.statistics import difference
 from ..sockets import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -62,13 +63,11 @@ def table(results: Results) -> str:
     beside it: ▲ better or ▼ worse only if it excludes zero.
     """
     runs = {run.variant: run for run in results.runs if run.status == "done"}
-    found = {(cell.variant, cell.metric): cell for cell in compare(results)}
     rows = [["", *runs, "difference"]]
     for metric, (label, digits) in SHOWN.items():
         cells = [_cell(run, metric, digits) for run in runs.values()]
         if any(cells):
-            cell = found.get(("lgvq", metric))
-            rows.append([label, *cells, _interval(cell.to("baseline") if cell else None, digits)])
+            rows.append([label, *cells, _interval(runs, metric, digits)])
     times = [run.cost.get("seconds_per_step") for run in runs.values()]
     rows.append(["seconds a step", *("" if t is None else f"{t:.3f}" for t in times), ""])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -86,12 +85,18 @@ def _cell(run: Run, metric: str, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(found: Difference | None, digits: int) -> str:
+def _interval(runs: Mapping[str, Run], metric: str, digits: int) -> str:
+    own, other = (
+        {runs[name].seed: runs[name].metrics[metric]}
+        if name in runs and metric in runs[name].metrics
+        else {}
+        for name in ("lgvq", "baseline")
+    )
+    found = difference(own, other, reference="baseline")
     if found is None or found.low is None or found.high is None:
         return ""
     ends = f"[{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    mark = {"better": " ▲", "worse": " ▼", "": ""}[found.verdict]
-    return f"{found.value:+.{digits}f} {ends}{mark}"
+    return f"{found.value:+.{digits}f} {ends}{MARKS[found.verdict]}"
 
 
 def main(argv: list[str]) -> int:

@@ -75,15 +75,13 @@ def masked_words(context: Context) -> Rows:
         for hidden in (1, 3):
             asked = {"hidden": hidden, "seed": context.config.seed}
             found = probe.values(test.codes, captions, **asked)
-            blind = probe.recall(test.codes.shuffled(context.config.seed), captions, **asked)
+            blind = probe.values(test.codes.shuffled(context.config.seed), captions, **asked)
             each = {f"mask_{hidden}/{name}": values for name, values in found.items()}
-            part = {name: sum(values) / max(len(values), 1) for name, values in each.items()}
-            count = int(blind.pop("words"))
-            part |= {f"shuffled/mask_{hidden}/{name}": value for name, value in blind.items()}
+            each |= {f"shuffled/mask_{hidden}/{name}": values for name, values in blind.items()}
             rows |= rows_of(
                 f"masked_words/{protocol}",
-                part,
-                count,
+                {name: sum(values) / max(len(values), 1) for name, values in each.items()},
+                hidden * len(found["recall@1"]),
                 neutral=["shuffled"],
                 settings=settings,
                 per_image=each,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..hosts.base import decode
 from ..metrics.answers import wordnet_similarity, wups
 from ..metrics.captions import (
+    bleu_scores,
     caption_scores,
     caption_values,
     meteor_score,
@@ -37,7 +38,9 @@ def caption(context: Context) -> Rows:
     probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)
     references = _tokenized(context, test.captions)
     written = probe.write(test.codes)
-    numbers = caption_scores(written, references)
+    values = caption_values(written, references)
+    numbers = bleu_scores(written, references)
+    numbers |= {name: sum(each) / len(each) for name, each in values.items()}
     blind = caption_scores(probe.write(test.codes.shuffled(context.config.seed)), references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
     settings = {
@@ -57,7 +60,7 @@ def caption(context: Context) -> Rows:
         len(written),
         neutral=["shuffled"],
         settings=settings,
-        per_image=caption_values(written, references),
+        per_image=values,
     )
 
 

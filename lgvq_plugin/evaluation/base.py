@@ -139,7 +139,7 @@ def build_context(
 def run(context: Context, names: list[str], output: str | Path | None) -> dict[str, Any]:
     """Compute the metrics of a context, those that are on disk already aside."""
     store = Store(None if output is None else Path(output) / "metrics")
-    for name in filter(PROBES.__contains__, names):
+    for name in (name for name in names if name in PROBES):
         context.probe(name)  # a wrong key is told before the first probe is trained
     settings = settings_of(context)
     rows: dict[str, Any] = {}

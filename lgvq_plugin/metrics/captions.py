@@ -31,11 +31,15 @@ def caption_scores(
         ConfigError: if pycocoevalcap is not installed.
         ValueError: on unequal lengths or an image without a reference.
     """
+    means = {name: sum(v) / len(v) for name, v in caption_values(hypotheses, references).items()}
+    return bleu_scores(hypotheses, references) | means
+
+
+def bleu_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return `bleu_1` to `bleu_4` of the whole set; arguments as :func:`caption_scores`."""
     given, wanted = _tables(hypotheses, references)
     bleu = _scorer("bleu.bleu", "Bleu")(4).compute_score(wanted, given, verbose=0)[0]
-    scores = {f"bleu_{n + 1}": float(bleu[n]) for n in range(4)}
-    means = {name: sum(v) / len(v) for name, v in caption_values(hypotheses, references).items()}
-    return scores | means
+    return {f"bleu_{n + 1}": float(bleu[n]) for n in range(4)}
 
 
 def caption_values(

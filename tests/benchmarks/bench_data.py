@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_data.py --photos FOLDER [--skip-step] [-o results/data.json]
 
-FOLDER is one that `lgvq data check` calls usable. results/ holds data.json (476 COCO photos, idle
-machine), data_emoji.json (3,530 emoji, idle) and data_step.json (the photos with the step of the
-256-px VQGAN, an older run on a busy machine).
+FOLDER is one that `lgvq data check` calls usable. results/ holds data.json (476 COCO photos) and
+data_emoji.json (3,530 emoji, --captions 64), both of an idle machine, and data_step.json (the
+photos with the step of the 256-px VQGAN, an older run on a busy machine).
 Each ratio comes from runs that take turns in one process, so that a busy machine slows both.
 """
 

@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 
-from lgvq_plugin.metrics.captions import caption_scores, meteor_score, tokenize_ptb, tokenize_words
+from lgvq_plugin.metrics.captions import (
+    caption_scores,
+    caption_values,
+    meteor_score,
+    tokenize_ptb,
+    tokenize_words,
+)
 from lgvq_plugin.sockets import ConfigError
 
 needs_scorers = pytest.mark.skipif(
@@ -77,6 +83,14 @@ def test_perfect_empty_and_shuffled_captions():
     empty = caption_scores([""] * 4, wanted)
     assert empty["bleu_1"] < 1e-6
     assert empty["cider_d"] == 0
+
+
+@needs_scorers
+def test_rouge_of_each_image_is_that_of_the_image_alone():
+    given, wanted = ["a red star", "two rings", "a box"], [["a red ring"], ["two rings"], ["rain"]]
+    alone = [caption_scores([g], [w])["rouge_l"] for g, w in zip(given, wanted, strict=True)]
+    assert caption_values(given, wanted)["rouge_l"] == pytest.approx(alone)
+    assert alone[1:] == pytest.approx([1, 0])
 
 
 def test_wrong_input_is_told(monkeypatch):
