@@ -83,7 +83,7 @@ class Alignment(nn.Module):
         generator = self._generator(step, split)
         strings = [_draw(caption, generator) for caption in captions]
         log = _codebook_log(codes, split)
-        scale = self._scale(step) if split == "train" else 1.0
+        scale = self.scale(step) if split == "train" else 1.0
         if scale == 0.0 or (not any(strings) and world_size() == 1):
             if not any(strings):
                 self._tell_once("no captions in a batch: it trains the base loss alone")
@@ -149,7 +149,7 @@ class Alignment(nn.Module):
         primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
         return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
 
-    def _scale(self, step: int) -> float:
+    def scale(self, step: int) -> float:
         """Return the share of the weights at `step`: 0 before `start`, then up to 1 by `ramp`.
 
         From `stop` on it is 0 again.

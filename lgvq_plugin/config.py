@@ -26,9 +26,18 @@ class GlobalSemanticConfig:
     """Leave pairs with the very same caption out of the negatives."""
     source: Literal["cls", "pooled"] = "cls"
     """What stands for the image: the code-ViT's [CLS], or the mean of its patch tokens."""
+    queue: int = 0
+    """Further negatives: so many of the last pairs, kept from earlier batches; 0: none."""
+    words_weight: float = 0.0
+    """Share of a second contrast, of each caption's words with an image's patches; 0: none."""
+    words_span: int = 1
+    """Words a unit of it: 1, or phrases of so many in a row."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", ">= 0", self.weight)
+        require(self.queue >= 0, "queue", ">= 0", self.queue)
+        require(self.words_weight >= 0, "words_weight", ">= 0", self.words_weight)
+        require(self.words_span >= 1, "words_span", ">= 1", self.words_span)
         lowest = 0.01 if self.learnable_temperature else 0.0
         holds = self.temperature >= lowest and self.temperature > 0
         require(holds, "temperature", "> 0 (>= 0.01 if learnable)", self.temperature)
@@ -76,6 +85,9 @@ class RelationshipConfig:
     """Gamma; 0 switches the objective off."""
     variant: Literal["paper", "pairs"] = "pairs"
     """See `functional.relationship_loss`."""
+    between: Literal["words", "captions"] = "words"
+    """Relate the words of a caption, or the captions of a batch (images' mean codes); `pairs`
+    only."""
     temperature: float = 0.1
     """Of the soft matching; `pairs` only."""
     matching: Literal["soft", "straight_through"] = "soft"
@@ -86,6 +98,8 @@ class RelationshipConfig:
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", ">= 0", self.weight)
         require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        holds = self.between == "words" or self.variant == "pairs"
+        require(holds, "between", "words, or variant: pairs beside it", self.between)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +156,9 @@ class LGVQConfig:
     """Key of the captions in a batch; `caption`, `text` or `txt` if null."""
     codebook_gradient: bool = False
     """Let the objectives move the codebook: z_q + (e_k - sg(e_k))."""
+    gradient_ratio: float | None = None
+    """Length of our gradient at the codes in units of the host's; the weights then say only how
+    the objectives share it. null: as the weights make it."""
     start: int = 0
     """First step with our terms."""
     ramp: int = 0
@@ -159,6 +176,10 @@ class LGVQConfig:
         require(grid is None or min(grid) >= 1, "grid", expected, [*(grid or ())])
         width = self.code_dim
         require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
+        ratio = self.gradient_ratio
+        require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
+        expected = "null beside codebook_gradient: true, which goes past the codes"
+        require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         require(self.start >= 0, "start", ">= 0", self.start)
         require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
         expected = f"> start ({self.start}), or null"

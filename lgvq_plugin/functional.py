@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .types import PastPairs
+
 NORM_EPSILON = 1e-6
 """Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
 
@@ -46,6 +48,7 @@ def global_semantic_loss(
     temperature: float | Tensor = 1.0,
     symmetric: bool = False,
     same: Tensor | None = None,
+    past: PastPairs | None = None,
 ) -> Tensor:
     """InfoNCE between image and caption features, L_gsa (Eq. 5).
 
@@ -55,6 +58,7 @@ def global_semantic_loss(
         temperature: divides the cosines; 1 in the paper.
         symmetric: average with the text-to-image direction.
         same: True where another pair has the same caption, (B, B); left out of the negatives.
+        past: M further negatives, without a gradient (cross-batch memory, Wang et al. 2020).
 
     Returns:
         Scalar, the mean over the batch; 0 with a gradient path for an empty batch.
@@ -66,15 +70,31 @@ def global_semantic_loss(
     """
     if len(image) == 0:
         return (image.float() / temperature).sum()
-    logits = cosines(image, text.detach()) / temperature
+    forth = cosines(image, text.detach())
+    back, out = forth.mT, None
+    if past is not None:
+        forth = torch.cat([forth, cosines(image, past.text)], dim=1)
+        back, out = torch.cat([back, cosines(text, past.image)], dim=1), past.same
+    loss = contrast(forth, temperature, same, out)
+    return (loss + contrast(back, temperature, same, out)) / 2 if symmetric else loss
+
+
+def contrast(
+    scores: Tensor,
+    temperature: float | Tensor,
+    same: Tensor | None = None,
+    past_same: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of scores (B, B + M) whose diagonal is right; what counts as same is out."""
+    logits = scores / temperature
+    count = len(logits)
+    out = torch.zeros_like(logits, dtype=torch.bool)
     if same is not None:
-        others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(others, float("-inf"))
-    target = torch.arange(len(logits), device=logits.device)
-    loss = F.cross_entropy(logits, target)
-    if symmetric:
-        loss = (loss + F.cross_entropy(logits.mT, target)) / 2
-    return loss
+        out[:, :count] = same & ~torch.eye(count, dtype=torch.bool, device=logits.device)
+    if past_same is not None:
+        out[:, count:] = past_same
+    logits = logits.masked_fill(out, float("-inf"))
+    return F.cross_entropy(logits, torch.arange(count, device=logits.device))
 
 
 def masked_text_loss(

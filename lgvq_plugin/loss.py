@@ -100,8 +100,7 @@ class LGVQLoss(Wrapper):
         self._captions: Captions | None = None
         self._check: OptimizerCheck | None = None
         self._discriminator_first: dict[bool, bool] = {}
-        self._is_confirmed = self._orphan_told = False
-        self._step = 0
+        self._is_confirmed, self._orphan_told, self._step = False, False, 0
         self.latest: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(forgive_missing_heads)
         self.wrap(module)
@@ -145,7 +144,7 @@ class LGVQLoss(Wrapper):
         heads = build_alignment(self._given, quantizer, grid)
         parameter = next(quantizer.parameters(), None)
         self._modules["lgvq"] = heads.to(parameter.device) if parameter is not None else heads
-        self._tap = Tap(grid).install(quantizer)
+        self._tap = Tap(grid, self._config.gradient_ratio).install(quantizer)
         self._methods = HostMethods(host, self)
         logger.info("LG-VQ on %s.%s: %s", type(host).__name__, self._path, in_words(self.status()))
 
@@ -267,13 +266,14 @@ class LGVQLoss(Wrapper):
             captions = [None] * len(codes.codes)
         step = called.get("global_step")
         if step is None:
-            step = self._step
-            self._step += split == "train"
+            step, self._step = self._step, self._step + (split == "train")
         if is_training:
-            heads = self.alignment.parameters()
-            self._check = self._check or OptimizerCheck(heads, self._host_parameters)
+            parts = self.alignment.parameters(), self._host_parameters
+            self._check = self._check or OptimizerCheck(*parts)
             self._check.raise_if_failed()
-        return self.alignment(codes, captions, step=int(step), split=split)
+        self._tap.set_scale(self.alignment.scale(int(step)))
+        total, log = self.alignment(codes, captions, step=int(step), split=split)
+        return total, log | self._tap.balance_log(split)
 
     def require_host(self) -> None:
         """Raise ConfigError if the host that took this loss has no quantizer that is found."""

@@ -80,6 +80,22 @@ class CodeView:
 
 
 @dataclass(frozen=True)
+class PastPairs:
+    """Images and captions of earlier batches, as further negatives; nothing here has a gradient.
+
+    Args:
+        image: features of M images, (M, Ds).
+        text: of their captions, (M, Ds).
+        same: True where a pair is no negative of one of the batch, (B, M) bool: an equal caption,
+            or an empty place.
+    """
+
+    image: Tensor
+    text: Tensor
+    same: Tensor
+
+
+@dataclass(frozen=True)
 class Term:
     """What an objective returns.
 

@@ -25,6 +25,7 @@ FLOORS = [  # top floor first; a module may import only from floors below its ow
     {"alignment"},
     {"objectives"},
     {"heads", "guides", "datasets", "metrics"},
+    {"grains"},
     {"functional"},
     {"config"},
     {"compat"},

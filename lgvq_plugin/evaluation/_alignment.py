@@ -6,8 +6,17 @@ from torch import Tensor
 
 from ..probes.base import CodeFeatures
 from ..sockets import ConfigError, resolve
-from ._context import Context
+from ._codebook import has_words, word_table
+from ._context import Context, Encoded
 from ._rows import Rows, means_of, rows_of
+
+FUNCTION_WORDS = {
+    *("a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "has", "he", "her", "his"),
+    *("in", "into", "is", "it", "its", "near", "next", "no", "not", "of", "on", "one", "or"),
+    *("other", "out", "over", "s", "she", "some", "that", "the", "their", "there", "these"),
+    *("they", "this", "to", "up", "while", "with"),
+}
+"""Words of captions that tell nothing of an image by themselves."""
 
 
 def retrieval(context: Context) -> Rows:
@@ -91,12 +100,8 @@ def masked_words(context: Context) -> Rows:
 
 def attributes(context: Context) -> Rows:
     """Accuracy of labels read off the codes by a linear map, on all and on few training images."""
-    train, test = context.train, context.test
-    if not train.attributes or not test.attributes:
-        raise ConfigError("attributes: the data set has no labels; the scenes and CelebA have")
     member = resolve("probes", "attributes")
-    stack = _stack_labels
-    wanted, target = stack(train.attributes), stack(test.attributes)
+    train, test, wanted, target = _labelled(context)
     few = min(context.config.few_shot, len(train.codes))
     features, seen = train.codes.features(), test.codes.features()
     control = test.codes.shuffled(context.config.seed).features()
@@ -115,6 +120,29 @@ def attributes(context: Context) -> Rows:
             per_image=probe.values(seen, target),
         )
     return rows
+
+
+def _labelled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dict[str, Tensor]]:
+    """Return training and test images and their labels, or else their captions' usual words."""
+    train, test = context.train, context.test
+    if train.attributes and test.attributes:
+        return train, test, _stack_labels(train.attributes), _stack_labels(test.attributes)
+    if not context.config.attribute_words:
+        raise ConfigError(
+            "attributes: the data set has no labels (the scenes and CelebA have); set "
+            "evaluation.attribute_words, such as 48, to take words of its captions for labels"
+        )
+    train, test = train.captioned(), test.captioned()
+    known, has_word = word_table(train)
+    shares = has_word.double().mean(dim=0).tolist()
+    telling = [
+        word
+        for word, share in zip(known, shares, strict=True)
+        if share <= 0.5 and word not in FUNCTION_WORDS
+    ]
+    chosen = telling[: context.config.attribute_words]
+    wanted, target = ({"words": has_words(each, chosen).long()} for each in (train, test))
+    return train, test, wanted, target
 
 
 def _first(features: CodeFeatures, count: int) -> CodeFeatures:

@@ -1,6 +1,7 @@
 """usage, words, relation: how the codebook is used, and which words its codes answer to."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,17 +120,27 @@ def word_features(context: Context, texts: list[str]) -> Tensor:
 
 def word_table(data: Encoded) -> tuple[list[str], Tensor]:
     """Return the words that stand at enough images, and which image has which, (M, W) bool."""
-    sets = [{w for text in texts for w in tokenize_words(text).split()} for texts in data.captions]
+    sets = _word_sets(data)
     counts = Counter(word for found in sets for word in found)
     most = [word for word, n in counts.items() if LEAST_COUNT <= n <= len(sets) - LEAST_COUNT]
     known = sorted(most, key=lambda word: (-counts[word], word))[:MOST_WORDS]
     if not known:
         raise ConfigError(f"no word of the captions stands at {LEAST_COUNT} images; use more")
+    return known, has_words(data, known)
+
+
+def has_words(data: Encoded, known: Sequence[str]) -> Tensor:
+    """Return which image has which of the words in a caption, (M, W) bool."""
+    sets = _word_sets(data)
     number = {word: i for i, word in enumerate(known)}
     table = torch.zeros(len(sets), len(known), dtype=torch.bool)
     for i, found in enumerate(sets):
         table[i, [number[word] for word in found if word in number]] = True
-    return known, table
+    return table
+
+
+def _word_sets(data: Encoded) -> list[set[str]]:
+    return [{w for text in texts for w in tokenize_words(text).split()} for texts in data.captions]
 
 
 def indices_of(codes: FrozenCodes) -> tuple[Tensor, Tensor]:

@@ -74,9 +74,10 @@ class Handle:
         codes = self._tap.take()
         if next(self.heads.parameters()).device != codes.codes.device:
             self.heads.to(codes.codes.device)
-        loss, log = self.heads(
-            codes, captions, step=self._step if step is None else step, split=split
-        )
+        now = self._step if step is None else step
+        self._tap.set_scale(self.heads.scale(now))
+        loss, log = self.heads(codes, captions, step=now, split=split)
+        log |= self._tap.balance_log(split)
         if step is None and split == "train":
             self._step += 1
         return loss, log
@@ -159,7 +160,7 @@ def attach(
     if is_tapped(module):
         raise ConfigError(f"{type(model).__name__}.{path} has heads already; detach them first")
     heads = build_alignment({**options, "quantizer": path}, module)
-    tap = Tap(heads.config.grid).install(module)
+    tap = Tap(heads.config.grid, heads.config.gradient_ratio).install(module)
     parameter = next(model.parameters(), None)
     if parameter is not None:
         heads.to(parameter.device)

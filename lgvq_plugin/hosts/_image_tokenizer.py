@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sockets import instantiate
 from ._vector_quantizer import VectorQuantizer
 
 
@@ -21,6 +22,8 @@ class AbstractImageTokenizer(nn.Module, ABC):
         betas: of Adam.
         downsample: f: an image of H x W has H/f x W/f codes.
         image_key: where a batch holds its images.
+        scheduler_config: `{target, params}` of a learning rate schedule of torch, stepped after
+            every batch, as latent-diffusion's key of that name; None: a constant rate.
     """
 
     learning_rate: float
@@ -33,6 +36,7 @@ class AbstractImageTokenizer(nn.Module, ABC):
     quantize: VectorQuantizer
     quant_conv: nn.Module
     post_quant_conv: nn.Module
+    scheduler_config: Mapping[str, Any] | None = None
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
@@ -72,13 +76,27 @@ class AbstractImageTokenizer(nn.Module, ABC):
         return x.to(memory_format=torch.contiguous_format).float()
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-        """Return Adam over the tokenizer, a second one if the loss has a discriminator, and []."""
+        """Return Adam over the tokenizer, a second one if the loss has a discriminator.
+
+        And their schedules, as Lightning takes them: none without `scheduler_config`.
+
+        Raises:
+            ConfigError: if the schedule does not exist or does not take its params.
+        """
         parts = (part for name, part in self.named_children() if name != "loss")
         groups = [[p for part in parts for p in part.parameters()]]
         discriminator = getattr(self.loss, "discriminator", None)
         if discriminator is not None:
             groups.append(list(discriminator.parameters()))
-        return [torch.optim.Adam(g, lr=self.learning_rate, betas=self.betas) for g in groups], []
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(g, lr=self.learning_rate, betas=self.betas) for g in groups
+        ]
+        if self.scheduler_config is None:
+            return optimizers, []
+        return optimizers, [
+            {"scheduler": instantiate(self.scheduler_config, optimizer=each), "interval": "step"}
+            for each in optimizers
+        ]
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ The quantized vectors are the first floating tensor of three or four dimensions;
 first integer tensor, however deep, that has one entry (or one a level) for each position.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,13 +66,20 @@ def _is_transposed(quantizer: nn.Module) -> bool:
     return embed is not None and embed.ndim == 2 and _attribute(quantizer, ("dim",)) == len(embed)
 
 
-def read_codes(output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | None = None) -> Codes:
+def read_codes(
+    output: Any,
+    quantizer: nn.Module,
+    *,
+    grid: tuple[int, int] | None = None,
+    through: Callable[[Tensor], Tensor] | None = None,
+) -> Codes:
     """Turn what `quantizer(source)` returned into a record.
 
     Args:
         output: of the quantizer.
         quantizer: gives the codebook.
         grid: (h, w), for hosts whose codes are (B, N, C); square if None.
+        through: what our copy of the quantized vectors passes first.
 
     Raises:
         ConfigError: if there are no codes in the output, or they are no grid.
@@ -85,6 +92,8 @@ def read_codes(output: Any, quantizer: nn.Module, *, grid: tuple[int, int] | Non
             f"lgvq.quantizer: {type(quantizer).__name__} returns no quantized vectors of 3 or 4 "
             f"dimensions, but {_described(output)}; name another module with lgvq.quantizer: PATH"
         )
+    if through is not None:
+        vectors = through(vectors)
     codebook = codebook_of(quantizer)
     width = _width(quantizer, codebook)
     if vectors.ndim == 4:

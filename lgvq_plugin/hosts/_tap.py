@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..sockets import ConfigError, suggest
 from ..types import Codes
+from ._balance import GradientBalance
 from ._reading import codebook_of, read_codes
 
 NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
@@ -98,10 +99,12 @@ class Tap:
         quantizer: the module that is listened to, or None.
         codes: the record of the last pass, or None.
         enabled: whether passes are recorded.
+        balance: of our gradient with the host's, or None.
     """
 
-    def __init__(self, grid: tuple[int, int] | None = None) -> None:
+    def __init__(self, grid: tuple[int, int] | None = None, ratio: float | None = None) -> None:
         self.grid, self.enabled = grid, True
+        self.balance = None if ratio is None else GradientBalance(ratio)
         self.quantizer: nn.Module | None = None
         self.codes: Codes | None = None
         self._handle: Any = None
@@ -123,7 +126,18 @@ class Tap:
     def record(self, quantizer: nn.Module, args: Any, output: Any) -> None:
         """Keep what `quantizer` just returned; its hook."""
         if self.enabled:
-            self.codes = read_codes(output, quantizer, grid=self.grid)
+            through = None if self.balance is None else self.balance.split
+            self.codes = read_codes(output, quantizer, grid=self.grid, through=through)
+
+    def set_scale(self, scale: float) -> None:
+        """Say which share of the balance's ratio the schedule has now."""
+        if self.balance is not None:
+            self.balance.scale = scale
+
+    def balance_log(self, split: str) -> dict[str, Tensor]:
+        """Return the gradients' ratio before balancing at the last backward pass, if known."""
+        measured = self.balance.measured if self.balance is not None and split == "train" else None
+        return {} if measured is None else {f"{split}/lgvq/gradient_ratio": measured}
 
     def take(self) -> Codes:
         """Return the codes and forget them.

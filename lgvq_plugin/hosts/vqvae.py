@@ -72,6 +72,8 @@ class VQVAE(AbstractImageTokenizer):
         decay, commitment, restart_dead, dead_threshold: see
             :class:`~lgvq_plugin.hosts._vector_quantizer.VectorQuantizer`.
         image_key: where a batch holds its images.
+        scheduler_config: `{target, params}` of a learning rate schedule of torch, stepped after
+            every batch, such as torch.optim.lr_scheduler.CosineAnnealingLR with T_max, the steps.
         ckpt_path: weights to start from: a state dict, or a mapping with one at `state_dict`.
 
     Attributes:
@@ -96,9 +98,11 @@ class VQVAE(AbstractImageTokenizer):
         restart_dead: bool = True,
         dead_threshold: float = 0.05,
         image_key: str = "image",
+        scheduler_config: Mapping[str, Any] | None = None,
         ckpt_path: str | None = None,
     ):
         super().__init__()
+        self.scheduler_config = scheduler_config
         if downsample not in DOWNSAMPLES:
             known = ", ".join(map(str, DOWNSAMPLES))
             raise ConfigError(f"VQVAE: downsample must be one of {known}, got {downsample!r}")

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ..config import GlobalSemanticConfig
 from ..dist import gather_rows
-from ..functional import cosines, global_semantic_loss
+from ..functional import cosines, global_semantic_loss, pool_words
+from ..grains import pool_phrases, word_semantic_loss
 from ..guides.base import AbstractGuide
-from ..types import CodeView, Term
+from ..types import CodeView, PastPairs, Term
 from .base import AbstractObjective, Caption
 
 LOWEST_TEMPERATURE = 0.01
@@ -23,6 +24,9 @@ class GlobalSemantic(AbstractObjective):
         config: see `GlobalSemanticConfig`.
         guide: gives Dt, the width of the code-ViT's output too, and Ds.
         code_dim: not needed here.
+
+    Attributes:
+        memory: the last pairs, if `queue` asks for them.
     """
 
     def __init__(
@@ -36,6 +40,9 @@ class GlobalSemantic(AbstractObjective):
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=config.learnable_temperature
         )
+        self.memory: PairMemory | None = None
+        if config.queue:
+            self.memory = PairMemory(config.queue, width=sentence_dim, length=guide.max_length)
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_gsa over the captions that are present, on all ranks if `gather`."""
@@ -48,17 +55,40 @@ class GlobalSemantic(AbstractObjective):
             # The whole loss on every rank: its mean gradient over ranks is that of one process
             # with all rows, and all ranks agree on whether the value is finite.
             image, sentence, token_ids = (gather_rows(x) for x in (image, sentence, token_ids))
-        same = (token_ids[:, None] == token_ids[None]).all(dim=-1)
+        same = _same(token_ids, token_ids)
         temperature = self._temperature()
+        excluded = same if self.config.exclude_same else None
+        past = None
+        if self.memory is not None and self.training:
+            past = self.memory.recall(token_ids)
+            self.memory.add(image, sentence, token_ids)
         value = global_semantic_loss(
             image,
             sentence,
             temperature=temperature,
             symmetric=self.config.symmetric,
-            same=same if self.config.exclude_same else None,
+            same=excluded,
+            past=past,
         )
+        if self.config.words_weight:
+            value = value + self.config.words_weight * self._words(view, caption, temperature)
         top1 = _retrieval_top1(image.detach(), sentence, same)
         return Term(value, {"temperature": temperature.detach(), "retrieval_top1": top1})
+
+    def _words(self, view: CodeView, caption: Caption, temperature: Tensor) -> Tensor:
+        """Contrast words with patches, on this rank alone: the patches of all are too many."""
+        text, keep = caption.features, caption.present
+        words, is_word = pool_words(text.tokens[keep], text.word_ids[keep])
+        words, is_word = pool_phrases(words, is_word, self.config.words_span)
+        token_ids = text.token_ids[keep]
+        return word_semantic_loss(
+            view.tokens[keep],
+            words,
+            is_word,
+            temperature=temperature,
+            symmetric=self.config.symmetric,
+            same=_same(token_ids, token_ids) if self.config.exclude_same else None,
+        )
 
     def _temperature(self) -> Tensor:
         if self.config.learnable_temperature:
@@ -66,6 +96,56 @@ class GlobalSemantic(AbstractObjective):
             with torch.no_grad():
                 self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
         return self.log_temperature.exp()
+
+
+class PairMemory(nn.Module):
+    """The last `size` pairs of image and caption features (cross-batch memory, Wang et al. 2020).
+
+    Captions' features are frozen, so old ones are exact; images' are as old as their batch. It is
+    part of a checkpoint, so that a resumed run has the negatives of one that was not stopped.
+
+    Args:
+        size: M, how many pairs.
+        width: Ds.
+        length: T, tokens of a caption.
+    """
+
+    image: Tensor
+    text: Tensor
+    token_ids: Tensor
+    is_filled: Tensor
+    place: Tensor
+
+    def __init__(self, size: int, *, width: int, length: int) -> None:
+        super().__init__()
+        self.register_buffer("image", torch.zeros(size, width))
+        self.register_buffer("text", torch.zeros(size, width))
+        self.register_buffer("token_ids", torch.zeros(size, length, dtype=torch.int64))
+        self.register_buffer("is_filled", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+
+    def recall(self, token_ids: Tensor) -> PastPairs:
+        """Return copies, so that `add` may follow before the loss runs backward."""
+        out = _same(token_ids, self.token_ids) | ~self.is_filled
+        return PastPairs(self.image.clone(), self.text.clone(), out)
+
+    @torch.no_grad()
+    def add(self, image: Tensor, text: Tensor, token_ids: Tensor) -> None:
+        """Put B pairs in the place of the oldest ones; no synchronization with a GPU."""
+        size = len(self.image)
+        image, text, token_ids = image[-size:], text[-size:], token_ids[-size:]
+        number = torch.arange(len(image), device=self.place.device)
+        places = (self.place + number) % size
+        self.image.index_copy_(0, places, image.detach().float())
+        self.text.index_copy_(0, places, text.float())
+        self.token_ids.index_copy_(0, places, token_ids)
+        self.is_filled.index_fill_(0, places, True)
+        self.place.copy_((self.place + len(image)) % size)
+
+
+def _same(left: Tensor, right: Tensor) -> Tensor:
+    """Mark captions of the very same tokens, (B, T) and (M, T) -> (B, M) bool."""
+    return (left[:, None] == right[None]).all(dim=-1)
 
 
 def _retrieval_top1(image: Tensor, sentence: Tensor, same: Tensor) -> Tensor:

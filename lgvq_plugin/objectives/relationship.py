@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import RelationshipConfig
 from ..functional import pool_words, relationship_loss
+from ..grains import caption_relationship_loss
 from ..guides.base import AbstractGuide
 from ..types import CodeView, Term
 from .base import AbstractObjective, Caption
@@ -35,6 +36,9 @@ class Relationship(AbstractObjective):
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_ras over the captions that are present."""
         text, keep = caption.features, caption.present
+        codes = self.project(view.codes.codes)[keep]
+        if self.config.between == "captions":
+            return Term(caption_relationship_loss(text.sentence[keep], codes))
         if self.config.variant == "paper":
             # Released code: start and end count as words, and a word piece of id 0 as padding.
             words, mask = text.tokens, text.attention_mask & (text.token_ids != 0)
@@ -44,7 +48,7 @@ class Relationship(AbstractObjective):
             words[keep],
             mask[keep],
             view.tokens[keep],
-            self.project(view.codes.codes)[keep],
+            codes,
             variant=self.config.variant,
             temperature=self.config.temperature,
             matching=self.config.matching,

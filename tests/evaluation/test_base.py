@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lgvq_plugin import evaluation
 from lgvq_plugin.datasets.scenes import Scenes
@@ -220,3 +221,29 @@ def test_sections_that_are_missing_are_told(palette, config):
 
 def test_the_package_gives_what_others_need():
     assert set(evaluation.__all__) == {"METRICS", "EvaluationConfig", "evaluate", "main"}
+
+
+def test_words_of_captions_stand_in_for_labels(palette, config, tmp_path):
+    rows = []
+    for number in range(80):
+        name = ("red", "blue", "white")[number % 3]
+        shade = {"red": (200, 0, 0), "blue": (0, 0, 200), "white": (255, 255, 255)}[name]
+        Image.new("RGB", (32, 32), shade).save(tmp_path / f"{number}.png")
+        rows.append({"file": f"{number}.png", "text": f"the picture of it is {name}"})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    params = {"root": str(tmp_path), "size": 32}
+    data = {
+        "train": {"target": "folder", "params": {**params, "split": "train"}},
+        "validation": {"target": "folder", "params": {**params, "split": "validation"}},
+    }
+    with pytest.raises(ConfigError, match=r"has no labels .* evaluation\.attribute_words"):
+        evaluate(palette, {**config, "data": data}, metrics=["attributes"], progress=False)
+    options = {**config["evaluation"], "attribute_words": 3, "few_shot": 12}
+    given = {**config, "data": data}
+    result = evaluate(palette, given, metrics=["attributes"], options=options, progress=False)
+    for probe in ("linear", "few_shot"):
+        # "picture" is everywhere, "the" tells nothing: the three colors are left, and are seen.
+        assert value(result, f"attributes/{probe}/words/auc") == 1
+        assert value(result, f"attributes/{probe}/words/accuracy") == 1
+        row = result["metrics"][f"attributes/{probe}/words/accuracy"]
+        assert row["n"] == len(row["per_image"]) > 2

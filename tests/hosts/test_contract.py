@@ -122,6 +122,48 @@ def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     assert touched >= 2  # the encoder does learn from the text
 
 
+def test_a_gradient_ratio_is_that_share_of_the_hosts_own_gradient_at_the_codes(case):
+    bare, _ = case.build()
+    host, attached = case.build({**LGVQ, "gradient_ratio": 0.5})
+    seen = []
+    quantizer_of(case, bare).register_forward_hook(
+        lambda module, args, output: seen.append(first_vectors(output))
+    )
+    twin, heads = copy.deepcopy(bare), copy.deepcopy(heads_of(attached))
+    output, codes = own_codes(case, twin)
+    total = weighted_terms(heads, codes, case.batch()["caption"])
+    parameters = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+    wanted = [first_vectors(output), *parameters.values()]
+    g, *ours = torch.autograd.grad(total, wanted, allow_unused=True)
+    ours = dict(zip(parameters, ours, strict=True))
+
+    seen.clear()
+    step(case, bare)
+    h = next(vectors.grad for vectors in seen if vectors.grad is not None)
+    factor = 0.5 * h.double().norm() / g.double().norm()
+    step(case, host, attached)
+    got, alone = grads(host), grads(bare, skip=("loss.",))
+    names = [name for name in alone if ours.get(name) is not None]
+    zero = torch.zeros(())
+    added = torch.cat(
+        [(got[n] - (zero if (a := alone[n]) is None else a)).flatten() for n in names]
+    )
+    pull = torch.cat([ours[n].flatten() for n in names]).double()
+    assert len(names) >= 2
+    assert float(added.double() @ pull / (pull @ pull)) == pytest.approx(float(factor), rel=2e-3)
+    assert (added - factor * pull).norm() < 2e-2 * (factor * pull).norm()
+
+
+def first_vectors(output):
+    """The quantized vectors in what a quantizer returned, their gradient kept."""
+    flat = [output] if isinstance(output, torch.Tensor) else list(output)
+    flat = [part for part in flat if isinstance(part, torch.Tensor)]
+    vectors = next(t for t in flat if t.is_floating_point() and t.ndim in (3, 4))
+    if vectors.requires_grad:
+        vectors.retain_grad()
+    return vectors
+
+
 def test_weights_of_zero_are_the_bare_host_bit_for_bit(case):
     if case.attached:
         pytest.skip("an attached host computes its loss itself; see the test of disabled()")

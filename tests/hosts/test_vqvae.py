@@ -193,3 +193,19 @@ def test_weights_that_others_trained_reconstruct_here(shared):
     error = (reconstructions.clamp(-1, 1) - images).square().mean((1, 2, 3))
     assert float((10 * torch.log10(4 / error)).mean()) > 20
     assert indices.unique().numel() > 100
+
+
+def test_a_schedule_of_torchs_is_given_to_lightning_with_the_optimizer():
+    config = {"target": "torch.optim.lr_scheduler.CosineAnnealingLR", "params": {"T_max": 10}}
+    model = build(scheduler_config=config)
+    model.learning_rate = 0.5
+    (optimizer,), (schedule,) = model.configure_optimizers()
+    scheduler = schedule["scheduler"]
+    assert schedule["interval"] == "step"
+    for step in range(11):
+        rate = 0.25 * (1 + np.cos(np.pi * step / 10))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(ConfigError, match=r"lr_scheduler.CosineAnnealingLR: .*Tmax"):
+        build(scheduler_config={**config, "params": {"Tmax": 1}}).configure_optimizers()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.functional import global_semantic_loss
+from lgvq_plugin.functional import global_semantic_loss, pool_words
+from lgvq_plugin.grains import pool_phrases, word_semantic_loss
 
 
 def double(tensor):
@@ -102,3 +103,84 @@ def test_chance_and_perfect(batch):
     given = batch("global_semantic", "paper", strings)
     same = given.but(cls=torch.zeros_like(given.view.cls))
     assert same.term().value.item() == pytest.approx(math.log(2), abs=0.2)
+
+
+def test_the_queue_gives_the_last_pairs_as_negatives(batch):
+    strings = ["a red circle", "two boxes"]
+    given = batch("global_semantic", "corrected", strings, queue=3, temperature=0.5)
+    given.objective.train()
+    again = given.but(strings=["triangles", "two boxes"])
+    alone = given.term().value.item()  # nothing is kept yet: the batch alone
+    assert alone == pytest.approx(expected_with(given, [], []), rel=1e-5)
+    assert again.term().value.item() == pytest.approx(
+        expected_with(again, [given], [[0, 1]]), rel=1e-5
+    )
+    # The queue holds 3 of the 4 pairs now: the oldest, "a red circle", has gone.
+    assert again.term().value.item() == pytest.approx(
+        expected_with(again, [given, again], [[1], [0, 1]]), rel=1e-5
+    )
+    again.objective.eval()
+    assert again.term().value.item() == pytest.approx(expected_with(again, [], []), rel=1e-5)
+
+
+def expected_with(given, past, kept):
+    """Both directions over the batch and the rows `kept` of each earlier batch, by loops."""
+
+    def rows(each):
+        layer = each.objective.project
+        image = double(each.view.cls) @ double(layer.weight).T + double(layer.bias)
+        text = double(each.caption.features.sentence)
+        return normalized(image), normalized(text), each.caption.strings
+
+    image, text, strings = rows(given)
+    old = [
+        (i[row], t[row], names[row])
+        for (i, t, names), numbers in zip(map(rows, past), kept, strict=True)
+        for row in numbers
+    ]
+    losses = []
+    for mine, theirs, column in ((image, text, 1), (text, image, 0)):
+        for i, name in enumerate(strings):
+            far = [theirs[j] for j, other in enumerate(strings) if j == i or other != name]
+            far += [pair[column] for pair in old if pair[2] != name]
+            scores = np.array([mine[i] @ other for other in far]) / 0.5
+            losses.append(np.log(np.exp(scores).sum()) - mine[i] @ theirs[i] / 0.5)
+    return np.mean(losses)
+
+
+def test_a_queue_is_in_the_state_dict_so_that_a_resumed_run_has_it(batch):
+    given = batch("global_semantic", "corrected", queue=8)
+    given.objective.train()
+    given.term()
+    other = batch("global_semantic", "corrected", queue=8)
+    other.objective.train()
+    other.objective.load_state_dict(given.objective.state_dict())
+    assert other.term().value.item() == given.term().value.item()
+    assert "memory.image" not in batch("global_semantic", "corrected").objective.state_dict()
+
+
+def test_a_batch_larger_than_the_queue_leaves_its_last_pairs(batch):
+    given = batch("global_semantic", "corrected", queue=2)
+    given.objective.train()
+    given.term()
+    memory = given.objective.memory
+    assert torch.equal(memory.token_ids, given.caption.features.token_ids[-2:])
+    assert memory.is_filled.all()
+
+
+def test_words_are_a_second_term(batch):
+    strings = ["a red circle", "two boxes", "a  red circle"]
+    for span in (1, 2):
+        with_words = batch(
+            "global_semantic", "corrected", strings, words_weight=0.5, words_span=span
+        )
+        text = with_words.caption.features
+        words, is_word = pool_words(text.tokens, text.word_ids)
+        words, is_word = pool_phrases(words, is_word, span)
+        same = torch.tensor([[a.split() == b.split() for b in strings] for a in strings])
+        more = word_semantic_loss(
+            with_words.view.tokens, words, is_word, temperature=0.07, symmetric=True, same=same
+        )
+        alone = batch("global_semantic", "corrected", strings).term().value
+        expected = alone + 0.5 * more
+        assert with_words.term().value.item() == pytest.approx(expected.item(), rel=1e-5)

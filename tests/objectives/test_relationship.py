@@ -11,6 +11,7 @@ import torch
 from lgvq_plugin.config import RelationshipConfig
 from lgvq_plugin.functional import relationship_loss
 from lgvq_plugin.objectives.relationship import Relationship
+from lgvq_plugin.sockets import ConfigError
 
 
 def double(tensor):
@@ -112,3 +113,15 @@ def test_it_can_be_learned(batch):
         given.term().value.backward()
         optimizer.step()
     assert given.term().value.item() < 0.1 * first
+
+
+def test_between_captions_reads_sentences_and_mean_codes(batch):
+    given = batch(
+        "relationship", "corrected", ["a red circle", "", "two boxes"], between="captions"
+    )
+    codes = normalized(double(given.view.codes.codes.mean(1))[[0, 2]])
+    sentences = normalized(double(given.caption.features.sentence)[[0, 2]])
+    expected = (codes[0] @ codes[1] - sentences[0] @ sentences[1]) ** 2
+    assert given.term().value.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigError, match="between: expected words, or variant: pairs"):
+        batch("relationship", "paper", between="captions")
