@@ -34,6 +34,14 @@ class GradientBalance:
         """Return the codes for our heads; `vectors` of any shape are what the host goes on with.
 
         Two passes in a step are balanced each by itself.
+
+        Example:
+            >>> codes = torch.ones(2, requires_grad=True)
+            >>> vectors = codes * 1
+            >>> for_our_heads = GradientBalance(0.5).split(vectors)
+            >>> ((vectors * torch.tensor([3.0, 4.0])).sum() + 100 * for_our_heads[0]).backward()
+            >>> codes.grad  # the host's (3, 4), and ours along the first axis, half as long
+            tensor([5.5000, 4.0000])
         """
         if not vectors.requires_grad:
             return vectors

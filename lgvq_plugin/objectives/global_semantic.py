@@ -131,15 +131,19 @@ class PairMemory(nn.Module):
 
     @torch.no_grad()
     def add(self, image: Tensor, text: Tensor, token_ids: Tensor) -> None:
-        """Put B pairs in the place of the oldest ones; no synchronization with a GPU."""
+        """Put B pairs in the place of the oldest ones; no synchronization with a GPU.
+
+        A pair that is not finite, as an overflow leaves it, takes an empty place.
+        """
         size = len(self.image)
         image, text, token_ids = image[-size:], text[-size:], token_ids[-size:]
         number = torch.arange(len(image), device=self.place.device)
         places = (self.place + number) % size
-        self.image.index_copy_(0, places, image.detach().float())
+        is_finite = image.isfinite().all(dim=1)
+        self.image.index_copy_(0, places, image.float().where(is_finite[:, None], 0.0))
         self.text.index_copy_(0, places, text.float())
         self.token_ids.index_copy_(0, places, token_ids)
-        self.is_filled.index_fill_(0, places, True)
+        self.is_filled.index_copy_(0, places, is_finite)
         self.place.copy_((self.place + len(image)) % size)
 
 

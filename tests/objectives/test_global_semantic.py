@@ -168,6 +168,16 @@ def test_a_batch_larger_than_the_queue_leaves_its_last_pairs(batch):
     assert memory.is_filled.all()
 
 
+def test_a_pair_that_is_not_finite_is_no_negative_later(batch):
+    given = batch("global_semantic", "corrected", queue=8)
+    given.objective.train()
+    broken = given.view.cls.detach().clone()
+    broken[1] = float("nan")
+    given.but(cls=broken).term()
+    assert given.objective.memory.is_filled.tolist()[:4] == [True, False, True, True]
+    assert given.term().value.isfinite()
+
+
 def test_words_are_a_second_term(batch):
     strings = ["a red circle", "two boxes", "a  red circle"]
     for span in (1, 2):
