@@ -165,11 +165,12 @@ def in_words(status: Mapping[str, Any]) -> str:
 
     Example:
         >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15000,
-        ...           "guide": {"use": "MicroCLIPGuide"}})
-        'masked_text x 0.01, recipe paper, guide MicroCLIPGuide, 15,000 parameters'
+        ...           "gradient_ratio": 4.0, "guide": {"use": "MicroCLIP"}})
+        'masked_text x 0.01, gradient ratio 4, recipe paper, guide MicroCLIP, 15,000 parameters'
     """
     weights = [f"{name} x {weight:g}" for name, weight in status["objectives"].items()]
-    guide = status.get("guide") or {}
+    guide, ratio = status.get("guide") or {}, status.get("gradient_ratio")
+    weights += [f"gradient ratio {ratio:g}"] if ratio is not None else []
     rest = [f"recipe {status['recipe']}"] + ([f"guide {guide['use']}"] if guide.get("use") else [])
     return ", ".join([*weights, *rest, f"{status['parameters']:,} parameters"])
 

@@ -176,6 +176,7 @@ def status(heads: Alignment, path: str) -> dict[str, Any]:
         "quantizer": path,
         "recipe": heads.config.recipe,
         "objectives": {name: heads.weight(name) for name in names},
+        "gradient_ratio": heads.config.gradient_ratio,
         "guide": dict(heads.guide.config) | {"use": type(heads.guide).__name__},
         "parameters": sum(p.numel() for p in heads.parameters()),
         "truncated_captions": heads.guide.truncated,
