@@ -268,8 +268,8 @@ class LGVQLoss(Wrapper):
         if step is None:
             step, self._step = self._step, self._step + (split == "train")
         if is_training:
-            parts = self.alignment.parameters(), self._host_parameters
-            self._check = self._check or OptimizerCheck(*parts)
+            heads = self.alignment.parameters()
+            self._check = self._check or OptimizerCheck(heads, self._host_parameters)
             self._check.raise_if_failed()
         self._tap.set_scale(self.alignment.scale(int(step)))
         total, log = self.alignment(codes, captions, step=int(step), split=split)

@@ -136,12 +136,12 @@ def _labelled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], di
     known, has_word = word_table(train)
     shares = has_word.double().mean(dim=0).tolist()
     telling = [
-        word
-        for word, share in zip(known, shares, strict=True)
+        number
+        for number, (word, share) in enumerate(zip(known, shares, strict=True))
         if share <= 0.5 and word not in FUNCTION_WORDS
-    ]
-    chosen = telling[: context.config.attribute_words]
-    wanted, target = ({"words": has_words(each, chosen).long()} for each in (train, test))
+    ][: context.config.attribute_words]
+    wanted = {"words": has_word[:, telling].long()}
+    target = {"words": has_words(test, [known[number] for number in telling]).long()}
     return train, test, wanted, target
 
 

@@ -126,21 +126,24 @@ def word_table(data: Encoded) -> tuple[list[str], Tensor]:
     known = sorted(most, key=lambda word: (-counts[word], word))[:MOST_WORDS]
     if not known:
         raise ConfigError(f"no word of the captions stands at {LEAST_COUNT} images; use more")
-    return known, has_words(data, known)
+    return known, _table(sets, known)
 
 
 def has_words(data: Encoded, known: Sequence[str]) -> Tensor:
     """Return which image has which of the words in a caption, (M, W) bool."""
-    sets = _word_sets(data)
+    return _table(_word_sets(data), known)
+
+
+def _word_sets(data: Encoded) -> list[set[str]]:
+    return [{w for text in texts for w in tokenize_words(text).split()} for texts in data.captions]
+
+
+def _table(sets: Sequence[set[str]], known: Sequence[str]) -> Tensor:
     number = {word: i for i, word in enumerate(known)}
     table = torch.zeros(len(sets), len(known), dtype=torch.bool)
     for i, found in enumerate(sets):
         table[i, [number[word] for word in found if word in number]] = True
     return table
-
-
-def _word_sets(data: Encoded) -> list[set[str]]:
-    return [{w for text in texts for w in tokenize_words(text).split()} for texts in data.captions]
 
 
 def indices_of(codes: FrozenCodes) -> tuple[Tensor, Tensor]:

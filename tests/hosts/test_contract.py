@@ -144,10 +144,8 @@ def test_a_gradient_ratio_is_that_share_of_the_hosts_own_gradient_at_the_codes(c
     step(case, host, attached)
     got, alone = grads(host), grads(bare, skip=("loss.",))
     names = [name for name in alone if ours.get(name) is not None]
-    zero = torch.zeros(())
-    added = torch.cat(
-        [(got[n] - (zero if (a := alone[n]) is None else a)).flatten() for n in names]
-    )
+    own = {n: torch.zeros(()) if alone[n] is None else alone[n] for n in names}
+    added = torch.cat([(got[n] - own[n]).flatten() for n in names])
     pull = torch.cat([ours[n].flatten() for n in names]).double()
     assert len(names) >= 2
     assert float(added.double() @ pull / (pull @ pull)) == pytest.approx(float(factor), rel=2e-3)
