@@ -7,6 +7,7 @@ from torch import Tensor
 from ..probes.base import CodeFeatures
 from ..sockets import ConfigError, resolve
 from ._codebook import has_words, word_table
+from ._config import EvaluationConfig
 from ._context import Context, Encoded
 from ._rows import Rows, means_of, rows_of
 
@@ -70,6 +71,8 @@ def masked_words(context: Context) -> Rows:
         "leak_free": "words hidden before the text encoder",
         "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
     }
+    if not config.leaky:
+        del told["leaky"]
     for protocol, what in told.items():
         probe = member(context.guide, config, protocol=protocol, device=context.device)
         folder = context.folder
@@ -100,26 +103,39 @@ def masked_words(context: Context) -> Rows:
 
 def attributes(context: Context) -> Rows:
     """Accuracy of labels read off the codes by a linear map, on all and on few training images."""
-    member = resolve("probes", "attributes")
+    member, config = resolve("probes", "attributes"), context.config
     train, test, wanted, target = _labelled(context)
-    few = min(context.config.few_shot, len(train.codes))
+    few, all_rows = min(config.few_shot, len(train.codes)), torch.arange(len(train.codes))
+    draws = _few_shot_draws(len(all_rows), few, config)
     features, seen = train.codes.features(), test.codes.features()
-    control = test.codes.shuffled(context.config.seed).features()
+    control = test.codes.shuffled(config.seed).features()
     rows: Rows = {}
-    for name, count in (("linear", len(train.codes)), ("few_shot", few)):
-        labels = {key: value[:count] for key, value in wanted.items()}
-        probe = member(seed=context.config.seed).fit(_first(features, count), labels)
-        numbers = probe.evaluate(seen, target)
-        numbers["shuffled/mean_accuracy"] = probe.evaluate(control, target)["mean_accuracy"]
+    for name, sets in (("linear", [all_rows]), ("few_shot", draws)):
+        numbers, values = [], []
+        for drawn in sets:
+            labels = {key: value[drawn] for key, value in wanted.items()}
+            probe = member(seed=config.seed).fit(_rows_of(features, drawn), labels)
+            found = probe.evaluate(seen, target)
+            found["shuffled/mean_accuracy"] = probe.evaluate(control, target)["mean_accuracy"]
+            numbers.append(found)
+            values.append(probe.values(seen, target))
         rows |= rows_of(
             f"attributes/{name}",
-            numbers,
+            {key: sum(found[key] for found in numbers) / len(sets) for key in numbers[0]},
             len(test.codes),
             neutral=["majority", "shuffled"],
-            settings={"probe": "ridge", "train_images": count},
-            per_image=probe.values(seen, target),
+            settings={"probe": "ridge", "train_images": len(sets[0]), "draws": len(sets)},
+            per_image={key: sum(v[key] for v in values) / len(sets) for key in values[0]},
         )
     return rows
+
+
+def _few_shot_draws(count: int, few: int, config: EvaluationConfig) -> list[Tensor]:
+    """Return the rows of each few-shot set: the first, then draws; one set where few is all."""
+    generator = torch.Generator().manual_seed(config.seed)
+    more = config.few_shot_draws - 1 if few < count else 0
+    others = [torch.randperm(count, generator=generator)[:few] for _ in range(more)]
+    return [torch.arange(few), *others]
 
 
 def _labelled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dict[str, Tensor]]:
@@ -145,9 +161,9 @@ def _labelled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], di
     return train, test, wanted, target
 
 
-def _first(features: CodeFeatures, count: int) -> CodeFeatures:
-    histogram = None if features.histogram is None else features.histogram[:count]
-    return CodeFeatures(features.pooled[:count], histogram)
+def _rows_of(features: CodeFeatures, rows: Tensor) -> CodeFeatures:
+    histogram = None if features.histogram is None else features.histogram[rows]
+    return CodeFeatures(features.pooled[rows], histogram)
 
 
 def _stack_labels(records: list) -> dict[str, Tensor]:

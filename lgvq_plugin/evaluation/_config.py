@@ -53,6 +53,8 @@ class EvaluationConfig:
     """Of every draw; equal seeds mask equal words and shuffle equally, whatever the host."""
     few_shot: int = 64
     """Training images of the few-shot attribute probe, >= 10."""
+    few_shot_draws: int = 1
+    """Sets of so many images, >= 1, the first then draws; results are means over them."""
     attribute_words: int = 0
     """Attributes of a data set without labels: so many of its captions' usual words; 0: none."""
     tokenizer: str = "words"
@@ -83,6 +85,8 @@ class EvaluationConfig:
         require(self.batch_size >= 1, "batch_size", "a whole number >= 1", self.batch_size)
         require(self.num_workers >= 0, "num_workers", "a whole number >= 0", self.num_workers)
         require(self.few_shot >= 10, "few_shot", "a whole number >= 10", self.few_shot)
+        draws = self.few_shot_draws
+        require(draws >= 1, "few_shot_draws", "a whole number >= 1", draws)
         words = self.attribute_words
         require(words >= 0, "attribute_words", "a whole number >= 0", words)
         known = ("words", "ptb")

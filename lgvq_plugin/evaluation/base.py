@@ -48,7 +48,7 @@ OWN_KEYS = {  # the keys of `evaluation:` that a metric depends on, beside those
     "relation": ("guide",),
     "retrieval": ("guide",),
     "masked_words": ("guide", "masked_words"),
-    "attributes": ("few_shot", "attribute_words"),
+    "attributes": ("few_shot", "few_shot_draws", "attribute_words"),
     "caption": ("caption", "tokenizer"),
     "vqa": ("vqa", "wordnet"),
     "t2i": ("guide", "t2i", "fd", "clip_score"),

@@ -37,6 +37,8 @@ class MaskedWordsConfig(ProbeConfig):
     """Updates of each protocol."""
     most_hidden: int = 3
     """Training hides one word to so many of each caption, >= 1."""
+    leaky: bool = True
+    """An evaluation also asks by the leaky protocol, for comparison; it takes as long again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -82,6 +82,39 @@ def test_words_go_together_with_codes_but_not_with_others(palette, config):
     assert 0 <= value(result, "relation/mse") < 4
 
 
+def test_few_shot_results_are_means_over_sets_of_images(palette, config):
+    def row(count, **options):
+        options = {**config["evaluation"], "few_shot": count, **options}
+        given = {"metrics": ["attributes"], "options": options, "progress": False}
+        result = evaluate(palette, config, **given)["metrics"]
+        return result["attributes/few_shot/main_color/accuracy"]
+
+    one, two, three = (row(16, few_shot_draws=draws) for draws in (1, 2, 3))
+    assert (one["settings"]["draws"], three["settings"]["draws"]) == (1, 3)
+    images = one["n"]
+    second = 2 * np.array(two["per_image"]) - one["per_image"]
+    third = 3 * np.array(three["per_image"]) - 2 * np.array(two["per_image"])
+    for answers in (second, third):  # of one set alone: right or wrong, and not as the first set's
+        assert set(answers.round(3)) == {0, 1}
+        assert (answers.round() != one["per_image"]).any()
+    total = one["value"] * images + second.sum() + third.sum()
+    assert three["value"] == pytest.approx(total / 3 / images, abs=1e-5)
+    everything = row(400, few_shot_draws=5)
+    assert everything["settings"]["draws"] == 1  # all images each time
+    with pytest.raises(ConfigError, match="few_shot_draws: expected a whole number >= 1, got 0"):
+        row(16, few_shot_draws=0)
+
+
+def test_masked_words_without_the_leaky_protocol(palette, config):
+    def names(**probe):
+        config["evaluation"] |= {"masked_words": {**TINY, **probe}}
+        found = evaluate(palette, config, metrics=["masked_words"], limit=16, progress=False)
+        return {name.split("/")[1] for name in found["metrics"]}
+
+    assert names() == {"leak_free", "leaky"}
+    assert names(leaky=False) == {"leak_free"}
+
+
 @pytest.mark.slow
 def test_all_tasks_run_and_are_the_same_again(palette, config, tmp_path):
     pytest.importorskip("pycocoevalcap", reason="caption scores need the extra [eval]")
