@@ -17,12 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def publish(results: Results, folder: Path) -> Path:
-    """Write results.json, summary.json, report.html and report.md; returns the page's path.
+    """Write results.json, summary.json, report.html, report.md and two pictures of it.
+
+    Returns the page's path.
 
     Args:
         results: of all runs; the paths of their examples are below `folder`.
         folder: of the ablation.
     """
+    from ._figures import write_figures
     from ._markdown import markdown
     from .report import write_report
     from .statistics import compare
@@ -30,7 +33,8 @@ def publish(results: Results, folder: Path) -> Path:
     cells = compare(results)
     results.save(folder / RESULTS)
     write_json(folder / SUMMARY, summary(results, cells))
-    write_text((folder / REPORT).with_suffix(".md"), markdown(results, cells))
+    pictures = [path.name for path in write_figures(results, cells, folder)]
+    write_text((folder / REPORT).with_suffix(".md"), markdown(results, cells, pictures))
     return write_report(results, cells, folder / REPORT, root=folder)
 
 

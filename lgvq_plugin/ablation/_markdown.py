@@ -10,8 +10,14 @@ from ._words import sentences
 from .base import CONFIDENCE, MARKS, Cell, Results
 
 
-def markdown(results: Results, cells: Sequence[Cell]) -> str:
-    """Return a table for each data set: metrics down, variants across, marks as in the page."""
+def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = ()) -> str:
+    """Return a table for each data set: metrics down, variants across, marks as in the page.
+
+    Args:
+        results: of all runs.
+        cells: what `statistics.compare` says of them.
+        pictures: paths, relative to the text's; they come last.
+    """
     parts = [f"# {results.title}", "", *(f"- {line}" for line in plain_sentences(results, cells))]
     for data in results.datasets:
         own = [cell for cell in cells if cell.data == data]
@@ -23,6 +29,7 @@ def markdown(results: Results, cells: Sequence[Cell]) -> str:
             if controls:
                 parts += ["", "Controls, of which neither more nor less is better:", ""]
                 parts += _table(results, controls)
+    parts += [line for path in pictures for line in ("", f"![{path}]({path})")]
     return "\n".join(parts) + "\n"
 
 
