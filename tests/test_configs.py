@@ -9,11 +9,13 @@ import pytest
 from omegaconf import OmegaConf
 
 import lgvq_plugin
+from lgvq_plugin.ablation.plan import read_plan
+from lgvq_plugin.demo import PLAN as DEMO_PLAN
 from lgvq_plugin.sockets import import_target, resolve
 from lgvq_plugin.training.base import Sections, TrainingConfig, read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = ["guide_micro_clip", "guide_minilm"]
+OVERLAYS = ["guide_micro_clip", "guide_minilm", "recipe"]
 PAIRS = sorted(
     path.stem for path in CONFIGS.glob("*.yaml") if (CONFIGS / f"{path.stem}_lgvq.yaml").exists()
 )
@@ -86,6 +88,21 @@ def test_the_overlay_names_the_embedded_guide():
     config = read_config([CONFIGS / "vqgan_scenes_64_lgvq.yaml", CONFIGS / "guide_micro_clip.yaml"])
     assert config.model.params.lossconfig.params.lgvq == {"guide": {"use": "micro_clip"}}
     assert config.model.params.lossconfig.params.disc_start == 200
+
+
+def test_the_recipe_is_the_one_that_was_measured():
+    given = read_config([CONFIGS / "vqvae_scenes_64_lgvq.yaml", CONFIGS / "recipe.yaml"])
+    recipe = OmegaConf.to_object(given.model.params.lossconfig.params.lgvq)
+    readme = (CONFIGS.parent / "README.md").read_text()
+    told = next(
+        block for block in re.findall(r"```yaml\n(.*?)```", readme, re.S) if "ratio: 8" in block
+    )
+    assert OmegaConf.to_object(OmegaConf.create(told))["lgvq"] == recipe
+    for plan, variant in ((CONFIGS / "ablation" / "winner.yaml", "recipe"), (DEMO_PLAN, "lgvq")):
+        job = next(job for job in read_plan(plan).jobs if job.variant == variant)
+        block = job.config["model"]["params"]["lossconfig"]["params"]["lgvq"]
+        assert {key: block[key] for key in recipe} == recipe
+        assert {*block} - {*recipe} == {"guide", "seed"}
 
 
 def test_every_knob_of_training_is_read():
