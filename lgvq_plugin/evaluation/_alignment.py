@@ -63,7 +63,7 @@ def masked_words(context: Context) -> Rows:
 
     Nothing of an LG-VQ model's own heads is used, so a baseline is asked in the same way.
     """
-    member, config = context.probe("masked_words")
+    member, config = context.config.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
     captions = [texts[0] for texts in test.captions]
     rows: Rows = {}

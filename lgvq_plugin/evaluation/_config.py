@@ -5,6 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._fields import build, require, to_plain
+from ..sockets import resolve
+
+PROBES = {  # key of `evaluation:` and name of the metric -> member of probes that is trained
+    "masked_words": "masked_words",
+    "caption": "captioning",
+    "vqa": "questions",
+    "t2i": "text_to_image",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +102,26 @@ class EvaluationConfig:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "EvaluationConfig":
-        """Return the block `given` as an object.
+        """Return the block `given` as an object; the keys of the probes are checked, too.
 
         Raises:
-            ConfigError: for an unknown key or a value of another type.
+            ConfigError: for an unknown key, a value of another type or out of its range.
 
         Example:
             >>> EvaluationConfig.of({"lpips": {"net": "vgg"}}).lpips.net
             'vgg'
         """
-        return build(cls, to_plain(given or {}), "evaluation")
+        config = build(cls, to_plain(given or {}), "evaluation")
+        for key in PROBES:
+            config.probe(key)
+        return config
+
+    def probe(self, key: str) -> tuple[Any, Any]:
+        """Return the class of the probe behind a key of :data:`PROBES`, and its config.
+
+        Raises:
+            ConfigError: if the block does not suit it.
+        """
+        member = resolve("probes", PROBES[key])
+        given = {"seed": self.seed, **getattr(self, key)}
+        return member, build(member.Config, given, f"evaluation.{key}")

@@ -12,22 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .._fields import build
 from ..datasets.base import collate
 from ..guides.base import AbstractGuide, build_guide
 from ..hosts.base import encode, reconstruct
 from ..probes.base import CodeCollector, FrozenCodes, Question
-from ..sockets import ConfigError, resolve
+from ..sockets import ConfigError
 from ..training.base import build_dataset
 from ._config import EvaluationConfig
 
 CACHE_LIMIT = 2**30  # bytes of pictures that are kept in memory
-PROBES = {  # key of `evaluation:` and name of the metric -> member of probes that is trained
-    "masked_words": "masked_words",
-    "caption": "captioning",
-    "vqa": "questions",
-    "t2i": "text_to_image",
-}
 
 
 @dataclass(frozen=True)
@@ -129,16 +122,6 @@ class Context:
     def test(self) -> Encoded:
         """The test set, encoded."""
         return self._encode("test")
-
-    def probe(self, key: str) -> tuple[Any, Any]:
-        """Return the class of the probe behind a key of `evaluation:`, and its config.
-
-        Raises:
-            ConfigError: if the config does not suit it.
-        """
-        member = resolve("probes", PROBES[key])
-        given = {"seed": self.config.seed, **getattr(self.config, key)}
-        return member, build(member.Config, given, f"evaluation.{key}")
 
     def batches(self, which: str, what: str) -> Iterator[dict[str, Any]]:
         """Yield the batches of a set in order, with a progress bar that says what for."""

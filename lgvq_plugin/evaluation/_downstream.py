@@ -32,7 +32,7 @@ JUDGED = 2048  # training pictures that the judge sees, at most
 
 def caption(context: Context) -> Rows:
     """BLEU, ROUGE-L, CIDEr-D and METEOR of captions written from frozen codes."""
-    member, config = context.probe("caption")
+    member, config = context.config.probe("caption")
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(config, device=context.device)
     probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)
@@ -76,7 +76,7 @@ def vqa(context: Context) -> Rows:
     train, test = context.train, context.test
     if not train.questions or not test.questions:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
-    member, config = context.probe("vqa")
+    member, config = context.config.probe("vqa")
     probe = member(config, device=context.device)
     probe.fit(train.codes, train.questions, folder=context.folder, progress=context.progress)
     numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed)
@@ -102,7 +102,7 @@ def t2i(context: Context) -> Rows:
     """Bits per code with and without text; and of generated images, what a judge sees in them."""
     model = context.config.clip_score
     scorer = CLIPScorer(model) if model else None  # a wrong path is told before hours of training
-    member, config = context.probe("t2i")
+    member, config = context.config.probe("t2i")
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(context.guide, config, device=context.device)
     probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)

@@ -18,7 +18,7 @@ from ..sockets import ConfigError, suggest
 from ..training.base import lgvq_block, to_plain
 from . import _alignment, _codebook, _downstream, _reconstruction
 from ._config import EvaluationConfig
-from ._context import PROBES, Context
+from ._context import Context
 from ._rows import Rows
 from ._store import Store, host_hash, mark_of
 
@@ -139,8 +139,6 @@ def build_context(
 def run(context: Context, names: list[str], output: str | Path | None) -> dict[str, Any]:
     """Compute the metrics of a context, those that are on disk already aside."""
     store = Store(None if output is None else Path(output) / "metrics")
-    for name in (name for name in names if name in PROBES):
-        context.probe(name)  # a wrong key is told before the first probe is trained
     settings = settings_of(context)
     rows: dict[str, Any] = {}
     skipped: dict[str, str] = {}

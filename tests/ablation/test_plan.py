@@ -129,6 +129,14 @@ def test_a_list_of_objectives_switches_the_others_off(write):
         ({"variants": {"a": {"objectives": ["masked"]}}}, "did you mean 'masked_text'"),
         ({"variants": {"a": {"modle": {}}}}, "did you mean 'model'"),
         ({"variants": {"a": {"base": "nowhere.yaml"}}}, "does not exist"),
+        (
+            {"variants": {"a": {}}, "evaluation": {"t2i": {"images": 0}}},
+            r"plan.yaml: evaluation.t2i.images: expected a whole number >= 2, got 0",
+        ),
+        (
+            {"variants": {"a": {}}, "evaluation": {"masked_words": {"stepz": 9}}},
+            r"evaluation.masked_words.stepz; did you mean 'steps'",
+        ),
         ({"variants": {"a": {}, "b": {"training.max_steps": 9}}}, "must see the same batches"),
         ({"variants": {"a": {}, "b": {"data.batch_size": 2}}}, "must see the same batches"),
     ],

@@ -9,7 +9,6 @@ import pytest
 from omegaconf import OmegaConf
 
 import lgvq_plugin
-from lgvq_plugin._fields import build
 from lgvq_plugin.evaluation import EvaluationConfig
 from lgvq_plugin.evaluation import _config as options
 from lgvq_plugin.sockets import resolve
@@ -29,7 +28,7 @@ def test_an_overlay_is_taken_whole(path):
     assert set(content) == {"evaluation"}
     block = EvaluationConfig.of(content["evaluation"])
     for key, member in PROBES.items():
-        build(resolve("probes", member).Config, getattr(block, key), f"evaluation.{key}")
+        assert block.probe(key)[0] is resolve("probes", member)
 
 
 def test_there_are_overlays():
