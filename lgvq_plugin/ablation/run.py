@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .._fields import differing
 from .._files import write_json
+from ..guides.base import build_guide
 from ..sockets import ConfigError
 from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_json
 
@@ -52,10 +53,12 @@ def run_plan(
             environment); by default this package's own.
 
     Raises:
-        ConfigError: if the folder holds runs and `resume` is off, or runs of another config.
+        ConfigError: if the folder holds runs and `resume` is off, or runs of another config, or
+            the guide of the evaluation cannot be built.
         Interrupted: after SIGINT, once the running jobs have saved.
     """
     slots = _slots(jobs)
+    _check_guides(job for job in plan.jobs if not (folder / job.name / RUN).is_file())
     waiting = deque(_prepare(plan, folder, resume))
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     total = sum(job.config["training"]["max_steps"] for job in plan.jobs)
@@ -141,6 +144,18 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
     if len(todo) < len(plan.jobs):
         logger.info("%d of %d jobs are done already", len(plan.jobs) - len(todo), len(plan.jobs))
     return todo
+
+
+def _check_guides(jobs: Iterable[Job]) -> None:
+    """Build the guides that evaluations ask for: a wrong one is told before the trainings."""
+    built: list[Any] = []
+    for guide in (job.evaluation.get("guide") for job in jobs):
+        if guide and guide not in built:
+            try:
+                build_guide(guide)
+            except ConfigError as error:
+                raise ConfigError(f"the guide of the plan's `evaluation:`: {error}") from error
+            built.append(guide)
 
 
 def _check_same(before: Any, now: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -74,6 +75,15 @@ def test_a_failed_job_is_told_and_the_others_go_on(tmp_path):
     assert [run.status for run in results.runs] == ["done", "failed", "done"]
     assert results.runs[1].reason == "FloatingPointError: step 7: the loss is not finite"
     assert results.runs[1].metrics == {}
+
+
+def test_a_guide_that_only_the_evaluation_needs_is_tried_before_the_first_job(tmp_path):
+    guide = {"use": "cached", "folder": str(tmp_path / "nowhere")}
+    good = plan("a", "b")
+    jobs = tuple(replace(job, evaluation={"guide": guide}) for job in good.jobs)
+    with pytest.raises(ConfigError, match=r"guide of the plan's `evaluation:`: .*nowhere"):
+        go(replace(good, jobs=jobs), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_runs_only_what_is_not_done(tmp_path):
