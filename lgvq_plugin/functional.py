@@ -98,14 +98,14 @@ def contrast(
 
 
 def masked_text_loss(
-    logits: Tensor, targets: Tensor, mask: Tensor, *, label_smoothing: float = 0.0
+    logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, label_smoothing: float = 0.0
 ) -> Tensor:
     """Cross-entropy of the masked words, L_mtp (Eq. 6, without its slip of sign).
 
     Args:
-        logits: (B, T, V).
-        targets: token ids, (B, T) int64.
-        mask: True where a word was masked, (B, T) bool.
+        logits: (B, T, V), or (M, V) of the masked words alone.
+        targets: token ids, (B, T) or (M,) int64.
+        mask: True where a word was masked, (B, T) bool; None takes all rows.
         label_smoothing: 0.1 in the released code, none in the paper.
 
     Returns:
@@ -116,10 +116,11 @@ def masked_text_loss(
         >>> masked_text_loss(logits, torch.zeros(1, 2).long(), torch.tensor([[True, False]]))
         tensor(1.3863)
     """
-    picked = logits[mask].float()
-    if len(picked) == 0:
-        return picked.sum()
-    return F.cross_entropy(picked, targets[mask], label_smoothing=label_smoothing)
+    if mask is not None:
+        logits, targets = logits[mask], targets[mask]
+    if len(logits) == 0:
+        return logits.float().sum()
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
 def relationship_loss(

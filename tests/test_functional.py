@@ -148,6 +148,8 @@ def test_masked_text_equals_numpy(smoothing):
     each = (1 - smoothing) * nll - smoothing * logp.mean(-1)
     loss = masked_text_loss(logits, targets, mask, label_smoothing=smoothing)
     assert loss.item() == pytest.approx(each[mask.numpy()].mean(), rel=1e-6)
+    picked = masked_text_loss(logits[mask], targets[mask], label_smoothing=smoothing)
+    assert picked.item() == pytest.approx(each[mask.numpy()].mean(), rel=1e-6)
     loss.backward()
     assert (logits.grad[~mask] == 0).all()
     assert logits.grad[mask].abs().sum() > 0

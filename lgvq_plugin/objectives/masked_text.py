@@ -54,12 +54,7 @@ class MaskedText(AbstractObjective):
             None if self.config.attend_padding else text.attention_mask,
         )
         targets = text.token_ids[mask]
-        value = masked_text_loss(
-            logits[None],
-            targets[None],
-            torch.ones_like(targets[None], dtype=torch.bool),
-            label_smoothing=self.config.label_smoothing,
-        )
+        value = masked_text_loss(logits, targets, label_smoothing=self.config.label_smoothing)
         hits = (logits.detach().argmax(dim=-1) == targets).float()
         return Term(value, {"word_recall": hits.sum() / max(len(hits), 1)})
 
