@@ -15,7 +15,7 @@ from lgvq_plugin.sockets import import_target, resolve
 from lgvq_plugin.training.base import Sections, TrainingConfig, read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = ["guide_micro_clip", "guide_minilm", "recipe"]
+OVERLAYS = ["guide_micro_clip", "guide_minilm", "recipe", "recipe_pictures"]
 PAIRS = sorted(
     path.stem for path in CONFIGS.glob("*.yaml") if (CONFIGS / f"{path.stem}_lgvq.yaml").exists()
 )
@@ -103,6 +103,17 @@ def test_the_recipe_is_the_one_that_was_measured():
         block = job.config["model"]["params"]["lossconfig"]["params"]["lgvq"]
         assert {key: block[key] for key in recipe} == recipe
         assert {*block} - {*recipe} == {"guide", "seed"}
+
+
+def test_the_recipe_of_pictures_is_the_one_that_was_measured():
+    given = read_config([CONFIGS / "vqvae_folder_64_lgvq.yaml", CONFIGS / "recipe_pictures.yaml"])
+    recipe = OmegaConf.to_object(given.model.params.lossconfig.params.lgvq)
+    jobs = read_plan(CONFIGS / "ablation" / "emoji_winner.yaml").jobs
+    job = next(job for job in jobs if job.variant == "stronger")
+    block = job.config["model"]["params"]["lossconfig"]["params"]["lgvq"]
+    assert {key: block[key] for key in recipe} == recipe
+    assert {*block} - {*recipe} == {"guide", "seed"}
+    assert job.config["training"]["max_steps"] // 3 - recipe["stop"] in range(-50, 50)
 
 
 def test_every_knob_of_training_is_read():
