@@ -7,7 +7,6 @@ features and in the masked words' vectors, no dropout inside the attention.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._width import check_heads
@@ -88,8 +87,7 @@ class TextDecoder(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, memory, tgt_key_padding_mask=padding)
         hidden = self.head(hidden[mask])
-        bias = self.bias.to(hidden.dtype)
-        return F.linear(hidden, vocabulary.detach().to(hidden.dtype), bias)
+        return hidden @ vocabulary.detach().to(hidden.dtype).mT + self.bias
 
 
 def _block(width: int, heads: int, *, dropout: float) -> nn.TransformerDecoderLayer:
