@@ -12,6 +12,7 @@ from lgvq_plugin.dist import gather_rows, world_size
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
+import gc
 import sys
 from types import SimpleNamespace
 import torch
@@ -105,6 +106,9 @@ assert everything.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
 assert rows.grad[:, 0].tolist() == ([3.0] if rank == 0 else [30.0, 300.0])
 assert gather_rows(torch.tensor([rank, 7])).tolist() == [0, 7, 1, 7]
 assert gather_rows(torch.zeros(0, 3)).shape == (0, 3)
+# A net of DDP holds the group, whose threads must not outlive it: let go before the group ends.
+del net
+gc.collect()
 dist.barrier()
 dist.destroy_process_group()
 print("done")
