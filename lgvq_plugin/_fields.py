@@ -87,13 +87,18 @@ def read(value: Any, hint: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (h for h in inner if h is not type(None))
+        hints = [h for h in inner if h is not type(None)]
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        # `str | tuple[str, ...]`: one or a list of them.
+        hint = next((h for h in hints if (get_origin(h) is tuple) == is_list), hints[0])
         return read(value, hint, path)
     if is_dataclass(hint):
         return build(hint, {} if value is None else value, path)  # type: ignore[arg-type]
     if origin is Literal:
         require(value in inner, path, " or ".join(map(repr, inner)), value)
         return value
+    if origin is tuple and inner[-1] is Ellipsis:
+        return tuple(read(each, inner[0], f"{path}[{i}]") for i, each in enumerate(value))
     if origin is tuple:
         example = "[16, 16]" if inner[0] is int else "[0.1, 0.5]"
         expected = f"{len(inner)} values, each {WORDS[inner[0]]}, like {example}"

@@ -7,6 +7,17 @@ from typing import Any, Literal
 from ._fields import build, require, to_plain
 from .sockets import ConfigError, suggest
 
+MOST_WEIGHT = 1.0e6
+"""Far above any useful weight; beyond it float32 gradients overflow."""
+TEMPERATURES = (1.0e-4, 100.0)
+"""Cosines lie in [-1, 1]: colder overflows, hotter tells no pair from another."""
+MOST_PAIRS = 2**20
+
+
+def _require_weight(value: float, key: str = "weight") -> None:
+    require(value >= 0, key, ">= 0", value)
+    require(value <= MOST_WEIGHT, key, f"<= {MOST_WEIGHT:g}", value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalSemanticConfig:
@@ -34,13 +45,13 @@ class GlobalSemanticConfig:
     """Words a unit of it: 1, or phrases of so many in a row."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", ">= 0", self.weight)
-        require(self.queue >= 0, "queue", ">= 0", self.queue)
-        require(self.words_weight >= 0, "words_weight", ">= 0", self.words_weight)
+        _require_weight(self.weight)
+        require(0 <= self.queue <= MOST_PAIRS, "queue", f">= 0 and <= {MOST_PAIRS}", self.queue)
+        _require_weight(self.words_weight, "words_weight")
         require(self.words_span >= 1, "words_span", ">= 1", self.words_span)
-        lowest = 0.01 if self.learnable_temperature else 0.0
-        holds = self.temperature >= lowest and self.temperature > 0
-        require(holds, "temperature", "> 0 (>= 0.01 if learnable)", self.temperature)
+        lowest, highest = 0.01 if self.learnable_temperature else TEMPERATURES[0], TEMPERATURES[1]
+        expected = f"> 0 (>= {TEMPERATURES[0]:g}, >= 0.01 if learnable) and <= {highest:g}"
+        require(lowest <= self.temperature <= highest, "temperature", expected, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +78,7 @@ class MaskedTextConfig:
     """In the decoder; 0.1 in the released code."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", ">= 0", self.weight)
+        _require_weight(self.weight)
         low, high = self.ratio
         require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", [low, high])
         smoothing = self.label_smoothing
@@ -96,8 +107,10 @@ class RelationshipConfig:
     """Compare codes behind a learned layer, as the released code does, or raw (paper)."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", ">= 0", self.weight)
-        require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        _require_weight(self.weight)
+        lowest, highest = TEMPERATURES
+        expected = f"> 0 (>= {lowest:g}) and <= {highest:g}"
+        require(lowest <= self.temperature <= highest, "temperature", expected, self.temperature)
         holds = self.between == "words" or self.variant == "pairs"
         require(holds, "between", "words, or variant: pairs beside it", self.between)
 
@@ -145,8 +158,12 @@ class LGVQConfig:
     """`use:` names a member of guides or a dotted path; the rest goes to its constructor."""
     code_vit: CodeViTConfig = field(default_factory=CodeViTConfig)
     """The code-ViT."""
-    quantizer: str | None = None
-    """Path of the host's quantizer; found by name if null."""
+    quantizer: str | tuple[str, ...] | None = None
+    """Path of the host's quantizer; found by name if null. A list for hosts of several levels
+    (VQ-VAE-2): coarse levels are upsampled to the finest grid, the codes joined at each position."""
+    layout: Literal["channels_first", "channels_last"] | None = None
+    """Of the quantized vectors: (B, C, h, w) or (B, C, N), against (B, h, w, C) or (B, N, C);
+    null: decided from the width of a code, the indices' shape and the codebook's values."""
     code_dim: int | None = None
     """Width of a code; read off the quantizer if null."""
     grid: tuple[int, int] | None = None
@@ -171,20 +188,25 @@ class LGVQConfig:
     """Of the heads' initial weights, the masks and the choice of captions."""
 
     def __post_init__(self) -> None:
+        paths = [self.quantizer] if isinstance(self.quantizer, str) else self.quantizer
+        holds = paths is None or (all(paths) and 0 < len({*paths}) == len(paths))
+        expected = "a path, a list of different paths like [quantize_t, quantize_b], or null"
+        require(holds, "quantizer", expected, self.quantizer)
         grid = self.grid
         expected = "two whole numbers >= 1, like [16, 16], or null"
         require(grid is None or min(grid) >= 1, "grid", expected, [*(grid or ())])
         width = self.code_dim
         require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
         ratio = self.gradient_ratio
-        require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
+        expected = "> 0 and <= 1000, or null"
+        require(ratio is None or 0 < ratio <= 1000, "gradient_ratio", expected, ratio)
         expected = "null beside codebook_gradient: true, which goes past the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         require(self.start >= 0, "start", ">= 0", self.start)
         require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
         expected = f"> start ({self.start}), or null"
         require(self.stop is None or self.stop > self.start, "stop", expected, self.stop)
-        require(self.seed >= 0, "seed", ">= 0", self.seed)
+        require(0 <= self.seed < 2**63, "seed", ">= 0 and < 2**63", self.seed)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -211,6 +233,28 @@ RECIPES: dict[str, dict[str, Any]] = {
         "relationship": {"variant": "paper", "project": True},
     },
 }
+
+
+def require_finite_weights(params: Mapping[str, Any], path: str) -> None:
+    """Refuse weights and factors of a base loss that are not finite in float32 arithmetic.
+
+    A `disc_weight` of inf gives NaN even before the discriminator starts: inf * 0.
+
+    Raises:
+        ConfigError: it names the key.
+
+    Example:
+        >>> require_finite_weights({"disc_weight": float("inf"), "disc_start": float("inf")}, "p")
+        Traceback (most recent call last):
+        lgvq_plugin.sockets.ConfigError: p.disc_weight: expected a number of at most 1e+06, got inf
+    """
+    for key, value in params.items():
+        if isinstance(value, Mapping) and key != "lgvq":
+            require_finite_weights(value, f"{path}.{key}")
+        is_weight = str(key).endswith(("weight", "factor")) and not isinstance(value, bool)
+        if is_weight and isinstance(value, int | float):
+            expected = f"a number of at most {MOST_WEIGHT:g}"
+            require(abs(value) <= MOST_WEIGHT, f"{path}.{key}", expected, value)
 
 
 def parse(given: Mapping[str, Any] | None) -> LGVQConfig:

@@ -32,7 +32,7 @@ from ._loss_parts import (
 )
 from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
-from .config import parse
+from .config import parse, require_finite_weights
 from .dist import world_size
 from .hosts.base import (
     HostMethods,
@@ -90,6 +90,7 @@ class LGVQLoss(Wrapper):
         given = to_plain(lgvq or {})
         config = parse(given)
         target, params = base_of(base, kwargs, self.BASE_TARGET)
+        require_finite_weights(params, target.rpartition(".")[2])
         module = build_loss(target, args, params)
         super().__init__()
         self._config, self._given, self._path = config, given, ""

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 import lgvq_plugin
 from lgvq_plugin.config import RECIPES, GlobalSemanticConfig, LGVQConfig, parse
 from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training.base import build_host
 
 
 def blocks(cls=LGVQConfig, path="lgvq"):
@@ -129,6 +130,17 @@ def test_an_unknown_key_names_the_nearest(path):
 
 
 WRONG = [  # path, value, what the message says beside them
+    ("lgvq.objectives.masked_text.weight", 1e308, "<= 1e+06"),
+    ("lgvq.objectives.global_semantic.words_weight", 1e308, "<= 1e+06"),
+    ("lgvq.objectives.global_semantic.temperature", 1e308, "<= 100"),
+    ("lgvq.objectives.global_semantic.queue", 10**15, "<= 1048576"),
+    ("lgvq.objectives.relationship.temperature", 1e308, "<= 100"),
+    ("lgvq.objectives.relationship.temperature", 1e-320, ">= 0.0001"),
+    ("lgvq.gradient_ratio", 1e308, "<= 1000"),
+    ("lgvq.seed", 2**63, "< 2**63"),
+    ("lgvq.quantizer", [], "a list of different paths"),
+    ("lgvq.quantizer", ["a", "a"], "a list of different paths"),
+    ("lgvq.layout", "BHWC", "'channels_first' or 'channels_last'"),
     ("lgvq.recipe", "papr", "did you mean 'paper'"),
     ("lgvq.recipe", ["paper"], "corrected, paper"),
     ("lgvq.objectives", [1], "a mapping"),
@@ -183,8 +195,26 @@ def test_a_wrong_value_is_told(path, value, expected):
     told = str(raised.value)
     assert path in told
     assert expected in told
+    value = tuple(value) if path == "lgvq.quantizer" and isinstance(value, list) else value
     assert repr(value["heads"] if isinstance(value, dict) else value) in told
     assert len(told.splitlines()) == 1
+
+
+def test_a_list_of_quantizers_names_the_entry_that_is_wrong():
+    assert parse({"quantizer": "a"}).quantizer == "a"
+    assert parse({"quantizer": ["a", "b.c"]}).quantizer == ("a", "b.c")
+    with pytest.raises(ConfigError, match=r"lgvq\.quantizer\[1\]: expected a string, got 3"):
+        parse({"quantizer": ["a", 3]})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e308])
+def test_weights_of_the_base_loss_are_finite(value):
+    base = {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss", "params": {"disc_weight": value}}
+    with pytest.raises(ConfigError, match=r"VQVAELoss\.disc_weight: expected a number of at most"):
+        lgvq_plugin.LGVQLoss(base=base)
+    model = {"target": "torch.nn.Linear", "learning_rate": 1, "params": {"lossconfig": base}}
+    with pytest.raises(ConfigError, match=r"model\.params\.lossconfig\.params\.disc_weight"):
+        build_host({"model": model})
 
 
 @pytest.mark.parametrize("given", ["paper", [1], 3])

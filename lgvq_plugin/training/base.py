@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .. import compat
+from ..config import require_finite_weights
 from ..sockets import ConfigError, import_target, instantiate, resolve
 from ._quiet import prints_to_stderr
 from ._sections import (
@@ -56,7 +57,9 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     model = model_section(to_plain({"model": section} if section is not None else {}))
     compat.patch()
     _check_targets(model, "model")
-    weight = (loss_section({"model": model}).get("params") or {}).get("perceptual_weight", 1.0)
+    loss = loss_section({"model": model}).get("params") or {}
+    require_finite_weights(loss, f"model.params.{loss_key({'model': model})}.params")
+    weight = loss.get("perceptual_weight", 1.0)
     try:
         with compat.lpips_only_if_used(float(weight)), prints_to_stderr():
             host = instantiate(model)
