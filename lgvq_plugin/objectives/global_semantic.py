@@ -123,6 +123,7 @@ class PairMemory(nn.Module):
         self.register_buffer("token_ids", torch.zeros(size, length, dtype=torch.int64))
         self.register_buffer("is_filled", torch.zeros(size, dtype=torch.bool))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_empty_non_finite)
 
     def recall(self, token_ids: Tensor) -> PastPairs:
         """Return copies, so that `add` may follow before the loss runs backward."""
@@ -133,18 +134,29 @@ class PairMemory(nn.Module):
     def add(self, image: Tensor, text: Tensor, token_ids: Tensor) -> None:
         """Put B pairs in the place of the oldest ones; no synchronization with a GPU.
 
-        A pair that is not finite, as an overflow leaves it, takes an empty place.
+        A pair whose image or text is not finite, as an overflow leaves it, takes an empty place.
         """
         size = len(self.image)
         image, text, token_ids = image[-size:], text[-size:], token_ids[-size:]
         number = torch.arange(len(image), device=self.place.device)
         places = (self.place + number) % size
-        is_finite = image.isfinite().all(dim=1)
-        self.image.index_copy_(0, places, image.float().where(is_finite[:, None], 0.0))
-        self.text.index_copy_(0, places, text.float())
+        image, text = image.float(), text.float()
+        is_finite = (image.isfinite() & text.isfinite()).all(dim=1)
+        self.image.index_copy_(0, places, image.where(is_finite[:, None], 0.0))
+        self.text.index_copy_(0, places, text.where(is_finite[:, None], 0.0))
         self.token_ids.index_copy_(0, places, token_ids)
         self.is_filled.index_copy_(0, places, is_finite)
         self.place.copy_((self.place + len(image)) % size)
+
+
+@torch.no_grad()
+def _empty_non_finite(memory: nn.Module, incompatible: object) -> None:
+    """Empty the places of a loaded queue that earlier versions filled with NaN."""
+    assert isinstance(memory, PairMemory)
+    is_finite = (memory.image.isfinite() & memory.text.isfinite()).all(dim=1)
+    memory.image.masked_fill_(~is_finite[:, None], 0.0)
+    memory.text.masked_fill_(~is_finite[:, None], 0.0)
+    memory.is_filled &= is_finite
 
 
 def _same(left: Tensor, right: Tensor) -> Tensor:

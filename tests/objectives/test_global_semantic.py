@@ -8,6 +8,7 @@ import torch
 
 from lgvq_plugin.functional import global_semantic_loss, pool_words
 from lgvq_plugin.grains import pool_phrases, word_semantic_loss
+from lgvq_plugin.objectives.global_semantic import PairMemory
 
 
 def double(tensor):
@@ -176,6 +177,32 @@ def test_a_pair_that_is_not_finite_is_no_negative_later(batch):
     given.but(cls=broken).term()
     assert given.objective.memory.is_filled.tolist()[:4] == [True, False, True, True]
     assert given.term().value.isfinite()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_the_queue_keeps_nothing_that_is_not_finite(side, value):
+    memory = PairMemory(4, width=3, length=2)
+    pairs = {"image": torch.ones(3, 3), "text": torch.ones(3, 3)}
+    pairs[side][1, 2] = value
+    memory.add(**pairs, token_ids=torch.arange(6).view(3, 2))
+    assert memory.is_filled.tolist() == [True, False, True, False]
+    assert memory.image.isfinite().all()
+    assert memory.text.isfinite().all()
+
+
+def test_a_queue_poisoned_by_an_earlier_version_is_cleaned_when_loaded():
+    memory = PairMemory(2, width=3, length=2)
+    memory.add(torch.ones(2, 3), torch.ones(2, 3), torch.arange(4).view(2, 2))
+    state = memory.state_dict()
+    state["text"] = torch.tensor([[float("nan")] * 3, [1.0] * 3])
+    other = PairMemory(2, width=3, length=2)
+    other.load_state_dict(state)
+    assert other.is_filled.tolist() == [False, True]
+    past = other.recall(torch.full((1, 2), 9))
+    image = torch.ones(1, 3, requires_grad=True)
+    global_semantic_loss(image, torch.ones(1, 3), symmetric=True, past=past).backward()
+    assert image.grad.isfinite().all()
 
 
 def test_words_are_a_second_term(batch):
