@@ -46,6 +46,7 @@ from .hosts.base import (
     replace_module,
     status,
     stop_listening,
+    undecayed_parameters,
 )
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,12 @@ class LGVQLoss(Wrapper):
         self.follow()
         if self.alignment is None:
             return optimizers
-        return add_heads(optimizers, list(self.alignment.parameters()), self._host_parameters)
+        return add_heads(
+            optimizers,
+            list(self.alignment.parameters()),
+            self._host_parameters,
+            undecayed=undecayed_parameters(self.alignment),
+        )
 
     @property
     def _host_parameters(self) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from ..alignment import Alignment, Captions
 from ..config import parse
 from ..guides.base import build_guide
 from ..sockets import ConfigError
-from ._optimizers import add_heads, remove_heads
+from ._optimizers import add_heads, remove_heads, undecayed_parameters
 from ._reading import code_width
 from ._tap import Tap, find_quantizer, is_tapped
 
@@ -85,6 +85,20 @@ class Handle:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the heads' parameters, for an optimizer of the user's."""
         return self.heads.parameters()
+
+    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Return the heads as two groups for an optimizer of the user's, as `add_heads` does.
+
+        Biases, norms, positions and the temperature are in the second one, without weight decay:
+
+            AdamW([{"params": model.parameters()}, *handle.parameter_groups(weight_decay=0.05)])
+        """
+        exempt = {id(p) for p in undecayed_parameters(self.heads)}
+        trained = [p for p in self.heads.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
+            {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0},
+        ]
 
     def disabled(self) -> AbstractContextManager[None]:
         """Train the model alone inside the context: `loss` gives 0."""
@@ -165,7 +179,12 @@ def attach(
     if parameter is not None:
         heads.to(parameter.device)
     if optimizer is not None:
-        add_heads(optimizer, list(heads.parameters()), list(model.parameters()))
+        add_heads(
+            optimizer,
+            list(heads.parameters()),
+            list(model.parameters()),
+            undecayed=undecayed_parameters(heads),
+        )
     return Handle(model, path, heads, tap, optimizer)
 
 

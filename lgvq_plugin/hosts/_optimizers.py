@@ -1,6 +1,6 @@
 """Put the heads into the optimizer that trains the host, as a parameter group of their own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,19 +13,28 @@ from ..sockets import ConfigError
 PER_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
-def add_heads(result: Any, heads: Sequence[nn.Parameter], host: Sequence[nn.Parameter]) -> Any:
-    """Add a group with `heads` to the optimizer in `result` that trains the most of `host`.
+def add_heads(
+    result: Any,
+    heads: Sequence[nn.Parameter],
+    host: Sequence[nn.Parameter],
+    *,
+    undecayed: Iterable[nn.Parameter] = (),
+) -> Any:
+    """Add `heads` to the optimizer in `result` that trains the most of `host`.
 
-    The new group learns as the group that holds the most of the host: same learning rate, decay
-    and schedule. An optimizer state without it, saved before the heads came, still loads.
+    Their group learns as the group that holds the most of the host: same learning rate, weight
+    decay and schedule. Where that one has a weight decay, `undecayed` go into a second group
+    without. An optimizer state saved before the heads came, or with all heads in one group,
+    still loads; schedulers restored from such a state get the missing entries at the next step.
 
     Args:
         result: what `configure_optimizers` returns: an optimizer, a list, a dict, (list, list).
         heads: parameters of the heads; none of them may be in an optimizer twice.
         host: parameters of quantizer, encoder and decoder.
+        undecayed: those of `heads` without weight decay, see `undecayed_parameters`.
 
     Returns:
-        `result`, with the group added in place; schedulers of that optimizer follow.
+        `result`, with the groups added in place; schedulers of that optimizer follow.
 
     Raises:
         ConfigError: if no optimizer trains the host, or a scheduler that is not in `result`
@@ -52,11 +61,46 @@ def add_heads(result: Any, heads: Sequence[nn.Parameter], host: Sequence[nn.Para
         )
     shares = _share(optimizer, wanted)
     index = shares.index(max(shares))
-    optimizer.add_param_group(_group_like(optimizer.param_groups[index], fresh))
-    optimizer.register_load_state_dict_pre_hook(_accept_older)
-    for scheduler in schedulers:
-        _extend(scheduler, index, len(optimizer.param_groups))
+    model = dict(optimizer.param_groups[index])
+    names = {id(p): f"lgvq.{i}" for i, p in enumerate(fresh)}
+    exempt, first = {id(p) for p in undecayed}, len(optimizer.param_groups)
+    parts = [(model, fresh)]
+    if model.get("weight_decay"):
+        parts = [
+            (model, [p for p in fresh if id(p) not in exempt]),
+            ({**model, "weight_decay": 0.0}, [p for p in fresh if id(p) in exempt]),
+        ]
+    for settings, part in parts:
+        if part:
+            optimizer.add_param_group(_group_like(settings, part, names))
+    older = OlderStates(first, index, heads=fresh, exempt=exempt, schedulers=schedulers)
+    optimizer.register_load_state_dict_pre_hook(older.accept)
+    optimizer.register_step_pre_hook(older.extend)
+    older.extend(optimizer)
     return result
+
+
+def undecayed_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that weight decay would only distort.
+
+    These are biases, norms and temperatures (fewer than two dimensions), and learned tokens:
+    positions, [CLS], mask tokens (first dimension 1) and embeddings.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        >>> [tuple(p.shape) for p in undecayed_parameters(layers)]
+        [(2,), (2,), (2,)]
+    """
+    return [
+        parameter
+        for part in module.modules()
+        for parameter in part.parameters(recurse=False)
+        if parameter.ndim < 2 or isinstance(part, nn.Embedding) or _is_token(parameter)
+    ]
+
+
+def _is_token(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 3 and parameter.shape[0] == 1
 
 
 def remove_heads(result: Any, heads: Sequence[nn.Parameter]) -> None:
@@ -71,9 +115,13 @@ def remove_heads(result: Any, heads: Sequence[nn.Parameter]) -> None:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
         if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-        hooks = optimizer._optimizer_load_state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _accept_older]:
-            del hooks[key]
+        for hooks in (
+            optimizer._optimizer_load_state_dict_pre_hooks,
+            optimizer._optimizer_step_pre_hooks,
+        ):
+            for key, hook in [*hooks.items()]:
+                if isinstance(getattr(hook, "__self__", None), OlderStates):
+                    del hooks[key]
 
 
 def _share(optimizer: Optimizer, wanted: set[int]) -> list[int]:
@@ -81,7 +129,9 @@ def _share(optimizer: Optimizer, wanted: set[int]) -> list[int]:
     return [sum(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups]
 
 
-def _group_like(model: dict[str, Any], heads: list[nn.Parameter]) -> dict[str, Any]:
+def _group_like(
+    model: dict[str, Any], heads: list[nn.Parameter], names: dict[int, str]
+) -> dict[str, Any]:
     """Return a group with the settings of `model`, those that a scheduler keeps there included."""
     group = {
         key: value.clone() if isinstance(value, Tensor) else value
@@ -89,20 +139,63 @@ def _group_like(model: dict[str, Any], heads: list[nn.Parameter]) -> dict[str, A
         if key not in ("params", "param_names")
     }
     is_named = "param_names" in model
-    params = [(f"lgvq.{i}", p) for i, p in enumerate(heads)] if is_named else heads
-    return {**group, "params": params}
+    return {**group, "params": [(names[id(p)], p) for p in heads] if is_named else heads}
 
 
-def _accept_older(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Give a saved state that lacks the last group, ours, one that has learned nothing yet."""
-    saved = state["param_groups"]
-    if len(saved) != len(optimizer.param_groups) - 1:
-        return None
-    own = optimizer.param_groups[-1]
-    first = sum(len(group["params"]) for group in saved)
-    numbers = list(range(first, first + len(own["params"])))
-    return {**state, "param_groups": [*saved, {**own, "params": numbers}]}
+class OlderStates:
+    """Lets optimizer and schedulers be restored from a run with other groups of heads, or none.
 
+    Args:
+        first: index of the heads' first group.
+        model: index of the host's group that the heads' groups follow.
+        heads: in the order of earlier runs, which had them in one group.
+        exempt: ids of those that go without weight decay.
+        schedulers: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        model: int,
+        *,
+        heads: Sequence[nn.Parameter],
+        exempt: set[int],
+        schedulers: Sequence[Any],
+    ) -> None:
+        self.first, self.model, self.schedulers = first, model, schedulers
+        self.one_group = [id(p) for p in heads]
+        self.two_groups = sorted(self.one_group, key=lambda each: each in exempt)  # stable
+
+    def accept(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Give a saved state the groups that `optimizer` has; a load_state_dict pre-hook."""
+        saved = state["param_groups"]
+        count = sum(share > 0 for share in _share(optimizer, {*self.one_group}))
+        before = len(saved) - (len(optimizer.param_groups) - count)
+        if before not in (0, 1, 2) or before == count == 2:
+            return None
+        theirs, rest = saved[self.first : self.first + before], saved[self.first + before :]
+        settings = (theirs or saved[self.model :])[0]
+        numbers = [number for group in theirs for number in group["params"]]
+        if before == 0:  # they have learned nothing yet
+            start = sum(len(group["params"]) for group in saved)
+            numbers = list(range(start, start + len(self.one_group)))
+        order = self.two_groups if before == 2 else self.one_group
+        if len(order) != len(numbers):
+            return None
+        number_of = dict(zip(order, numbers, strict=True))
+        groups = []
+        for group in optimizer.param_groups[self.first : self.first + count]:
+            is_undecayed = not group.get("weight_decay", 1.0)
+            kept = {k: group[k] for k in ("param_names",) if k in group}
+            kept |= {"weight_decay": group["weight_decay"]} if is_undecayed else {}
+            params = [number_of[id(p)] for p in group["params"]]
+            groups.append({**settings, **kept, "params": params})
+        return {**state, "param_groups": [*saved[: self.first], *groups, *rest]}
+
+    def extend(self, optimizer: Optimizer, *unused: Any) -> None:
+        """Give the schedulers an entry for each group; an optimizer's step pre-hook."""
+        for scheduler in self.schedulers:
+            _extend(scheduler, self.model, len(optimizer.param_groups))
 
 def _of_type(node: Any, kind: type) -> Iterator[Any]:
     if isinstance(node, kind):
@@ -127,8 +220,8 @@ def _flat(scheduler: Any) -> Iterator[Any]:
 
 
 def _extend(scheduler: Any, index: int, count: int) -> None:
-    """Give the new, last of `count` groups what the scheduler keeps for group `index`."""
-    for name in (*PER_GROUP, "_last_lr"):
-        kept = getattr(scheduler, name, None)
-        if isinstance(kept, list) and len(kept) == count - 1:
-            kept.append(kept[index])
+    """Give the last of `count` groups what the scheduler keeps for group `index`."""
+    lists = [getattr(scheduler, name, None) for name in (*PER_GROUP, "_last_lr")]
+    for kept in lists:
+        if isinstance(kept, list) and index < len(kept) < count:
+            kept.extend(kept[index] for _ in range(count - len(kept)))

@@ -31,7 +31,7 @@ from ._attach import (
     save_heads,
     status,
 )
-from ._optimizers import add_heads
+from ._optimizers import add_heads, undecayed_parameters
 from ._reading import code_width, codebook_of
 from ._tap import NAMES, Tap, find_quantizer
 
@@ -60,6 +60,7 @@ __all__ = [
     "status",
     "stop_listening",
     "tapped",
+    "undecayed_parameters",
 ]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from lgvq_plugin.hosts._optimizers import remove_heads
-from lgvq_plugin.hosts.base import add_heads
+from lgvq_plugin.hosts.base import add_heads, undecayed_parameters
 from lgvq_plugin.sockets import ConfigError
 
 
@@ -128,6 +128,78 @@ def test_a_state_saved_before_the_heads_came_still_loads():
     again = copy.deepcopy(fresh.state_dict())  # with the heads: as ever
     fresh.load_state_dict(again)
     assert float(fresh.state[heads[0]]["step"]) == 3
+
+
+def older_add_heads(optimizer, heads):
+    """What runs of earlier versions did: all heads in one group, like the host's."""
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer.add_param_group({**group, "params": heads})
+
+
+def shaped():
+    """Heads: a matrix, its bias, positions, a temperature, another matrix."""
+    shapes = [(3, 3), (3,), (1, 4, 3), (), (2, 3)]
+    return [nn.Parameter(torch.full(shape, float(i + 1))) for i, shape in enumerate(shapes)]
+
+
+def undecayed(heads):
+    return undecayed_parameters(nn.ParameterList(heads))
+
+
+def test_a_weight_decay_spares_what_it_would_only_distort():
+    host, heads = parameters(2), shaped()
+    optimizer = torch.optim.AdamW(host, lr=0.1, weight_decay=0.3)
+    add_heads(optimizer, heads, host, undecayed=undecayed(heads))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert [decay[id(p)] for p in heads] == [0.3, 0.0, 0.0, 0.0, 0.3]
+    for p in [*host, *heads]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert [bool((p == i + 1).all()) for i, p in enumerate(heads)] == [
+        False, True, True, True, False
+    ]  # fmt: skip
+    remove_heads(optimizer, heads)
+    assert len(optimizer.param_groups) == 1
+    assert not optimizer._optimizer_step_pre_hooks
+    plain = torch.optim.Adam(host, lr=0.1)
+    add_heads(plain, heads, host, undecayed=undecayed(heads))
+    assert len(plain.param_groups) == 2  # nothing to spare: one group
+
+
+@pytest.mark.parametrize("then", ["bare", "one group", "two groups"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_states_of_earlier_runs_are_restored_with_their_schedules(name, then):
+    host, heads = parameters(3), shaped()
+    kind = {"lr": 0.2, "weight_decay": 0.3}
+    old = torch.optim.AdamW(host, **kind)
+    if then == "one group":
+        older_add_heads(old, heads)
+    elif then == "two groups":
+        add_heads(old, heads, host, undecayed=undecayed(heads))
+    schedule = SCHEDULES[name](old)
+    metric = (1.0,) if name == "ReduceLROnPlateau" else ()
+    for _ in range(2):
+        _run(old, steps=1)
+        schedule.step(*metric)
+    for i, p in enumerate(heads if then != "bare" else []):
+        old.state[p]["exp_avg"].fill_(10.0 + i)  # told apart, and each of its own shape
+    saved = copy.deepcopy((old.state_dict(), schedule.state_dict()))
+
+    new = torch.optim.AdamW(host, **kind)
+    again = SCHEDULES[name](new)
+    add_heads([new, again], heads, host, undecayed=undecayed(heads))
+    new.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    decay = {id(p): g["weight_decay"] for g in new.param_groups for p in g["params"]}
+    assert [decay[id(p)] for p in heads] == [0.3, 0.0, 0.0, 0.0, 0.3]
+    for i, p in enumerate(heads if then != "bare" else []):
+        assert (new.state[p]["exp_avg"] == 10.0 + i).all()
+        assert new.state[p]["exp_avg"].shape == p.shape
+    for _ in range(8):
+        _run(new, steps=1)
+        again.step(*metric)
+        schedule.step(*metric)
+        assert {g["lr"] for g in new.param_groups} == {old.param_groups[0]["lr"]}
 
 
 def test_taken_out_the_optimizer_is_as_before():

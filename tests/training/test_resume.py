@@ -164,3 +164,35 @@ def test_what_cannot_be_resumed_is_told(config, tmp_path):
     torch.save({"state_dict": {}}, weights)
     with pytest.raises(ConfigError, match="holds no optimizers"):
         train(config(), name="b", logdir=tmp_path, resume=weights, progress=False)
+
+
+def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkeypatch):
+    """Earlier versions decayed all heads as the host; now some of them go without."""
+    whole = config("training.max_steps=2", "training.heads_first=0")
+    loss = {"target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss"}
+    whole["model"] = {
+        "target": "toy.DecayedVQVAE",
+        "learning_rate": 1e-3,
+        "params": {
+            "n_embed": 8,
+            "embed_dim": 4,
+            "channels": 8,
+            "num_res_blocks": 1,
+            "downsample": 4,
+            "lossconfig": {**loss, "params": {"lgvq": {"guide": {"use": "micro_clip"}}}},
+        },
+    }
+    options = {"name": "run", "logdir": tmp_path, "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr("lgvq_plugin.loss.undecayed_parameters", lambda heads: [])
+        old = train(whole, **options)
+    saved = torch.load(old.checkpoint, weights_only=True)
+    (then,) = saved["optimizer_states"]
+    assert len(then["param_groups"]) == 2
+    whole["training"]["max_steps"] = 4
+    new = train(whole, resume="auto", **options)
+    after = torch.load(new.checkpoint, weights_only=True)
+    (now,) = after["optimizer_states"]
+    assert [group["weight_decay"] for group in now["param_groups"]] == [0.5, 0.5, 0.0]
+    assert len({group["lr"] for group in now["param_groups"]}) == 1
+    assert {int(each["step"]) for each in now["state"].values()} == {4}

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lgvq_plugin.hosts.vqvae import VQVAE
+
 
 class ToyLoss(nn.Module):
     def forward(self, qloss, x, xrec, optimizer_idx, global_step, last_layer=None, split="train"):
@@ -92,3 +94,14 @@ class Killer:
             os.kill(os.getpid(), self.number)
             time.sleep(0.01)
         return self.scenes[index]
+
+
+class DecayedVQVAE(VQVAE):
+    """Trains with a weight decay and a schedule."""
+
+    def configure_optimizers(self):
+        parts = (part for name, part in self.named_children() if name != "loss")
+        own = [p for part in parts for p in part.parameters()]
+        optimizer = torch.optim.AdamW(own, lr=self.learning_rate, weight_decay=0.5)
+        halve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return [optimizer], [{"scheduler": halve, "interval": "step"}]
