@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import LGVQConfig, ObjectivesConfig
 from .dist import world_size
-from .functional import batch_perplexity, seeded
+from .functional import batch_perplexity, join_levels, seeded
 from .guides.base import AbstractGuide
 from .heads.code_vit import CodeViT
 from .objectives.base import AbstractObjective, Caption
@@ -136,8 +136,10 @@ class Alignment(nn.Module):
             lengths = {len(c) if isinstance(c, list | tuple) else -1 for c in captions}
             hint = "; torch's default_collate turns lists of captions over"
             raise ConfigError(
-                f"{len(captions)} captions for {batch} images: expected one entry an image "
-                f"(a string, a list of strings, or None){hint if lengths == {batch} else ''}"
+                f"{len(captions)} captions for {batch} images: expected one entry per image "
+                f"(a string, a list of strings, or None){hint if lengths == {batch} else ''}. "
+                "The codes are those of the last forward pass: was there another one, of a batch "
+                "of another size, between the model's and its loss?"
             )
 
     def _generator(self, step: int, split: str = "train") -> torch.Generator:
@@ -218,6 +220,8 @@ def _draw(caption: str | Sequence[str] | None, generator: torch.Generator) -> st
 
 def _with_codebook_gradient(codes: Codes) -> Codes:
     """Add e_k - sg(e_k): the value stays, and the objectives' gradient reaches the codebook too."""
+    if codes.levels:
+        return join_levels({k: _with_codebook_gradient(each) for k, each in codes.levels.items()})
     if codes.codebook is None or codes.indices is None or not codes.codebook.requires_grad:
         raise ConfigError(
             "lgvq.codebook_gradient: this host's quantizer has no codebook that takes a gradient "
@@ -228,7 +232,17 @@ def _with_codebook_gradient(codes: Codes) -> Codes:
 
 
 def _codebook_log(codes: Codes, split: str) -> dict[str, Tensor]:
-    """Usage (share of codes in this batch) and perplexity of this batch."""
+    """Usage (share of codes) and perplexity of this batch; for levels, of each and the mean."""
+    if codes.levels:
+        logs = {name: _codebook_log(each, split) for name, each in codes.levels.items()}
+        keys = dict.fromkeys(key for log in logs.values() for key in log)
+        means = {k: torch.stack([log[k] for log in logs.values() if k in log]).mean() for k in keys}
+        head = f"{split}/codebook/"
+        return means | {
+            f"{head}{name}/{key.removeprefix(head)}": value
+            for name, log in logs.items()
+            for key, value in log.items()
+        }
     if codes.indices is None or codes.codebook is None:
         return {}
     chosen = codes.indices.flatten()

@@ -160,7 +160,7 @@ class LGVQConfig:
     """The code-ViT."""
     quantizer: str | tuple[str, ...] | None = None
     """Path of the host's quantizer; found by name if null. A list for hosts of several levels
-    (VQ-VAE-2): coarse levels are upsampled to the finest grid, the codes joined at each position."""
+    (VQ-VAE-2): coarse grids are upsampled to the finest, and codes joined at each position."""
     layout: Literal["channels_first", "channels_last"] | None = None
     """Of the quantized vectors: (B, C, h, w) or (B, C, N), against (B, h, w, C) or (B, N, C);
     null: decided from the width of a code, the indices' shape and the codebook's values."""

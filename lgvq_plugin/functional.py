@@ -8,7 +8,7 @@ L_mtp's count), we have the exact quotient: the values differ by less than 3e-6 
 one; less for more) and 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Literal
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import PastPairs
+from .types import Codes, PastPairs
 
 NORM_EPSILON = 1e-6
 """Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
@@ -297,3 +297,24 @@ def batch_perplexity(counts: Tensor) -> Tensor:
         tensor(2.)
     """
     return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
+
+
+def join_levels(levels: Mapping[str, Codes]) -> Codes:
+    """Return the codes of several quantizers as one grid, (B, N, C1 + C2 + ...).
+
+    Coarse levels are upsampled (nearest) to the finest grid, as VQ-VAE-2's decoder sees them.
+
+    Example:
+        >>> top = Codes(torch.ones(1, 1, 2), None, (1, 1))
+        >>> bottom = Codes(torch.zeros(1, 4, 3), None, (2, 2))
+        >>> join_levels({"top": top, "bottom": bottom}).codes.shape
+        torch.Size([1, 4, 5])
+    """
+    grid = max((each.grid for each in levels.values()), key=lambda grid: grid[0] * grid[1])
+    rows = [
+        F.interpolate(each.codes.mT.unflatten(2, each.grid), size=grid).flatten(2).mT
+        if each.grid != grid
+        else each.codes
+        for each in levels.values()
+    ]
+    return Codes(torch.cat(rows, dim=2), None, grid, levels=dict(levels))

@@ -39,7 +39,7 @@ from .hosts.base import (
     Tap,
     add_heads,
     build_alignment,
-    find_quantizer,
+    find_quantizers,
     gets_quantizer,
     grid_of,
     listen,
@@ -94,7 +94,7 @@ class LGVQLoss(Wrapper):
         require_finite_weights(params, target.rpartition(".")[2])
         module = build_loss(target, args, params)
         super().__init__()
-        self._config, self._given, self._path = config, given, ""
+        self._config, self._given, self._path = config, given, ()
         self._host: Reference | None = None
         self._ancestors: list[nn.Module] = []
         self._tap: Tap | None = None
@@ -137,18 +137,17 @@ class LGVQLoss(Wrapper):
             self._host = Reference(host)
             stop_listening(self)
             return
-        found = find_quantizer(among or host, self._config.quantizer)
-        assert found is not None
-        self._path, quantizer = found
+        quantizers = find_quantizers(among or host, self._config.quantizer)
+        self._path = (*quantizers,)
         stop_listening(self)
         self._host, self._ancestors = Reference(host), []
         grid = self._config.grid or grid_of(host)
-        heads = build_alignment(self._given, quantizer, grid)
-        parameter = next(quantizer.parameters(), None)
+        heads, self._tap = build_alignment(self._given, quantizers, grid)
+        parameter = next((p for q in quantizers.values() for p in q.parameters()), None)
         self._modules["lgvq"] = heads.to(parameter.device) if parameter is not None else heads
-        self._tap = Tap(grid, self._config.gradient_ratio).install(quantizer)
         self._methods = HostMethods(host, self)
-        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, self._path, in_words(self.status()))
+        path = ", ".join(self._path)
+        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, path, in_words(self.status()))
 
     def detach(self) -> nn.Module:
         """Give the host its own loss and methods back; returns that loss.
@@ -176,15 +175,20 @@ class LGVQLoss(Wrapper):
         return {**self.__dict__, "_captions": None, "_check": None, "latest": {}}
 
     @property
-    def quantizer_path(self) -> str | None:
+    def quantizer_path(self) -> str | list[str] | None:
         """Where the host's quantizer is, or None before a host has adopted this loss."""
-        return self._path or None
+        return [*self._path] if len(self._path) > 1 else next(iter(self._path), None)
+
+    @property
+    def reading(self) -> tuple[tuple[int, int] | None, str | None]:
+        """The config's grid and layout of the quantized vectors; None where they are read off."""
+        return self._config.grid, self._config.layout
 
     def status(self) -> dict[str, Any]:
         """Return what is attached where, in plain values."""
         if self.alignment is None or self._tap is None:
             return {"quantizer": self.quantizer_path, "objectives": {}, "parameters": 0}
-        return status(self.alignment, self._path) | {"enabled": self._tap.enabled}
+        return status(self.alignment, self.quantizer_path or "") | {"enabled": self._tap.enabled}
 
     # -- where the host's batches and optimizers pass by -------------------------------------
 
@@ -203,9 +207,7 @@ class LGVQLoss(Wrapper):
             return
         if not self._is_confirmed:
             self.require_host()
-        quantizer = self._host.module.get_submodule(self._path)
-        if quantizer is not self._tap.quantizer:
-            self._tap.install(quantizer)
+        self._tap.follow(self._host.module)
 
     def add_heads(self, optimizers: Any) -> Any:
         """Add the heads to the optimizer that trains the host; returns `optimizers`.
@@ -255,8 +257,11 @@ class LGVQLoss(Wrapper):
         if is_generator:
             terms, self.latest = self._terms(called, is_training)
             return add_terms(result, terms, self.latest)
-        if not discriminator_first:  # its own forward pass recorded codes nobody will ask for
-            self._tap.codes = self._captions = None
+        if discriminator_first:
+            self._tap.settle()
+        else:  # its own forward pass recorded codes nobody will ask for
+            self._tap.forget()
+            self._captions = None
         if is_training and world_size() > 1:
             return add_terms(result, zero_of(self.alignment), {})
         return result
@@ -267,8 +272,9 @@ class LGVQLoss(Wrapper):
         assert self.alignment is not None
         assert self._tap is not None
         split = str(called.get("split", "train" if self.training else "val"))
-        codes = self._tap.take()
         captions, self._captions = self._captions, None
+        is_trained = is_training and self._host is not None and captions is not None
+        codes = self._tap.take(host=self._host.module if is_trained else None)
         if captions is None:
             captions = [None] * len(codes.codes)
         step = called.get("global_step")
@@ -285,10 +291,10 @@ class LGVQLoss(Wrapper):
     def require_host(self) -> None:
         """Raise ConfigError if the host that took this loss has no quantizer that is found."""
         if is_on(self._config) and self._host is not None:
-            find_quantizer(self._host.module, self._config.quantizer)  # now that it is complete
+            find_quantizers(self._host.module, self._config.quantizer)  # now that it is complete
             self._is_confirmed = True
         elif is_on(self._config) and self._ancestors:
-            find_quantizer(self._ancestors[-1], self._config.quantizer)
+            find_quantizers(self._ancestors[-1], self._config.quantizer)
 
     def require_captions(self, batch: Any) -> None:
         """Raise ConfigError if heads wait for captions and `batch` has no place for them."""

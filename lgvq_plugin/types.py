@@ -5,6 +5,7 @@ T text positions, W words, V vocabulary, Dt token-feature width, Ds sentence-fea
 D width of the code-ViT's output.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,12 +20,15 @@ class Codes:
         indices: the code chosen at each position, (B, N) int64, or None if the host tells none.
         grid: (h, w) with h * w == N.
         codebook: all code vectors, (K, C), or None for look-up free quantizers.
+        levels: of several quantizers, the codes of each by its path; empty for one. The codes are
+            then those of all levels side by side, and have neither indices nor codebook.
     """
 
     codes: Tensor
     indices: Tensor | None
     grid: tuple[int, int]
     codebook: Tensor | None = None
+    levels: "Mapping[str, Codes]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

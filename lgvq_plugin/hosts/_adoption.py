@@ -6,7 +6,7 @@ host.__init__: self.loss = LGVQLoss(...)   -> listen: who took me? has it a quan
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,12 +45,13 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
 
 
 def gets_quantizer(
-    parent: nn.Module, name: str, child: nn.Module | None, path: str | None
+    parent: nn.Module, name: str, child: nn.Module | None, path: str | Sequence[str] | None
 ) -> nn.Module | None:
     """Return what `parent` will have once `child` is in, if that completes a quantizer; or None."""
     view = View({**parent._modules, name: child})
     if path is not None:
-        return view if name == path.split(".")[0] else None
+        wanted = {each.split(".")[0] for each in ([path] if isinstance(path, str) else path)}
+        return view if name in wanted and wanted <= view._modules.keys() else None
     return view if find_quantizer(view, required=False) else None
 
 

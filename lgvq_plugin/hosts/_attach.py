@@ -1,6 +1,7 @@
 """Attach the heads to a model whose training loop is the user's own."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,28 +17,37 @@ from ..guides.base import build_guide
 from ..sockets import ConfigError
 from ._optimizers import add_heads, remove_heads, undecayed_parameters
 from ._reading import code_width
-from ._tap import Tap, find_quantizer, is_tapped
+from ._tap import Tap, find_quantizers, is_tapped
+
+logger = logging.getLogger(__name__)
 
 HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
 
 
 def build_alignment(
-    given: Mapping[str, Any] | None, quantizer: nn.Module, grid: tuple[int, int] | None = None
-) -> Alignment:
-    """Build the heads for a quantizer from the `lgvq:` block.
+    given: Mapping[str, Any] | None,
+    quantizers: Mapping[str, nn.Module],
+    grid: tuple[int, int] | None = None,
+) -> tuple[Alignment, Tap]:
+    """Build the heads for a quantizer, or several, from the `lgvq:` block, and listen to it.
 
     Raises:
-        ConfigError: if the block is wrong, or the quantizer does not tell the width of a code.
+        ConfigError: if the block is wrong, or a quantizer does not tell the width of a code.
     """
     config = parse(given)
-    width = config.code_dim or code_width(quantizer)
-    if width is None:
+    widths = {path: config.code_dim or code_width(each) for path, each in quantizers.items()}
+    unknown = [type(quantizers[path]).__name__ for path, width in widths.items() if width is None]
+    if unknown:
         raise ConfigError(
-            f"lgvq.code_dim: {type(quantizer).__name__} does not tell the width of a code; set it"
+            f"lgvq.code_dim: {unknown[0]} does not tell the width of a code; set it to the number "
+            "of channels of the vectors that it returns"
         )
+    known = {path: width for path, width in widths.items() if width is not None}
     with torch.random.fork_rng(devices=[]):  # a guide may draw, and overwrite, initial weights
         guide = build_guide(config.guide)
-    return Alignment(config, guide, code_dim=width, grid=grid)
+    heads = Alignment(config, guide, code_dim=sum(known.values()), grid=grid)
+    tap = Tap(config.grid or grid, config.gradient_ratio, config.layout)
+    return heads, tap.install(quantizers, known)
 
 
 class Handle:
@@ -49,7 +59,12 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, path: str, heads: Alignment, tap: Tap, optimizers: Any = None
+        self,
+        model: nn.Module,
+        path: str | list[str],
+        heads: Alignment,
+        tap: Tap,
+        optimizers: Any = None,
     ) -> None:
         self.model, self.path, self.heads, self._tap = model, path, heads, tap
         self._optimizers = optimizers
@@ -63,15 +78,17 @@ class Handle:
         Args:
             captions: one entry an image: a string, a list of strings, or None.
             step: of the training; counted here if None.
-            split: prefix of the log's keys.
+            split: prefix of the log's keys; other than "train", nothing is trained.
 
         Raises:
-            RuntimeError: if the model did not run since the last call, or after detach.
+            RuntimeError: if the model did not run since the last call, or after detach; if the
+                codes carry no gradient although the model trains (a pass under torch.no_grad()
+                came in between), or the quantizer ran twice.
             ConfigError: if the number of captions is wrong.
         """
         if not self._tap.enabled:
             return torch.zeros(()), {}
-        codes = self._tap.take()
+        codes = self._tap.take(host=self.model if split == "train" else None)
         if next(self.heads.parameters()).device != codes.codes.device:
             self.heads.to(codes.codes.device)
         now = self._step if step is None else step
@@ -85,6 +102,24 @@ class Handle:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the heads' parameters, for an optimizer of the user's."""
         return self.heads.parameters()
+
+    def trainable_parameters(self) -> str:
+        """Return in a line how many parameters train: of the heads, of the host, of all."""
+        heads = {id(p): p for p in self.heads.parameters()}
+        host = [p for p in self.model.parameters() if id(p) not in heads]
+        every = [*heads.values(), *host]
+        trained = sum(p.numel() for p in every if p.requires_grad)
+        count = sum(p.numel() for p in every)
+        return (
+            f"trainable params: {trained:,} || heads params: "
+            f"{sum(p.numel() for p in heads.values()):,} || host params: "
+            f"{sum(p.numel() for p in host):,} || all params: {count:,} || "
+            f"trainable%: {100 * trained / count:.4f}"
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, as PEFT's models do."""
+        print(self.trainable_parameters())
 
     def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Return the heads as two groups for an optimizer of the user's, as `add_heads` does.
@@ -130,7 +165,7 @@ class Handle:
 
 def attach(
     model: nn.Module,
-    quantizer: str | None = None,
+    quantizer: str | Sequence[str] | None = None,
     *,
     optimizer: Any = None,
     **options: Any,
@@ -139,7 +174,8 @@ def attach(
 
     Args:
         model: the tokenizer.
-        quantizer: path of its quantizer, found by name if None.
+        quantizer: path of its quantizer, found by name if None; a list for a model of several
+            levels (VQ-VAE-2): one set of heads sees the codes of all of them side by side.
         optimizer: gets the heads as a new parameter group; with a scheduler on it already, give
             `[optimizer, scheduler]`. If None, optimize `handle.parameters()` beside the model.
         options: keys of the `lgvq:` block: recipe, objectives, guide, code_vit, ...
@@ -168,13 +204,12 @@ def attach(
         >>> handle.detach() is model
         True
     """
-    found = find_quantizer(model, quantizer)
-    assert found is not None
-    path, module = found
-    if is_tapped(module):
-        raise ConfigError(f"{type(model).__name__}.{path} has heads already; detach them first")
-    heads = build_alignment({**options, "quantizer": path}, module)
-    tap = Tap(heads.config.grid, heads.config.gradient_ratio).install(module)
+    quantizers = find_quantizers(model, quantizer)
+    for name, module in quantizers.items():
+        if is_tapped(module):
+            raise ConfigError(f"{type(model).__name__}.{name} has heads already; detach them first")
+    path = [*quantizers] if len(quantizers) > 1 else next(iter(quantizers))
+    heads, tap = build_alignment({**options, "quantizer": path}, quantizers)
     parameter = next(model.parameters(), None)
     if parameter is not None:
         heads.to(parameter.device)
@@ -185,10 +220,12 @@ def attach(
             list(model.parameters()),
             undecayed=undecayed_parameters(heads),
         )
-    return Handle(model, path, heads, tap, optimizer)
+    handle = Handle(model, path, heads, tap, optimizer)
+    logger.info("LG-VQ on %s.%s: %s", type(model).__name__, path, handle.trainable_parameters())
+    return handle
 
 
-def status(heads: Alignment, path: str) -> dict[str, Any]:
+def status(heads: Alignment, path: str | list[str]) -> dict[str, Any]:
     """Describe attached heads in plain values."""
     names = list(heads.objectives)
     return {

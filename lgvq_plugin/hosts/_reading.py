@@ -5,11 +5,13 @@ The rules, in the order of the known hosts (who returns what):
   (z_q, loss, indices)                             ViT-VQGAN (B, N, C), rosinality (B, h, w, C)
   (z_q, indices, loss) or (z_q, indices)           vector-quantize-pytorch, FSQ
   (z_q, loss, info, breakdown)                     Open-MAGVIT2
+  (z_q, loss, indices (B, h, w, levels))           RQ-VAE (B, h, w, C)
 The quantized vectors are the first floating tensor of three or four dimensions; the indices the
 first integer tensor, however deep, that has one entry (or one a level) for each position.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ..sockets import ConfigError
 from ..types import Codes
 
+LAYOUTS = ("channels_first", "channels_last")
 WIDTHS = ("e_dim", "embed_dim", "embedding_dim", "codebook_dim", "dim")
 MATRICES = ("embedding", "embed", "codebook", "weight")  # attributes that hold a codebook
 UNIT_LENGTH = ("l2_norm", "use_norm")  # LlamaGen, ViT-VQGAN: codes are rows of length 1
@@ -57,7 +60,10 @@ def _width(quantizer: nn.Module, codebook: Tensor | None) -> int | None:
     if project is not None:  # vector-quantize-pytorch: the width outside, not of the codebook
         outside = getattr(project, "out_features", None)
         return outside if isinstance(outside, int) else _attribute(quantizer, WIDTHS[::-1])
-    return codebook.shape[1] if codebook is not None else _attribute(quantizer, WIDTHS)
+    if codebook is not None:
+        return codebook.shape[1]
+    inside = {m.embedding_dim for m in quantizer.modules() if isinstance(m, nn.Embedding)}
+    return _attribute(quantizer, WIDTHS) or (inside.pop() if len(inside) == 1 else None)  # RQ-VAE
 
 
 def _is_transposed(quantizer: nn.Module) -> bool:
@@ -72,6 +78,8 @@ def read_codes(
     *,
     grid: tuple[int, int] | None = None,
     through: Callable[[Tensor], Tensor] | None = None,
+    layout: str | None = None,
+    width: int | None = None,
 ) -> Codes:
     """Turn what `quantizer(source)` returned into a record.
 
@@ -80,34 +88,31 @@ def read_codes(
         quantizer: gives the codebook.
         grid: (h, w), for hosts whose codes are (B, N, C); square if None.
         through: what our copy of the quantized vectors passes first.
+        layout: channels_first or channels_last; None decides, see `layout_of`.
+        width: C that the codes must have; None takes what the quantizer tells, if it fits.
 
     Raises:
-        ConfigError: if there are no codes in the output, or they are no grid.
+        ConfigError: if there are no codes in the output, they are no grid, of another width, or
+            of a layout that cannot be decided.
     """
-    vectors = next(
-        (t for t in _tensors(output) if t.is_floating_point() and t.ndim in (3, 4)), None
-    )
+    vectors = vectors_in(output)
     if vectors is None:
         raise ConfigError(
             f"lgvq.quantizer: {type(quantizer).__name__} returns no quantized vectors of 3 or 4 "
             f"dimensions, but {_described(output)}; name another module with lgvq.quantizer: PATH"
         )
+    layout = layout or layout_of(output, quantizer, width=width)
     if through is not None:
         vectors = through(vectors)
+    channels_last = _channels_last(vectors, layout)
+    if width is not None and channels_last.shape[-1] != width:
+        raise ConfigError(_misfit(vectors, quantizer, width, f"layout {layout}, shape", [layout]))
+    shape = channels_last.shape[1:-1]
+    rows = channels_last.flatten(1, -2)
+    grid = (shape[0], shape[1]) if len(shape) == 2 else _grid_of(rows.shape[1], grid)
     codebook = codebook_of(quantizer)
-    width = _width(quantizer, codebook)
-    if vectors.ndim == 4:
-        is_last = width is not None and vectors.shape[-1] == width != vectors.shape[1]
-        is_last = is_last or _is_transposed(quantizer)
-        channels_last = vectors if is_last else vectors.movedim(1, -1)
-        grid = (channels_last.shape[1], channels_last.shape[2])
-        rows = channels_last.flatten(1, 2)
-    else:
-        is_first = width is not None and vectors.shape[1] == width != vectors.shape[2]
-        rows = vectors.mT if is_first else vectors
-        grid = _grid_of(rows.shape[1], grid)
-    batch, count, channels = rows.shape
-    indices = _indices(output, batch, count)
+    batch, _, channels = rows.shape
+    indices = _indices(output, batch, shape)
     has_levels = indices is not None and indices.ndim == 3
     if codebook is not None and (has_levels or codebook.shape[1] != channels):
         codebook = None  # a sum of rows, or projected after the look-up: no row is a code
@@ -116,6 +121,99 @@ def read_codes(
     if indices is not None and getattr(quantizer, "remap", None) is not None:
         indices = quantizer.unmap_to_all(indices)  # type: ignore[operator]  # taming
     return Codes(rows, indices, grid, codebook)
+
+
+def vectors_in(output: Any) -> Tensor | None:
+    """Return the quantized vectors in what a quantizer returned, as it lays them out."""
+    floats = (t for t in _tensors(output) if t.is_floating_point() and t.ndim in (3, 4))
+    return next(floats, None)
+
+
+def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) -> str:
+    """Decide whether quantized vectors are channels_first or channels_last.
+
+    What is known is asked in this order: the class (rosinality's, vector-quantize-pytorch's
+    switches), the width of a code, the shape of the indices, and which layout has the rows of the
+    codebook that the indices name.
+
+    Raises:
+        ConfigError: if both layouts fit, or none.
+    """
+    vectors = vectors_in(output)
+    assert vectors is not None
+    codebook = codebook_of(quantizer)
+    known = _layout_of_class(quantizer, vectors.ndim)
+    if known is not None:
+        return known
+    told = width or _width(quantizer, codebook)
+    shapes = {each: _channels_last(vectors, each).shape for each in LAYOUTS}
+    left = [each for each in LAYOUTS if told is None or shapes[each][-1] == told]
+    by_indices = [
+        each
+        for each in LAYOUTS
+        if _indices(output, len(vectors), shapes[each][1:-1]) is not None
+    ]
+    if width is not None and not left:
+        raise ConfigError(_misfit(vectors, quantizer, width, "shape", by_indices))
+    left = left or list(LAYOUTS)
+    if len(left) > 1 and len([each for each in left if each in by_indices]) == 1:
+        left = by_indices
+    if len(left) > 1 and codebook is not None:
+        left = _with_rows_of(codebook, vectors, output) or left
+    if len(left) > 1 and told is None and not by_indices:  # nothing is known: the usual ones
+        return LAYOUTS[0] if vectors.ndim == 4 else LAYOUTS[1]
+    if len(left) > 1:
+        raise ConfigError(
+            f"lgvq.layout: the vectors of {type(quantizer).__name__}, shape "
+            f"{tuple(vectors.shape)}, fit both layouts; set lgvq.layout: channels_first "
+            "(B, C, h, w) or channels_last (B, h, w, C)"
+        )
+    return left[0]
+
+
+def _layout_of_class(quantizer: nn.Module, ndim: int) -> str | None:
+    if ndim == 4 and _is_transposed(quantizer):
+        return LAYOUTS[1]
+    if getattr(quantizer, "channel_first", None) is True:
+        return LAYOUTS[0]
+    if getattr(quantizer, "accept_image_fmap", None) is True and ndim == 4:
+        return LAYOUTS[0]
+    if getattr(quantizer, "channel_last", None) is True and ndim == 3:
+        return LAYOUTS[1]
+    return None
+
+
+def _channels_last(vectors: Tensor, layout: str) -> Tensor:
+    return vectors if layout == LAYOUTS[1] else vectors.movedim(1, -1)
+
+
+@torch.no_grad()
+def _with_rows_of(codebook: Tensor, vectors: Tensor, output: Any) -> list[str]:
+    """Return the layout whose vectors are the codebook's rows that the indices name, if one."""
+    gaps: dict[str, float] = {}
+    for each in LAYOUTS:
+        channels_last = _channels_last(vectors, each)
+        indices = _indices(output, len(vectors), channels_last.shape[1:-1])
+        if indices is None or indices.ndim == 3 or codebook.shape[1] != channels_last.shape[-1]:
+            return []
+        if int(indices.max()) >= len(codebook):
+            return []
+        gaps[each] = float((codebook[indices] - channels_last.flatten(1, -2)).square().mean())
+    first, last = (gaps[each] for each in LAYOUTS)
+    near = LAYOUTS[0] if first < last else LAYOUTS[1]
+    return [near] if min(first, last) < 0.25 * max(first, last) else []
+
+
+def _misfit(
+    vectors: Tensor, quantizer: nn.Module, width: int, what: str, fitting: list[str]
+) -> str:
+    """Say that the heads' width is not the codes', and which one is."""
+    shapes = {each: _channels_last(vectors, each).shape[-1] for each in fitting or LAYOUTS}
+    ways = " or ".join(f"lgvq.code_dim: {c} ({each})" for each, c in shapes.items())
+    return (
+        f"lgvq.code_dim: the heads were built for codes of width {width}, but "
+        f"{type(quantizer).__name__} gives vectors of {what} {tuple(vectors.shape)}; set {ways}"
+    )
 
 
 def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -129,20 +227,40 @@ def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     return grid
 
 
-def _indices(output: Any, batch: int, count: int) -> Tensor | None:
-    """Return (B, N), or (B, N, levels) of a residual quantizer, int64; None if there are none."""
+def _indices(output: Any, batch: int, grid: Sequence[int]) -> Tensor | None:
+    """Return (B, N), or (B, N, levels) of a residual quantizer, int64; None if there are none.
+
+    Args:
+        output: of the quantizer.
+        batch: B.
+        grid: (h, w), or (N,) where the codes are rows.
+    """
+    count = math.prod(grid)
     whole = [
         t.detach().long()
         for t in _tensors(output)
         if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     ]
     for tensor in whole:
-        if tensor.numel() == batch * count:
+        if tensor.numel() == batch * count and _lies_on(tensor, batch, grid):
             return tensor.reshape(batch, count)
     for tensor in whole:
-        if tensor.ndim >= 3 and tensor.numel() % (batch * count) == 0 and len(tensor) == batch:
-            return tensor.reshape(batch, count, -1)
+        if tensor.ndim < 3 or len(tensor) != batch or tensor.numel() % (batch * count):
+            continue
+        if tensor.shape[1] == count or math.prod(tensor.shape[1:3]) == count:
+            if len(grid) == 1 or tensor.shape[1] == count or tensor.shape[1:3] == tuple(grid):
+                return tensor.reshape(batch, count, -1)
+        elif tensor.shape[-1] == count or tensor.shape[-2:] == tuple(grid):  # levels come first
+            return tensor.reshape(batch, -1, count).mT
     return None
+
+
+def _lies_on(tensor: Tensor, batch: int, grid: Sequence[int]) -> bool:
+    """Whether indices with one entry for each position have the grid's shape, or none."""
+    if tensor.ndim < 3 or len(tensor) != batch or len(grid) == 1:
+        return True
+    shape = [side for side in tensor.shape[1:] if side != 1]
+    return shape in ([side for side in grid if side != 1], [math.prod(grid)])
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -1,21 +1,47 @@
 """Find a host's quantizer, and listen to it."""
 
 import copy
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..functional import join_levels
 from ..sockets import ConfigError, suggest
 from ..types import Codes
 from ._balance import GradientBalance
-from ._reading import codebook_of, read_codes
+from ._reading import codebook_of, layout_of, read_codes, vectors_in
 
 NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
 LIKELY = ("quantiz", "quantis", "codebook", "bottleneck", "fsq", "lfq", "simvq")
 SIZES = ("n_e", "n_embed", "num_embed", "num_embeddings", "codebook_size", "num_codes")
+
+
+ONE_PASS = (
+    "run the model right before its loss, and any other pass inside `with handle.disabled():` "
+    "(`loss.disabled()` for LGVQLoss); a loss that trains nothing belongs under torch.no_grad()"
+)
+AFTER = ("dec", "post_", "up", "to_pix", "disc", "gen")  # names of what follows a quantizer
+
+
+def find_quantizers(
+    model: nn.Module, paths: str | Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """Return the model's quantizer, or all those at `paths`, by path; see `find_quantizer`."""
+    if paths is None or isinstance(paths, str):
+        found = find_quantizer(model, paths)
+        assert found is not None
+        return dict([found])
+    quantizers = {path: find_quantizers(model, path)[path] for path in paths}
+    if len({id(module) for module in quantizers.values()}) < len(quantizers):
+        raise ConfigError(
+            f"lgvq.quantizer: {', '.join(quantizers)} are one module of {type(model).__name__}; "
+            "name each quantizer once"
+        )
+    return quantizers
 
 
 def find_quantizer(
@@ -58,7 +84,9 @@ def find_quantizer(
             if found
             else "no module that looks like it"
         )
-        + f"; name it with lgvq.quantizer: PATH. Modules: {', '.join(sorted(children))}"
+        + "; name it with lgvq.quantizer: PATH"
+        + (f", or all levels with [{', '.join(n for n, _ in found)}]" if found else "")
+        + f". Modules: {', '.join(sorted(children))}"
     )
 
 
@@ -86,48 +114,124 @@ def _has_codebook(name: str, module: nn.Module) -> bool:
     )
 
 
+def _is_before(name: str, quantizer: str) -> bool:
+    """Whether a parameter is by its name no decoder's; in a Sequential the numbers tell."""
+    first, own = name.split(".")[0], quantizer.split(".")[0]
+    if first.isdecimal() and own.isdecimal():
+        return int(first) < int(own)
+    return not any(part.startswith(AFTER) for part in name.split(".")[:-1])
+
+
 def is_tapped(quantizer: nn.Module) -> bool:
     """Return whether somebody listens to the quantizer already."""
     hooks = quantizer._forward_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Tap) for hook in hooks)
 
 
+class _Pass:
+    """Lives as long as the autograd graph of one forward pass."""
+
+
 class Tap:
-    """A forward hook on a quantizer that keeps the codes of the last pass until they are taken.
+    """A forward hook on quantizers that keeps the codes of the last pass until they are taken.
+
+    Args:
+        grid: (h, w), for hosts whose codes are rows.
+        ratio: of our gradient to the host's at the codes, or None.
+        layout: channels_first or channels_last; None decides.
 
     Attributes:
-        quantizer: the module that is listened to, or None.
-        codes: the record of the last pass, or None.
+        quantizers: the modules that are listened to, by path.
         enabled: whether passes are recorded.
         balance: of our gradient with the host's, or None.
     """
 
-    def __init__(self, grid: tuple[int, int] | None = None, ratio: float | None = None) -> None:
-        self.grid, self.enabled = grid, True
+    def __init__(
+        self,
+        grid: tuple[int, int] | None = None,
+        ratio: float | None = None,
+        layout: str | None = None,
+    ) -> None:
+        self.grid, self.layout, self.enabled = grid, layout, True
         self.balance = None if ratio is None else GradientBalance(ratio)
-        self.quantizer: nn.Module | None = None
-        self.codes: Codes | None = None
-        self._handle: Any = None
+        self.quantizers: dict[str, nn.Module] = {}
+        self._widths: dict[str, int] = {}
+        self._handles: list[Any] = []
+        self._layouts: dict[tuple[str, int], str] = {}  # decided once: (path, dimensions)
+        self._records: dict[str, tuple[Codes, bool]] = {}  # and whether gradients were on
+        self._passes: dict[str, list[weakref.ref[_Pass]]] = {}
 
-    def install(self, quantizer: nn.Module) -> "Tap":
-        """Start listening to `quantizer`, and to no other any more."""
+    def install(
+        self, quantizers: Mapping[str, nn.Module], widths: Mapping[str, int] | None = None
+    ) -> "Tap":
+        """Start listening to `quantizers`, and to no others any more.
+
+        Args:
+            quantizers: by path; the order is that of their codes.
+            widths: C of each, if heads were built for it.
+        """
         self.remove()
-        self.quantizer = quantizer
-        self._handle = quantizer.register_forward_hook(self.record)
+        self.quantizers, self._widths = dict(quantizers), dict(widths or {})
+        self._handles = [q.register_forward_hook(self.record) for q in self.quantizers.values()]
         return self
+
+    def follow(self, host: nn.Module) -> None:
+        """Listen to the quantizers that `host` has at the same paths now."""
+        now = {path: host.get_submodule(path) for path in self.quantizers}
+        if any(now[path] is not module for path, module in self.quantizers.items()):
+            self.install(now, dict(self._widths))
 
     def remove(self) -> None:
         """Stop listening, and forget."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self.codes, self.quantizer = None, None, None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.quantizers, self._layouts = [], {}, {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._records, self._passes = {}, {}
+
+    def settle(self) -> None:
+        """Keep the codes, but expect that the host runs anew before it asks for them."""
+        self._passes = {}
+
+    @property
+    def codes(self) -> Codes | None:
+        """The record of the last pass, or None before all quantizers have run."""
+        if not self.quantizers or self._records.keys() != self.quantizers.keys():
+            return None
+        found = [self._records[path][0] for path in self.quantizers]
+        if len(found) == 1:
+            return found[0]
+        return join_levels(dict(zip(self.quantizers, found, strict=True)))
 
     @torch.compiler.disable
     def record(self, quantizer: nn.Module, args: Any, output: Any) -> None:
         """Keep what `quantizer` just returned; its hook."""
-        if self.enabled:
-            through = None if self.balance is None else self.balance.split
-            self.codes = read_codes(output, quantizer, grid=self.grid, through=through)
+        if not self.enabled:
+            return
+        path = next(path for path, module in self.quantizers.items() if module is quantizer)
+        vectors = vectors_in(output)
+        layout = self.layout
+        if layout is None and vectors is not None:
+            width, key = self._widths.get(path), (path, vectors.ndim)
+            if key not in self._layouts:
+                self._layouts[key] = layout_of(output, quantizer, width=width)
+            layout = self._layouts[key]
+        codes = read_codes(
+            output,
+            quantizer,
+            grid=self.grid,
+            through=None if self.balance is None else self.balance.split,
+            layout=layout,
+            width=self._widths.get(path),
+        )
+        self._records[path] = (codes, torch.is_grad_enabled())
+        if vectors is not None and vectors.grad_fn is not None:
+            one = _Pass()
+            vectors.grad_fn.metadata[id(one)] = one  # goes when the graph goes
+            self._passes.setdefault(path, []).append(weakref.ref(one))
 
     def set_scale(self, scale: float) -> None:
         """Say which share of the balance's ratio the schedule has now."""
@@ -139,20 +243,58 @@ class Tap:
         measured = self.balance.measured if self.balance is not None and split == "train" else None
         return {} if measured is None else {f"{split}/lgvq/gradient_ratio": measured}
 
-    def take(self) -> Codes:
+    def take(self, *, host: nn.Module | None = None) -> Codes:
         """Return the codes and forget them.
 
+        Args:
+            host: what the codes' gradient shall train; None if nothing is trained.
+
         Raises:
-            RuntimeError: if no pass was recorded.
+            RuntimeError: if no pass was recorded, or, with a `host` to train, the codes carry no
+                gradient, or are not for certain those of the loss's own forward pass.
         """
-        codes, self.codes = self.codes, None
+        records, passes, codes = self._records, self._passes, self.codes
+        self.forget()
         if codes is None:
+            missing = [path for path in self.quantizers if path not in records]
             raise RuntimeError(
-                "the quantizer's hook saw no codes since the last step: run the model before its "
-                "loss; under torch.compile attach before the first compiled call; or the model "
-                "does not call this module (set lgvq.quantizer)"
+                "the quantizer's hook saw no codes since the last step"
+                + (f" ({', '.join(missing)} did not run)" if records else "")
+                + ": run the model before its loss; under torch.compile attach before the first "
+                "compiled call; or the model does not call this module (set lgvq.quantizer)"
             )
+        if host is not None and torch.is_grad_enabled():
+            for path, (level, had_gradients) in records.items():
+                self._require_gradient(host, path, level, had_gradients)
+                alive = sum(each() is not None for each in passes.get(path, ()))
+                if alive > 1:
+                    raise RuntimeError(
+                        f"{path or 'the quantizer'} ran {alive} times with gradients since the "
+                        f"last loss, so whose codes are meant is not known; {ONE_PASS}"
+                    )
         return codes
+
+    def _require_gradient(
+        self, host: nn.Module, path: str, codes: Codes, had_gradients: bool
+    ) -> None:
+        if codes.codes.requires_grad:
+            return
+        inside = {id(p) for q in self.quantizers.values() for p in q.parameters()}
+        names = [n for n, p in host.named_parameters() if p.requires_grad and id(p) not in inside]
+        names = [n for n in names if not n.startswith(("loss.", "lgvq.", "heads."))]
+        if had_gradients:  # a frozen encoder gives such codes, too, whatever the decoder does
+            names = [name for name in names if _is_before(name, path)]
+        if names:
+            why = (
+                "the host detached them, or ran its encoder under torch.no_grad()"
+                if had_gradients
+                else "its quantizer ran last under torch.no_grad(), as in a preview between the "
+                "model's forward pass and its loss"
+            )
+            raise RuntimeError(
+                f"the codes carry no gradient, so the text loss would not train {names[0]}: "
+                f"{why}; {ONE_PASS}"
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -164,7 +306,8 @@ class Tap:
             self.enabled = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "codes": None}  # no graph in a copy or a file
+        # No graph in a copy or a file.
+        return {**self.__dict__, "_records": {}, "_passes": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         other = type(self).__new__(type(self))

@@ -4,7 +4,7 @@ attach(model) --> Handle: heads beside the model, a forward hook on its quantize
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ from ._attach import (
 )
 from ._optimizers import add_heads, undecayed_parameters
 from ._reading import code_width, codebook_of
-from ._tap import NAMES, Tap, find_quantizer
+from ._tap import NAMES, Tap, find_quantizer, find_quantizers
 
 __all__ = [
     "HEADS_CONFIG",
@@ -50,6 +50,7 @@ __all__ = [
     "decode",
     "encode",
     "find_quantizer",
+    "find_quantizers",
     "gets_quantizer",
     "grid_of",
     "listen",
@@ -65,12 +66,15 @@ __all__ = [
 
 
 @contextmanager
-def tapped(host: nn.Module, quantizer: str | None = None) -> Iterator[Tap]:
+def tapped(
+    host: nn.Module, quantizer: str | Sequence[str] | None = None, layout: str | None = None
+) -> Iterator[Tap]:
     """Listen to the host's quantizer inside the context; LGVQLoss knows which, if it is on it."""
-    known = getattr(getattr(host, "loss", None), "quantizer_path", None)
-    found = find_quantizer(host, quantizer or known)
-    assert found is not None
-    tap = Tap().install(found[1])
+    loss = getattr(host, "loss", None)
+    known = getattr(loss, "quantizer_path", None)
+    grid, told = getattr(loss, "reading", (None, None))
+    quantizers = find_quantizers(host, quantizer or known)
+    tap = Tap(grid, layout=layout or told).install(quantizers)
     try:
         yield tap
     finally:
@@ -78,19 +82,26 @@ def tapped(host: nn.Module, quantizer: str | None = None) -> Iterator[Tap]:
 
 
 @torch.no_grad()
-def encode(host: nn.Module, images: Tensor, *, quantizer: str | None = None) -> Codes:
+def encode(
+    host: nn.Module,
+    images: Tensor,
+    *,
+    quantizer: str | Sequence[str] | None = None,
+    layout: str | None = None,
+) -> Codes:
     """Return the codes of images.
 
     Args:
         host: any tokenizer; its mode (train or eval) stays as it is.
         images: (B, 3, H, W) float32 in [-1, 1], on the host's device.
-        quantizer: its path, if it is not found by name.
+        quantizer: its path, if it is not found by name, or the paths of several levels.
+        layout: channels_first or channels_last, if it cannot be decided.
 
     Raises:
         ConfigError: if the quantizer cannot be found.
         RuntimeError: if the host does not call it.
     """
-    with tapped(host, quantizer) as tap:
+    with tapped(host, quantizer, layout) as tap:
         encoder: Any = getattr(host, "encode", None)
         if encoder is not None:
             encoder(images)

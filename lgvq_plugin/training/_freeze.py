@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..hosts.base import find_quantizer
+from ..hosts.base import find_quantizers
 from ..sockets import ConfigError
 
 PARTS = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
@@ -72,9 +72,8 @@ class Freeze:
 def _modules(host: nn.Module, part: str) -> list[nn.Module]:
     children = dict(host.named_children())
     if part == CODEBOOK:
-        found = find_quantizer(host)
-        assert found is not None
-        return [found[1]]
+        known = getattr(getattr(host, "loss", None), "quantizer_path", None)
+        return [*find_quantizers(host, known).values()]
     modules = [children[name] for name in PARTS[part] if name in children]
     if not modules:
         raise ConfigError(
