@@ -221,17 +221,6 @@ def base_of(
     return str(base["target"]), {**to_plain(base.get("params") or {}), **kwargs}
 
 
-def forget_averages(host: nn.Module, loss: nn.Module) -> None:
-    """Take the heads out of the moving averages that a host keeps of itself (LitEma)."""
-    path = next((name for name, module in host.named_modules() if module is loss), None)
-    if path is None:
-        return
-    for module in host.modules():
-        names = getattr(module, "m_name2s_name", {})  # parameter -> buffer, its dots left out
-        for name in [name for name in names if name.startswith(f"{path}.lgvq.")]:
-            module._buffers.pop(names.pop(name), None)
-
-
 def parameters_beside(host: nn.Module, loss: nn.Module) -> list[nn.Parameter]:
     """Return the host's parameters without those of its loss."""
     ours = {id(p) for p in loss.parameters()}

@@ -23,7 +23,6 @@ from ._loss_parts import (
     base_of,
     bound_arguments,
     captions_of,
-    forget_averages,
     forgive_missing_heads,
     in_words,
     is_on,
@@ -159,7 +158,6 @@ class LGVQLoss(Wrapper):
             if part is not None:
                 part.remove()
         if self._host is not None:
-            forget_averages(self._host.module, self)
             replace_module(self._host.module, self, self.base_loss)
         self._modules.pop("lgvq", None)
         self._tap = self._check = self._captions = self._methods = None
@@ -292,6 +290,8 @@ class LGVQLoss(Wrapper):
         """Raise ConfigError if the host that took this loss has no quantizer that is found."""
         if is_on(self._config) and self._host is not None:
             find_quantizers(self._host.module, self._config.quantizer)  # now that it is complete
+            if self._methods is not None:
+                self._methods.find_averages()
             self._is_confirmed = True
         elif is_on(self._config) and self._ancestors:
             find_quantizers(self._ancestors[-1], self._config.quantizer)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from .._files import replacing
+from ..hosts.base import is_average_of_heads
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
 from . import _diffusers, _folder
@@ -47,7 +48,13 @@ def host_state_dict(
             return host.foreign_state_dict()
     else:
         logger.warning("%s tells no config: its keys are not compared", checkpoint.path)
-    return {**bare, **{k: v for k, v in checkpoint.aside.items() if k.startswith("model_ema.")}}
+    # Runs of earlier versions had the heads in the host's average of itself.
+    averages = {
+        key: value
+        for key, value in checkpoint.aside.items()
+        if key.startswith("model_ema.") and not is_average_of_heads(key)
+    }
+    return {**bare, **averages}
 
 
 def export_host(

@@ -6,7 +6,7 @@ host.__init__: self.loss = LGVQLoss(...)   -> listen: who took me? has it a quan
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -69,22 +69,40 @@ class HostMethods:
         self.names = [n for n in (*names, "configure_optimizers") if hasattr(host, n)]
         for name in self.names:
             setattr(host, name, getattr(self, name))
-        self._hook: Any = host.register_load_state_dict_post_hook(self.forgive_copies)
+        self.averages: list[AverageOfHost] = []
+        # The host may build its average after its loss, so it is looked for whenever keys matter.
+        self._hooks: list[Any] = [
+            host.register_state_dict_pre_hook(self.find_averages),
+            host.register_load_state_dict_pre_hook(self.drop_averages_of_heads),
+        ]
 
     def remove(self) -> None:
-        """Give the host its own methods back."""
-        self._hook.remove()
+        """Give the host its own methods back, and its averages."""
+        self.find_averages()
+        for hook in self._hooks:
+            hook.remove()
+        for average in self.averages:
+            average.remove()
+        self.averages = []
         for name in self.names:
             if getattr(vars(self.host).get(name), "__self__", None) is self:
                 delattr(self.host, name)
 
-    def forgive_copies(self, host: nn.Module, incompatible: Any) -> None:
-        """An old checkpoint has no averages of the heads: LitEma keeps them as `model_ema.*`."""
-        heads = [p for p in self.loss.alignment.parameters() if p.requires_grad]
-        missing = incompatible.missing_keys
-        copies = [key for key in missing if "lgvq" in key and ".lgvq." not in f".{key}"]
-        if len(copies) == len(heads):
-            missing[:] = [key for key in missing if key not in copies]
+    def find_averages(self, *unused: Any) -> None:
+        """Keep the heads out of the moving averages that the host has of itself by now."""
+        known = [each.module for each in self.averages]
+        for module in self.host.modules():
+            names = getattr(module, "m_name2s_name", None)
+            if isinstance(names, dict) and not any(module is one for one in known):
+                self.averages.append(AverageOfHost(module, self.host, self.loss))
+
+    def drop_averages_of_heads(
+        self, host: nn.Module, state: dict[str, Any], prefix: str, *unused: Any
+    ) -> None:
+        """Checkpoints of earlier versions have averages of the heads, as `model_ema.*`."""
+        self.find_averages()
+        for key in [k for k in state if is_average_of_heads(k.removeprefix(prefix))]:
+            del state[key]
 
     def get_input(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Taming's, and that of all its descendants."""
@@ -104,14 +122,91 @@ class HostMethods:
 
     def configure_optimizers(self) -> Any:
         """Lightning's, and of taming's protocol."""
+        self.find_averages()
         return self.loss.add_heads(self._own("configure_optimizers")())
 
     def _own(self, name: str) -> Any:
         return getattr(type(self.host), name).__get__(self.host)
 
     def _with_batch(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self.find_averages()
         self.loss.receive(batch)
         return call_as_declared(self._own(name), batch, *args, **kwargs)
+
+
+def is_average_of_heads(key: str) -> bool:
+    """Whether a host's average of itself (LitEma) has a head at `key`; it leaves the dots out.
+
+    Example:
+        >>> is_average_of_heads("model_ema.losslgvqcode_vitcls"), is_average_of_heads("loss.lgvq.a")
+        (True, False)
+    """
+    return key.startswith("model_ema.") and "losslgvq" in key.replace(".", "")
+
+
+class AverageOfHost:
+    """Stand-ins for methods of a LitEma, which see the host without our heads.
+
+    latent-diffusion's, and so SEED-Voken's and others': `m_name2s_name` maps the names of
+    parameters to those of buffers, and `forward(model)`, `copy_to(model)` go over
+    `model.named_parameters()`.
+
+    Args:
+        module: the average; its buffers for heads are removed.
+        host: whose average it is.
+        loss: has the heads as `lgvq`.
+    """
+
+    METHODS = ("forward", "copy_to")
+
+    def __init__(self, module: nn.Module, host: nn.Module, loss: nn.Module) -> None:
+        self.module, self.host, self.loss = module, host, loss
+        heads = {id(p) for p in loss.get_submodule("lgvq").parameters()}
+        names: dict[str, str] = module.m_name2s_name  # type: ignore[assignment]
+        for name, parameter in host.named_parameters():
+            if id(parameter) in heads and name in names:
+                module._buffers.pop(names.pop(name), None)
+        for name in self.METHODS:
+            if hasattr(type(module), name):
+                setattr(module, name, getattr(self, name))
+
+    def remove(self) -> None:
+        """Give the average its own methods back."""
+        for name in self.METHODS:
+            vars(self.module).pop(name, None)
+
+    def forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Move the average on."""
+        return type(self.module).forward(self.module, self._bare(model), *args, **kwargs)
+
+    def copy_to(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Give `model` the averaged weights."""
+        copy_to: Any = type(self.module).copy_to
+        return copy_to(self.module, self._bare(model), *args, **kwargs)
+
+    def _bare(self, model: nn.Module) -> Any:
+        return WithoutHeads(model, self.loss) if model is self.host else model
+
+
+class WithoutHeads:
+    """A host whose parameters are its own."""
+
+    def __init__(self, host: nn.Module, loss: nn.Module) -> None:
+        self._host = host
+        self._heads = {id(p) for p in loss.get_submodule("lgvq").parameters()}
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `nn.Module.named_parameters`, without heads."""
+        for name, parameter in self._host.named_parameters(*args, **kwargs):
+            if id(parameter) not in self._heads:
+                yield name, parameter
+
+    def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
+        """As `nn.Module.parameters`, without heads."""
+        return (parameter for _, parameter in self.named_parameters(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
 
 
 class View(nn.Module):
