@@ -51,7 +51,7 @@ def gets_quantizer(
     view = View({**parent._modules, name: child})
     if path is not None:
         wanted = {each.split(".")[0] for each in ([path] if isinstance(path, str) else path)}
-        return view if name in wanted and wanted <= view._modules.keys() else None
+        return view if wanted <= view._modules.keys() else None
     return view if find_quantizer(view, required=False) else None
 
 

@@ -59,7 +59,7 @@ def find_quantizer(
         ConfigError: if the path does not exist, or there is no quantizer or more than one.
     """
     if path is not None:
-        module = dict(model.named_modules()).get(path)
+        module = dict(model.named_modules(remove_duplicate=False)).get(path)
         if module is None:
             if not required:
                 return None
