@@ -197,6 +197,7 @@ class OlderStates:
         for scheduler in self.schedulers:
             _extend(scheduler, self.model, len(optimizer.param_groups))
 
+
 def _of_type(node: Any, kind: type) -> Iterator[Any]:
     if isinstance(node, kind):
         yield node

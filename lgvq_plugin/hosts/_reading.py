@@ -149,9 +149,7 @@ def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) ->
     shapes = {each: _channels_last(vectors, each).shape for each in LAYOUTS}
     left = [each for each in LAYOUTS if told is None or shapes[each][-1] == told]
     by_indices = [
-        each
-        for each in LAYOUTS
-        if _indices(output, len(vectors), shapes[each][1:-1]) is not None
+        each for each in LAYOUTS if _indices(output, len(vectors), shapes[each][1:-1]) is not None
     ]
     if width is not None and not left:
         raise ConfigError(_misfit(vectors, quantizer, width, "shape", by_indices))

@@ -85,7 +85,7 @@ def test_codes_of_another_batch_size_are_refused():
     host = model()
     handle = attach(host, **LGVQ)
     host(IMAGES[:2])
-    with pytest.raises(ConfigError, match="3 captions for 2 images.*last forward pass"):
+    with pytest.raises(ConfigError, match=r"3 captions for 2 images.*last forward pass"):
         handle.loss(CAPTIONS)
 
 
