@@ -14,11 +14,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from .._safe_load import How, plain, read_raw
 from ..sockets import ConfigError
 from ..training.base import LOSS_KEYS, build_host, read_config, to_plain
 from ._compare import LoadReport, compare
 from ._layout import sort_tensors, unflatten
-from ._safe_load import How, plain, read_raw
 
 __all__ = ["Checkpoint", "LoadReport", "load_checkpoint", "load_host", "load_into"]
 
