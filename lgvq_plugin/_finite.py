@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -14,6 +13,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return a boolean scalar on the tensors' device: whether all floating values are finite.
 
     Example:
+        >>> import torch
         >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
         tensor(False)
     """

@@ -130,7 +130,8 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         names = named_globals(path)
     except Exception as error:  # garbage makes the unpickler stumble anywhere
         raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint: {_first_line(error)}"
+            f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint: "
+            f"{_first_line(error)}"
         ) from error
     stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
     try:

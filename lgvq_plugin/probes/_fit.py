@@ -151,8 +151,12 @@ def _restore(
 ) -> int:
     if path is None or not path.is_file():
         return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved["mark"] != mark:
+    try:
+        saved, _ = read_raw(path)
+    except ConfigError as error:
+        logger.warning("%s; the probe is fitted from the start", error)
+        return 0
+    if not isinstance(saved, Mapping) or saved.get("mark") != mark:
         return 0
     network.load_state_dict(saved["network"])
     optimizer.load_state_dict(saved["optimizer"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,13 +65,20 @@ def read(path: Path) -> dict[str, Any]:
     """
     raw, _ = read_raw(path)
     if not isinstance(raw, Mapping) or STATE not in raw:
-        kind = "holds no optimizers" if "optimizer_states" not in raw else "is another trainer's"
+        has_optimizers = isinstance(raw, Mapping) and "optimizer_states" in raw
+        kind = "is another trainer's" if has_optimizers else "holds no optimizers"
         raise ConfigError(
             f"checkpoint {str(path)!r} {kind}: only a checkpoint of `lgvq train` can be resumed; "
             f"to start from its weights: lgvq retrofit -b CONFIG --ckpt {path} -o DIR"
         )
     for key, expected in {**EXPECTED, **{k: v for k, v in OPTIONAL.items() if k in raw}}.items():
         require_like(raw.get(key), expected, key, path)
+    if raw[STATE]["samples"] < 0 or not re.match(r"\d+\.\d+", raw["pytorch-lightning_version"]):
+        raise ConfigError(
+            f"checkpoint {str(path)!r} cannot be resumed: {STATE}.samples is "
+            f"{raw[STATE]['samples']!r}, pytorch-lightning_version "
+            f"{raw['pytorch-lightning_version']!r}; the file was changed, resume from another"
+        )
     bad = [key for key, value in raw["state_dict"].items() if value.isnan().any()]
     if bad:
         raise ConfigError(
@@ -80,7 +88,7 @@ def read(path: Path) -> dict[str, Any]:
     return dict(raw)
 
 
-def require_like(given: Any, expected: Any, where: str, path: Path | None = None) -> None:
+def require_like(given: Any, expected: Any, where: str, path: Path | str) -> None:
     """Check that a part of a checkpoint has the entries and the types of an example.
 
     Args:
@@ -94,10 +102,10 @@ def require_like(given: Any, expected: Any, where: str, path: Path | None = None
         ConfigError: if it has not.
 
     Example:
-        >>> require_like({"step": "two"}, {"step": 1}, "loops")
+        >>> require_like({"step": "two"}, {"step": 1}, "loops", "last.ckpt")
         Traceback (most recent call last):
         ...
-        lgvq_plugin.sockets.ConfigError: the checkpoint cannot be resumed: loops.step is a str, ...
+        lgvq_plugin.sockets.ConfigError: checkpoint 'last.ckpt' cannot be resumed: loops.step is ...
     """
     kind: Any = type(expected)
     if expected is TENSORS:
@@ -118,14 +126,13 @@ def require_like(given: Any, expected: Any, where: str, path: Path | None = None
     else:
         good = expected is None or isinstance(given, kind)
     if not good:
-        named = f"checkpoint {str(path)!r}" if path else "the checkpoint"
         wanted = expected if expected is TENSORS or expected is ENTRIES else kind
-        wanted = wanted if isinstance(wanted, str) else f"a {wanted.__name__}"
-        found = "missing" if given is None else f"a {type(given).__name__}"
-        found += " of other content" if isinstance(given, Mapping | list | tuple) else ""
+        wanted = wanted if isinstance(wanted, str) else f"type {wanted.__name__}"
+        found = "missing" if given is None else f"of type {type(given).__name__}"
+        found += " with other entries" if isinstance(given, Mapping | list | tuple) else ""
         raise ConfigError(
-            f"{named} cannot be resumed: {where} is {found}, expected {wanted}; the file was "
-            "changed after it was written, resume from another"
+            f"checkpoint {str(path)!r} cannot be resumed: {where} is {found}, expected "
+            f"{wanted}; the file was changed after it was written, resume from another"
         )
     if isinstance(expected, Mapping):
         for key, value in expected.items():
@@ -135,7 +142,7 @@ def require_like(given: Any, expected: Any, where: str, path: Path | None = None
             require_like(given[i], value, f"{where}[{i}]", path)
 
 
-def require_fit(given: Mapping[str, Tensor], host: nn.Module, where: str = "state_dict") -> None:
+def require_fit(given: Mapping[str, Tensor], host: nn.Module, where: str, path: str) -> None:
     """Check that a checkpoint's state dict, or its averages, has the host's keys and shapes.
 
     Raises:
@@ -152,47 +159,59 @@ def require_fit(given: Mapping[str, Tensor], host: nn.Module, where: str = "stat
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ConfigError(
-            f"the checkpoint's {where} does not fit {type(host).__name__}: "
+            f"checkpoint {path!r}: its {where} does not fit {type(host).__name__}: "
             f"{'; '.join(bad[:3])}{more}; resume from another"
         )
 
 
 def require_optimizers(
-    given: list[Mapping[str, Any]], optimizers: list[Optimizer], schedulers: list[Any], saved: Any
+    given: list[Mapping[str, Any]],
+    optimizers: list[Optimizer],
+    schedulers: list[Any],
+    saved: Any,
+    path: str,
 ) -> None:
     """Check that saved states of optimizers and of schedulers fit those of the host.
 
     Raises:
         ConfigError: if they do not.
     """
-    require_like(given, [{}] * len(optimizers), "optimizer_states")
-    require_like(saved, [{}] * len(schedulers), "lr_schedulers")
+    require_like(given, [{}] * len(optimizers), "optimizer_states", path)
+    require_like(saved, [{}] * len(schedulers), "lr_schedulers", path)
     for i, (state, optimizer) in enumerate(zip(given, optimizers, strict=True)):
         where, example = f"optimizer_states[{i}]", optimizer.param_groups
-        require_like(state, {"state": {}}, where)
+        require_like(state, {"state": {}}, where, path)
         groups: Any = state.get("param_groups")
-        require_like(groups, ENTRIES, f"{where}.param_groups")
+        require_like(groups, ENTRIES, f"{where}.param_groups", path)
         if len(groups) == len(example):  # else the optimizer itself says whether it takes them
             for j, (group, own) in enumerate(zip(groups, example, strict=True)):
                 like = _shared(own, group) | {"params": [0] * len(own["params"])}
-                require_like(group, like, f"{where}.param_groups[{j}]")
+                require_like(group, like, f"{where}.param_groups[{j}]", path)
         parameters = [p for group in example for p in group["params"]]
         for key, moments in state["state"].items():
-            require_like(moments, {}, f"{where}.state[{key}]")
+            require_like(moments, {}, f"{where}.state[{key}]", path)
             fits = isinstance(key, int) and 0 <= key < len(parameters)
-            shapes = [m.shape for n, m in moments.items() if n in MOMENTS and isinstance(m, Tensor)]
-            if not fits or any(shape != parameters[key].shape for shape in shapes):
+            if not fits or not all(_is_moment(*m, parameters[key].shape) for m in moments.items()):
                 raise ConfigError(
-                    f"the checkpoint cannot be resumed: {where}.state[{key}] is not of the host's "
-                    "parameter; resume from another"
+                    f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] does not fit the "
+                    "host's parameter; resume from another"
                 )
     for i, (state, scheduler) in enumerate(zip(saved, schedulers, strict=True)):
-        require_like(state, _shared(scheduler.state_dict(), state), f"lr_schedulers[{i}]")
+        require_like(state, _shared(scheduler.state_dict(), state), f"lr_schedulers[{i}]", path)
+
+
+def _is_moment(name: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an optimizer may keep `value` as `name` for a parameter of that shape."""
+    if isinstance(value, Tensor):
+        return value.shape == shape if name in MOMENTS else name != "step" or value.ge(0).all()
+    if name in MOMENTS:
+        return name == MOMENTS[-1] and value is None  # SGD without momentum
+    return isinstance(value, int | float) and (name != "step" or value >= 0)
 
 
 def _shared(example: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of `example` at keys of `given`: other versions have other keys."""
-    plain = (bool, int, float, str, list)
+    plain = (bool, int, float, str, list, tuple)
     return {k: v for k, v in example.items() if k in given and isinstance(v, plain)}
 
 

@@ -283,8 +283,7 @@ class HostDriver(pl.LightningModule):
         if self._resumed is not None:
             schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             states, saved = self._resumed["optimizer_states"], self._resumed["lr_schedulers"]
-            require_optimizers(states, self.trainer.optimizers, schedulers, saved)
-            self._resumed = None
+            require_optimizers(states, self.trainer.optimizers, schedulers, saved, self._path)
         part: Any
         for part in self.host.modules():
             if "_device" in vars(part):
@@ -302,9 +301,24 @@ class HostDriver(pl.LightningModule):
         self._generators = None
 
     def on_train_start(self) -> None:
-        """Give each process a stream of its own, which no construction before has moved."""
+        """Give each process a stream of its own, which no construction before has moved.
+
+        Raises:
+            ConfigError: if a checkpoint contradicts itself about its step.
+        """
+        saved, self._resumed = self._resumed, None
+        if saved is not None and saved["global_step"] != self.global_step:
+            raise ConfigError(
+                f"checkpoint {self._path!r} cannot be resumed: global_step is "
+                f"{saved['global_step']}, its loops are at {self.global_step}; the file was changed, resume from another"
+            )
         if self._generators is None:
             _rng.seed_all(self.settings.seed + self.trainer.global_rank)
+
+    @property
+    def _path(self) -> str:
+        """Of the checkpoint that is resumed."""
+        return str(self.trainer.ckpt_path)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the host's state dict."""
@@ -332,9 +346,9 @@ class HostDriver(pl.LightningModule):
         Raises:
             ConfigError: if something in it does not fit the host.
         """
-        require_fit(checkpoint["state_dict"], self.host)
+        require_fit(checkpoint["state_dict"], self.host, "state_dict", self._path)
         loops = self.trainer.fit_loop.state_dict()
-        require_like(checkpoint["loops"]["fit_loop"], loops, "loops.fit_loop")
+        require_like(checkpoint["loops"]["fit_loop"], loops, "loops.fit_loop", self._path)
         kept = checkpoint[STATE]
         for generators in kept["generators"]:
             try:
@@ -342,8 +356,8 @@ class HostDriver(pl.LightningModule):
                     _rng.restore(generators)
             except Exception as error:  # whatever the generators make of it
                 raise ConfigError(
-                    f"the checkpoint cannot be resumed: {STATE}.generators holds no states of "
-                    f"generators ({type(error).__name__}: {error}); resume from another"
+                    f"checkpoint {self._path!r} cannot be resumed: {STATE}.generators holds no "
+                    f"states of generators ({type(error).__name__}: {error}); resume from another"
                 ) from error
         self._resumed = checkpoint
         self.samples = kept["samples"]

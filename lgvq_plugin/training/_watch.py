@@ -1,5 +1,6 @@
 """What happens beside the step: metrics, validation, images, checkpoints, signals, a bar."""
 
+import logging
 import os
 import signal
 import threading
@@ -20,6 +21,8 @@ from .._finite import all_finite, in_groups
 from . import _checkpoint, _png, _rng
 from ._driver import HostDriver
 from ._ema import Average
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS = 3.0
@@ -117,7 +120,9 @@ class Watch(pl.Callback):
         """
         self._saved = checkpoint.get("ema_state_dict")
         if self._saved is not None:
-            _checkpoint.require_fit(self._saved, module.host, "ema_state_dict")
+            _checkpoint.require_fit(
+                self._saved, module.host, "ema_state_dict", str(trainer.ckpt_path)
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """From here on a signal waits for the end of the step."""
@@ -132,6 +137,8 @@ class Watch(pl.Callback):
             self._average = Average(module.host, module.settings.ema_decay)
             if self._saved is not None:
                 self._average.load_state_dict(self._saved)
+            elif trainer.global_step:
+                logger.warning("the checkpoint has no averaged weights: the averages start anew")
         if self.progress and trainer.is_global_zero:
             total, done = module.settings.max_steps, trainer.global_step
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -201,9 +208,9 @@ class Watch(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
         self.metrics |= values
-        for logger in trainer.loggers:
-            with writing(self.folder / str(logger.name or "metrics.csv")):
-                logger.log_metrics(values, step)
+        for each in trainer.loggers:
+            with writing(self.folder / str(each.name or "metrics.csv")):
+                each.log_metrics(values, step)
 
     def _validate(self, trainer: pl.Trainer, module: HostDriver, step: int) -> None:
         if self.validation is None:

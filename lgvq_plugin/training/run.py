@@ -143,7 +143,7 @@ def _train(
     except Stopped as stop:
         raise Interrupted(f"{stop}; go on with: --name {folder.name} --resume auto") from None
     except (ConfigError, FloatingPointError) as error:
-        if not driver.samples:
+        if not driver.latest:  # it has not begun
             raise
         last = _checkpoint.newest(folder)
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
