@@ -24,6 +24,7 @@ from .types import Codes, CodeView, Term
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED_BROKEN = 3
 PAPER_GRID = (16, 16)
 Captions = Sequence[str | Sequence[str] | None]
 
@@ -173,24 +174,29 @@ class Alignment(nn.Module):
             self._skipped = {name: self._skipped.get(name, 0) + 1 for name in bad}
         for name, value in bad.items():
             told = f"step {step}: lgvq objective {name} is {value}"
-            broken = [key for key, p in self.named_parameters() if not all_finite([p])]
-            if broken:
-                more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-                raise FloatingPointError(
-                    f"{told}: the heads' own weights are not finite ({broken[0]}{more}), which "
-                    "no later step mends; go on from an older checkpoint with a lower learning rate"
-                )
             if self.config.on_nonfinite == "raise":
                 raise FloatingPointError(
                     f"{told}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
                 )
-            if self._skipped.get(name, 0) >= MOST_SKIPPED:
-                raise FloatingPointError(
-                    f"{told}, left out {MOST_SKIPPED} steps in a row (lgvq.on_nonfinite: skip); "
-                    "lower the learning rate or its weight, or take the objective out (weight: 0)"
-                )
+            self._give_up(told, self._skipped.get(name, 0))
             logger.warning("%s; left out of this step", told)
         return list(bad)
+
+    def _give_up(self, told: str, skipped: int) -> None:
+        """Raise if a term was left out too often: for ever, where a head itself is broken."""
+        broken = [key for key, p in self.named_parameters() if not all_finite([p])]
+        if skipped < (MOST_SKIPPED_BROKEN if broken else MOST_SKIPPED):
+            return
+        if broken:
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise FloatingPointError(
+                f"{told}: the heads' own weights are not finite ({broken[0]}{more}), which no "
+                "later step mends; go on from an older checkpoint with a lower learning rate"
+            )
+        raise FloatingPointError(
+            f"{told}, left out {skipped} steps in a row (lgvq.on_nonfinite: skip); lower the "
+            "learning rate or its weight, or take the objective out (weight: 0)"
+        )
 
     def _tell_once(self, message: str) -> None:
         if message not in self._told:

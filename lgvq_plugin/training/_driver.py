@@ -310,7 +310,8 @@ class HostDriver(pl.LightningModule):
         if saved is not None and saved["global_step"] != self.global_step:
             raise ConfigError(
                 f"checkpoint {self._path!r} cannot be resumed: global_step is "
-                f"{saved['global_step']}, its loops are at {self.global_step}; the file was changed, resume from another"
+                f"{saved['global_step']}, its loops are at {self.global_step}; the file was "
+                "changed, resume from another"
             )
         if self._generators is None:
             _rng.seed_all(self.settings.seed + self.trainer.global_rank)
