@@ -144,6 +144,7 @@ def test_a_control_is_trained_on_with_the_old_loss(old, tmp_path):
     result = retrofit(config, load_checkpoint(path), out, control=True, progress=False)
     by_hand = copy.deepcopy(config)
     del by_hand["lgvq"], by_hand["training"]["heads_first"]
+    by_hand["training"] |= {"max_learning_rate": 1e-4, "warmup_steps": 100}
     start = host.state_dict()
     reference = training_run.train(
         by_hand,
@@ -189,7 +190,9 @@ def test_cold_moments_do_not_ruin_a_good_checkpoint(old, tmp_path, settings, mos
     control = torch.load(out / "control/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for state in (new.state_dict(), control):
         moved = max(
-            float((state[key] - value).abs().max()) for key, value in host.state_dict().items()
+            float((state[key] - value).abs().max())
+            for key, value in host.state_dict().items()
+            if key.startswith(("encoder.", "decoder."))  # codes move by restarts as well
         )
         assert most / 3 < moved < most * 1.01
     with (out / "metrics.csv").open() as file:

@@ -126,8 +126,13 @@ def test_a_term_that_is_not_finite_can_be_left_out():
 def test_under_a_foreign_trainer_no_bad_gradient_reaches_a_weight(which, caplog):
     host, loss = VQVAE.build(LGVQ)
     optimizer = torch.optim.Adam(host.parameters(), 1e-3)
-    before = copy.deepcopy(host.state_dict())
-    module = loss.alignment if which == "heads" else host.decoder
+    parts = (host.encoder, host.decoder, loss.alignment)  # the codebook follows its restarts too
+    before = [p.detach().clone() for part in parts for p in part.parameters()]
+    module, told = (loss.alignment, "heads") if which == "heads" else (host.decoder, "decoder")
+
+    def is_unchanged():
+        now = [p for part in parts for p in part.parameters()]
+        return all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
     def step():
         x = host.get_input(VQVAE.batch(), "image")
@@ -136,14 +141,14 @@ def test_under_a_foreign_trainer_no_bad_gradient_reaches_a_weight(which, caplog)
         next(module.parameters()).grad.view(-1)[0] = torch.nan
         optimizer.step()
 
-    with pytest.raises(FloatingPointError, match=rf"update 1: .*not finite in .*{which[:3]}|decod"):
+    with pytest.raises(FloatingPointError, match=rf"update 1: .*in .*{told}"):
         step()
-    assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
+    assert is_unchanged()
     loss._config = replace(loss._config, on_nonfinite="skip")
     loss._guard = None
     step()
     assert "this update is left out" in caplog.text
-    assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
+    assert is_unchanged()
 
 
 # -- SEED-Voken: its own manual optimization under a real Trainer --------------------------------
