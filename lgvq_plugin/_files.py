@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whenever a run is killed; and the like of folders."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -7,13 +8,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .sockets import ConfigError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the system says when a file that is open cannot grow."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission for `path` into an error that names the file.
+
+    Raises:
+        ConfigError: if the block failed because `path`, or its folder, cannot be written.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__  # torch.save hides the system's error
+        if cause is None or not (cause.errno in FULL or _is_within(cause.filename, path)):
+            raise
+        raise ConfigError(
+            f"cannot write {str(path)!r}: {cause.strerror}; free space or check permissions there"
+        ) from error
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; it takes `path`'s place when the block ends well.
 
     Folders on the way are made. A block that raises leaves `path` as it was; one that is killed
-    leaves a `*.part` file besides.
+    also leaves a `*.part` file, see :func:`remove_parts`.
+
+    Raises:
+        ConfigError: if the disk is full or the folder cannot be written to.
 
     Example:
         >>> import tempfile
@@ -23,13 +54,22 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> place.read_text(), [file.name for file in place.parent.iterdir()]
         ('whole', ['b.txt'])
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> list[Path]:
+    """Remove the `*.part` files that killed processes left anywhere in `folder`; return them."""
+    found = [part for part in sorted(folder.rglob("*.*.part")) if not _is_in_use(part)]
+    for part in found:
         part.unlink(missing_ok=True)
+    return found
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -48,3 +88,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON; what it does not know is written as text."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _is_within(name: Any, path: Path) -> bool:
+    """Whether an OSError's filename is `path`, its `*.part` or a folder on the way to it."""
+    if not isinstance(name, str | os.PathLike):
+        return False
+    place = Path(name)
+    return place == path or place in path.parents or place.name.startswith(f"{path.name}.")
+
+
+def _is_in_use(part: Path) -> bool:
+    """Whether another live process is writing `part`, which has its id in the name."""
+    number = part.name.split(".")[-2]
+    if not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

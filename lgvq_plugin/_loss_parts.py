@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ._fields import to_plain
+from ._finite import MOST_SKIPPED, all_finite, nonfinite_gradients
 from .alignment import Captions
 from .config import LGVQConfig
 from .sockets import ConfigError
@@ -101,6 +105,58 @@ class OptimizerCheck:
 def _record(check: OptimizerCheck | None, optimizer: torch.optim.Optimizer) -> None:
     if check is not None:
         check.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+class GradientCheck:
+    """Looks at the gradients of the optimizer that holds the heads, before each of its steps.
+
+    A trainer with a GradScaler calls the step only with finite gradients: this then never acts.
+
+    Args:
+        host: names the parameters in messages.
+        heads: of the host's loss.
+        on_nonfinite: "raise", or "skip": leave the update out, MOST_SKIPPED in a row at the most.
+    """
+
+    def __init__(self, host: nn.Module, heads: nn.Module, on_nonfinite: str):
+        self.host, self.on_nonfinite = host, on_nonfinite
+        self.steps = self.skipped = 0
+        self._heads = {id(p) for p in heads.parameters()}
+        this = weakref.ref(self)  # torch's hook must keep no check alive
+        self._hook: Any = register_optimizer_step_pre_hook(
+            lambda optimizer, args, kwargs: _look(this(), optimizer)
+        )
+        weakref.finalize(self, self._hook.remove).atexit = False
+
+    def remove(self) -> None:
+        """Watch no more."""
+        self._hook.remove()
+
+    def look(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise FloatingPointError, or drop all gradients, if one is not finite."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in self._heads for p in reversed(held)):
+            return
+        self.steps += 1
+        if all_finite([p.grad for p in held if p.grad is not None]):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        told = f"update {self.steps}: the gradient is not finite in "
+        told += nonfinite_gradients(self.host, held)
+        if self.on_nonfinite == "raise" or self.skipped >= MOST_SKIPPED:
+            often = f" ({self.skipped} updates in a row)" if self.skipped > 1 else ""
+            raise FloatingPointError(
+                f"{told}{often}; no weight was updated with it. Lower the learning rate or the "
+                "weight of that term"
+            )
+        logger.warning("%s; this update is left out", told)
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _look(check: GradientCheck | None, optimizer: torch.optim.Optimizer) -> None:
+    if check is not None:
+        check.look(optimizer)
 
 
 def captions_of(batch: Any, key: str | None) -> Captions | None:

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
+from ._finite import MOST_SKIPPED, all_finite
 from .config import LGVQConfig, ObjectivesConfig
 from .dist import world_size
 from .functional import batch_perplexity, join_levels, seeded
@@ -23,6 +24,7 @@ from .types import Codes, CodeView, Term
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED_BROKEN = 3
 PAPER_GRID = (16, 16)
 Captions = Sequence[str | Sequence[str] | None]
 
@@ -52,6 +54,7 @@ class Alignment(nn.Module):
         self.config, self.guide, self.code_dim = config, guide, code_dim
         self._places: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._told: set[str] = set()
+        self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
         with seeded(config.seed):
             self.code_vit = CodeViT(
                 code_dim,
@@ -92,7 +95,7 @@ class Alignment(nn.Module):
             return nothing, log
         view, caption = self._see(codes, strings, generator)
         terms: dict[str, Term] = {n: each(view, caption) for n, each in self.objectives.items()}
-        bad = self._not_finite(terms, step)
+        bad = self._not_finite(terms, step, split)
         total: Tensor = torch.zeros((), device=codes.codes.device)
         for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
@@ -163,20 +166,39 @@ class Alignment(nn.Module):
             return 0.0
         return min(1.0, (done + 1) / (self.config.ramp + 1))
 
-    def _not_finite(self, terms: dict[str, Term], step: int) -> list[str]:
+    def _not_finite(self, terms: dict[str, Term], step: int, split: str) -> list[str]:
         """Return the names of terms that are not finite; one read from the device for all."""
         if not terms:
             return []
         values = torch.stack([term.value.detach().float() for term in terms.values()]).tolist()
         bad = {n: value for n, value in zip(terms, values, strict=True) if not math.isfinite(value)}
+        if split == "train":
+            self._skipped = {name: self._skipped.get(name, 0) + 1 for name in bad}
         for name, value in bad.items():
             told = f"step {step}: lgvq objective {name} is {value}"
             if self.config.on_nonfinite == "raise":
                 raise FloatingPointError(
                     f"{told}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
                 )
+            self._give_up(told, self._skipped.get(name, 0))
             logger.warning("%s; left out of this step", told)
         return list(bad)
+
+    def _give_up(self, told: str, skipped: int) -> None:
+        """Raise if a term was left out too often: for ever, where a head itself is broken."""
+        broken = [key for key, p in self.named_parameters() if not all_finite([p])]
+        if skipped < (MOST_SKIPPED_BROKEN if broken else MOST_SKIPPED):
+            return
+        if broken:
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise FloatingPointError(
+                f"{told}: the heads' own weights are not finite ({broken[0]}{more}), which no "
+                "later step mends; go on from an older checkpoint with a lower learning rate"
+            )
+        raise FloatingPointError(
+            f"{told}, left out {skipped} steps in a row (lgvq.on_nonfinite: skip); lower the "
+            "learning rate or its weight, or take the objective out (weight: 0)"
+        )
 
     def _tell_once(self, message: str) -> None:
         if message not in self._told:

@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("lgvq: the output was closed before its end\n")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
         return 1
+    except FloatingPointError as error:  # a run that diverged: the message says where
+        if options.debug:
+            traceback.print_exc()
+        print(f"lgvq: failed: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         traceback.print_exc()
         print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -183,7 +183,8 @@ class LGVQConfig:
     stop: int | None = None
     """First step without our terms again, so that the host alone has the last word; null: none."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """What a term that is not finite does."""
+    """What a term or a gradient that is not finite does: raise an error, or be left out of the
+    update, 25 times in a row at the most; 3 times if the heads' own weights are not finite."""
     seed: int = 0
     """Of the heads' initial weights, the masks and the choice of captions."""
 

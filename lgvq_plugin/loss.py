@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._fields import to_plain
 from ._loss_parts import (
+    GradientCheck,
     OptimizerCheck,
     Reference,
     Wrapper,
@@ -68,6 +69,8 @@ class LGVQLoss(Wrapper):
 
     Attributes:
         latest: what our terms logged last.
+        checks_gradients: whether gradients are checked before the optimizer's step; a trainer
+            that checks them itself turns it off.
 
     Raises:
         ConfigError: for an unknown key under `lgvq:`, or a base loss that does not exist.
@@ -102,7 +105,9 @@ class LGVQLoss(Wrapper):
         self._check: OptimizerCheck | None = None
         self._discriminator_first: dict[bool, bool] = {}
         self._is_confirmed, self._orphan_told, self._step = False, False, 0
+        self._guard: GradientCheck | None = None
         self.latest: dict[str, Tensor] = {}
+        self.checks_gradients = True
         self.register_load_state_dict_post_hook(forgive_missing_heads)
         self.wrap(module)
         listen(self, self._on_registration)
@@ -154,13 +159,13 @@ class LGVQLoss(Wrapper):
         The heads are gone from the host; an optimizer that holds them steps the host as before.
         """
         stop_listening(self)
-        for part in (self._tap, self._check, self._methods):
+        for part in (self._tap, self._check, self._guard, self._methods):
             if part is not None:
                 part.remove()
         if self._host is not None:
             replace_module(self._host.module, self, self.base_loss)
         self._modules.pop("lgvq", None)
-        self._tap = self._check = self._captions = self._methods = None
+        self._tap = self._check = self._guard = self._captions = self._methods = None
         self._orphan_told = True
         return self.base_loss
 
@@ -170,7 +175,12 @@ class LGVQLoss(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # No batch and no pending check in a copy or a file.
-        return {**self.__dict__, "_captions": None, "_check": None, "latest": {}}
+        return {**self.__dict__, "_captions": None, "_check": None, "_guard": None, "latest": {}}
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What a term, or a gradient, that is not finite does: "raise" or "skip"."""
+        return self._config.on_nonfinite
 
     @property
     def quantizer_path(self) -> str | list[str] | None:
@@ -282,6 +292,9 @@ class LGVQLoss(Wrapper):
             heads = self.alignment.parameters()
             self._check = self._check or OptimizerCheck(heads, self._host_parameters)
             self._check.raise_if_failed()
+            if self.checks_gradients and self._guard is None:
+                assert self._host is not None
+                self._guard = GradientCheck(self._host.module, self.alignment, self.on_nonfinite)
         self._tap.set_scale(self.alignment.scale(int(step)))
         total, log = self.alignment(codes, captions, step=int(step), split=split)
         return total, log | self._tap.balance_log(split)

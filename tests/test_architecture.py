@@ -29,8 +29,8 @@ FLOORS = [  # top floor first; a module may import only from floors below its ow
     {"functional"},
     {"config"},
     {"compat"},
-    {"_fields", "_device"},
-    {"types", "sockets", "dist", "_files", "_arguments"},
+    {"_fields", "_device", "_files", "_finite", "_safe_load"},
+    {"types", "sockets", "dist", "_arguments"},
 ]
 FLOOR = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 SOCKETS = {"objectives", "guides", "hosts", "datasets", "probes"}  # members: named by config only

@@ -115,6 +115,9 @@ def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
         if not _tensors(raw.get(root)):
             raise ConfigError(f"no tensors at {root!r}{suggest(root, [str(key) for key in raw])}")
         return root, _tensors(raw[root])
+    if "state_dict" in raw and not _tensors(raw["state_dict"]):
+        found = type(raw["state_dict"]).__name__
+        raise ConfigError(f"its state_dict is a {found} without tensors; expected name: tensor")
     for name in ROOTS:
         if _tensors(raw.get(name)):
             return name, _tensors(raw[name])

@@ -7,12 +7,14 @@ from typing import Any
 
 from ..config import parse
 from ..sockets import ConfigError
-from ..training.base import LOSS_KEYS, loss_key
+from ..training.base import FROZEN, LOSS_KEYS, TrainingConfig, loss_key
 from .base import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 TAMING = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+GENTLE = {"max_learning_rate": 1e-4, "warmup_steps": 100}
+"""What a retrofit adds to `training:`."""
 OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
 
 
@@ -53,6 +55,40 @@ def over_old_loss(
     inner["lgvq"] = block
     params.pop("ckpt_path", None)
     return made
+
+
+def gently(training: Any) -> Any:
+    """Return a `training:` section with a safe learning rate for weights that are good already.
+
+    The moments of Adam start anew, so its first steps move every weight by a whole learning rate,
+    whatever the gradient is: a rate that trained a host from scratch ruins it in two of them.
+
+    Args:
+        training: the given section; its own keys win.
+
+    Example:
+        >>> gently({"max_steps": 5000, "warmup_steps": 0})
+        {'max_learning_rate': 0.0001, 'max_steps': 5000, 'warmup_steps': 0}
+    """
+    if not isinstance(training, Mapping):
+        return training
+    return {**{k: v for k, v in GENTLE.items() if k not in training}, **training}
+
+
+def require_steps_for_host(training: TrainingConfig) -> None:
+    """Refuse a run in which the host would never learn.
+
+    Raises:
+        ConfigError: if `heads_first` takes all steps.
+    """
+    if training.heads_first >= training.max_steps:
+        raise ConfigError(
+            f"training.heads_first={training.heads_first} (--heads-first) leaves none of "
+            f"training.max_steps={training.max_steps} to the host: it would stay as it is, and all "
+            "differences 0; raise training.max_steps, or lower --heads-first"
+        )
+    if set(training.freeze) >= set(FROZEN):
+        logger.warning("--freeze takes all of the host: it stays as it is, all differences are 0")
 
 
 def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -14,11 +14,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from .._finite import in_groups
+from .._safe_load import How, plain, read_raw
 from ..sockets import ConfigError
 from ..training.base import LOSS_KEYS, build_host, read_config, to_plain
 from ._compare import LoadReport, compare
 from ._layout import sort_tensors, unflatten
-from ._safe_load import How, plain, read_raw
 
 __all__ = ["Checkpoint", "LoadReport", "load_checkpoint", "load_host", "load_into"]
 
@@ -71,7 +72,13 @@ def load_checkpoint(
         ConfigError: if there is no such file, it is damaged, holds no tensors, or wants trust.
     """
     file = _file_of(Path(path))
-    raw, how = read_raw(file, trust_pickle=trust_pickle)
+    try:
+        raw, how = read_raw(file, trust_pickle=trust_pickle)
+    except ConfigError as error:
+        older = [p for p in sorted(file.parent.glob("step=*.ckpt")) if not p.samefile(file)]
+        if not file.is_file() or not older:
+            raise
+        raise ConfigError(f"{error}; the checkpoint before it is {str(older[-1])!r}") from error
     try:
         layout = sort_tensors(raw, root=root)
     except ConfigError as error:
@@ -126,6 +133,12 @@ def load_into(
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r} does not fit {type(host).__name__}; nothing "
             f"was loaded. {report}"
+        )
+    poisoned = [key for key in report.loaded if given[key].isnan().any()]
+    if poisoned:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} is of a run that diverged: NaN in "
+            f"{in_groups(poisoned)}; take an older one"
         )
     host.load_state_dict({key: given[key] for key in report.loaded}, strict=False)
     after = host.state_dict()

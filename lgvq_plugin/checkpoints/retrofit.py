@@ -23,12 +23,19 @@ from ..hosts.base import load_heads, reconstruct
 from ..sockets import ConfigError
 from ..training.base import Sections, build_dataset, lgvq_block, read_config, to_plain
 from ..training.run import TrainResult, train
-from ._retrofit_config import over_old_loss, shift_discriminator
+from ._retrofit_config import (
+    gently,
+    over_old_loss,
+    require_steps_for_host,
+    shift_discriminator,
+)
 from ._side_by_side import as_table, compare_hosts
 from .base import Checkpoint, LoadReport, load_checkpoint, load_host, load_into
 
 logger = logging.getLogger(__name__)
 
+RATES = ("model.learning_rate=", "model.base_learning_rate=")
+FELL = 0.5  # dB of PSNR
 CHECKED = 4  # images on which old and new must agree bit by bit
 
 
@@ -59,7 +66,9 @@ def retrofit(
     """Train LG-VQ on from an old checkpoint, and compare old and new.
 
     Args:
-        config: of the old run, `training:` given; a top-level `lgvq:` goes to the loss.
+        config: of the old run, `training:` given; a top-level `lgvq:` goes to the loss. Unless
+            `training` says otherwise, the learning rate is 1e-4 at the most (max_learning_rate)
+            and warms up over 100 steps (warmup_steps), for the control as well.
         checkpoint: the old weights.
         folder: of the new run.
         averaged: start from the averaged weights where there are any.
@@ -77,10 +86,12 @@ def retrofit(
     folder = Path(folder)
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
+    plain["training"] = gently(plain.get("training"))
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
     sections = Sections.of(new)
+    require_steps_for_host(sections.training)
     guide = build_guide(parse(lgvq_block(sections.plain)).guide)  # before hours of training
     held_out = build_dataset(sections.data.validation or sections.data.train)
     images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
@@ -181,8 +192,36 @@ def _write_report(
     text = f"# {checkpoint.path.name} and {result.run.steps} steps of LG-VQ later\n\n"
     text += f"On the images of {told['images']}; ± is half the 95 % interval over images.\n\n"
     text += as_table(result.rows) + "\n"
+    text += "".join(f"\n{line}\n" for line in warnings_of(result.rows))
     write_json(folder / "retrofit.json", told)
     write_text(folder / "retrofit.md", text)
+
+
+def warnings_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say if training on has cost the host its reconstructions, and what to do.
+
+    Example:
+        >>> row = {"old": 19.6, "new": 6.6, "control": 6.5, "difference": -13.0}
+        >>> warnings_of({"reconstruction/psnr": row})[0][:52]
+        'PSNR fell from 19.60 to 6.60 dB, and to 6.50 dB in t'
+    """
+    row = rows.get("reconstruction/psnr", {})
+    if not row or row["old"] - min(row["new"], row.get("control", row["new"])) < FELL:
+        return []
+    told = f"PSNR fell from {row['old']:.2f} to {row['new']:.2f} dB"
+    if "control" not in row:
+        cause = "--control would show whether LG-VQ or the training itself did that"
+    else:
+        told += f", and to {row['control']:.2f} dB in the control, without LG-VQ"
+        if row["old"] - row["control"] < FELL:
+            told = told.replace(", and to", "; it is")
+            cause = "the weights of LG-VQ are too high for this host (lgvq.gradient_ratio)"
+        else:
+            cause = "the training itself did that, not the text"
+    return [
+        f"{told}: {cause}. Lower the learning rate (model.learning_rate, "
+        "training.max_learning_rate), or raise training.warmup_steps"
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -222,6 +261,10 @@ def main(argv: Sequence[str]) -> int:
     if given.freeze:
         overrides.append(f"training.freeze=[{given.freeze}]")
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    if any(word.startswith(RATES) for word in overrides) and not any(
+        word.startswith("training.max_learning_rate=") for word in overrides
+    ):
+        overrides.append("training.max_learning_rate=null")  # a rate chosen for this very run
     config = _config(given.base, overrides, checkpoint)
     result = retrofit(
         config,
@@ -235,6 +278,8 @@ def main(argv: Sequence[str]) -> int:
         most=given.images,
     )
     print(as_table(result.rows))
+    for line in warnings_of(result.rows):
+        logger.warning("%s", line)
     logger.info("%d steps in %s; the table is in retrofit.md", result.run.steps, result.run.folder)
     return 0
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._safe_load import read_raw
 from ..sockets import ConfigError, instantiate
 from ._image_tokenizer import AbstractImageTokenizer
 from ._vector_quantizer import VectorQuantizer
@@ -143,8 +143,10 @@ class VQVAE(AbstractImageTokenizer):
         """
         if not Path(path).is_file():
             raise ConfigError(f"ckpt_path: no file {path!r}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        raw, _ = read_raw(Path(path))
+        state = raw.get("state_dict", raw) if isinstance(raw, Mapping) else raw
+        if not isinstance(state, Mapping) or not state:
+            raise ConfigError(f"ckpt_path: {path!r} holds no state dict")
         try:
             missing, left_over = self.load_state_dict(state, strict=False)
         except RuntimeError as error:

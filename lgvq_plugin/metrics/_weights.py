@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._safe_load import read_raw
 from ..sockets import ConfigError
 
 
@@ -27,7 +28,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found, _ = read_raw(path)
+    except ConfigError as error:
+        raise ConfigError(f"weights: {error}") from error
     except Exception as error:
         raise ConfigError(f"weights: {str(path)!r} cannot be read: {error}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found

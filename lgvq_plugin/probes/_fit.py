@@ -5,7 +5,8 @@ What a step sees depends on (seed, step) alone, so a run that was cut off ends a
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from tqdm import tqdm
 
 from .._fields import require
 from .._files import replacing
+from .._safe_load import read_raw
+from ..sockets import ConfigError
+
+logger = logging.getLogger(__name__)
 
 LossOf = Callable[[Tensor, torch.Generator], Tensor]
 """Rows (B,) int64 on the CPU and a CPU generator -> scalar loss."""
@@ -151,8 +156,12 @@ def _restore(
 ) -> int:
     if path is None or not path.is_file():
         return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved["mark"] != mark:
+    try:
+        saved, _ = read_raw(path)
+    except ConfigError as error:
+        logger.warning("%s; the probe is fitted from the start", error)
+        return 0
+    if not isinstance(saved, Mapping) or saved.get("mark") != mark:
         return 0
     network.load_state_dict(saved["network"])
     optimizer.load_state_dict(saved["optimizer"])

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .._files import replacing
+from .._files import replacing, writing
 
 
 class MetricsFile(Logger):
@@ -29,10 +29,12 @@ class MetricsFile(Logger):
         self._keys = ["step"]
         self._rows: list[dict[str, str]] = []
         if resumed_at > 0 and self.path.is_file():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._rows = [row for row in reader if int(row["step"]) <= resumed_at]
-                self._keys = list(reader.fieldnames or self._keys)
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            # A kill or a full disk leaves half a row at the end.
+            reader = csv.DictReader(line for line in lines if line.endswith("\n"))
+            rows = [row for row in reader if (row.get("step") or "").isdecimal()]
+            self._rows = [row for row in rows if int(row["step"]) <= resumed_at]
+            self._keys = list(reader.fieldnames or self._keys)
         self._is_behind = True  # the file has to be written as a whole before it grows
 
     @property
@@ -59,7 +61,7 @@ class MetricsFile(Logger):
             self._keys += new
             self._write_all()
             return
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._keys, restval="").writerow(row)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kw: Any) -> None:

@@ -5,6 +5,7 @@ batch --host.get_input--> x --host--> xrec, qloss --host.loss(0)--> generator's 
 Lightning refuses two optimizers unless they are driven by hand; so they are, here.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .._finite import MOST_SKIPPED, all_finite, nonfinite_gradients
 from ..sockets import ConfigError
 from . import _rng
+from ._checkpoint import STATE, require_fit, require_like, require_optimizers
 from ._data import Stream, train_loader
 from ._freeze import Freeze
 from ._settings import TrainingConfig
 
+logger = logging.getLogger(__name__)
+
 PASSES = ("generator", "discriminator")
-STATE = "lgvq_training"  # our own entry of a checkpoint
 
 
 class HostDriver(pl.LightningModule):
@@ -62,7 +66,13 @@ class HostDriver(pl.LightningModule):
         self.samples = 0
         self.has_stepped = False  # whether the batch before ended a step
         self._batches = 0  # of the step under way
+        self._skipped: dict[int, int] = {}  # updates in a row that each optimizer left out
         self._generators: list[dict[str, Any]] | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        # Buffers may hold -inf from the start (attention masks); nothing may come to hold it.
+        self._infinite = {name for name, buffer in host.named_buffers() if not all_finite([buffer])}
+        if hasattr(host.loss, "checks_gradients"):  # LGVQLoss: once is enough
+            host.loss.checks_gradients = False  # type: ignore[union-attr]
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -85,11 +95,12 @@ class HostDriver(pl.LightningModule):
                 if which > 0 and self.settings.two_forward:
                     output = self.host(x)
                 loss = self._loss(x, output, which, step, "train", log)
-                _check_finite(loss, log, which, step)
                 self.manual_backward(loss / self.settings.accumulate_grad_batches)
                 if self.has_stepped:
                     self.frozen.drop_gradients(step)
-                    self._update(optimizer, is_first=which == 0)
+                self._require_finite(loss, log, optimizer, which, step)
+                if self.has_stepped:
+                    self._update(optimizer, step)
         self.latest = log
         self.samples += self.batch_size * self.trainer.world_size
         if self.has_stepped:
@@ -138,15 +149,84 @@ class HostDriver(pl.LightningModule):
             extra._on_before_step = extra._on_after_step = _nothing
         return optimizers
 
-    def _update(self, optimizer: Any, *, is_first: bool) -> None:
+    def _require_finite(
+        self, loss: Tensor, log: Mapping[str, Tensor], optimizer: Any, which: int, step: int
+    ) -> None:
+        """Check the loss and, before an update, all gradients; one read from the device for both.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite, or for gradients, unless the next
+                update is to be left out (`lgvq.on_nonfinite: skip`; fp16's own scaler); also
+                after MOST_SKIPPED such updates in a row.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in held if p.grad is not None] if self.has_stepped else []
+        bad = torch.stack([~loss.detach().isfinite().all(), ~all_finite(gradients).to(loss.device)])
+        if self.trainer.world_size > 1:  # all processes stop, or leave the update out, together
+            bad = bad.float()
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        loss_is_bad, gradient_is_bad = bad.tolist()
+        if loss_is_bad:
+            _raise_for_loss(log, which, step)
+        if not gradient_is_bad:
+            self._skipped[which] = 0 if self.has_stepped else self._skipped.get(which, 0)
+            return
+        where = nonfinite_gradients(self.host, held)
+        found = f"step {step}: the {PASSES[which]}'s gradient is not finite in {where or '?'}"
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        skips = has_scaler or getattr(self.host.loss, "on_nonfinite", "raise") == "skip"
+        self._skipped[which] = self._skipped.get(which, 0) + 1
+        if not skips or self._skipped[which] >= MOST_SKIPPED:
+            often = f", the {MOST_SKIPPED}th update in a row that is left out" if skips else ""
+            raise FloatingPointError(
+                f"{found}{often}; no weight was updated with it. Lower the learning rate or the "
+                "weight of that term, or train in 32-true"
+            )
+        if not has_scaler:  # GradScaler leaves the update out by itself, and lowers its scale
+            logger.warning("%s; this update is left out", found)
+            optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, optimizer: Any, step: int) -> None:
         clip = self.settings.gradient_clip_val
         if clip is not None:
             # fp16 gradients still carry the scaler's factor here: the limit carries it too.
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             limit = clip * (scaler.get_scale() if scaler is not None else 1.0)
             self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            factor = self.warmup(group, step)
+            group["lr"] = rate if factor == 1.0 else rate * factor
         optimizer.step()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the host's schedules go on from their own
         optimizer.zero_grad(set_to_none=True)
+
+    def warmup(self, group: Mapping[str, Any], step: int) -> float:
+        """Return the share of its learning rate that a parameter group has at `step`, in (0, 1].
+
+        The heads warm up from step 0; everything else from the step at which it begins to learn.
+        """
+        if not self.settings.warmup_steps:
+            return 1.0
+        is_heads = any(id(p) in self.frozen.heads for p in group["params"])
+        done = step - (0 if is_heads else self.settings.heads_first)
+        return min(1.0, max(1, done + 1) / (self.settings.warmup_steps + 1))
+
+    def nonfinite(self) -> list[str]:
+        """Return the names of the host's weights, buffers and moments that are not finite."""
+        found = [name for name, p in self.host.named_parameters() if not all_finite([p])]
+        found += [
+            name
+            for name, buffer in self.host.named_buffers()
+            if name not in self._infinite and not all_finite([buffer])
+        ]
+        names = {p: name for name, p in self.host.named_parameters()}
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                if not all_finite([value for value in state.values() if isinstance(value, Tensor)]):
+                    found.append(f"{names.get(parameter, '?')}, in the optimizer's state")
+        return found
 
     def _share_buffers(self) -> None:
         """Give all processes the first one's buffers (BatchNorm's, an EMA codebook's).
@@ -195,7 +275,15 @@ class HostDriver(pl.LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """Tell modules of the other Lightning package where they are; ours moves only tensors."""
+        """Tell modules of the other Lightning package where they are; ours moves only tensors.
+
+        Raises:
+            ConfigError: if the optimizers' states to be resumed do not fit.
+        """
+        if self._resumed is not None:
+            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            states, saved = self._resumed["optimizer_states"], self._resumed["lr_schedulers"]
+            require_optimizers(states, self.trainer.optimizers, schedulers, saved, self._path)
         part: Any
         for part in self.host.modules():
             if "_device" in vars(part):
@@ -213,9 +301,25 @@ class HostDriver(pl.LightningModule):
         self._generators = None
 
     def on_train_start(self) -> None:
-        """Give each process a stream of its own, which no construction before has moved."""
+        """Give each process a stream of its own, which no construction before has moved.
+
+        Raises:
+            ConfigError: if a checkpoint contradicts itself about its step.
+        """
+        saved, self._resumed = self._resumed, None
+        if saved is not None and saved["global_step"] != self.global_step:
+            raise ConfigError(
+                f"checkpoint {self._path!r} cannot be resumed: global_step is "
+                f"{saved['global_step']}, its loops are at {self.global_step}; the file was "
+                "changed, resume from another"
+            )
         if self._generators is None:
             _rng.seed_all(self.settings.seed + self.trainer.global_rank)
+
+    @property
+    def _path(self) -> str:
+        """Of the checkpoint that is resumed."""
+        return str(self.trainer.ckpt_path)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the host's state dict."""
@@ -238,10 +342,27 @@ class HostDriver(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back; a checkpoint of another trainer has none."""
-        kept = checkpoint.get(STATE, {})
-        self.samples = kept.get("samples", 0)
-        self._generators = kept.get("generators")
+        """Take it back.
+
+        Raises:
+            ConfigError: if something in it does not fit the host.
+        """
+        require_fit(checkpoint["state_dict"], self.host, "state_dict", self._path)
+        loops = self.trainer.fit_loop.state_dict()
+        require_like(checkpoint["loops"]["fit_loop"], loops, "loops.fit_loop", self._path)
+        kept = checkpoint[STATE]
+        for generators in kept["generators"]:
+            try:
+                with _rng.preserved():
+                    _rng.restore(generators)
+            except Exception as error:  # whatever the generators make of it
+                raise ConfigError(
+                    f"checkpoint {self._path!r} cannot be resumed: {STATE}.generators holds no "
+                    f"states of generators ({type(error).__name__}: {error}); resume from another"
+                ) from error
+        self._resumed = checkpoint
+        self.samples = kept["samples"]
+        self._generators = kept["generators"]
 
 
 def check_protocol(host: nn.Module) -> None:
@@ -266,9 +387,7 @@ def check_protocol(host: nn.Module) -> None:
         )
 
 
-def _check_finite(loss: Tensor, log: Mapping[str, Tensor], which: int, step: int) -> None:
-    if torch.isfinite(loss).all():
-        return
+def _raise_for_loss(log: Mapping[str, Tensor], which: int, step: int) -> None:
     bad = [f"{key} = {value.item()}" for key, value in log.items() if not value.isfinite().all()]
     raise FloatingPointError(
         f"step {step}: the {PASSES[which]}'s loss is not finite: {', '.join(bad)}; "

@@ -25,6 +25,9 @@ class Freeze:
         parts: some of encoder, decoder, codebook.
         heads_first: while the step is below it, everything but our heads is frozen.
 
+    Attributes:
+        heads: ids of the heads' parameters.
+
     Raises:
         ConfigError: if the host lacks a part, or has no heads to train first.
     """
@@ -41,8 +44,8 @@ class Freeze:
         self._first = [module for name, module in host.named_children() if name != "loss"]
         discriminator = getattr(getattr(host, "loss", None), "discriminator", None)
         self._first += [discriminator] if isinstance(discriminator, nn.Module) else []
-        held = {id(p) for p in heads}
-        self._others = [p for p in host.parameters() if id(p) not in held]
+        self.heads = {id(p) for p in heads}
+        self._others = [p for p in host.parameters() if id(p) not in self.heads]
 
     def trains_heads_only(self, step: int) -> bool:
         """Whether at `step` nothing but the heads learns."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import write_bytes
+
 
 def write_grid(path: Path, rows: list[Tensor], *, columns: int = 8, gap: int = 2) -> None:
     """Write rows of images, each (B, 3, H, W) in [-1, 1] (clamped), below each other.
@@ -28,8 +30,7 @@ def write_grid(path: Path, rows: list[Tensor], *, columns: int = 8, gap: int = 2
         for j in range(across):
             top, left = gap + i * (height + gap), gap + j * (width + gap)
             canvas[top : top + height, left : left + width] = pixels[i, j].transpose(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_encode(canvas))
+    write_bytes(path, _encode(canvas))
 
 
 def _encode(pixels: np.ndarray) -> bytes:

@@ -117,6 +117,16 @@ class Sections:
 
     def learning_rate(self, world_size: int) -> float:
         """Return the host's learning rate on `world_size` processes, and log how it came about."""
+        rate, most = self._own_learning_rate(world_size), self.training.max_learning_rate
+        if most is None or rate <= most:
+            return rate
+        logger.info(
+            "learning rate %.3g instead of %.3g: the limit is training.max_learning_rate=%.3g",
+            *(most, rate, most),
+        )
+        return most
+
+    def _own_learning_rate(self, world_size: int) -> float:
         model, training = self.model, self.training
         if model.get("learning_rate") is not None:
             return float(model["learning_rate"])

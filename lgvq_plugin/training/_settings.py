@@ -24,6 +24,10 @@ class TrainingConfig:
     """Of the weights, the order of the samples, and every draw in training."""
     scale_lr: bool = True
     """taming's rule: base_learning_rate x batch_size x devices x accumulate_grad_batches."""
+    max_learning_rate: float | None = None
+    """A host's learning rate above this is lowered to it; null = no limit."""
+    warmup_steps: int = 0
+    """Steps over which all learning rates grow linearly to their values; 0 = none."""
     accumulate_grad_batches: int = 1
     """Batches whose gradients are averaged for one step."""
     gradient_clip_val: float | None = None
@@ -72,6 +76,9 @@ class TrainingConfig:
             "ema_decay", decay is None or (_is_positive(decay) and decay < 1), "in (0, 1), or null"
         )
         self._check("seed", self.seed == 0 or _is_count(self.seed), "a whole number >= 0")
+        most, warmup = self.max_learning_rate, self.warmup_steps
+        self._check("max_learning_rate", most is None or _is_positive(most), "> 0, or null")
+        self._check("warmup_steps", warmup == 0 or _is_count(warmup), "a whole number >= 0")
         devices = self.devices
         self._check("devices", devices == "auto" or _is_count(devices), "a number > 0, or auto")
         first = self.heads_first

@@ -21,9 +21,10 @@ from ._sections import (
     read_config,
     to_plain,
 )
-from ._settings import TrainingConfig
+from ._settings import FROZEN, TrainingConfig
 
 __all__ = [
+    "FROZEN",
     "LOSS_KEYS",
     "DataSection",
     "Sections",

@@ -25,13 +25,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .._arguments import parse_words
+from .._files import remove_parts, write_text
 from ..sockets import ConfigError
 from . import _checkpoint, _rng
 from ._csv import MetricsFile
 from ._data import validation_loader
 from ._driver import HostDriver
 from ._quiet import quiet_lightning
-from ._watch import Stopped, Watch
+from ._watch import Signals, Stopped, Watch
 from .base import Sections, build_dataset, build_host, read_config
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
@@ -83,12 +84,37 @@ def train(
     Raises:
         ConfigError: if the config, the data or the checkpoint is wrong.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
-        FloatingPointError: if a loss is not finite; it names the term and the step.
+        FloatingPointError: if a loss, a gradient or a weight is not finite; it names the term or
+            the parameters, the step, and the last checkpoint.
     """
+    with Signals() as signals:
+        try:
+            return _train(config, name, Path(logdir), resume, progress, prepare, signals)
+        except Interrupted:
+            raise
+        except (KeyboardInterrupt, SIGTERMException, SystemExit) as error:
+            if signals.noted is None:
+                raise
+            raise Interrupted(
+                "stopped at once, without saving; go on with the newest checkpoint, if there is "
+                "one: --resume auto"
+                if signals.is_training
+                else "stopped before the first step; nothing new to save"
+            ) from error
+
+
+def _train(
+    config: DictConfig | Mapping[str, Any],
+    name: str | None,
+    logdir: Path,
+    resume: str | Path | None,
+    progress: bool,
+    prepare: Callable[[nn.Module], None] | None,
+    signals: Signals,
+) -> TrainResult:
     sections = Sections.of(config)
-    found = _find_checkpoint(resume, name, Path(logdir))
-    folder = _run_folder(name, found, Path(logdir), sections)
-    checkpoint = _checkpoint.read(found) if found else {}
+    found, checkpoint = _find_checkpoint(resume, name, logdir) or (None, {})
+    folder = _run_folder(name, found, logdir, sections)
     if found:
         _checkpoint.check_config(checkpoint, sections.plain, found)
     _rng.seed_all(sections.training.seed)
@@ -107,36 +133,44 @@ def train(
         trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
     del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
     host.learning_rate = sections.learning_rate(trainer.world_size)
-    watch = Watch(folder, validation=_validation(sections, trainer), progress=progress)
+    validation = _validation(sections, trainer)
+    watch = Watch(folder, validation=validation, progress=progress, signals=signals)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-    _write_config(folder, sections.plain)
+    _begin_folder(folder, sections.plain)
     try:
         with watch.guarding(), quiet_lightning():
             trainer.fit(driver, ckpt_path=str(found) if found else None)
     except Stopped as stop:
         raise Interrupted(f"{stop}; go on with: --name {folder.name} --resume auto") from None
-    except SIGTERMException:
-        raise Interrupted("stopped before the first step; nothing new to save") from None
+    except (ConfigError, FloatingPointError) as error:
+        if not driver.latest:  # it has not begun
+            raise
+        last = _checkpoint.newest(folder)
+        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise type(error)(f"{error}; {kept}") from error
     last = _checkpoint.newest(folder) or found or folder
     return TrainResult(folder, trainer.global_step, watch.metrics, last, host)
 
 
-def _find_checkpoint(resume: str | Path | None, name: str | None, logdir: Path) -> Path | None:
+def _find_checkpoint(
+    resume: str | Path | None, name: str | None, logdir: Path
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to resume from, read and checked."""
     if resume is None:
         return None
     if str(resume) == "auto":
         if not name:
             raise ConfigError("--resume auto needs --name: the run folder to go on in")
-        return _checkpoint.newest(logdir / name)
+        return _checkpoint.newest_whole(logdir / name)
     path = Path(resume)
     if path.is_dir():
-        found = _checkpoint.newest(path)
+        found = _checkpoint.newest_whole(path)
         if found is None:
             raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
         return found
     if not path.is_file():
         raise ConfigError(f"--resume {str(path)!r}: no such checkpoint or run folder")
-    return path
+    return path, _checkpoint.read(path)
 
 
 def _run_folder(
@@ -230,10 +264,11 @@ def _validation(sections: Sections, trainer: pl.Trainer) -> Callable[[], DataLoa
 
 
 @rank_zero_only
-def _write_config(folder: Path, plain: Mapping[str, Any]) -> None:
-    path = folder / "configs" / "merged.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(plain)), path)
+def _begin_folder(folder: Path, plain: Mapping[str, Any]) -> None:
+    """Remove what killed processes left, and write the config."""
+    remove_parts(folder)
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
+    write_text(folder / "configs" / "merged.yaml", text)
 
 
 def main(argv: list[str]) -> int:

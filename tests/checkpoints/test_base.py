@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lgvq_plugin import cli
 from lgvq_plugin.checkpoints._compare import sizes_of
 from lgvq_plugin.checkpoints.base import load_checkpoint, load_host, load_into
 from lgvq_plugin.hosts.base import encode, reconstruct
@@ -229,3 +230,43 @@ def test_foreign_files_on_real_photos(shared, name, quantizer, codes, psnr):
     assert float(-10 * error.log10().mean()) == pytest.approx(psnr, abs=0.6)
     used = len(encode(host, images).indices.unique())
     assert codes[0] <= used <= codes[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"state_dict": None}, "state_dict is a NoneType without tensors"),
+        ({"state_dict": "text", "ema": {"a": torch.zeros(1)}}, "state_dict is a str"),
+        ({"state_dict": [1, 2]}, "state_dict is a list"),
+        ({"epoch": 3}, "no tensors in the checkpoint"),
+        ([1, 2], "holds a list"),
+        (torch.zeros(3), "holds a Tensor"),
+        (b"PK\x03\x04", "cannot be read"),
+        (b"not a checkpoint", "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("command", ["export", "eval", "inspect", "retrofit"])
+def test_every_command_refuses_a_tampered_file_in_one_line(
+    tmp_path, capsys, config, command, content, told
+):
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    OmegaConf.save(OmegaConf.create(config()), tmp_path / "c.yaml")
+    argv = [command, "-b", str(tmp_path / "c.yaml"), "--ckpt", str(path), "-o"]
+    argv = argv[:-1] if command == "eval" else [*argv, str(tmp_path / "out")]
+    argv += ["--format", "host"] if command == "export" else []
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr().err
+    assert told in shown
+    assert "bad.ckpt" in shown
+    assert len(shown.splitlines()) == 1
+    assert "weights_only" not in shown
+
+
+def test_a_diverged_checkpoint_is_named(old, tmp_path):
+    config, host, _ = old("vqvae")
+    with torch.no_grad():
+        host.encoder.conv_out.weight[0] = torch.nan
+    torch.save({"state_dict": host.state_dict()}, tmp_path / "nan.ckpt")
+    with pytest.raises(ConfigError, match=r"NaN in encoder \(encoder\.conv_out\.weight\)"):
+        load_host(config, tmp_path / "nan.ckpt")

@@ -12,7 +12,7 @@ from lgvq_plugin import cli
 from lgvq_plugin.checkpoints._retrofit_config import over_old_loss, shift_discriminator
 from lgvq_plugin.checkpoints._side_by_side import compare_hosts
 from lgvq_plugin.checkpoints.base import load_checkpoint
-from lgvq_plugin.checkpoints.retrofit import require_same, retrofit
+from lgvq_plugin.checkpoints.retrofit import require_same, retrofit, warnings_of
 from lgvq_plugin.hosts.base import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
@@ -20,6 +20,7 @@ from lgvq_plugin.training.base import build_dataset, build_host
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
 MICRO = {"guide": {"use": "micro_clip"}}
+ROUGH = {"max_learning_rate": None, "warmup_steps": 0, "log_every": 1}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ def test_a_control_is_trained_on_with_the_old_loss(old, tmp_path):
     result = retrofit(config, load_checkpoint(path), out, control=True, progress=False)
     by_hand = copy.deepcopy(config)
     del by_hand["lgvq"], by_hand["training"]["heads_first"]
+    by_hand["training"] |= {"max_learning_rate": 1e-4, "warmup_steps": 100}
     start = host.state_dict()
     reference = training_run.train(
         by_hand,
@@ -177,9 +179,43 @@ def test_heads_of_another_run_are_taken(old, tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.parametrize(("settings", "most"), [({"log_every": 1}, 1e-4 * 3 / 101), (ROUGH, 2e-3)])
+def test_cold_moments_do_not_ruin_a_good_checkpoint(old, tmp_path, settings, most):
+    """Adam's first steps move each weight by a learning rate, 1e-3 here, whatever its gradient."""
+    config, host, path = old("vqvae")
+    config["lgvq"] = MICRO
+    config["training"] |= settings
+    out = tmp_path / "new"
+    new = retrofit(config, load_checkpoint(path), out, control=True, progress=False).run.host
+    control = torch.load(out / "control/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for state in (new.state_dict(), control):
+        moved = max(
+            float((state[key] - value).abs().max())
+            for key, value in host.state_dict().items()
+            if key.startswith(("encoder.", "decoder."))  # codes move by restarts as well
+        )
+        assert most / 3 < moved < most * 1.01
+    with (out / "metrics.csv").open() as file:
+        rates = [float(row["train/lr"]) for row in csv.DictReader(file)]
+    assert sum(rates) == pytest.approx(most)
+
+
+def test_the_report_says_that_the_control_fell_too():
+    row = {"old": 19.6, "new": 6.6, "control": 6.5}
+    for change, told in [
+        ({}, ["and to 6.50 dB in the control", "not the text", "training.warmup_steps"]),
+        ({"control": 19.5}, ["it is 19.50 dB in the control", "lgvq.gradient_ratio"]),
+    ]:
+        (line,) = warnings_of({"reconstruction/psnr": row | change})
+        assert all(part in line for part in told)
+    assert warnings_of({"reconstruction/psnr": {"old": 19.6, "new": 19.5}}) == []
+    assert "--control" in warnings_of({"reconstruction/psnr": {"old": 19.6, "new": 6.5}})[0]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--ckpt", "OLD", "-b", "CONFIG", "--heads-first", "50"], "leaves none of training.max_"),
         (["--ckpt", "nothing.ckpt"], "no checkpoint 'nothing.ckpt'"),
         (["--ckpt", "OLD", "-b", "CONFIG", "model.params.n_embed=8"], "model.params.n_embed=16"),
         (["--ckpt", "OLD"], "give the old run's with -b CONFIG"),

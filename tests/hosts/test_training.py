@@ -1,6 +1,7 @@
 """Whole trainings: precision, accumulation, Lightning, SEED-Voken's and LlamaGen's own loops."""
 
 import copy
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -119,6 +120,35 @@ def test_a_term_that_is_not_finite_can_be_left_out():
     base, _ = host.loss.base_loss(quant_loss, x, xrec, 0, 0)
     others = sum(WEIGHTS[n] * log[f"train/lgvq/{n}"] for n in ("global_semantic", "relationship"))
     torch.testing.assert_close(total, base + others)
+
+
+@pytest.mark.parametrize("which", ["heads", "host"])
+def test_under_a_foreign_trainer_no_bad_gradient_reaches_a_weight(which, caplog):
+    host, loss = VQVAE.build(LGVQ)
+    optimizer = torch.optim.Adam(host.parameters(), 1e-3)
+    parts = (host.encoder, host.decoder, loss.alignment)  # the codebook follows its restarts too
+    before = [p.detach().clone() for part in parts for p in part.parameters()]
+    module, told = (loss.alignment, "heads") if which == "heads" else (host.decoder, "decoder")
+
+    def is_unchanged():
+        now = [p for part in parts for p in part.parameters()]
+        return all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+    def step():
+        x = host.get_input(VQVAE.batch(), "image")
+        xrec, quant_loss = host(x)
+        host.loss(quant_loss, x, xrec, 0, 0, last_layer=host.get_last_layer())[0].backward()
+        next(module.parameters()).grad.view(-1)[0] = torch.nan
+        optimizer.step()
+
+    with pytest.raises(FloatingPointError, match=rf"update 1: .*in .*{told}"):
+        step()
+    assert is_unchanged()
+    loss._config = replace(loss._config, on_nonfinite="skip")
+    loss._guard = None
+    step()
+    assert "this update is left out" in caplog.text
+    assert is_unchanged()
 
 
 # -- SEED-Voken: its own manual optimization under a real Trainer --------------------------------

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lgvq_plugin.checkpoints._safe_load import named_globals, read_raw, stand_in
+from lgvq_plugin._safe_load import named_globals, read_raw, stand_in
 from lgvq_plugin.checkpoints.base import load_checkpoint
 from lgvq_plugin.sockets import ConfigError
 

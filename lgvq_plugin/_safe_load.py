@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..sockets import ConfigError
+from .sockets import ConfigError
 
 How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
 
@@ -129,7 +129,10 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
     except pickle.UnpicklingError:
         names = named_globals(path)
     except Exception as error:  # garbage makes the unpickler stumble anywhere
-        raise ConfigError(f"checkpoint {str(path)!r} is damaged or none: {error}") from error
+        raise ConfigError(
+            f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint: "
+            f"{_first_line(error)}"
+        ) from error
     stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
     try:
         with torch.serialization.safe_globals(stand_ins):
@@ -139,7 +142,7 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         if trust_pickle:
             return _read_pickle(path), "pickle"
         if not names:
-            told = f"{str(path)!r} is damaged or no checkpoint: torch.load cannot read it"
+            told = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
             raise ConfigError(told) from error  # torch's own message advises to unpickle all
         raise ConfigError(_refusal(path, names, error)) from error
 
@@ -246,8 +249,15 @@ def _read_pickle(path: Path) -> Any:
 def _refusal(path: Path, names: set[str], error: Exception) -> str:
     ours = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode")
     strange = sorted(n for n in names if stand_in(n) is None and not n.startswith(ours))
-    reason = f"asks for {', '.join(strange)}" if strange else f"cannot be read safely ({error})"
+    plainly = f"cannot be read safely ({_first_line(error)})"
+    reason = f"asks for {', '.join(strange)}" if strange else plainly
     return (
         f"checkpoint {str(path)!r} {reason}, which could run any code; nothing of it has run. "
         "If you trust whoever made the file: --trust-pickle (trust_pickle=True)"
     )
+
+
+def _first_line(error: Exception) -> str:
+    """Return what went wrong, without torch's advice to unpickle everything that follows it."""
+    text = str(error).partition("\n")[0].partition("(1) In PyTorch 2.6")[0].partition(". ")[0]
+    return text.strip() or type(error).__name__

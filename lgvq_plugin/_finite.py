@@ -1,0 +1,50 @@
+"""Whether numbers are finite, with one read from the device, and how to say which are not."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+MOST_SKIPPED = 25
+"""Updates in a row that may be left out: fp16's scale has fallen from 2^16 to 2^-9 by then."""
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a boolean scalar on the tensors' device: whether all floating values are finite.
+
+    Example:
+        >>> import torch
+        >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
+        tensor(False)
+    """
+    dense = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    floating = [t for t in dense if t.is_floating_point() and t.numel()]
+    return get_total_norm(floating, norm_type=float("inf")).isfinite()
+
+
+def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
+    """Name the parameters `among` those of `module` whose gradient is not finite, by group."""
+    held = {id(p) for p in among}
+    return in_groups([
+        name
+        for name, parameter in module.named_parameters()
+        if id(parameter) in held and parameter.grad is not None and not all_finite([parameter.grad])
+    ])  # fmt: skip
+
+
+def in_groups(names: Sequence[str]) -> str:
+    """Return parameters' names by the part of the host that they belong to.
+
+    Example:
+        >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])
+        'encoder (encoder.a and 1 more), heads (loss.lgvq.c), discriminator (loss.discriminator.d)'
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        label = parts[1] if parts[0] == "loss" and len(parts) > 2 else parts[0]
+        groups.setdefault("heads" if label == "lgvq" else label, []).append(name)
+    return ", ".join(
+        f"{label} ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''})"
+        for label, found in groups.items()
+    )
