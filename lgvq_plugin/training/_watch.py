@@ -31,17 +31,23 @@ class Watch(pl.Callback):
         folder: of the run.
         validation: makes the loader of validation batches; or None.
         progress: whether to show a bar.
+        begin: called after the first batch, before anything is written.
 
     Attributes:
         metrics: the last value of every key.
     """
 
     def __init__(
-        self, folder: Path, *, validation: Callable[[], DataLoader] | None, progress: bool
+        self,
+        folder: Path,
+        *,
+        validation: Callable[[], DataLoader] | None,
+        progress: bool,
+        begin: Callable[[], None] | None = None,
     ):
         self.folder, self.progress = folder, progress
         self.validation: DataLoader | None = None
-        self._make_validation = validation
+        self._make_validation, self._begin = validation, begin
         self.metrics: dict[str, float] = {}
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -75,6 +81,9 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, module: HostDriver, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After each step, do what is due."""
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
         if not module.has_stepped:
             return
         settings, step = module.settings, trainer.global_step
