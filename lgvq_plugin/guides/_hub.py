@@ -45,7 +45,8 @@ def reach(url: str, sought: str, place: str) -> None:
         raise ConfigError(
             f"guide: no text weights. Sought: {sought}; not in {place}, and {url} cannot be "
             f"reached ({cause}). Copy that cache from a machine with a network (guide.cache_dir "
-            "names another folder), or give a file, guide: {use: open_clip, pretrained: PATH}, or a "
-            "folder, {use: open_clip, model: 'local-dir:PATH'} or {use: huggingface, model: PATH}. "
+            "names another folder), or give a file, guide: {use: open_clip, pretrained: PATH}, or "
+            "a folder, {use: open_clip, model: 'local-dir:PATH'}, or {use: huggingface, model: "
+            "PATH}. "
             f"{DEMO_ONLY}"
         )

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..hosts.base import reconstruct
-
 from ..sockets import ConfigError
 from . import _rng
 from ._data import Stream, train_loader
