@@ -1,6 +1,5 @@
 """From YAML files to checked sections: model, data, training."""
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..sockets import ConfigError, Problems, resolve, suggest
+from ..datasets import MEMBERS
+from ..sockets import ConfigError, Problems, suggest
 from ._settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 SECTIONS = ["model", "data", "training", "lightning"]
 LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
 MODEL_KEYS = ["base_learning_rate", "learning_rate", "target", "params"]
+_PACKAGE = __package__.partition(".")[0]
 RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
 DATA_SETS = ("train", "validation", "test")
 DATA_KEYS = ["batch_size", "num_workers", "train", "validation", "test", "wrap"]
@@ -126,7 +127,7 @@ class Sections:
             parts["data"] = data_section(plain)
             plain["data"] = with_sizes(plain["data"], plain.get("model"), warn=False)
         with found.collecting():
-            parts["training"] = TrainingConfig.of(_mapping(plain, "training", default={}))
+            parts["training"] = TrainingConfig.of(_section(plain, "training", default={}))
         if problems is None:
             found.raise_any()
         return cls(**parts, plain=plain)
@@ -193,7 +194,7 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
 DATA_HINT = "; give it, or --data FOLDER (images with captions)"
 
 
-def _mapping(
+def _section(
     plain: Mapping[str, Any], name: str, hint: str = "", *, default: Any = None
 ) -> dict[str, Any]:
     section = default if plain.get(name) is None else plain[name]
@@ -245,7 +246,11 @@ def with_sizes(data: Mapping[str, Any], model: Any, *, warn: bool = True) -> dic
 
 
 def _with_size(name: str, section: Any, key: str, size: int | list[int], *, warn: bool) -> Any:
-    if name not in DATA_SETS or not isinstance(section, Mapping) or not _takes_size(section):
+    if (
+        name not in DATA_SETS
+        or not isinstance(section, Mapping)
+        or not _is_ours(section.get("target"))
+    ):
         return section
     params = dict(section.get("params") or {})
     given = params.setdefault("size", size)
@@ -258,15 +263,9 @@ def _with_size(name: str, section: Any, key: str, size: int | list[int], *, warn
     return {**section, "params": params}
 
 
-def _takes_size(section: Mapping[str, Any]) -> bool:
-    try:
-        member = resolve("datasets", section.get("target", ""))
-        known = inspect.signature(member).parameters
-    except (ConfigError, ImportError, TypeError, ValueError):
-        return False  # reported when it is built
-    is_ours = member.__module__.partition(".")[0] == __package__.partition(".")[0]
-    options = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return is_ours and ("size" in known or options)
+def _is_ours(target: Any) -> bool:
+    """Whether a data set is one of this package, which all take `size`; imports none of them."""
+    return target in MEMBERS or str(target).startswith(f"{_PACKAGE}.datasets.")
 
 
 def loss_key(config: Mapping[str, Any]) -> str | None:
@@ -297,7 +296,7 @@ def data_section(plain: Mapping[str, Any]) -> DataSection:
     Raises:
         ConfigError: for what is missing or unknown in it.
     """
-    data = with_sizes(_mapping(plain, "data", DATA_HINT), plain.get("model"))
+    data = with_sizes(_section(plain, "data", DATA_HINT), plain.get("model"))
     direct = {key: value for key, value in data.items() if key not in ("target", "params")}
     given = {**(data.get("params") or {}), **direct}
     for key in given:

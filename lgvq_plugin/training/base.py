@@ -5,17 +5,14 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .. import compat
-from .._loss_parts import is_on
 from ..config import LGVQConfig, parse
-from ..datasets.base import CaptionedImages, recognize
-from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, Problems, import_target, instantiate, resolve
 from ._quiet import prints_to_stderr
 from ._sections import (
@@ -32,6 +29,9 @@ from ._sections import (
     with_sizes,
 )
 from ._settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from ..guides.base import AbstractGuide
 
 __all__ = [
     "LOSS_KEYS",
@@ -173,6 +173,8 @@ def _data_of(folder: Path, old: Any) -> dict[str, Any]:
 
 def _sets_of(folder: Path) -> dict[str, Any]:
     """Return train, validation and test as `{target, params}`."""
+    from ..datasets.base import recognize
+
     layout = recognize(folder)
     splits = {name: dict(params) for name, params in layout.splits.items()}
     inner = folder / "train"
@@ -227,6 +229,8 @@ def build_parts(
     if sections.model is not None:
         with problems.collecting():
             host = build_host(config)
+        from ..guides.base import build_guide
+
         if host is None and (block := _alignment_block(sections)) is not None:
             with problems.collecting():  # a host builds its loss before it gets to the guide
                 build_guide(block.guide)
@@ -254,6 +258,8 @@ def _build_named(name: str, section: Mapping[str, Any]) -> Any:
 
 def _alignment_block(sections: Sections) -> LGVQConfig | None:
     """Return the `lgvq:` block of a loss that has heads; None for a host's own loss."""
+    from .._loss_parts import is_on
+
     loss = loss_section({"model": sections.model}) if sections.model is not None else {}
     if not str(loss.get("target")).startswith(("lgvq_plugin.LGVQLoss", "lgvq_plugin.over.")):
         return None
@@ -288,6 +294,8 @@ def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> 
     Raises:
         ConfigError: if no image has a caption.
     """
+    from ..datasets.base import CaptionedImages
+
     total = len(dataset)
     if not isinstance(dataset, CaptionedImages) or block.caption_key not in (
         None,
@@ -314,7 +322,7 @@ def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> 
     return [text for texts in found[:READ] for text in texts][:READ]
 
 
-def tell_unknown_words(guide: AbstractGuide, captions: list[str]) -> None:
+def tell_unknown_words(guide: "AbstractGuide", captions: list[str]) -> None:
     """Warn if a guide does not know the words of the captions, as the embedded one may not."""
     counts = guide.unknown_words(captions)
     if counts is None or counts.unknown == 0:

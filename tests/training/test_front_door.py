@@ -158,7 +158,8 @@ def run(tmp_path, capsys, caplog, monkeypatch, ldm):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_trains_with_data_and_steps(run, photos, tmp_path, name):
     config = shipped(name)
-    code, said = run(config, "--data", photos, "--max-steps", 1, *OFFLINE)
+    workers = [] if name == "custom_vqgan" else ["data.num_workers=0"]
+    code, said = run(config, "--data", photos, "--max-steps", 1, *OFFLINE, *workers)
     assert code == 0, said
     merged = OmegaConf.load(tmp_path / "logs/a/configs/merged.yaml")
     assert merged.training == {"max_steps": 1}
@@ -174,7 +175,7 @@ def test_a_shipped_config_trains_with_data_and_steps(run, photos, tmp_path, name
         "split": "validation",
         "size": 32,
     }
-    assert "of 36 training images have captions" in said or "training images have captions" in said
+    assert "training images have captions" in said
     rate = config["data"]["params"]["batch_size"] * 4.5e-6
     assert f"learning rate {rate:.3g} =" in said
     metrics = (tmp_path / "logs/a/metrics.csv").read_text().splitlines()[0]
@@ -185,14 +186,14 @@ def test_a_shipped_config_trains_with_data_and_steps(run, photos, tmp_path, name
 def test_what_is_missing_is_said_at_once(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setattr("torchvision.models.vgg16", unreachable)
     config = shipped("custom_vqgan")
     config["model"]["params"]["lossconfig"]["params"]["lgvq"] = {
         "guide": {"cache_dir": str(tmp_path / "hub")}
     }
     monkeypatch.setattr("lgvq_plugin.guides._hub.urllib.request.urlopen", unreachable)
     code, said = run(config)
-    assert code == 2
+    assert code == 2, said
     for part in (
         "--max-steps N",
         "--data FOLDER (images with captions)",
@@ -216,7 +217,7 @@ def test_a_data_set_without_captions_is_among_what_is_missing(run, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n"
         "class CustomTrain:\n"
-        "    def __len__(self): return 4\n"
+        "    def __len__(self): return 8\n"
         "    def __getitem__(self, i):\n"
         "        return {'image': np.zeros((32, 32, 3), np.float32), 'file_path_': 'x'}\n"
     )
@@ -226,7 +227,7 @@ def test_a_data_set_without_captions_is_among_what_is_missing(run, tmp_path):
     assert code == 2
     assert "--max-steps N" in said
     assert "its samples have no captions" in said
-    code, said = run(config, "--max-steps", 1, *OFFLINE)
+    code, said = run(config, "--max-steps", 1, "data.num_workers=0", *OFFLINE)
     assert code == 2
     assert "a batch with no captions" in said
     assert not (tmp_path / "logs").exists()
@@ -417,7 +418,7 @@ def test_retrofit_cache_and_eval_take_the_folder(run, photos, tmp_path):
 def test_max_steps_is_a_number_of_the_section():
     config = with_shortcuts(read_config([], ["training.seed=1"]), max_steps=5)
     assert config.training == {"seed": 1, "max_steps": 5}
-    with pytest.raises(ConfigError, match="training.max_steps must be"):
+    with pytest.raises(ConfigError, match=r"training\.max_steps must be"):
         Sections.of({**shipped("vq-f4"), "training": {"max_steps": 0}})
 
 
