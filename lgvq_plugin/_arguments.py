@@ -4,6 +4,19 @@ import argparse
 from collections.abc import Sequence
 
 
+def add_shortcuts(parser: argparse.ArgumentParser, *, steps: bool = False) -> None:
+    """Add `--data FOLDER`, and `--max-steps N` where a command trains."""
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="images with captions, in place of the config's data section; its batch_size stays",
+    )
+    if steps:
+        parser.add_argument(
+            "--max-steps", type=int, metavar="N", help="same as training.max_steps=N"
+        )
+
+
 def parse_words(
     parser: argparse.ArgumentParser, argv: Sequence[str], *keys: str
 ) -> tuple[argparse.Namespace, list[str]]:

@@ -189,7 +189,8 @@ def require_captions(batch: Any, key: str | None) -> None:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ConfigError(
             f"a batch with no captions: expected one of {', '.join(CAPTION_KEYS)} among its keys, "
-            f"got {keys}; name theirs with lgvq.caption_key, or train the host's own loss"
+            f"got {keys}; name theirs with lgvq.caption_key, give --data FOLDER (images with "
+            "captions; taming's own data sets have none), or train the host's own loss"
         )
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MOST_SKIPPED_BROKEN = 3
 PAPER_GRID = (16, 16)
+PATIENCE = 5  # training batches without any caption before it is an error
 Captions = Sequence[str | Sequence[str] | None]
 
 
@@ -37,6 +38,10 @@ class Alignment(nn.Module):
         guide: frozen text model; not a submodule, so in no checkpoint, EMA copy or DDP bucket.
         code_dim: C, width of a code.
         grid: (h, w) that the code-ViT's positions are trained for.
+
+    Attributes:
+        expects_captions: raise if none of the first training batches has a caption; false once
+            one had, or where the data set is known to have some.
 
     The heads' first weights and all later draws come from `config.seed`, never from torch's
     global generators, so that the host's own random stream stays as it is without us.
@@ -55,6 +60,7 @@ class Alignment(nn.Module):
         self._places: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._told: set[str] = set()
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
+        self.expects_captions, self._captionless = True, 0
         with seeded(config.seed):
             self.code_vit = CodeViT(
                 code_dim,
@@ -79,12 +85,15 @@ class Alignment(nn.Module):
             split: prefix of the log's keys.
 
         Raises:
-            ConfigError: if the codes or the number of captions do not fit.
+            ConfigError: if the codes or the number of captions do not fit, or none of the first
+                training batches has a caption.
             FloatingPointError: for a term that is not finite (`on_nonfinite: raise`).
         """
         self._check(codes, captions)
         generator = self._generator(step, split)
         strings = [_draw(caption, generator) for caption in captions]
+        if self.expects_captions and self.training and torch.is_grad_enabled():
+            self._wait_for_captions(any(strings))
         log = _codebook_log(codes, split)
         scale = self.scale(step) if split == "train" else 1.0
         if scale == 0.0 or (not any(strings) and world_size() == 1):
@@ -106,6 +115,20 @@ class Alignment(nn.Module):
                 total = total + scale * self.weight(name) * term.value
         log[f"{split}/lgvq/total"] = total.detach()
         return total, log
+
+    def _wait_for_captions(self, is_there: bool) -> None:
+        self.expects_captions = not is_there
+        self._captionless += not is_there
+        if self._captionless >= PATIENCE:
+            raise ConfigError(
+                f"none of the first {PATIENCE} training batches has a caption, so the objectives "
+                "of LG-VQ learn nothing. A batch carries a list of captions under `caption` (or "
+                "`text`, `txt`; lgvq.caption_key names another): taming's own data sets have none, "
+                "those of lgvq_plugin.datasets do, as data.train.target: "
+                "lgvq_plugin.datasets.folder.CaptionedFolder. To train without text, use the "
+                "host's own loss; if captions come later, set loss.alignment.expects_captions = "
+                "False"
+            )
 
     def view(self, codes: Codes) -> CodeView:
         """Return the code-ViT's view of codes, with the codebook's gradient if it is on."""

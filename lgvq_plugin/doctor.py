@@ -174,7 +174,7 @@ def weights() -> list[Finding]:
         found.append(Finding("ok", "guide open_clip", f"ViT-B-32/openai: {cached}"))
     else:
         told = "CLIP ViT-B-32/openai is not here: it is downloaded at first use (605 MB), or "
-        told += "set guide: {use: micro_clip}"
+        told += "give a file: guide: {use: open_clip, pretrained: PATH}"
         command = f"hf download {CLIP[0]} {CLIP[1]}"
         found.append(Finding("note", "guide open_clip", told, command))
     embedded = sorted((Path(__file__).parent / "guides").glob("*micro_clip/*.safetensors"))

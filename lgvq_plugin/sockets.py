@@ -2,12 +2,55 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
 class ConfigError(ValueError):
     """The user's input is wrong; the message says what, where and how to mend it."""
+
+
+class Problems:
+    """Collects errors of the user's input, so that one message names all of them.
+
+    Example:
+        >>> problems = Problems()
+        >>> for name in ("a", "b"):
+        ...     with problems.collecting():
+        ...         raise ConfigError(f"{name} is missing")
+        >>> problems.raise_any()
+        Traceback (most recent call last):
+        ...
+        lgvq_plugin.sockets.ConfigError: 2 things are missing or wrong:
+          1. a is missing
+          2. b is missing
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError] = []
+
+    def __bool__(self) -> bool:
+        """Return whether there is any."""
+        return bool(self.errors)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep a ConfigError that is raised inside the context, unless it is known already."""
+        try:
+            yield
+        except ConfigError as error:
+            if not any(str(error) in str(known) for known in self.errors):
+                self.errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise one ConfigError with all messages; nothing if there is none."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            lines = [f"  {number}. {error}" for number, error in enumerate(self.errors, 1)]
+            count = f"{len(lines)} things are missing or wrong:"
+            raise ConfigError("\n".join([count, *lines])) from self.errors[0]
 
 
 def suggest(name: object, known: Iterable[object]) -> str:

@@ -88,3 +88,16 @@ def test_the_loss_class_is_as_before_afterwards():
 def test_wrong_params_are_named():
     with pytest.raises(ConfigError, match="disc_strat"):
         compat.build_loss(LOSS, (), {"disc_strat": 1, "perceptual_weight": 0.0})
+
+
+def test_a_second_host_meets_vgg_as_the_first_did(monkeypatch):
+    """A host's loss is built inside another's context: both once stood in for LPIPS."""
+    import taming.modules.losses.vqperceptual as losses
+
+    made = []
+    network = losses.LPIPS
+    monkeypatch.setattr(network, "__init__", lambda self: made.append(self))
+    with compat.lpips_only_if_used(1.0), compat.lpips_only_if_used(1.0):
+        losses.LPIPS()
+    assert len(made) == 1
+    assert losses.LPIPS is network

@@ -15,13 +15,22 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from .._arguments import parse_words
+from .._arguments import add_shortcuts, parse_words
 from .._files import write_json, write_text
 from ..config import parse
 from ..guides.base import build_guide
 from ..hosts.base import load_heads, reconstruct
-from ..sockets import ConfigError
-from ..training.base import Sections, build_dataset, lgvq_block, read_config, to_plain
+from ..sockets import ConfigError, Problems
+from ..training.base import (
+    Sections,
+    build_dataset,
+    build_parts,
+    lgvq_block,
+    model_section,
+    read_config,
+    to_plain,
+    with_shortcuts,
+)
 from ..training.run import TrainResult, train
 from ._retrofit_config import (
     gently,
@@ -66,9 +75,9 @@ def retrofit(
     """Train LG-VQ on from an old checkpoint, and compare old and new.
 
     Args:
-        config: of the old run, `training:` given; a top-level `lgvq:` goes to the loss. Unless
-            `training` says otherwise, the learning rate is 1e-4 at the most (max_learning_rate)
-            and warms up over 100 steps (warmup_steps), for the control as well.
+        config: of the old run, and `training.max_steps`; a top-level `lgvq:` goes to the loss.
+            Unless `training` says otherwise, the learning rate is 1e-4 at the most
+            (max_learning_rate) and warms up over 100 steps (warmup_steps), for the control too.
         checkpoint: the old weights.
         folder: of the new run.
         averaged: start from the averaged weights where there are any.
@@ -86,7 +95,13 @@ def retrofit(
     folder = Path(folder)
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
-    plain["training"] = gently(plain.get("training"))
+    plain["training"] = gently(plain.get("training") or {})
+    problems = Problems()
+    with problems.collecting():
+        new = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
+        sections = Sections.of(new, problems)
+    if problems:  # say all that is missing before the old checkpoint is looked at
+        build_parts(new, sections, problems)
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
@@ -241,6 +256,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
                         help="the old config (and more over it); default: the one in the "
                         "checkpoint or its run folder")  # fmt: skip
+    add_shortcuts(parser, steps=True)
     parser.add_argument("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder of the new run"
@@ -265,7 +281,9 @@ def main(argv: Sequence[str]) -> int:
         word.startswith("training.max_learning_rate=") for word in overrides
     ):
         overrides.append("training.max_learning_rate=null")  # a rate chosen for this very run
-    config = _config(given.base, overrides, checkpoint)
+    config = with_shortcuts(
+        _config(given.base, overrides, checkpoint), data=given.data, max_steps=given.max_steps
+    )
     result = retrofit(
         config,
         checkpoint,

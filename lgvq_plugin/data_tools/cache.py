@@ -17,14 +17,22 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from .._arguments import parse_words
+from .._arguments import add_shortcuts, parse_words
 from .._device import choose_device
 from .._files import write_text
 from ..config import parse
 from ..datasets.base import CaptionedImages
 from ..guides.base import build_guide
 from ..sockets import ConfigError, resolve
-from ..training.base import Sections, build_dataset, lgvq_block, read_config
+from ..training.base import (
+    DataSection,
+    build_dataset,
+    data_section,
+    lgvq_block,
+    read_config,
+    to_plain,
+    with_shortcuts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +55,7 @@ def main(argv: list[str]) -> int:
         "again after a kill, or for further captions: what is there stays.",
     )
     parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG")
+    add_shortcuts(parser)
     parser.add_argument("-o", "--out", type=Path, help="default: text_cache_FINGERPRINT")
     parser.add_argument(
         "--maskings",
@@ -70,19 +79,19 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    _cache(Sections.of(read_config(given.base, overrides)), given)
+    _cache(to_plain(with_shortcuts(read_config(given.base, overrides), data=given.data)), given)
     return 0
 
 
-def _cache(sections: Sections, given: argparse.Namespace) -> None:
-    config = parse(lgvq_block(sections.plain))
+def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
+    config = parse(lgvq_block(plain))
     block, folder = dict(config.guide), given.out
     if block.get("use") == "cached":  # the config that trains from the cache can make it, too
         folder = folder or Path(block["folder"])
         if not block.get("guide"):
             raise ConfigError("lgvq.guide: {use: cached} names no `guide:` that could encode")
         block = dict(block["guide"])
-    captions = [text for text in _captions(sections, config.caption_key) if text]
+    captions = [text for text in _captions(data_section(plain), config.caption_key) if text]
     if not captions:
         raise ConfigError("the config's data sets have no caption to encode")
     guide = build_guide(block)
@@ -110,8 +119,8 @@ def _cache(sections: Sections, given: argparse.Namespace) -> None:
     _tell(folder, block, plan, time.monotonic() - begin)
 
 
-def _captions(sections: Sections, own_key: str | None) -> Iterator[str]:
-    for section in (sections.data.train, sections.data.validation):
+def _captions(data: DataSection, own_key: str | None) -> Iterator[str]:
+    for section in (data.train, data.validation):
         if section is None:
             continue
         dataset = build_dataset(section)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..sockets import ConfigError, suggest
-from ..training.base import lgvq_block, to_plain
+from ..training.base import lgvq_block, to_plain, with_sizes
 from . import _alignment, _codebook, _downstream, _reconstruction
 from ._config import EvaluationConfig
 from ._context import Context
@@ -128,7 +128,7 @@ def build_context(
         block["limit"] = limit
     return Context(
         host.eval(),
-        plain["data"],
+        with_sizes(plain["data"], to_plain({"model": config.get("model") or {}})["model"]),
         lgvq_block(config),
         EvaluationConfig.of(block),
         folder=None if output is None else Path(output) / "probes",

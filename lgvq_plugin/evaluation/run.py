@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._arguments import parse_words
+from omegaconf import OmegaConf
+
+from .._arguments import add_shortcuts, parse_words
 from .._device import choose_device
 from .._files import write_json, write_text
 from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
 from ..sockets import ConfigError
-from ..training.base import read_config
+from ..training.base import read_config, to_plain, with_shortcuts, with_sizes
 from . import _figures
 from ._codebook import answering_words
 from ._context import Context
@@ -41,7 +43,10 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     names = names_of(_split(given.metrics))
     checkpoints = [load_checkpoint(path) for path in given.ckpt]
     labels = _labels(given.names, checkpoints)
-    config = _config(given.base, overrides, checkpoints[0])
+    config = with_shortcuts(_config(given.base, overrides, checkpoints[0]), data=given.data)
+    if config.get("data") is not None:  # the size of the images is the host's
+        model = to_plain({"model": _host_config(config, checkpoints[0]).get("model") or {}})
+        config.data = with_sizes(to_plain({"data": config.data})["data"], model["model"])
     results: dict[str, dict[str, Any]] = {}
     contexts: dict[str, Context] = {}
     for label, checkpoint in zip(labels, checkpoints, strict=True):
@@ -125,6 +130,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="names the images (data:) and the options (evaluation:); what it leaves out is the "
         "first checkpoint's",
     )
+    add_shortcuts(parser)
     add("--ckpt", **several, required=True, metavar="C", help="one, or several for a comparison")
     add("--names", **several, metavar="N", help="what the checkpoints are called in the table")
     add(
@@ -161,8 +167,6 @@ def _config(base: list[str], overrides: list[str], checkpoint: Checkpoint) -> An
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r} tells no config; give one with -b CONFIG"
         )
-    from omegaconf import OmegaConf
-
     config = OmegaConf.create(checkpoint.config)
     return OmegaConf.merge(config, given)
 

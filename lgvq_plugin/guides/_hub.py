@@ -9,6 +9,10 @@ from huggingface_hub import constants
 from ..sockets import ConfigError
 
 REACH_SECONDS = 5.0
+DEMO_ONLY = (
+    "guide: {use: micro_clip} needs no file, but knows the words of the embedded scenes only: it "
+    "is for them and for demos, not for photographs"
+)
 
 
 def cache_folder(repository: str, cache_dir: str | None) -> str:
@@ -40,9 +44,9 @@ def reach(url: str, sought: str, place: str) -> None:
     if cause is not None:
         raise ConfigError(
             f"guide: no text weights. Sought: {sought}; not in {place}, and {url} cannot be "
-            f"reached ({cause}). Either put the cache there (load it once where there is a "
-            "network, or name another folder: guide.cache_dir), or give local files: guide: "
-            "{pretrained: /path/to/weights.safetensors} or {model: 'local-dir:/path'} of "
-            "open_clip, {use: huggingface, model: /path}; "
-            "guide: {use: micro_clip} does without any download"
+            f"reached ({cause}). Copy that cache from a machine with a network (guide.cache_dir "
+            "names another folder), or give a file, guide: {use: open_clip, pretrained: PATH}, or "
+            "a folder, {use: open_clip, model: 'local-dir:PATH'}, or {use: huggingface, model: "
+            "PATH}. "
+            f"{DEMO_ONLY}"
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..functional import seeded
 from ..sockets import ConfigError, suggest
-from ._hub import cache_folder, reach
+from ._hub import DEMO_ONLY, cache_folder, reach
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: s
         tags = list_pretrained_tags_by_model(model)
         raise ConfigError(
             f"guide.pretrained: {pretrained!r} is neither a file nor a tag of {model}"
-            f"{suggest(pretrained, tags)}; null gives random weights, and "
-            "`guide: {use: micro_clip}` does without any file"
+            f"{suggest(pretrained, tags)}; or give a file: guide: {{use: open_clip, pretrained: "
+            f"PATH}}; null gives random weights. {DEMO_ONLY}"
         )
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if not repository:

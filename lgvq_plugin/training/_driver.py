@@ -6,7 +6,10 @@ Lightning refuses two optimizers unless they are driven by hand; so they are, he
 """
 
 import logging
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._finite import MOST_SKIPPED, all_finite, nonfinite_gradients
+from ..hosts.base import reconstruct
 from ..sockets import ConfigError
 from . import _rng
 from ._checkpoint import STATE, require_fit, require_like, require_optimizers
@@ -67,6 +71,7 @@ class HostDriver(pl.LightningModule):
         self.has_stepped = False  # whether the batch before ended a step
         self._batches = 0  # of the step under way
         self._skipped: dict[int, int] = {}  # updates in a row that each optimizer left out
+        self._has_fitted = False  # whether a batch has passed through the host
         self._generators: list[dict[str, Any]] | None = None
         self._resumed: Mapping[str, Any] | None = None
         # Buffers may hold -inf from the start (attention masks); nothing may come to hold it.
@@ -77,7 +82,19 @@ class HostDriver(pl.LightningModule):
     # -- the step ----------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Pass `batch` through the host once (or twice) and update all its optimizers."""
+        """Pass `batch` through the host once (or twice) and update all its optimizers.
+
+        Raises:
+            ConfigError: if the first batch does not fit the host, or the host's own code fails.
+        """
+        if self._has_fitted:
+            self._train_on(batch)
+            return
+        with explained(self.host, batch):
+            self._train_on(batch)
+        self._has_fitted = True
+
+    def _train_on(self, batch: Any) -> None:
         step, self._batches = self.global_step, self._batches + 1
         self.has_stepped = self._batches == self.settings.accumulate_grad_batches
         self.frozen.quiet(step)
@@ -86,6 +103,8 @@ class HostDriver(pl.LightningModule):
             require_captions(batch)
         x = self.host.get_input(batch, self.host.image_key)
         output = self.host(x)
+        if not self._has_fitted:
+            _refuse_broadcast(self.host, batch, x, output[0])
         log: dict[str, Tensor] = {}
         for which, optimizer in enumerate(self._optimizers()):
             if which > 0 and self.frozen.trains_heads_only(step):
@@ -393,6 +412,137 @@ def _raise_for_loss(log: Mapping[str, Tensor], which: int, step: int) -> None:
         f"step {step}: the {PASSES[which]}'s loss is not finite: {', '.join(bad)}; "
         "lower the learning rate, clip (training.gradient_clip_val), or train in 32-true"
     )
+
+
+@contextmanager
+def explained(host: Any, batch: Any) -> Iterator[None]:
+    """Turn what a host raises at its first batch into a ConfigError that says why.
+
+    Raises:
+        ConfigError: what of the batch does not fit the host, or where in its code it failed.
+    """
+    try:
+        yield
+    except (ConfigError, FloatingPointError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a batch does not fit in the device's memory; lower data.batch_size: {error}"
+        ) from error
+    except Exception as error:
+        said = misfit(host, batch)
+        place = _place_in_host(error)
+        if place is None and said is None:
+            raise
+        at = f"; {type(error).__name__}: {error}" + (f" ({place})" if place else "")
+        said = said or f"{type(host).__name__}'s own code failed at its first batch"
+        raise ConfigError(said + at) from error
+
+
+def misfit(host: Any, batch: Any) -> str | None:
+    """Return why `batch` does not fit `host`, in words; None if it seems to.
+
+    It tries the host on blank images of other channels and sizes, in eval mode.
+    """
+    key = host.image_key
+    if isinstance(batch, Mapping) and key not in batch:
+        return (
+            f"model.params.image_key: {key!r}: a batch has no such key, only "
+            f"{', '.join(map(str, batch))}; the data sets of this package give `image`"
+        )
+    try:
+        x = host.get_input(batch, key)
+        channels, *sides = (int(n) for n in x.shape[1:])
+    except Exception:  # the host's own code on data that it was not made for
+        return None
+    if len(sides) != 2:
+        return f"the first batch does not fit the host: images of shape {tuple(x.shape[1:])}"
+    given = f"data gives {channels} × {sides[0]} × {sides[1]}"
+    takes = _channels_in(getattr(host, "encoder", host)) or channels
+    gives, multiple = _tried(host, takes, sides)
+    loss = getattr(host, "loss", None)
+    seen = _channels_in(getattr(loss, "discriminator", None))
+    said = [f"this host takes {_count(takes)}"] if takes != channels else []
+    if multiple > 1:
+        said.append(("" if said else "this host takes ") + f"multiples of {multiple}")
+    hints = []
+    if takes != channels:
+        hints.append("in_channels of the model, or `channels` of the data set")
+    if multiple > 1:
+        hints.append("`size` of the data set")
+    if gives not in (None, channels):
+        said.append(f"its decoder gives {_count(gives)}")
+        hints.append(f"out_ch: {channels}")
+    if getattr(loss, "disc_conditional", False):
+        said.append("its discriminator wants a condition, which is not given")
+        hints.append("disc_conditional: false")
+    elif seen not in (None, gives or channels):
+        said.append(f"its discriminator takes {_count(seen)}")
+        hints.append(f"disc_in_channels: {gives or channels}")
+    if not said:
+        return None
+    return (
+        f"the first batch does not fit the host: {given}; {' and '.join(said)}. "
+        f"Change {'; '.join(hints)}"
+    )
+
+
+def _count(channels: int | None) -> str:
+    return f"{channels} channel" + "s" * (channels != 1)
+
+
+def _channels_in(module: nn.Module | None) -> int | None:
+    """Return the channels that the first convolution takes, the loss's left out."""
+    if module is None:
+        return None
+    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
+    first = next(convolutions, None)
+    return None if first is None else first.in_channels
+
+
+def _tried(host: Any, channels: int, sides: list[int]) -> tuple[int | None, int]:
+    """Return the channels that the host gives, and of what the sides must be multiples."""
+    like = next(host.parameters())
+    host.eval()
+
+    def gives(height: int, width: int) -> int | None:
+        blank = torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
+        try:
+            with torch.no_grad():
+                made = reconstruct(host, blank)
+        except Exception:  # sizes that it was not made for
+            return None
+        return int(made.shape[1]) if made.shape[2:] == blank.shape[2:] else None
+
+    found = gives(*sides)
+    multiple = 1
+    while found is None and multiple < 64:
+        multiple *= 2
+        up = [-(-side // multiple) * multiple for side in sides]
+        # The next multiple, too: a smaller step may meet a good size by chance.
+        found = gives(*up) if gives(up[0] + multiple, up[1] + multiple) is not None else None
+    return found, multiple if found is not None else 1
+
+
+def _refuse_broadcast(host: Any, batch: Any, x: Tensor, reconstruction: Any) -> None:
+    """Refuse reconstructions that torch would stretch to the images' shape without a word."""
+    if not isinstance(reconstruction, Tensor) or reconstruction.ndim != x.ndim:
+        return
+    pairs = [(a, b) for a, b in zip(x.shape, reconstruction.shape, strict=True) if a != b]
+    if pairs and all(1 in pair for pair in pairs):
+        shapes = f"images {tuple(x.shape)}, reconstructions {tuple(reconstruction.shape)}"
+        raise ConfigError(misfit(host, batch) or f"the first batch does not fit the host: {shapes}")
+
+
+def _place_in_host(error: BaseException) -> str | None:
+    """Return file, line and text where foreign code failed; None if it was torch's or ours."""
+    libraries = tuple(str(Path(module.__file__).parents[0]) for module in (torch, pl))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    if not own or own[-1].filename.startswith((str(Path(__file__).parents[1]), "<")):
+        return None
+    last = own[-1]
+    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"
 
 
 def _nothing() -> None:

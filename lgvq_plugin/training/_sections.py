@@ -1,7 +1,7 @@
 """From YAML files to checked sections: model, data, training."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..sockets import ConfigError, suggest
+from ..datasets import MEMBERS
+from ..sockets import ConfigError, Problems, suggest
 from ._settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 SECTIONS = ["model", "data", "training", "lightning"]
 LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
 MODEL_KEYS = ["base_learning_rate", "learning_rate", "target", "params"]
+_PACKAGE = __package__.partition(".")[0]
+RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
+DATA_SETS = ("train", "validation", "test")
 DATA_KEYS = ["batch_size", "num_workers", "train", "validation", "test", "wrap"]
 
 
@@ -93,8 +97,14 @@ class Sections:
     plain: dict[str, Any]
 
     @classmethod
-    def of(cls, config: DictConfig | Mapping[str, Any]) -> "Sections":
-        """Check `config`.
+    def of(
+        cls, config: DictConfig | Mapping[str, Any], problems: Problems | None = None
+    ) -> "Sections":
+        """Check `config`; `training:` may be missing but for `max_steps`.
+
+        Args:
+            config: the whole of it.
+            problems: collects what is wrong in a section, which is then None in the result.
 
         Raises:
             ConfigError: for a section, key or value that is missing or unknown.
@@ -104,16 +114,23 @@ class Sections:
             if name not in SECTIONS:
                 known = suggest(str(name), SECTIONS)
                 raise ConfigError(f"no section {str(name)[:60]!r} in a config{known}")
-        for name in SECTIONS[:3]:
-            if not isinstance(plain.get(name), dict):
-                raise ConfigError(f"the config has no section `{name}:`; it has {list(plain)}")
         if "lightning" in plain:
             logger.warning(
                 "the `lightning:` section is not read (max_steps, gpus, callbacks, ...); "
                 "`training:` says all of it"
             )
-        training = TrainingConfig.of(plain["training"])
-        return cls(model_section(plain), _data_section(plain["data"]), training, plain)
+        found = Problems() if problems is None else problems
+        parts: dict[str, Any] = dict.fromkeys(SECTIONS[:3])
+        with found.collecting():
+            parts["model"] = model_section(plain)
+        with found.collecting():
+            parts["data"] = data_section(plain)
+            plain["data"] = with_sizes(plain["data"], plain.get("model"), warn=False)
+        with found.collecting():
+            parts["training"] = TrainingConfig.of(_section(plain, "training", default={}))
+        if problems is None:
+            found.raise_any()
+        return cls(**parts, plain=plain)
 
     def learning_rate(self, world_size: int) -> float:
         """Return the host's learning rate on `world_size` processes, and log how it came about."""
@@ -184,6 +201,83 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
+DATA_HINT = "; give it, or --data FOLDER (images with captions)"
+
+
+def _section(
+    plain: Mapping[str, Any], name: str, hint: str = "", *, default: Any = None
+) -> dict[str, Any]:
+    section = default if plain.get(name) is None else plain[name]
+    if section is None:
+        raise ConfigError(f"the config has no section `{name}:`; it has {list(plain)}{hint}")
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name}: expected a mapping, got {section!r:.80}{hint}")
+    return section
+
+
+def resolution_of(model: Mapping[str, Any]) -> tuple[str, int | list[int]] | None:
+    """Return the key and the value of the image size that a host is built for, if it names one.
+
+    Example:
+        >>> resolution_of({"params": {"ddconfig": {"resolution": 256, "ch": 128}}})
+        ('model.params.ddconfig.resolution', 256)
+    """
+
+    def search(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+        yield from ((f"{path}.{key}", node[key]) for key in RESOLUTION_KEYS if key in node)
+        for key, value in node.items():
+            if isinstance(value, Mapping) and key not in LOSS_KEYS:
+                yield from search(value, f"{path}.{key}")
+
+    for key, value in search(model.get("params") or {}, "model.params"):
+        sides = list(value) if isinstance(value, list | tuple) else [value, value]
+        if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
+            return key, sides[0] if sides[0] == sides[1] else sides
+    return None
+
+
+def with_sizes(data: Mapping[str, Any], model: Any, *, warn: bool = True) -> dict[str, Any]:
+    """Return the `data:` section with the host's resolution as `size` where it names none.
+
+    Args:
+        data: the section; only data sets of this package get a size.
+        model: the `model:` section, if there is one.
+        warn: of a size that differs from the resolution.
+    """
+    known = resolution_of(model) if isinstance(model, Mapping) else None
+    inner = data.get("params")
+    if known is None or not (inner is None or isinstance(inner, Mapping)):
+        return dict(data)
+    made = {key: _with_size(key, value, *known, warn=warn) for key, value in data.items()}
+    if inner is not None:
+        sized = {key: _with_size(key, value, *known, warn=warn) for key, value in inner.items()}
+        made["params"] = sized
+    return made
+
+
+def _with_size(name: str, section: Any, key: str, size: int | list[int], *, warn: bool) -> Any:
+    if (
+        name not in DATA_SETS
+        or not isinstance(section, Mapping)
+        or not _is_ours(section.get("target"))
+    ):
+        return section
+    params = dict(section.get("params") or {})
+    given = params.setdefault("size", size)
+    if warn and given not in (size, [size, size]):
+        logger.warning(
+            "data.%s: size %s, but the host is built for %s (%s); leave `size` out to train at "
+            "the host's resolution",
+            *(name, given, size, key),
+        )
+    return {**section, "params": params}
+
+
+def _is_ours(target: Any) -> bool:
+    """Whether a data set is one of this package, which all take `size`; imports none of them."""
+    return target in MEMBERS or str(target).startswith(f"{_PACKAGE}.datasets.")
+
+
 def loss_key(config: Mapping[str, Any]) -> str | None:
     """Return where `model.params` holds the host's loss: lossconfig, or loss; None for neither."""
     params = (config.get("model") or {}).get("params") or {}
@@ -206,7 +300,13 @@ def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict((loss_section(config).get("params") or {}).get("lgvq") or {})
 
 
-def _data_section(data: Mapping[str, Any]) -> DataSection:
+def data_section(plain: Mapping[str, Any]) -> DataSection:
+    """Return the checked `data:` section of a plain config, its sizes the host's resolution.
+
+    Raises:
+        ConfigError: for what is missing or unknown in it.
+    """
+    data = with_sizes(_section(plain, "data", DATA_HINT), plain.get("model"))
     direct = {key: value for key, value in data.items() if key not in ("target", "params")}
     given = {**(data.get("params") or {}), **direct}
     for key in given:
@@ -214,12 +314,13 @@ def _data_section(data: Mapping[str, Any]) -> DataSection:
             raise ConfigError(f"data: no key {key!r}{suggest(key, DATA_KEYS)}")
     for key in ("batch_size", "train"):
         if given.get(key) is None:
-            raise ConfigError(f"data.{key} is missing (data.params.{key} is fine too)")
+            hint = DATA_HINT if key == "train" else ""
+            raise ConfigError(f"data.{key} is missing (data.params.{key} is fine too){hint}")
     for key, least in (("batch_size", 1), ("num_workers", 0)):
         value = given.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"data.{key} must be a whole number >= {least}, got {value!r}")
-    for key in ("train", "validation", "test"):
+    for key in DATA_SETS:
         section = given.get(key)
         if section is not None and not (isinstance(section, dict) and "target" in section):
             raise ConfigError(f"data.{key}: expected a mapping with a `target:`, got {section!r}")

@@ -112,7 +112,10 @@ class TrainingConfig:
             if key not in known:
                 raise ConfigError(f"training: no key {key!r}{suggest(key, known)}")
         if given.get("max_steps") is None:
-            raise ConfigError("training.max_steps is missing; give it: training.max_steps=NUMBER")
+            raise ConfigError(
+                "training.max_steps is missing, the number of steps to train for: give "
+                "--max-steps N, or training: {max_steps: N} in a config"
+            )
         return cls(**{str(key): value for key, value in given.items()})
 
 

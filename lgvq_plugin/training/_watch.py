@@ -87,6 +87,7 @@ class Watch(pl.Callback):
         validation: makes the loader of validation batches; or None.
         progress: whether to show a bar.
         signals: that stop the run.
+        begin: called after the first batch, before anything is written.
 
     Attributes:
         metrics: the last value of every key.
@@ -99,11 +100,12 @@ class Watch(pl.Callback):
         validation: Callable[[], DataLoader] | None,
         progress: bool,
         signals: Signals,
+        begin: Callable[[], None] | None = None,
     ):
         self.signals = signals
         self.folder, self.progress = folder, progress
         self.validation: DataLoader | None = None
-        self._make_validation = validation
+        self._make_validation, self._begin = validation, begin
         self.metrics: dict[str, float] = {}
         self._bar: Any = None
         self._shown_at = 0.0
@@ -147,6 +149,9 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, module: HostDriver, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After each step, do what is due."""
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
         if not module.has_stepped:
             return
         settings, step = module.settings, trainer.global_step

@@ -1,27 +1,37 @@
 """What others need of training without Lightning: read a config, build its host and its data."""
 
+import inspect
+import logging
+import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .. import compat
-from ..config import require_finite_weights
-from ..sockets import ConfigError, import_target, instantiate, resolve
+from ..config import LGVQConfig, parse, require_finite_weights
+from ..sockets import ConfigError, Problems, import_target, instantiate, resolve
 from ._quiet import prints_to_stderr
 from ._sections import (
     LOSS_KEYS,
     DataSection,
     Sections,
+    data_section,
     lgvq_block,
     loss_key,
     loss_section,
     model_section,
     read_config,
     to_plain,
+    with_sizes,
 )
 from ._settings import FROZEN, TrainingConfig
+
+if TYPE_CHECKING:
+    from ..guides.base import AbstractGuide
 
 __all__ = [
     "FROZEN",
@@ -31,13 +41,19 @@ __all__ = [
     "TrainingConfig",
     "build_dataset",
     "build_host",
+    "build_parts",
+    "data_section",
     "lgvq_block",
     "loss_key",
     "loss_section",
+    "model_section",
     "read_config",
     "to_plain",
+    "with_shortcuts",
+    "with_sizes",
 ]
 
+logger = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError)
 """What constructors raise at values they cannot take: 7 channels in 32 groups, a negative size."""
@@ -95,10 +111,265 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
     compat.patch()
     member = resolve("datasets", section["target"])
     path = f"{member.__module__}.{member.__qualname__}"
-    dataset = instantiate({"target": path, "params": section.get("params")})
+    try:
+        dataset = instantiate({"target": path, "params": section.get("params")})
+    except ConfigError:
+        raise
+    except (*REFUSALS, OSError, ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"data set {section['target']} cannot be built with {section.get('params')}: "
+            f"{type(error).__name__}: {error}; --debug shows where"
+        ) from error
     if len(dataset) == 0:
         raise ConfigError(f"data set {section['target']} with {section.get('params')} is empty")
     return dataset
+
+
+def with_shortcuts(
+    config: DictConfig, *, data: str | Path | None = None, max_steps: int | None = None
+) -> DictConfig:
+    """Return `config` with what `--data` and `--max-steps` say.
+
+    Args:
+        config: read by :func:`read_config`.
+        data: images with captions in any layout that `lgvq data check` knows, in place of the
+            data section; its batch_size stays, and its num_workers up to the number of cores.
+            Without split folders a tenth of the images is for validation.
+        max_steps: for `training.max_steps`.
+
+    Raises:
+        ConfigError: if the folder is missing, or of no known layout.
+    """
+    if data is not None:
+        try:  # what refers to the data section is resolved before it goes
+            plain = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"config: {error}") from error
+        assert isinstance(plain, dict)
+        config = OmegaConf.create(
+            {**plain, "data": _data_of(Path(data).expanduser(), plain.get("data"))}
+        )
+    if max_steps is not None:
+        config = OmegaConf.merge(config, {"training": {"max_steps": max_steps}})  # type: ignore[assignment]
+    return config
+
+
+def _data_of(folder: Path, old: Any) -> dict[str, Any]:
+    section = old if isinstance(old, Mapping) else {}
+    given = {**(section.get("params") or {}), **section}
+    batch_size = given.get("batch_size")
+    if batch_size is None:
+        batch_size = 8
+        logger.info("--data: batch_size 8, as the config gives none (data.batch_size=N)")
+    workers = given.get("num_workers")
+    if not isinstance(workers, int):
+        workers = 2 * batch_size if isinstance(batch_size, int) else 0  # taming's default
+    sets = _sets_of(folder)
+    logger.info(
+        "--data %s in place of the config's data section: %s",
+        folder,
+        "; ".join(f"{name}: {made['target']} {made['params']}" for name, made in sets.items()),
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"batch_size": batch_size, "num_workers": min(workers, cores or 1), **sets}
+
+
+def _sets_of(folder: Path) -> dict[str, Any]:
+    """Return train, validation and test as `{target, params}`."""
+    from ..datasets.base import recognize
+
+    layout = recognize(folder)
+    splits = {name: dict(params) for name, params in layout.splits.items()}
+    inner = folder / "train"
+    known = inspect.signature(resolve("datasets", layout.member)).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if {"train", "validation"} & {*splits} == {"train"} and inner.is_dir():
+        inside = recognize(inner, layout.member).splits
+        splits = {**splits, "all": dict(inside["all"])} if "all" in inside else splits
+    whole = splits.pop("all", None)
+    if whole is not None and "holdout" in known:
+        splits |= {name: {**whole, "split": name} for name in ("train", "validation")}
+    elif whole is not None:
+        splits.setdefault("train", whole)
+    if "train" in splits and ("crop" in known or takes_all):
+        splits["train"].setdefault("crop", "random")
+    if whole is not None and "validation" in splits:
+        try:
+            resolve("datasets", layout.member)(**splits["validation"])
+        except ConfigError as error:
+            logger.warning("--data: no validation: %s", error)
+            del splits["validation"]
+    elif "validation" not in splits:
+        logger.warning("--data %s: no validation images; metrics are of training alone", folder)
+    as_text = {
+        name: {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in params.items()}
+        for name, params in splits.items()
+    }
+    return {
+        name: {"target": layout.member, "params": as_text[name]}
+        for name in ("train", "validation", "test")
+        if name in as_text
+    }
+
+
+def build_parts(
+    config: DictConfig | Mapping[str, Any], sections: Sections, problems: Problems
+) -> tuple[Any, Any, Any]:
+    """Build host, training and validation data set; all that is missing is said at once.
+
+    Args:
+        config: as it was given, for the host.
+        sections: of it, checked; a part that `problems` has an error of is None.
+        problems: what was found so far.
+
+    Returns:
+        Host, training set, and validation set or None.
+
+    Raises:
+        ConfigError: for all problems together: weights, data sets, captions, keys.
+    """
+    host = None
+    if sections.model is not None:
+        with problems.collecting():
+            host = build_host(config)
+        from ..guides.base import build_guide
+
+        if host is None and (block := _alignment_block(sections)) is not None:
+            with problems.collecting():  # a host builds its loss before it gets to the guide
+                build_guide(block.guide)
+    built: dict[str, Any] = {}
+    for name in ("train", "validation"):
+        section = getattr(sections.data, name) if sections.data is not None else None
+        if section is not None:
+            with problems.collecting():
+                built[name] = _build_named(name, section)
+    if problems and "train" in built and (block := _alignment_block(sections)) is not None:
+        with problems.collecting():
+            require_captions(built["train"], block, peek=True)
+    problems.raise_any()
+    return host, built["train"], built.get("validation")
+
+
+def _build_named(name: str, section: Mapping[str, Any]) -> Any:
+    try:
+        return build_dataset(section)
+    except ConfigError as error:
+        is_ours = "." not in str(section["target"])
+        hint = "" if is_ours else "; or give --data FOLDER (images with captions) in its place"
+        raise ConfigError(f"data.{name}: {error}{hint}") from error
+
+
+def _alignment_block(sections: Sections) -> LGVQConfig | None:
+    """Return the `lgvq:` block of a loss that has heads; None for a host's own loss."""
+    from .._loss_parts import is_on
+
+    loss = loss_section({"model": sections.model}) if sections.model is not None else {}
+    if not str(loss.get("target")).startswith(("lgvq_plugin.LGVQLoss", "lgvq_plugin.over.")):
+        return None
+    try:
+        block = parse(lgvq_block({"model": sections.model}))
+    except ConfigError:
+        return None  # the host's constructor has said so
+    return block if is_on(block) else None
+
+
+CAPTION_LAYOUTS = (
+    "layouts with captions that are read: x.jpg with x.txt beside it; captions.jsonl, "
+    "metadata.jsonl or a .csv with a caption column (folder); a line `path<TAB>caption`, or x.txt "
+    "beside each image (list_file); a .txt or .json member in each sample (webdataset). "
+    "`lgvq data check PATH` shows what is found; data sets of taming's own have no captions"
+)
+COUNTED = 20_000  # samples whose captions are looked at
+READ = 2_000  # captions whose words are looked up
+
+
+def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> list[str] | None:
+    """Return some captions of the training set, and log how many images have any.
+
+    Args:
+        dataset: of training.
+        block: the `lgvq:` block.
+        peek: read the first sample of a data set that does not tell its captions otherwise.
+
+    Returns:
+        Up to 2,000 captions; None if only the batches can tell.
+
+    Raises:
+        ConfigError: if no image has a caption.
+    """
+    from ..datasets.base import CaptionedImages
+
+    total = len(dataset)
+    if not isinstance(dataset, CaptionedImages) or block.caption_key not in (
+        None,
+        "caption",
+        "captions",
+    ):
+        keys = {"caption", "captions", "text", "txt", block.caption_key}
+        if peek and not keys & {*dataset[0]}:
+            raise ConfigError(f"data.train: its samples have no captions; {CAPTION_LAYOUTS}")
+        return None
+    looked = range(0, total, max(1, total // COUNTED))
+    found = [texts for i in looked if (texts := [t for t in dataset.captions_of(i) if t.strip()])]
+    if not found:
+        raise ConfigError(
+            f"data.train: none of its {total:,} images has a caption, so the objectives of LG-VQ "
+            f"have nothing to learn from; {CAPTION_LAYOUTS}. To train without text, use the "
+            "host's own loss"
+        )
+    if len(looked) == total:
+        logger.info("%s of %s training images have captions", f"{len(found):,}", f"{total:,}")
+    else:
+        share = len(found) / len(looked)
+        logger.info("about %.0f %% of %s training images have captions", 100 * share, f"{total:,}")
+    return [text for texts in found[:READ] for text in texts][:READ]
+
+
+def tell_unknown_words(guide: "AbstractGuide", captions: list[str]) -> None:
+    """Warn if a guide does not know the words of the captions, as the embedded one may not."""
+    counts = guide.unknown_words(captions)
+    if counts is None or counts.unknown == 0:
+        return
+    share = counts.unknown / counts.words
+    log = logger.warning if share > 0.05 else logger.info
+    log(
+        "the guide does not know %.0f %% of the words in the captions (%s): they get random "
+        "embeddings, which say nothing of their meaning. micro_clip knows the words of the "
+        "embedded scenes only; for real images use guide: {use: open_clip, pretrained: PATH or "
+        "tag} or {use: huggingface, model: PATH or name}",
+        100 * share,
+        ", ".join(counts.examples),
+    )
+
+
+def tell_shared_images(train: Any, validation: Any, sections: Sections) -> None:
+    """Warn if validation images are training images."""
+    files = [_files_of(dataset) for dataset in (train, validation)]
+    if files[0] is not None and files[1] is not None:
+        known = {*files[0]}
+        shared, total = sum(file in known for file in files[1]), len(files[1])
+    else:
+        same = _images_of(sections.data.train) == _images_of(sections.data.validation or {})
+        shared, total = (len(validation), len(validation)) if same else (0, 1)
+    if shared:
+        logger.warning(
+            "data.validation: %s of its %s images are training images, so validation does not "
+            "measure held-out images; give each its `split` (train, validation) or its own root",
+            *(f"{shared:,}", f"{total:,}"),
+        )
+
+
+def _files_of(dataset: Any) -> list[str] | None:
+    paths = [getattr(record, "path", None) for record in getattr(dataset, "records", [])]
+    is_files = paths and all(isinstance(path, Path) for path in paths)
+    return [os.path.abspath(path) for path in paths] if is_files else None
+
+
+def _images_of(section: Mapping[str, Any]) -> Any:
+    """Return what says which images a data set has."""
+    reading = ("size", "crop", "flip", "crop_size", "random_crop", "channel_first")
+    params = {k: v for k, v in (section.get("params") or {}).items() if k not in reading}
+    return section.get("target"), params
 
 
 def _check_targets(node: Any, where: str) -> None:

@@ -24,16 +24,25 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .._arguments import parse_words
+from .._arguments import add_shortcuts, parse_words
 from .._files import remove_parts, write_text
-from ..sockets import ConfigError
+from ..sockets import ConfigError, Problems
 from . import _checkpoint, _rng
 from ._csv import MetricsFile
 from ._data import validation_loader
 from ._driver import HostDriver
 from ._quiet import quiet_lightning
 from ._watch import Signals, Stopped, Watch
-from .base import Sections, build_dataset, build_host, read_config
+from .base import (
+    Sections,
+    build_host,
+    build_parts,
+    read_config,
+    require_captions,
+    tell_shared_images,
+    tell_unknown_words,
+    with_shortcuts,
+)
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 
@@ -74,6 +83,7 @@ def train(
 
     Args:
         config: sections `model`, `data`, `training`; `base.read_config` reads them from YAML.
+            Of `training` only `max_steps` has no default.
         name: of the run folder under `logdir`; a new one by default, from the time.
         logdir: where run folders lie.
         resume: "auto" goes on from the newest checkpoint of the run folder if there is one; a
@@ -82,7 +92,8 @@ def train(
         prepare: called with the host before a new run starts, not when one is resumed.
 
     Raises:
-        ConfigError: if the config, the data or the checkpoint is wrong.
+        ConfigError: if the config, the data or the checkpoint is wrong, or the first batch does
+            not fit the host; a new run has written nothing then.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
         FloatingPointError: if a loss, a gradient or a weight is not finite; it names the term or
             the parameters, the step, and the last checkpoint.
@@ -112,19 +123,23 @@ def _train(
     prepare: Callable[[nn.Module], None] | None,
     signals: Signals,
 ) -> TrainResult:
-    sections = Sections.of(config)
+    problems = Problems()
+    sections = Sections.of(config, problems)
+    if problems:
+        build_parts(config, sections, problems)  # says what else is missing, and raises
     found, checkpoint = _find_checkpoint(resume, name, logdir) or (None, {})
     folder = _run_folder(name, found, logdir, sections)
     if found:
         _checkpoint.check_config(checkpoint, sections.plain, found)
     _rng.seed_all(sections.training.seed)
-    host: Any = build_host(config)
+    host, dataset, validation = build_parts(config, sections, problems)
+    _look_at_data(host, dataset, validation, sections)
     if prepare is not None and found is None:
         prepare(host)
     driver = HostDriver(
         host,
         sections.training,
-        dataset=build_dataset(sections.data.train),
+        dataset=dataset,
         batch_size=sections.data.batch_size,
         num_workers=sections.data.num_workers,
         config=sections.plain,
@@ -133,10 +148,14 @@ def _train(
         trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
     del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
     host.learning_rate = sections.learning_rate(trainer.world_size)
-    validation = _validation(sections, trainer)
-    watch = Watch(folder, validation=validation, progress=progress, signals=signals)
+    watch = Watch(
+        folder,
+        validation=_validation(validation, sections, trainer),
+        progress=progress,
+        signals=signals,
+        begin=partial(_begin, folder, sections.plain, trainer),
+    )
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-    _begin_folder(folder, sections.plain)
     try:
         with watch.guarding(), quiet_lightning():
             trainer.fit(driver, ckpt_path=str(found) if found else None)
@@ -150,6 +169,18 @@ def _train(
         raise type(error)(f"{error}; {kept}") from error
     last = _checkpoint.newest(folder) or found or folder
     return TrainResult(folder, trainer.global_step, watch.metrics, last, host)
+
+
+def _look_at_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> None:
+    """Refuse images without captions where heads need them; warn of what will not help."""
+    alignment = getattr(host.loss, "alignment", None) if hasattr(host, "loss") else None
+    if alignment is not None:
+        captions = require_captions(dataset, alignment.config)
+        if captions is not None:
+            alignment.expects_captions = False  # a batch without any is chance
+            tell_unknown_words(alignment.guide, captions)
+    if validation is not None:
+        tell_shared_images(dataset, validation, sections)
 
 
 def _find_checkpoint(
@@ -207,11 +238,6 @@ def _common_name(is_child: bool) -> str:
 
 def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: int) -> pl.Trainer:
     settings = sections.training
-    folder.mkdir(parents=True, exist_ok=True)
-    loggers: list[Any] = [MetricsFile(folder, resumed_at)]
-    if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
     machine: dict[str, Any] = {
         "devices": settings.devices,
         "num_nodes": settings.num_nodes,
@@ -223,7 +249,7 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
         pl.Trainer,
         max_steps=settings.max_steps,
         max_epochs=-1,
-        logger=loggers,
+        logger=[MetricsFile(folder, resumed_at)],  # it writes nothing before the first row
         plugins=[_checkpoint.AtomicCheckpointIO()],
         use_distributed_sampler=False,  # Stream deals the samples out itself
         limit_val_batches=0,  # Watch validates: at steps, with the generators put back
@@ -246,12 +272,13 @@ def _strategy(name: str, devices: int | str, num_nodes: int) -> str:
     return "ddp_find_unused_parameters_true" if name in ("auto", "ddp") and not is_single else name
 
 
-def _validation(sections: Sections, trainer: pl.Trainer) -> Callable[[], DataLoader] | None:
+def _validation(
+    dataset: Any, sections: Sections, trainer: pl.Trainer
+) -> Callable[[], DataLoader] | None:
     """Return what makes the loader of validation batches, once the process knows its rank."""
     data, settings = sections.data, sections.training
-    if data.validation is None or not (settings.val_every or settings.images_every):
+    if dataset is None or not (settings.val_every or settings.images_every):
         return None
-    dataset = build_dataset(data.validation)
     return lambda: validation_loader(
         dataset,
         batch_size=data.batch_size,
@@ -261,6 +288,17 @@ def _validation(sections: Sections, trainer: pl.Trainer) -> Callable[[], DataLoa
         rank=trainer.global_rank,
         world_size=trainer.world_size,
     )
+
+
+def _begin(folder: Path, plain: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Make the run folder, once a first batch has passed: a failed start leaves nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        at = trainer.global_step - 1
+        purge: dict[str, Any] = {"purge_step": at + 1} if at > 0 else {}
+        board = TensorBoardLogger(folder, name="tensorboard", version="", **purge)
+        trainer.loggers = [*trainer.loggers, board]
+    _begin_folder(folder, plain)
 
 
 @rank_zero_only
@@ -275,7 +313,8 @@ def main(argv: list[str]) -> int:
     """Run `lgvq train`.
 
     Args:
-        argv: `-b CONFIG... [--name N] [--resume auto|PATH] [--logdir D] [key=value ...]`.
+        argv: `-b CONFIG... [--data FOLDER] [--max-steps N] [--name N] [--resume auto|PATH]
+            [--logdir D] [key=value ...]`.
 
     Returns:
         0; what went wrong is raised.
@@ -287,6 +326,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("-b", "--base", nargs="+", action="extend", required=True,
                         metavar="CONFIG", help="YAML files; later ones win")  # fmt: skip
+    add_shortcuts(parser, steps=True)
     parser.add_argument("-n", "--name", help="of the run folder; default: time and config's name")
     parser.add_argument("--logdir", default="logs", help="where run folders lie (default: logs)")
     parser.add_argument("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
@@ -294,7 +334,9 @@ def main(argv: list[str]) -> int:
     given, overrides = parse_words(parser, argv, "base")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    config = read_config(given.base, overrides)
+    config = with_shortcuts(
+        read_config(given.base, overrides), data=given.data, max_steps=given.max_steps
+    )
     name, logdir = given.name, Path(given.logdir)
     stem = Path(given.base[0]).stem
     if given.resume == "auto" and not name:
