@@ -62,8 +62,17 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
 
 
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("file_name", "filename", "split", "question", "name"), str),
+    **dict.fromkeys(("sentences", "answers", "bbox"), list),
+}
+"""What a field of a published file holds; others are ids, whole numbers or their digits."""
+
+
 def entries(content: Any, key: str, needed: tuple[str, ...], path: Path) -> list[dict[str, Any]]:
     """Return the list of objects under `key`, each of which has the keys `needed`.
+
+    Their values are checked by `KINDS`; of the others only those in `IDS`.
 
     Raises:
         ConfigError: naming the file and the place where something is missing.
@@ -76,6 +85,12 @@ def entries(content: Any, key: str, needed: tuple[str, ...], path: Path) -> list
         missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
         if missing:
             raise ConfigError(f"{path}: {key}[{place}] has no {', '.join(missing)}")
+        for name in needed:
+            kind, value = KINDS.get(name), entry[name]
+            if kind and not isinstance(value, kind):
+                told = {str: "a text", list: "a list"}[kind]
+                where = f"{path}: {key}[{place}].{name}"
+                raise ConfigError(f"{where}: expected {told}, got {value!r:.60}")
     return listed
 
 

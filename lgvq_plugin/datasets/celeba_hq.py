@@ -47,7 +47,7 @@ class CelebAHQ(ListedImages):
         records = []
         for name in names:
             extra = {"attributes": {"face": labels[name]}} if name in labels else {}
-            captions = read_captions(texts / f"{name}.txt")
+            captions = read_captions(texts / f"{name}.txt", reading.encoding)
             records.append(Record(f"{name}.jpg", images / f"{name}.jpg", captions, extra))
         super().__init__(records, reading, where=root)
 

@@ -38,7 +38,10 @@ class TextCaps(ListedImages):
             captions = _by_image(table)
         elif pickled.is_file():
             names = read_name_pickle(pickled)
-            captions = {name: read_captions(root / "text" / f"{name}.txt") for name in names}
+            folder = root / "text"
+            captions = {
+                name: read_captions(folder / f"{name}.txt", reading.encoding) for name in names
+            }
         else:
             raise ConfigError(
                 f"{root}: neither TextCaps_0.1_{PARTS[split]}.json nor "

@@ -225,7 +225,7 @@ def test_folders_named_after_splits_are_the_splits(tmp_path):
             write(tmp_path / split / f"{k}.txt", "a dog")
     assert len(CaptionedFolder(tmp_path, split="train")) == 3
     assert len(CaptionedFolder(tmp_path, split="validation")) == 1
-    with pytest.raises(ConfigError, match="split 'test' needs a folder"):
+    with pytest.raises(ConfigError, match="no split 'test'; its splits are train, validation"):
         CaptionedFolder(tmp_path, split="test")
 
 
