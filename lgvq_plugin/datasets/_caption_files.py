@@ -20,20 +20,11 @@ from typing import Any, TextIO
 
 from ..sockets import ConfigError, suggest
 from ._image import SUFFIXES
-from .base import CONVERTED_FROM
+from .base import CAPTION_KEYS, CONVERTED_FROM, EXPECTED, FILE_KEYS, TABLES
 
 log = logging.getLogger(__name__)
 
-FILE_KEYS = (
-    *("file_name", "filename", "file", "image", "filepath", "path", "image_name"),
-    *("image_path", "image_file", "img", "img_path", "image_id"),
-)
-CAPTION_KEYS = (
-    *("captions", "caption", "text", "title", "comment", "sentence", "sentences"),
-    *("description", "prompt", "raw", "name"),
-)
 KEPT_KEYS = ("image_id", "questions", "objects", "attributes")
-TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt", ".token")
 OTHER_SUFFIXES = (".parquet", ".xlsx", ".xls", ".xml", ".yaml", ".yml", ".pkl", ".pickle", ".mat")
 SIDECARS = (".txt", ".caption")
@@ -41,11 +32,6 @@ KEYWORD_KEYS = ("keywords", "emojilib")
 MAX_KEYWORDS = 12  # a CLIP text tower reads 77 tokens
 MAX_TEXTS = 50  # .txt files in a folder above which only those with a telling name are opened
 TELLING = re.compile(r"caption|token|annotation|metadata|description|prompt|sentence", re.I)
-EXPECTED = (
-    f"a table ({', '.join(TABLES)}, captions.txt or another .csv, .tsv, .jsonl or .json) whose "
-    f"rows have one of the keys {', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)}; lines "
-    "x.jpg#0<TAB>caption as in Flickr8k.token.txt; or x.txt beside each x.jpg"
-)
 SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "dev", "validation"), "validation"),
     **dict.fromkeys(("train", "training", "restval"), "train"),

@@ -75,7 +75,7 @@ class Pipeline:
         return to_array(part, self.channel_first)
 
 
-def height_and_width(size: Any) -> tuple[int, int]:
+def height_and_width(size: Any, least: int = 1) -> tuple[int, int]:
     """Return (height, width) of a `size` option; raises ConfigError for anything else.
 
     Example:
@@ -84,8 +84,10 @@ def height_and_width(size: Any) -> tuple[int, int]:
     """
     is_list = isinstance(size, Sequence) and not isinstance(size, str)
     pair = tuple(size) if is_list else (size, size)
-    if len(pair) != 2 or not all(type(side) is int and side >= 1 for side in pair):
-        raise ConfigError(f"size must be an int >= 1, or [height, width] of two such, got {size!r}")
+    if len(pair) != 2 or not all(type(side) is int and side >= least for side in pair):
+        raise ConfigError(
+            f"size must be an int >= {least}, or [height, width] of two such, got {size!r}"
+        )
     return pair[0], pair[1]
 
 

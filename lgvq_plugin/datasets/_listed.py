@@ -1,5 +1,6 @@
 """The common part of data sets that are a list of image files with captions."""
 
+import inspect
 import logging
 import os
 import re
@@ -78,12 +79,17 @@ class Reading:
         HashedDraws(self.seed)  # refuses a negative seed here and not in a worker
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Reading":
-        """Build it from keyword arguments; raises ConfigError for an unknown one."""
+    def of(cls, options: Mapping[str, Any], member: type) -> "Reading":
+        """Build it from keyword arguments of a data set's class.
+
+        Raises:
+            ConfigError: for an unknown one; those of the class are named too.
+        """
         known = [entry.name for entry in fields(cls)]
         for name in options:
             if name not in known:
-                raise ConfigError(f"no option {name!r}{suggest(name, known)}")
+                own = [key for key in inspect.signature(member).parameters if key != "options"]
+                raise ConfigError(f"no option {name!r}{suggest(name, [*own, *known])}")
         return cls(**options)
 
     @property
@@ -231,8 +237,8 @@ def _refuse_numbers(records: Sequence[Record], where: Any) -> None:
         first = captioned[0]
         raise ConfigError(
             f"{where}: all captions are numbers, first: {first.captions[0][:40]!r} of "
-            f"{first.file}; class numbers and boxes are not captions. Give texts instead, or name the column "
-            "that holds them with `caption_key`"
+            f"{first.file}; class numbers and boxes are not captions. Give texts instead, or name "
+            "the column that holds them with `caption_key`"
         )
 
 

@@ -11,13 +11,29 @@ from torch.utils.data import Dataset, Subset
 from ..sockets import ConfigError, resolve
 from . import MEMBERS
 
+FILE_KEYS = (
+    *("file_name", "filename", "file", "image", "filepath", "path", "image_name"),
+    *("image_path", "image_file", "img", "img_path", "image_id"),
+)
+CAPTION_KEYS = (
+    *("captions", "caption", "text", "title", "comment", "sentence", "sentences"),
+    *("description", "prompt", "raw", "name"),
+)
+TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
+EXPECTED = (
+    f"a table ({', '.join(TABLES)}, captions.txt or another .csv, .tsv, .jsonl or .json) whose "
+    f"rows have one of the keys {', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)}; lines "
+    "x.jpg#0<TAB>caption as in Flickr8k.token.txt; or x.txt beside each x.jpg"
+)
+
 
 class CaptionedImages(Dataset):
     """Images with captions.
 
     A sample is `{"image": float32 array (H, W, C) in [-1, 1], "caption": str, "captions":
     list[str], "file": str, "index": int}`; `channel_first=True` gives (C, H, W), `channels` 1, 3
-    (the default) or 4, and `image_key` another name than "image". An image without a caption has `caption == ""` and takes no part in the text losses.
+    (the default) or 4, and `image_key` another name than "image". An image without a caption has
+    `caption == ""` and takes no part in the text losses.
 
     The caption, crop and flip of a sample are drawn from (seed, epoch, index), so they are the
     same for any number of workers and after a resume; :meth:`set_epoch` moves the stream on.

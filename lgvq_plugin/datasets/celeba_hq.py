@@ -36,7 +36,7 @@ class CelebAHQ(ListedImages):
     """
 
     def __init__(self, root: str | Path, split: str = "train", **options: Any):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         split = choose_split(split, SPLITS)
         images, texts = _folder(root, IMAGE_FOLDERS), _folder(root, TEXT_FOLDERS)
         if split == "all":

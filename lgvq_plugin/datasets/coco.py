@@ -51,7 +51,7 @@ class Coco(ListedImages):
         instances: bool = False,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         self.object_names: tuple[str, ...] = ()
         if karpathy is not None:
             path = next((p for p in (root / karpathy, Path(karpathy)) if p.is_file()), None)

@@ -50,7 +50,7 @@ class CUB200(ListedImages):
         split_by: str = "official",
         **options: Any,
     ):
-        reading, given = Reading.of(options), Path(root).expanduser()
+        reading, given = Reading.of(options, type(self)), Path(root).expanduser()
         root, split = _home(given), choose_split(split, SPLITS)
         if split_by not in SPLIT_BY:
             raise ConfigError(f"split_by: expected {' or '.join(SPLIT_BY)}, got {split_by!r}")

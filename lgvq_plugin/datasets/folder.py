@@ -83,7 +83,7 @@ class CaptionedFolder(ListedImages):
         exclude: str | None = None,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         _check(root, caption_template)
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=reading.encoding)
         inner = _split_folder(root, split_name(split)) if captions is None else None
@@ -110,12 +110,12 @@ class CaptionedFolder(ListedImages):
             return {s: {"root": root, "split": s, **_template(f)} for s, f in inner.items()}
         if table := find_table(root, None):
             splits = declared_splits(_records_of_table(root, table, Columns(), None))
-            return {s: {"root": root, "split": s} for s in splits} or {"all": {"root": root}}
+            return {s: {"root": root, "split": s} for s in splits or ("all",)}
         if not (images := image_files(root)):
             return {}
         if splits := declared_splits([_in_folder(root, path) for path in images]):
             return {s: {"root": root, "split": s, **_template(root, images)} for s in splits}
-        return {"all": {"root": root, **_template(root, images)}}
+        return {"all": {"root": root, "split": "all", **_template(root, images)}}
 
 
 def _split_folder(root: Path, split: str | None) -> Path | None:

@@ -72,7 +72,7 @@ class HuggingFaceImages(ListedImages):
         name: str | None = None,
         **options: Any,
     ):
-        reading = Reading.of(options)
+        reading = Reading.of(options, type(self))
         folder = Path(root).expanduser()
         table = _load(str(folder) if folder.exists() else str(root), name)
         table = _part(table, split)

@@ -36,7 +36,7 @@ class ListFile(ListedImages):
         images: str | Path | None = None,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         path = _list(root, choose_split(split, SPLITS))
         if path is None:
             raise ConfigError(f"{root}: no list of split {split!r} there; expected train.txt, ...")

@@ -52,7 +52,7 @@ class PairsTable(ListedImages):
         caption_key: str | None = None,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         table = root if root.is_file() else _table(root, split_name(split))
         if table is None:
             raise ConfigError(f"{root}: no table of split {split!r} ({', '.join(SUFFIXES)}) there")
@@ -66,10 +66,11 @@ class PairsTable(ListedImages):
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for tables named after splits, or take a table itself."""
         if root.is_file():
-            if root.suffix.lower() not in TABLE_SUFFIXES or not is_table(root):
-                return {}
-            splits = declared_splits(_records(root, None, Columns()))
-            return {s: {"root": root, "split": s} for s in splits} or {"all": {"root": root}}
+            is_read = root.suffix.lower() in TABLE_SUFFIXES and is_table(root)
+            if not is_read and root.suffix.lower() not in SUFFIXES:
+                return {}  # other tables are taken for one whose columns have unusual names
+            splits = declared_splits(_records(root, None, Columns())) if is_read else []
+            return {s: {"root": root, "split": s} for s in splits or ("all",)}
         tables = {split: _table(root, split) for split in SPLITS[:3]}
         return {s: {"root": root, "split": s} for s, t in tables.items() if t and is_table(t)}
 

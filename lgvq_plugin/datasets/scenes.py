@@ -60,9 +60,8 @@ class Scenes(CaptionedImages):
         length = LENGTHS[split] if length is None else length
         if channels not in MODES:
             raise ConfigError(f"Scenes: channels must be 1, 3 or 4, got {channels!r}")
-        self.shape = height_and_width(size)
-        side = min(self.shape)
-        for name, value, least in (("size", side, 8), ("length", length, 1), ("seed", seed, 0)):
+        self.shape = height_and_width(size, least=8)
+        for name, value, least in (("length", length, 1), ("seed", seed, 0)):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")
         self.split, self.size, self.length = split, size, length

@@ -31,7 +31,7 @@ class TextCaps(ListedImages):
     """
 
     def __init__(self, root: str | Path, split: str = "train", **options: Any):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         split = choose_split(split, list(PARTS))
         table, pickled = _table(root, split), root / PICKLES.get(split, "")
         if table is not None:

@@ -44,7 +44,7 @@ class VQA2(ListedImages):
         drop_missing: bool = False,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         split = choose_split(split, list(PARTS))
         path = _file(root, f"v2_OpenEnded_mscoco_{PARTS[split]}_questions.json")
         if path is None:

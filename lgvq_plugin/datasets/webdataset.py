@@ -16,7 +16,7 @@ from typing import Any
 from ..sockets import ConfigError
 from ._caption_files import CAPTION_KEYS, KEPT_KEYS, decode, split_name, texts_of
 from ._image import SUFFIXES
-from ._listed import SPLITS, ListedImages, Reading, Record, of_split
+from ._listed import SPLITS, ListedImages, Reading, Record, declared_splits, of_split
 from ._names import SPLIT_ALIASES, choose_split
 from ._shards import ShardSample, expand, samples
 from .base import CONVERTED_FROM
@@ -60,7 +60,7 @@ class WebDataset(ListedImages):
         caption_key: str | None = None,
         **options: Any,
     ):
-        reading, given = Reading.of(options), split
+        reading, given = Reading.of(options, type(self)), split
         split = choose_split(split, SPLITS)
         self.shards, is_parted = _shards(root, split), split != "all"
         if not self.shards and split in ("train", "validation", "test"):
@@ -76,6 +76,8 @@ class WebDataset(ListedImages):
         read = _Members(file_key, caption_key, reading.encoding)
         records = [record for record in map(read, found) if record]
         _tell(root, found, records)
+        if split == "test" and not is_parted and not declared_splits(records):
+            raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
         if not is_parted:
             records = of_split(records, given, holdout=holdout, where=root)
         super().__init__(records, reading, where=root)

@@ -5,6 +5,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,21 @@ from ..sockets import ConfigError, resolve, suggest
 from ..types import TextFeatures, TextTokens
 
 PLACES = ("device", "cache_dir")  # parameters that say where, and change no feature
+
+
+@dataclass(frozen=True)
+class UnknownWords:
+    """How much of some captions a guide does not know.
+
+    Args:
+        words: in the captions, repeated ones counted each time.
+        unknown: how many of them have a part that the guide was never trained on.
+        examples: the most frequent unknown words, three at most.
+    """
+
+    words: int
+    unknown: int
+    examples: tuple[str, ...]
 
 
 class AbstractGuide(ABC):
@@ -93,6 +109,13 @@ class AbstractGuide(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build this guide again."""
+
+    def unknown_words(self, captions: Sequence[str]) -> "UnknownWords | None":
+        """Count the words of captions that the guide has never seen; None if it cannot tell.
+
+        Guides trained on much text cannot, and need not.
+        """
+        return None
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return all tensors that features are computed from; a member names its own."""

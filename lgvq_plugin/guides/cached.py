@@ -16,7 +16,7 @@ from ..sockets import ConfigError, suggest
 from ..types import TextFeatures, TextTokens
 from ._cache_file import CacheFacts, Shard, Shards, read_vocabulary
 from ._cache_writer import write_cache
-from .base import PLACES, AbstractGuide, build_guide
+from .base import PLACES, AbstractGuide, UnknownWords, build_guide
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,12 @@ class CachedGuide(AbstractGuide):
     def __len__(self) -> int:
         """Return the number of captions in the cache."""
         return len(self._shards)
+
+    def unknown_words(self, captions: Sequence[str]) -> UnknownWords | None:
+        """Return what the guide that made the cache says, if it takes no download to ask it."""
+        block = self._given or self.facts.guide
+        is_embedded = block.get("use") == "micro_clip"
+        return build_guide(block).unknown_words(captions) if is_embedded else None
 
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
         """Return the tokens of B captions, as the guide split them, on the CPU."""

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._files import write_bytes, write_json
 from ..sockets import ConfigError
 from ._micro_clip_network import CONFIG, new_network, new_tokenizer, pack, unpack
 from ._open_clip_text import OpenCLIPText
+from .base import UnknownWords
 
 FOLDER = Path(__file__).parent / "_micro_clip"
 
@@ -39,13 +41,28 @@ class MicroCLIPGuide(OpenCLIPText):
     """
 
     def __init__(self, max_length: int = 30, device: torch.device | str | None = None) -> None:
-        tower = unpack(*read_weights(FOLDER))
+        state, seed = read_weights(FOLDER)
+        self._trained = {*state["token_embedding.rows"].tolist()}
+        tower = unpack(state, seed)
         super().__init__(tower, new_tokenizer(), max_length=max_length, device=device)
 
     @property
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build this guide again."""
         return {"max_length": self.max_length, "device": str(self.device)}
+
+    def unknown_words(self, captions: Sequence[str]) -> UnknownWords:
+        """Count the words with a token that the training captions did not have."""
+        counts = Counter(word for caption in captions for word in caption.split())
+        unknown = Counter(
+            {
+                word: count
+                for word, count in counts.items()
+                if not self._trained.issuperset(self._tokenizer.encode(word))
+            }
+        )
+        examples = tuple(word for word, _ in unknown.most_common(3))
+        return UnknownWords(counts.total(), unknown.total(), examples)
 
     # What the training script needs, so that open_clip is imported in this folder only.
     image_size = CONFIG["vision_cfg"]["image_size"]
