@@ -325,8 +325,8 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
     if report.broken_captions:
         file, caption = report.first_broken
         told.append(
-            f"{report.broken_captions:,} captions have bytes of another encoding, now U+FFFD, first "
-            f"in {file}: {caption[:60]!r}; set `encoding:`, such as latin-1"
+            f"{report.broken_captions:,} captions have bytes of another encoding, now U+FFFD, "
+            f"first in {file}: {caption[:60]!r}; set `encoding:`, such as latin-1"
         )
     told += [f"{file} seems to hold captions and is not read" for file in report.unread]
     if report.without_caption == report.images:

@@ -52,7 +52,7 @@ class Reading:
     encoding: str = "utf-8"
     """Of the files with captions; a byte order mark of UTF-16 wins over utf-8."""
     image_key: str = "image"
-    """The key of a sample that holds the image."""
+    """A second key of a sample that holds the image, beside `image`, for hosts that ask for it."""
     seed: int = 0
     """Of the draws of caption, crop and flip."""
     channel_first: bool = False
@@ -347,8 +347,10 @@ class ListedImages(CaptionedFiles):
         draws = HashedDraws(self.seed, self.epoch, index)
         # The caption is drawn first, so that another crop or size leaves it as it is.
         caption = draws.pick(record.captions) if record.captions else ""
+        image = self.pipeline(record.path, draws)
         return {
-            self.image_key: self.pipeline(record.path, draws),
+            "image": image,
+            self.image_key: image,
             "caption": caption,
             "captions": list(record.captions),
             "file": record.file,

@@ -21,9 +21,10 @@ CAPTION_KEYS = (
 )
 TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 EXPECTED = (
-    f"a table ({', '.join(TABLES)}, captions.txt or another .csv, .tsv, .jsonl or .json) whose "
-    f"rows have one of the keys {', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)}; lines "
-    "x.jpg#0<TAB>caption as in Flickr8k.token.txt; or x.txt beside each x.jpg"
+    f"a table ({', '.join(TABLES)}, captions.txt or another .csv, .tsv, .jsonl or .json) with the "
+    "images' paths (file_name, image, filepath, ...; `file_key` names another column) and captions "
+    "(caption, text, title, ...; `caption_key`); lines x.jpg#0<TAB>caption, as "
+    "Flickr8k.token.txt; x.txt beside each x.jpg; or tar shards of x.jpg with x.txt or x.json"
 )
 
 
@@ -32,8 +33,8 @@ class CaptionedImages(Dataset):
 
     A sample is `{"image": float32 array (H, W, C) in [-1, 1], "caption": str, "captions":
     list[str], "file": str, "index": int}`; `channel_first=True` gives (C, H, W), `channels` 1, 3
-    (the default) or 4, and `image_key` another name than "image". An image without a caption has
-    `caption == ""` and takes no part in the text losses.
+    (the default) or 4, and `image_key` a second key that holds the image. An image without a
+    caption has `caption == ""` and takes no part in the text losses.
 
     The caption, crop and flip of a sample are drawn from (seed, epoch, index), so they are the
     same for any number of workers and after a resume; :meth:`set_epoch` moves the stream on.

@@ -37,7 +37,7 @@ class Scenes(CaptionedImages):
         seed: another seed, other scenes.
         channel_first: (C, H, W) images instead of (H, W, C).
         channels: 1: grey; 3: RGB; 4: RGB and alpha, which is 1 everywhere.
-        image_key: the key of a sample that holds the image.
+        image_key: a second key of a sample that holds the image, beside `image`.
 
     Example:
         >>> sample = Scenes("validation", size=32)[0]
@@ -79,8 +79,10 @@ class Scenes(CaptionedImages):
         index %= self.length
         scene, telling = self.scene(index), self._draws(index, WORDS)
         captions = _scene_language.captions(scene, telling)
+        picture = to_array(self._picture(scene), self.channel_first)
         return {
-            self.image_key: to_array(self._picture(scene), self.channel_first),
+            "image": picture,
+            self.image_key: picture,
             "caption": self._draws(index, CHOICE, self.epoch).pick(captions),
             "captions": captions,
             "file": f"{self.split}_{index:06d}.png",

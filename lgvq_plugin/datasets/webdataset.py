@@ -75,7 +75,7 @@ class WebDataset(ListedImages):
         found = [sample for shard in self.shards for sample in samples(shard)]
         read = _Members(file_key, caption_key, reading.encoding)
         records = [record for record in map(read, found) if record]
-        _tell(root, found, records)
+        _tell(root, found, records, list(read.fields))
         if split == "test" and not is_parted and not declared_splits(records):
             raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
         if not is_parted:
@@ -112,6 +112,8 @@ class _Members:
     def __init__(self, file_key: str | None, caption_key: str | None, encoding: str):
         self.file_key = None if file_key is None else file_key.lower().lstrip(".")
         self.caption_key, self.encoding = caption_key, encoding
+        self.fields: dict[str, None] = {}
+        """All fields of .json files, to be named where no captions are found."""
 
     def __call__(self, sample: ShardSample) -> Record | None:
         where = str(next(iter(sample.members.values())).tar)
@@ -121,6 +123,7 @@ class _Members:
             return None
         meta = self._meta(sample, where)
         told = meta if isinstance(meta, dict) else {}
+        self.fields |= dict.fromkeys(map(str, told))
         captions = tuple(self._captions(sample, meta, where))
         extra = {key: told[key] for key in (*KEPT_KEYS, CONVERTED_FROM) if key in told}
         name = f"{image.tar.name}:{image.name}"
@@ -167,7 +170,12 @@ class _Members:
             raise ConfigError(f"{member}: {error}") from error
 
 
-def _tell(root: str | Path, found: Sequence[ShardSample], records: Sequence[Record]) -> None:
+def _tell(
+    root: str | Path,
+    found: Sequence[ShardSample],
+    records: Sequence[Record],
+    fields: Sequence[str],
+) -> None:
     """Say which members were found where images or captions are missing."""
     names = dict.fromkeys(f".{suffix}" for sample in found for suffix in sample.members)
     listed = ", ".join(list(names)[:12])
@@ -181,6 +189,6 @@ def _tell(root: str | Path, found: Sequence[ShardSample], records: Sequence[Reco
     if not any(record.captions for record in records):
         log.warning(
             "%s: none of %d samples has a caption; the members' suffixes are %s; captions are read "
-            "from .%s, and from .json (`caption_key` names the field)",
-            *(root, len(records), listed, ", .".join(TEXTS)),
+            "from .%s, and from .json, whose fields are %s (`caption_key` names one)",
+            *(root, len(records), listed, ", .".join(TEXTS), ", ".join(fields[:20]) or "none"),
         )
