@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import clean
+from ._caption_files import texts_of
 
 FOLDERS = tuple(f"{part}{year}" for year in (2014, 2017, 2015) for part in ("train", "val", "test"))
 NUMBER = re.compile(r"(\d+)\.(?:jpe?g|png)$", re.IGNORECASE)
@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
             return json.load(file)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
 
 
@@ -66,13 +66,20 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(("file_name", "filename", "split", "question", "name"), str),
     **dict.fromkeys(("sentences", "answers", "bbox"), list),
 }
-"""What a field of a published file holds; others are ids, whole numbers or their digits."""
+"""What a field of a published file holds."""
 
 
-def entries(content: Any, key: str, needed: tuple[str, ...], path: Path) -> list[dict[str, Any]]:
+def entries(
+    content: Any,
+    key: str,
+    needed: tuple[str, ...],
+    path: Path,
+    *,
+    numbers: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
     """Return the list of objects under `key`, each of which has the keys `needed`.
 
-    Their values are checked by `KINDS`; of the others only those in `IDS`.
+    Their values are checked by `KINDS`; those of `numbers` are whole numbers or their digits.
 
     Raises:
         ConfigError: naming the file and the place where something is missing.
@@ -91,6 +98,10 @@ def entries(content: Any, key: str, needed: tuple[str, ...], path: Path) -> list
                 told = {str: "a text", list: "a list"}[kind]
                 where = f"{path}: {key}[{place}].{name}"
                 raise ConfigError(f"{where}: expected {told}, got {value!r:.60}")
+        for name in numbers:
+            if isinstance(entry[name], bool) or not str(entry[name]).isdecimal():
+                where = f"{path}: {key}[{place}].{name}"
+                raise ConfigError(f"{where}: expected a whole number, got {entry[name]!r:.60}")
     return listed
 
 
@@ -105,9 +116,10 @@ def annotation_file(root: Path, *names: str) -> Path | None:
 def captions_by_image(content: Any, path: Path) -> dict[int, list[str]]:
     """Return image id -> captions, trimmed and on one line, empty ones left out."""
     found: dict[int, list[str]] = {}
-    for entry in entries(content, "annotations", ("image_id", "caption"), path):
-        if text := clean(str(entry["caption"])):
-            found.setdefault(int(entry["image_id"]), []).append(text)
+    needed = ("image_id", "caption")
+    for entry in entries(content, "annotations", needed, path, numbers=("image_id",)):
+        texts = texts_of(entry["caption"], f"{path}: a caption of image {entry['image_id']}")
+        found.setdefault(int(entry["image_id"]), []).extend(texts)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import clean
+from ._caption_files import texts_of
 from ._coco import entries, read_json
 from ._listed import ListedImages, Reading, Record
 from ._names import choose_split, read_captions, read_name_pickle
@@ -82,6 +82,7 @@ def _by_image(path: Path) -> dict[str, tuple[str, ...]]:
     found: dict[str, dict[str, None]] = {}
     for entry in entries(read_json(path), "data", ("image_id",), path):
         own = found.setdefault(str(entry["image_id"]), {})
-        texts = [*(entry.get("reference_strs") or ()), entry.get("caption_str") or ""]
-        own.update(dict.fromkeys(text for text in map(clean, texts) if text))
+        where = f"{path}: a caption of {entry['image_id']}"
+        texts = texts_of(entry.get("reference_strs"), where)
+        own.update(dict.fromkeys([*texts, *texts_of(entry.get("caption_str"), where)]))
     return {name: tuple(texts) for name, texts in found.items()}

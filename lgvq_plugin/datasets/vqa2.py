@@ -80,7 +80,7 @@ def _questions(root: Path, path: Path, split: str) -> dict[int, list[dict[str, A
     answers = {} if split == "test" else _answers(root, PARTS[split])
     found: dict[int, list[dict[str, Any]]] = {}
     needed = ("image_id", "question", "question_id")
-    for entry in entries(read_json(path), "questions", needed, path):
+    for entry in entries(read_json(path), "questions", needed, path, numbers=needed[::2]):
         number = entry["question_id"]
         if split != "test" and number not in answers:
             raise ConfigError(f"{path}: question {number} has no answers in the annotations")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 
 from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
-from lgvq_plugin.guides._cache_file import Shards, caption_key
+from lgvq_plugin.guides._cache_file import CacheFacts, Shards, caption_key
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
 from lgvq_plugin.sockets import ConfigError
@@ -316,7 +316,7 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
     path = tmp_path / "c/shard-000000.safetensors"
     arrays = load_file(path)
     path.write_bytes(save(arrays | {"token_ids": arrays["token_ids"] + 10**6}))
-    with pytest.raises(ConfigError, match="not among the .* of its vocabulary"):
+    with pytest.raises(ConfigError, match=r"not among the .* of its vocabulary"):
         CachedGuide(str(tmp_path / "c"), verify=False).tokenize(CAPTIONS)
 
 
