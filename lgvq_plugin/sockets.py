@@ -2,13 +2,24 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 
 class ConfigError(ValueError):
-    """The user's input is wrong; the message says what, where and how to mend it."""
+    """The user's input is wrong; the message says what, where and how to mend it.
+
+    A DataLoader raises a worker's error again with the worker's traceback as its message; only
+    the message proper is kept of that.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if text.startswith("Caught ") and "Traceback (most recent call last)" in text:
+            text = re.split(rf"^[\w.]*\b{type(self).__name__}: ", text, flags=re.M)[-1].strip()
+        super().__init__(text)
 
 
 class Problems:

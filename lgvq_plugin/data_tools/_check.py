@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .._files import write_json, write_text
-from ..datasets.base import CaptionedFiles, Health, recognize
+from ..datasets.base import EXPECTED, CaptionedFiles, Health, recognize
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, suggest
 from ._sheet import write_sheet
@@ -58,6 +58,18 @@ class SplitReport:
     problems: dict[str, int]
     """missing, empty, corrupt, bomb -> how many."""
     has_questions: bool = False
+    template: str = ""
+    """Captions were made from the names of class folders, by this text."""
+    broken_captions: int = 0
+    """Captions with U+FFFD in them: their bytes are of another encoding."""
+    first_broken: tuple[str, str] = ("", "")
+    """File and caption of the first of them."""
+    unread: tuple[str, ...] = ()
+    """Files that seem to hold captions and were not read; sought where captions are missing."""
+    words: int = 0
+    unknown_words: int = 0
+    """Of those, words that the guide was not trained on; 0 for a guide that cannot tell."""
+    unknown_examples: tuple[str, ...] = ()
 
     @property
     def readable(self) -> int:
@@ -85,31 +97,38 @@ class Check:
 
     @property
     def is_usable(self) -> bool:
-        """Whether every split can be used."""
-        return all(report.is_usable for report in self.splits.values())
+        """Whether every split has readable images, and any split has captions."""
+        return self.has_captions and all(report.is_usable for report in self.splits.values())
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any image has a caption."""
+        return any(report.captions for report in self.splits.values())
 
 
 def check(
     path: str | Path,
-    out: Path,
+    out: Path | None = None,
     *,
     member: str | None = None,
     split: str | None = None,
     guide: Mapping[str, Any] | None = None,
     workers: int = 1,
     progress: bool = True,
+    **options: Any,
 ) -> Check:
-    """Read everything at a path once, and write `problems.txt`, `report.json` and pictures.
+    """Read everything at a path once; write `problems.txt`, `report.json` and pictures to `out`.
 
     Args:
         path: a folder, table or list of paths.
-        out: where the files go.
+        out: where the files go; None writes nothing.
         member: the data set to take it for; None asks all.
         split: look at this one only.
         guide: the `lgvq.guide` block whose tokens captions are measured in; None is the
             embedded one.
         workers: threads that read and decode.
         progress: show a bar.
+        options: of the data set, such as encoding and caption_key.
 
     Raises:
         ConfigError: if the layout is unknown, or its lists cannot be read at all.
@@ -117,25 +136,32 @@ def check(
     layout = recognize(path, member)
     if split is not None and split not in layout.splits:
         raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
-    out.mkdir(parents=True, exist_ok=True)
     ruler = build_guide(guide or {"use": "micro_clip"})
     splits, problems, written = {}, [], []
     homes: dict[str, set[str]] = {}
     for name in [split] if split else layout.splits:
-        dataset = layout.build(name, size=192, crop="none", skip_corrupt=True)
+        dataset = layout.build(name, size=192, crop="none", skip_corrupt=True, **options)
         found = list(_examine(dataset, name, workers, progress))
-        splits[name] = _report(dataset, found, ruler, name, progress)
+        template = str(layout.splits[name].get("caption_template", ""))
+        splits[name] = _report(dataset, found, ruler, name, progress, template)
         problems += [health for health in found if health.problem]
         for health in found:
             homes.setdefault(health.digest, set()).add(name)
         good = [i for i, health in enumerate(found) if not health.problem]
-        if good:
+        if good and out is not None:
             sheet = out / f"contact_sheet_{name}.png"
             write_sheet(sheet, dataset, _spread(good, SHEET))
             written.append(sheet)
     homes.pop("", None)
     shared = sum(len(where) > 1 for where in homes.values())
     result = Check(Path(path), layout.member, splits, shared, problems, written)
+    if out is not None:
+        _write(result, out)
+    return result
+
+
+def _write(result: Check, out: Path) -> None:
+    problems, written = result.problems, result.files
     if problems:
         lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in problems)
         write_text(out / "problems.txt", "".join(lines))
@@ -144,7 +170,6 @@ def check(
         (out / "problems.txt").unlink(missing_ok=True)
     write_json(out / "report.json", _plain(result))
     written.append(out / "report.json")
-    return result
 
 
 def _examine(dataset: CaptionedFiles, name: str, workers: int, progress: bool) -> Iterator[Health]:
@@ -158,7 +183,12 @@ def _examine(dataset: CaptionedFiles, name: str, workers: int, progress: bool) -
 
 
 def _report(
-    dataset: CaptionedFiles, found: list[Health], guide: AbstractGuide, name: str, progress: bool
+    dataset: CaptionedFiles,
+    found: list[Health],
+    guide: AbstractGuide,
+    name: str,
+    progress: bool,
+    template: str,
 ) -> SplitReport:
     captions = [dataset.captions_of(i) for i in range(len(dataset))]
     counts = [len(own) for own in captions]
@@ -166,13 +196,16 @@ def _report(
     usual, times = homes.most_common(1)[0] if homes else ("", 0)
     digests = Counter(health.digest for health in found if health.digest)
     sizes = [(health.width, health.height) for health in found if health.width]
+    texts = [text for own in captions for text in own]
+    broken, unknown = dataset.broken_texts(), guide.unknown_words(texts)
+    is_short = template or not all(counts)
     return SplitReport(
         images=len(dataset),
         captions=sum(counts),
         fewest_captions=min(counts),
         most_captions=max(counts),
         without_caption=counts.count(0),
-        lengths=_lengths([text for own in captions for text in own], guide, name, progress),
+        lengths=_lengths(texts, guide, name, progress),
         repeated_captions=sum(count > 1 for count in homes.values()),
         most_repeated=(usual, times),
         repeated_images=sum(count - 1 for count in digests.values()),
@@ -180,6 +213,13 @@ def _report(
         smallest_side=min((min(size) for size in sizes), default=0),
         problems=dict(Counter(health.problem for health in found if health.problem)),
         has_questions="questions" in dataset.extra_of(0),
+        template=template,
+        broken_captions=len(broken),
+        first_broken=broken[0] if broken else ("", ""),
+        unread=tuple(map(str, dataset.unread_files())) if is_short else (),
+        words=unknown.words if unknown else 0,
+        unknown_words=unknown.unknown if unknown else 0,
+        unknown_examples=unknown.examples if unknown else (),
     )
 
 
@@ -235,9 +275,14 @@ def as_text(result: Check) -> str:
     if result.problems:
         first = result.problems[0]
         lines.append(f"\n{len(result.problems)} files cannot be used, first: {first.reason}")
+        lines += [f"  {health.problem}  {health.file}" for health in result.problems[1:10]]
         lines.append("mend or remove them, or set `skip_corrupt: true` in the config")
-    lines += ["", *(f"wrote {path}" for path in result.files)]
+    written = [f"wrote {path}" for path in result.files]
+    lines += ["", *(written or ["nothing was written; `-o FOLDER` keeps this report and pictures"])]
     bad = [name for name, report in result.splits.items() if not report.is_usable]
+    if not result.has_captions:
+        lines.append(f"no image has a caption; expected {EXPECTED}")
+        bad = list(result.splits)
     return "\n".join([*lines, f"unusable: {', '.join(bad)}" if bad else "usable"])
 
 
@@ -248,8 +293,12 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
     yield f"images     {report.images:,}, {sizes if report.readable else 'none readable'}"
     yield (
         f"captions   {report.captions:,}, {average:.1f} an image ({report.fewest_captions} to "
-        f"{report.most_captions}), {report.without_caption:,} images without"
+        f"{report.most_captions})"
     )
+    captioned = report.images - report.without_caption
+    yield f"           {captioned:,} of {report.images:,} images have captions"
+    if report.template:
+        yield f"           made from the names of the images' folders: {report.template!r}"
     if report.has_questions:
         yield "questions  yes"
     if lengths := report.lengths:
@@ -257,6 +306,12 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
         yield (
             f"tokens     median {lengths.median}, 95 % up to {lengths.most}, longest "
             f"{lengths.longest}; {lengths.cut:,} captions cut at {lengths.limit} ({share:.2%})"
+        )
+    if report.unknown_words:
+        share, examples = report.unknown_words / report.words, ", ".join(report.unknown_examples)
+        yield (
+            f"words      {share:.0%} of {report.words:,} are unknown to this guide ({examples}); "
+            "micro_clip knows the words of the embedded scenes, open_clip those of photographs"
         )
     if report.repeated_captions:
         text, times = report.most_repeated
@@ -266,5 +321,14 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
         )
     if report.repeated_images:
         yield f"duplicates {report.repeated_images:,} files have the bytes of another"
-    told = ", ".join(f"{count:,} {kind}" for kind, count in report.problems.items())
-    yield f"problems   {told or 'none'}"
+    told = [f"{count:,} {kind}" for kind, count in report.problems.items()]
+    if report.broken_captions:
+        file, caption = report.first_broken
+        told.append(
+            f"{report.broken_captions:,} captions have bytes of another encoding, now U+FFFD, "
+            f"first in {file}: {caption[:60]!r}; set `encoding:`, such as latin-1"
+        )
+    told += [f"{file} seems to hold captions and is not read" for file in report.unread]
+    if report.without_caption == report.images:
+        told.append("no image has a caption")
+    yield f"problems   {'; '.join(told) or 'none'}"

@@ -74,6 +74,7 @@ def convert(
     split: str | None = None,
     workers: int = 1,
     progress: bool = True,
+    **options: Any,
 ) -> Conversion:
     """Write a smaller copy of a data set; run it again after a kill and it goes on.
 
@@ -85,6 +86,7 @@ def convert(
         split: this one only.
         workers: threads; each writes a part.
         progress: show a bar.
+        options: of the data set, such as encoding and caption_key.
 
     Raises:
         ConfigError: if the layout is unknown, or `out` holds something else.
@@ -95,7 +97,7 @@ def convert(
     if split is not None and split not in layout.splits:
         raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
     splits = [split] if split else list(layout.splits)
-    sources = {name: layout.build(name, skip_corrupt=True) for name in splits}
+    sources = {name: layout.build(name, skip_corrupt=True, **options) for name in splits}
     homes = {name: _home(out, name) for name in splits}
     if len({*homes.values()}) < len(homes):
         raise ConfigError(f"choose one with --split: {', '.join(splits)} would share a folder")
@@ -150,7 +152,7 @@ def _write_plan(out: Path, settings: Settings, sources: dict[str, CaptionedFiles
     if path.is_file():
         try:
             before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ConfigError(f"{path} is broken ({error}); choose another folder") from error
         changed = differing(before, plan)
         if changed:

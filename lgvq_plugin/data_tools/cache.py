@@ -110,7 +110,7 @@ def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
         seed=config.seed,
         batch_size=given.batch_size,
     )
-    _check_space(folder, len(plan.todo) * plan.bytes_each)
+    _check_space(folder, plan.bytes_needed)
     begin = time.monotonic()
     total = plan.done + len(plan.todo)
     with tqdm(total=total, initial=plan.done, unit="caption", disable=given.no_progress) as bar:
@@ -136,13 +136,23 @@ def _captions(data: DataSection, own_key: str | None) -> Iterator[str]:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    logger.info("the cache takes at most %.2f GB more; %.1f GB are free", needed / 1e9, free / 1e9)
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    logger.info("the cache takes at most %s more; %s are free", _in_bytes(needed), _in_bytes(free))
     if needed > free:
         raise ConfigError(
-            f"{folder}: the cache takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            f"{folder}: the cache takes up to {_in_bytes(needed)}, {_in_bytes(free)} are "
             "free; give another place with -o, fewer --maskings, or --drop-padding"
         )
+
+
+def _in_bytes(count: float) -> str:
+    """Return a number of bytes in words, as "15.3 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def _tell(folder: Path, block: Mapping[str, Any], plan: Any, seconds: float) -> None:
@@ -154,6 +164,6 @@ def _tell(folder: Path, block: Mapping[str, Any], plan: Any, seconds: float) -> 
     count = plan.done + len(plan.todo)
     print(
         f"{count:,} different captions in {folder}, {len(plan.todo):,} of them new "
-        f"({seconds:.1f} s); {size / 1e6:.1f} MB, {size / count / 1e3:.1f} kB a caption"
+        f"({seconds:.1f} s); {_in_bytes(size)}, {_in_bytes(size / count)} a caption"
     )
     print(f"train with it: lgvq train -b CONFIG {folder / OVERLAY}")

@@ -37,11 +37,13 @@ def _check_options(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "check",
         help="tell what lies at a path and whether it can be trained on",
-        description="Recognize a data set, decode every image, measure every caption; write "
-        "problems.txt, report.json and contact sheets. Exit code 2: it cannot be used.",
+        description="Recognize a data set, decode every image, measure every caption. Nothing "
+        "is written without -o. Exit code 2: it cannot be used.",
     )
     _shared_options(parser)
-    parser.add_argument("-o", "--out", type=Path, help="default: data_check_NAME, where you are")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="write problems.txt, report.json and contact sheets there"
+    )
     parser.add_argument(
         "--guide", default="micro_clip", help="whose tokens captions are counted in"
     )
@@ -70,6 +72,9 @@ def _shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="folder, table or list of paths")
     parser.add_argument("--as", dest="member", metavar="NAME", help=f"one of {', '.join(MEMBERS)}")
     parser.add_argument("--split", help="this split only")
+    parser.add_argument("--encoding", help="of the files with captions (default: utf-8)")
+    parser.add_argument("--file-key", help="the column with the images' paths")
+    parser.add_argument("--caption-key", help="the column with the captions")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -78,18 +83,23 @@ def _check(options: argparse.Namespace) -> int:
     guide: dict[str, Any] = {"use": options.guide}
     if options.max_length is not None:
         guide["max_length"] = options.max_length
-    name = options.path.resolve().stem or "root"
     result = check(
         options.path,
-        options.out or Path(f"data_check_{name}"),
+        options.out,
         member=options.member,
         split=options.split,
         guide=guide,
         workers=options.workers,
         progress=not options.no_progress,
+        **_dataset_options(options),
     )
     print(as_text(result))
     return 0 if result.is_usable else 2
+
+
+def _dataset_options(options: argparse.Namespace) -> dict[str, str]:
+    given = {name: getattr(options, name) for name in ("encoding", "file_key", "caption_key")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -106,6 +116,7 @@ def _convert(options: argparse.Namespace) -> int:
         split=options.split,
         workers=options.workers,
         progress=not options.no_progress,
+        **_dataset_options(options),
     )
     for split, count in result.written.items():
         print(f"{split}: {count:,} images")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import clean
+from ._caption_files import texts_of
 
 FOLDERS = tuple(f"{part}{year}" for year in (2014, 2017, 2015) for part in ("train", "val", "test"))
 NUMBER = re.compile(r"(\d+)\.(?:jpe?g|png)$", re.IGNORECASE)
@@ -58,12 +58,28 @@ def read_json(path: Path) -> Any:
             return json.load(file)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
 
 
-def entries(content: Any, key: str, needed: tuple[str, ...], path: Path) -> list[dict[str, Any]]:
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("file_name", "filename", "split", "question", "name"), str),
+    **dict.fromkeys(("sentences", "answers", "bbox"), list),
+}
+"""What a field of a published file holds."""
+
+
+def entries(
+    content: Any,
+    key: str,
+    needed: tuple[str, ...],
+    path: Path,
+    *,
+    numbers: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
     """Return the list of objects under `key`, each of which has the keys `needed`.
+
+    Their values are checked by `KINDS`; those of `numbers` are whole numbers or their digits.
 
     Raises:
         ConfigError: naming the file and the place where something is missing.
@@ -76,6 +92,16 @@ def entries(content: Any, key: str, needed: tuple[str, ...], path: Path) -> list
         missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
         if missing:
             raise ConfigError(f"{path}: {key}[{place}] has no {', '.join(missing)}")
+        for name in needed:
+            kind, value = KINDS.get(name), entry[name]
+            if kind and not isinstance(value, kind):
+                told = {str: "a text", list: "a list"}[kind]
+                where = f"{path}: {key}[{place}].{name}"
+                raise ConfigError(f"{where}: expected {told}, got {value!r:.60}")
+        for name in numbers:
+            if isinstance(entry[name], bool) or not str(entry[name]).isdecimal():
+                where = f"{path}: {key}[{place}].{name}"
+                raise ConfigError(f"{where}: expected a whole number, got {entry[name]!r:.60}")
     return listed
 
 
@@ -90,9 +116,10 @@ def annotation_file(root: Path, *names: str) -> Path | None:
 def captions_by_image(content: Any, path: Path) -> dict[int, list[str]]:
     """Return image id -> captions, trimmed and on one line, empty ones left out."""
     found: dict[int, list[str]] = {}
-    for entry in entries(content, "annotations", ("image_id", "caption"), path):
-        if text := clean(str(entry["caption"])):
-            found.setdefault(int(entry["image_id"]), []).append(text)
+    needed = ("image_id", "caption")
+    for entry in entries(content, "annotations", needed, path, numbers=("image_id",)):
+        texts = texts_of(entry["caption"], f"{path}: a caption of image {entry['image_id']}")
+        found.setdefault(int(entry["image_id"]), []).extend(texts)
     return found
 
 

@@ -3,9 +3,10 @@
 import hashlib
 import io
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +17,7 @@ from .base import Health
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CROPS = ("center", "random", "none")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
@@ -41,43 +43,72 @@ class Source(Protocol):
 class Pipeline:
     """How a file becomes an array; shared by all data sets of image files."""
 
-    size: int = 64
-    """Height and width of the result, in pixels."""
+    size: int | Sequence[int] = 64
+    """Height and width of the result in pixels: one number for both, or [height, width]."""
+    channels: int = 3
+    """1: grey; 3: RGB, transparency put on white; 4: RGB and alpha."""
     crop: str = "center"
-    """center, random: the largest square; none: the whole image, padded with white."""
+    """center, random: the largest part of the shape of `size`; none: all, padded with white."""
     flip: bool = False
     """Mirror every other image; captions that say left and right become wrong."""
     channel_first: bool = False
-    """(3, H, W) instead of (H, W, 3)."""
+    """(C, H, W) instead of (H, W, C)."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a size or crop that cannot be."""
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(f"size must be an int >= 1, got {self.size!r}")
+        """Raise ConfigError for a size, number of channels or crop that cannot be."""
+        height_and_width(self.size)
+        if self.channels not in MODES or isinstance(self.channels, bool):
+            raise ConfigError(f"channels must be 1, 3 or 4, got {self.channels!r}")
         if self.crop not in CROPS:
             raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(CROPS))}")
 
     def __call__(self, path: Source, draws: AbstractDraws) -> np.ndarray:
-        """Return float32 in [-1, 1], (size, size, 3), or (3, size, size) if channel_first.
+        """Return float32 in [-1, 1], (H, W, C), or (C, H, W) if channel_first.
 
         Raises:
             UnreadableImage: if the file is missing or broken.
             ConfigError: if it has more pixels than PIL's limit against decompression bombs.
         """
-        square = fit(open_image(path), self.size, self.crop, draws)
+        part = fit(open_image(path, self.channels), self.size, self.crop, draws)
         if self.flip and draws.chance(0.5):
-            square = ImageOps.mirror(square)
-        levels = np.asarray(square)
-        if self.channel_first:
-            levels = levels.transpose(2, 0, 1)
-        values = levels.astype(np.float32, order="C")
-        values /= np.float32(127.5)  # in place: one allocation an image
-        values -= np.float32(1)
-        return values
+            part = ImageOps.mirror(part)
+        return to_array(part, self.channel_first)
 
 
-def open_image(path: Source) -> Image.Image:
-    """Return the first frame as an upright 8-bit RGB image, transparency put on white.
+def height_and_width(size: Any, least: int = 1) -> tuple[int, int]:
+    """Return (height, width) of a `size` option; raises ConfigError for anything else.
+
+    Example:
+        >>> height_and_width(64), height_and_width([32, 64])
+        ((64, 64), (32, 64))
+    """
+    is_list = isinstance(size, Sequence) and not isinstance(size, str)
+    pair = tuple(size) if is_list else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and side >= least for side in pair):
+        raise ConfigError(
+            f"size must be an int >= {least}, or [height, width] of two such, got {size!r}"
+        )
+    return pair[0], pair[1]
+
+
+def to_array(image: Image.Image, channel_first: bool) -> np.ndarray:
+    """Return an 8-bit image as float32 in [-1, 1], (H, W, C), or (C, H, W)."""
+    levels = np.asarray(image)
+    levels = levels[:, :, None] if levels.ndim == 2 else levels
+    if channel_first:
+        levels = levels.transpose(2, 0, 1)
+    values = levels.astype(np.float32, order="C")
+    values /= np.float32(127.5)  # in place: one allocation an image
+    values -= np.float32(1)
+    return values
+
+
+def open_image(path: Source, channels: int = 3) -> Image.Image:
+    """Return the first frame as an upright 8-bit image.
+
+    Args:
+        path: of the image.
+        channels: 3: RGB, transparency put on white; 1: that in grey; 4: RGB and alpha.
 
     Raises:
         UnreadableImage: if the file is missing or broken.
@@ -87,7 +118,11 @@ def open_image(path: Source) -> Image.Image:
         with Image.open(_readable(path)) as image:
             _refuse_bomb(image.size)
             image.load()
-            return _to_rgb(image if _is_upright(image) else ImageOps.exif_transpose(image))
+            upright = image if _is_upright(image) else ImageOps.exif_transpose(image)
+            if channels == 4 and _is_transparent(upright):
+                return upright.convert("RGBA")
+            rgb = _to_rgb(upright)
+            return rgb if channels == 3 else rgb.convert(MODES[channels])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecompressionBomb(
             f"image {path}: {error}; shrink or remove the file, or exclude it by name"
@@ -174,27 +209,43 @@ def examine(file: str, source: Source) -> Health:
     return Health(file, "", "", digest, image.width, image.height)
 
 
-def fit(image: Image.Image, size: int, crop: str, draws: AbstractDraws) -> Image.Image:
-    """Return a square of `size` pixels, aspect ratio kept, antialiased.
+def fit(image: Image.Image, size: int | Sequence[int], crop: str, draws: AbstractDraws) -> Any:
+    """Return an image of `size` pixels, aspect ratio kept, antialiased.
+
+    Args:
+        image: the whole.
+        size: one number, or (height, width).
+        crop: see :class:`Pipeline`.
+        draws: of the place of a random crop.
 
     Example:
         >>> fit(Image.new("RGB", (40, 20)), 10, "none", HashedDraws(0)).getpixel((5, 0))
         (255, 255, 255)
+        >>> fit(Image.new("RGB", (40, 40)), (5, 10), "center", HashedDraws(0)).size
+        (10, 5)
     """
+    high, wide = height_and_width(size)
     width, height = image.size
     if crop == "none":
-        return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
-    side = min(width, height)
+        return ImageOps.pad(image, (wide, high), Image.Resampling.BICUBIC, color="white")
+    is_tall = width * high <= height * wide
+    across = width if is_tall else max(1, round(height * wide / high))
+    down = max(1, round(width * high / wide)) if is_tall else height
     # Whole pixels, so that a crop without resize leaves the values as they are.
     if crop == "random":
-        left, top = (int(draws.unit() * (length - side + 1)) for length in (width, height))
+        left = int(draws.unit() * (width - across + 1))
+        top = int(draws.unit() * (height - down + 1))
     else:
-        left, top = (width - side) // 2, (height - side) // 2
+        left, top = (width - across) // 2, (height - down) // 2
     # Cropping inside resize spares the wide strip that resizing a panorama first would make.
-    box = (left, top, left + side, top + side)
-    if side == size:
-        return image if width == height else image.crop(box)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    box = (left, top, left + across, top + down)
+    if (across, down) == (wide, high):
+        return image if (wide, high) == image.size else image.crop(box)
+    return image.resize((wide, high), Image.Resampling.BICUBIC, box=box)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -207,7 +258,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, np.float64))
         values = values * 255 if values.max() <= 1 else values
         return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if _is_transparent(image):
         layer = image.convert("RGBA")
         paper = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(paper, layer).convert("RGB")

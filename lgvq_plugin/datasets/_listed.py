@@ -1,16 +1,25 @@
 """The common part of data sets that are a list of image files with captions."""
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError, suggest
+from ._caption_files import Listed, split_name, unread_files
 from ._draws import HashedDraws
-from ._image import Pipeline, Source, UnreadableImage, examine, shrink
-from .base import CaptionedFiles, Health
+from ._image import SUFFIXES, Pipeline, Source, UnreadableImage, examine, shrink
+from ._names import choose_split, held_out_share
+from .base import CONVERTED_FROM, CaptionedFiles, Health
 
 log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test", "all")
+NUMBERS = re.compile(r"[\d\s.,;:+-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +31,32 @@ class Record:
     captions: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the sample, such as `questions`."""
+    split: str | None = None
+    """The split that its row, a list or its folder names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """How listed images are served; the options that all data sets of image files take."""
 
-    size: int = 64
-    """Height and width in pixels."""
+    size: int | Sequence[int] = 64
+    """Height and width in pixels: one number for both, or [height, width]."""
+    channels: int = 3
+    """1: grey; 3: RGB, transparency put on white; 4: RGB and alpha."""
     crop: str = "center"
-    """center, random: the largest square; none: the whole image, padded with white."""
+    """center, random: the largest part of the shape of `size`; none: all, padded with white."""
     flip: bool = False
     """Mirror every other image; captions that say left and right become wrong."""
     captions_per_image: int | None = None
     """Keep at most so many captions of an image, the first ones; null = all."""
+    encoding: str = "utf-8"
+    """Of the files with captions; a byte order mark of UTF-16 wins over utf-8."""
+    image_key: str = "image"
+    """A second key of a sample that holds the image, beside `image`, for hosts that ask for it."""
     seed: int = 0
     """Of the draws of caption, crop and flip."""
     channel_first: bool = False
-    """(3, H, W) images instead of (H, W, 3)."""
+    """(C, H, W) images instead of (H, W, C)."""
     skip_corrupt: bool = False
     """Put the next good image in the place of one that is missing or cannot be read."""
 
@@ -47,22 +64,181 @@ class Reading:
         most = self.captions_per_image
         if most is not None and (not isinstance(most, int) or most < 1):
             raise ConfigError(f"captions_per_image must be an int >= 1 or null, got {most!r}")
+        try:
+            "a".encode(self.encoding)
+        except (LookupError, TypeError) as error:
+            known = "utf-8, latin-1, cp1252, utf-16, gb18030, shift_jis"
+            raise ConfigError(
+                f"encoding: {self.encoding!r} is not known to Python; usual ones are {known}"
+            ) from error
+        if not isinstance(self.image_key, str) or self.image_key in RESERVED:
+            taken = ", ".join(RESERVED)
+            raise ConfigError(
+                f"image_key must be a string and none of {taken}, got {self.image_key!r}"
+            )
         HashedDraws(self.seed)  # refuses a negative seed here and not in a worker
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Reading":
-        """Build it from keyword arguments; raises ConfigError for an unknown one."""
+    def of(cls, options: Mapping[str, Any], member: type) -> "Reading":
+        """Build it from keyword arguments of a data set's class.
+
+        Raises:
+            ConfigError: for an unknown one; those of the class are named too.
+        """
         known = [entry.name for entry in fields(cls)]
         for name in options:
             if name not in known:
-                raise ConfigError(f"no option {name!r}{suggest(name, known)}")
+                own = [key for key in inspect.signature(member).parameters if key != "options"]
+                raise ConfigError(f"no option {name!r}{suggest(name, [*own, *known])}")
         return cls(**options)
 
     @property
     def pipeline(self) -> Pipeline:
         """From file to array."""
         return Pipeline(
-            size=self.size, crop=self.crop, flip=self.flip, channel_first=self.channel_first
+            size=self.size,
+            channels=self.channels,
+            crop=self.crop,
+            flip=self.flip,
+            channel_first=self.channel_first,
+        )
+
+
+RESERVED = ("caption", "captions", "file", "index")
+
+
+class ImageFinder:
+    """Where the images lie that a table or list names.
+
+    A path is taken from each of `homes`, then as the end of the one path below `below` that ends
+    with it, so that a table finds the images of any folder; a name without suffix finds its image.
+
+    Args:
+        homes: folders that paths may be relative to.
+        below: the folder that is searched for the others; None searches none.
+    """
+
+    def __init__(self, homes: Iterable[Path], below: Path | None = None):
+        self.homes, self.below = list(dict.fromkeys(homes)), below
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def find(self, name: str) -> Path:
+        """Return where an image lies; if nowhere, where it was expected.
+
+        Raises:
+            ConfigError: if several files could be meant, or it cannot be a path.
+        """
+        try:
+            for home in self.homes:
+                if (home / name).is_file():  # an absolute name stays as it is
+                    return home / name
+        except OSError as error:
+            raise ConfigError(f"image {name[:60]!r}: {error.strerror}") from error
+        hits = self._below(Path(name))
+        if len(hits) > 1:
+            raise ConfigError(
+                f"image {name!r} could be {hits[0]} or {hits[1]}; give its path in the table or "
+                "list, relative to it"
+            )
+        return hits[0] if hits else self.homes[0] / name
+
+    def _below(self, name: Path) -> list[Path]:
+        if self.below is None or name.is_absolute():
+            return []
+        if self._by_name is None:
+            self._by_name = {}
+            for path in image_files(self.below):
+                for key in (path.name, path.stem):
+                    self._by_name.setdefault(key, []).append(path)
+        length = len(name.parts)
+        hits = self._by_name.get(name.name, ())
+        return [p for p in hits if p.parts[-length:-1] == name.parts[:-1]]
+
+
+def image_files(root: Path) -> list[Path]:
+    """Return all image files below a folder, sorted."""
+    return sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    )
+
+
+def records_of(listed: Mapping[str, Listed], finder: ImageFinder) -> list[Record]:
+    """Return the records of a table's files."""
+    return [
+        Record(file, finder.find(file), tuple(told.captions), told.extra, told.split)
+        for file, told in listed.items()
+    ]
+
+
+def declared_splits(records: Sequence[Record]) -> list[str]:
+    """Return the splits that the data name themselves; [] if none, or if all are train.
+
+    Known ones come first, in the order train, validation, test.
+    """
+    names = dict.fromkeys(record.split for record in records if record.split)
+    ordered = [name for name in SPLITS if name in names]
+    ordered += [name for name in names if name not in SPLITS]
+    return [] if ordered == ["train"] else ordered
+
+
+def of_split(
+    records: list[Record], split: str | None, *, holdout: float, where: Any
+) -> list[Record]:
+    """Return the records of a split: as the data say, else train and validation by a hash.
+
+    Args:
+        records: all of them.
+        split: its name; "all" is everything, and so is None where the data name no splits.
+        holdout: share of validation where the data name no splits, 0 < holdout < 1.
+        where: what to call the data set in an error.
+
+    Raises:
+        ConfigError: if there is no such split, or the data name splits and `split` is None.
+    """
+    if not isinstance(holdout, float | int) or not 0 < holdout < 1:
+        raise ConfigError(f"holdout must lie between 0 and 1, got {holdout!r}")
+    known = declared_splits(records)
+    if not known:
+        wanted = choose_split(split, SPLITS)
+        if wanted == "test":
+            raise ConfigError(
+                f"{where}: split 'test' needs a folder `test`, or a column `split` that names it"
+            )
+        if wanted == "all":
+            return records
+        is_held_out = wanted == "validation"
+        return [r for r in records if (held_out_share(_first_name(r)) < holdout) == is_held_out]
+    if split is None:
+        raise ConfigError(
+            f"{where} names the splits {', '.join(known)}, and `split` is not set; set "
+            f"`split: {known[0]}`, or `split: all` to use all of them together"
+        )
+    wanted = split_name(split)
+    if wanted not in (*known, "all"):
+        raise ConfigError(f"{where}: no split {split!r}; its splits are {', '.join(known)}")
+    kept = [r for r in records if wanted == "all" or r.split == wanted]
+    unnamed = sum(record.split is None for record in records)
+    if unnamed and wanted != "all":
+        log.warning("%s: %d of %d images are in no split", where, unnamed, len(records))
+    return kept
+
+
+def _first_name(record: Record) -> str:
+    """The file's name before `lgvq data convert` gave it another, if it did."""
+    return str(record.extra.get(CONVERTED_FROM, record.file))
+
+
+def _refuse_numbers(records: Sequence[Record], where: Any) -> None:
+    captioned = [record for record in records if record.captions]
+    if captioned and all(NUMBERS.fullmatch(c) for r in captioned for c in r.captions):
+        first = captioned[0]
+        raise ConfigError(
+            f"{where}: all captions are numbers, first: {first.captions[0][:40]!r} of "
+            f"{first.file}; class numbers and boxes are not captions. Give texts instead, or name "
+            "the column that holds them with `caption_key`"
         )
 
 
@@ -75,19 +251,23 @@ class ListedImages(CaptionedFiles):
     Args:
         records: the images, in order.
         reading: size, crop and so on.
-        where: what to call the data set in an error.
+        where: what to call the data set in an error: its table, list or folder.
 
     Raises:
-        ConfigError: if there are no records, or some files do not exist (without skip_corrupt).
+        ConfigError: if there are no records, some files do not exist (without skip_corrupt), or
+            all captions are numbers.
     """
 
     def __init__(self, records: Sequence[Record], reading: Reading, *, where: Any = "data set"):
         most = reading.captions_per_image
         if most is not None:
-            records = [Record(r.file, r.path, r.captions[:most], r.extra) for r in records]
+            records = [replace(r, captions=r.captions[:most]) for r in records]
         if not records:
             raise ConfigError(f"{where}: no images; check root and split")
-        self.records, self.pipeline = list(records), reading.pipeline
+        _refuse_numbers(records, where)
+        self.records, self.pipeline, self.where = list(records), reading.pipeline, where
+        self.image_key, self.encoding = reading.image_key, reading.encoding
+        self._warn_of_broken_text()
         self.seed, self.skip_corrupt = reading.seed, reading.skip_corrupt
         self.skipped: dict[str, str] = {}
         lost = [] if self.skip_corrupt else [r for r in records if not r.path.is_file()]
@@ -122,6 +302,20 @@ class ListedImages(CaptionedFiles):
         """Return all captions of a sample without opening its image."""
         return list(self.records[index].captions)
 
+    def count_captioned(self) -> int:
+        """Return how many images have a caption, without opening any."""
+        return sum(bool(record.captions) for record in self.records)
+
+    def broken_texts(self) -> list[tuple[str, str]]:
+        """Return (file, caption) of captions with U+FFFD: their bytes were of another encoding."""
+        return [(r.file, c) for r in self.records for c in r.captions if "\ufffd" in c]
+
+    def unread_files(self) -> list[Path]:
+        """Return files in the data set's folder that seem to hold captions and were not read."""
+        where = Path(self.where)
+        root = where if where.is_dir() else where.parent
+        return unread_files(root, (r.file for r in self.records), read=[where])
+
     def file_of(self, index: int) -> str:
         """Return the name that a sample shows as `file`."""
         return self.records[index].file
@@ -153,14 +347,26 @@ class ListedImages(CaptionedFiles):
         draws = HashedDraws(self.seed, self.epoch, index)
         # The caption is drawn first, so that another crop or size leaves it as it is.
         caption = draws.pick(record.captions) if record.captions else ""
+        image = self.pipeline(record.path, draws)
         return {
-            "image": self.pipeline(record.path, draws),
+            "image": image,
+            self.image_key: image,
             "caption": caption,
             "captions": list(record.captions),
             "file": record.file,
             "index": index,
             **record.extra,
         }
+
+    def _warn_of_broken_text(self) -> None:
+        if broken := self.broken_texts():
+            file, caption = broken[0]
+            count = sum(text.count("\ufffd") for _, text in broken)
+            log.warning(
+                "%s: %d captions are not %s: %d bytes became U+FFFD, first in %s: %r; set "
+                "`encoding:`, such as latin-1 or cp1252",
+                *(self.where, len(broken), self.encoding, count, file, caption[:60]),
+            )
 
     def _skip(self, record: Record, error: UnreadableImage) -> None:
         if not self.skip_corrupt:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError, suggest
-from ._caption_files import clean
+from ._caption_files import clean, open_text
 
 SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -39,28 +39,26 @@ def held_out_share(file: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
     """Return the lines of a text file without surplus blanks, empty ones left out.
 
-    Bytes that are no UTF-8 become U+FFFD; any line end will do.
+    Bytes that are not of the encoding become U+FFFD; any line end will do.
 
     Raises:
         ConfigError: if there is no such file.
     """
-    return [line for line in map(clean, read_text(path).splitlines()) if line]
+    return [line for line in map(clean, read_text(path, encoding).split("\n")) if line]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Return the text of a file, a byte order mark dropped, broken bytes as U+FFFD."""
-    try:
-        return path.read_text("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    with open_text(path, encoding) as file:
+        return file.read()
 
 
-def read_captions(path: Path) -> tuple[str, ...]:
+def read_captions(path: Path, encoding: str = "utf-8") -> tuple[str, ...]:
     """Return the captions in a text file, one a line; () if there is no such file."""
-    return tuple(read_lines(path)) if path.is_file() else ()
+    return tuple(read_lines(path, encoding)) if path.is_file() else ()
 
 
 class _NamesOnly(pickle.Unpickler):

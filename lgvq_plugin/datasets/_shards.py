@@ -4,15 +4,13 @@ A stream, as the `webdataset` package reads shards, could be neither shuffled by
 resumed exactly; local files can be, so we keep where each member lies and seek.
 """
 
-import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..sockets import ConfigError
-from ._image import SUFFIXES
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -45,12 +43,31 @@ class TarMember:
 
 @dataclass(slots=True)
 class ShardSample:
-    """The members that share a stem."""
+    """The members that share a name up to its first dot."""
 
     key: str
-    image: TarMember | None = None
-    text: str | None = None
-    meta: dict = field(default_factory=dict)
+    members: dict[str, TarMember] = field(default_factory=dict)
+    """What follows that dot, in lower case -> member: jpg, txt, input.jpg."""
+
+    def only(self, kinds: Collection[str], where: str, option: str) -> str | None:
+        """Return the suffix of the one member of these kinds; x.jpg goes before x.mask.jpg.
+
+        Args:
+            kinds: last parts of suffixes.
+            where: the shard, for an error.
+            option: of the data set, which says which one is meant.
+
+        Raises:
+            ConfigError: if several could be meant.
+        """
+        found = [suffix for suffix in self.members if suffix.rpartition(".")[2] in kinds]
+        found = [suffix for suffix in found if suffix in kinds] or found
+        if len(found) > 1:
+            raise ConfigError(
+                f"{where}: sample {self.key!r} has several members that could be meant "
+                f"({', '.join(found)}); name one: `{option}: {found[0]}`"
+            )
+        return found[0] if found else None
 
 
 def expand(pattern: str) -> list[Path]:
@@ -73,51 +90,35 @@ def expand(pattern: str) -> list[Path]:
     return [Path(name).expanduser() for name in names]
 
 
-def samples(shard: Path) -> Iterator[ShardSample]:
-    """Yield the samples of a shard, in its order.
+def samples(shard: Path) -> list[ShardSample]:
+    """Return the samples of a shard in the order of their first members.
+
+    Members of a sample need not be adjacent.
 
     Raises:
-        ConfigError: if the shard is missing, compressed, cut off, or holds broken JSON.
+        ConfigError: if the shard is missing, compressed or cut off, or holds a name twice.
     """
-    current: ShardSample | None = None
+    found: dict[str, ShardSample] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isreg():
-                    continue
                 folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
+                if not member.isreg() or name.startswith("."):
+                    continue
                 stem, _, suffix = name.partition(".")  # webdataset: up to the first dot
                 key = (folder / stem).as_posix()
-                if current is None or key != current.key:
-                    if current is not None:
-                        yield current
-                    current = ShardSample(key)
-                _put(current, suffix.lower(), member, tar, shard)
+                own = found.setdefault(key, ShardSample(key)).members
+                if suffix.lower() in own:
+                    raise ConfigError(
+                        f"shard {shard}: two members are called {member.name}; a name must be "
+                        "unique in a shard: write the shard again"
+                    )
+                place = TarMember(shard, member.name, member.offset_data, member.size)
+                own[suffix.lower()] = place
     except tarfile.TarError as error:
         raise ConfigError(
             f"shard {shard}: {error}; expected an uncompressed tar, whole; fetch or unpack it again"
         ) from error
     except OSError as error:
         raise ConfigError(f"shard {shard} cannot be read: {error}") from error
-    if current is not None:
-        yield current
-
-
-def _put(
-    sample: ShardSample, suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile, shard: Path
-) -> None:
-    if f".{suffix}" in SUFFIXES:
-        sample.image = TarMember(shard, member.name, member.offset_data, member.size)
-    elif suffix in ("txt", "caption"):
-        sample.text = _content(tar, member).decode("utf-8-sig", errors="replace")
-    elif suffix == "json":
-        try:
-            meta = json.loads(_content(tar, member).decode("utf-8-sig", errors="replace"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{shard}:{member.name}: not JSON ({error})") from error
-        sample.meta = meta if isinstance(meta, dict) else {}
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file else b""
+    return list(found.values())

@@ -6,18 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..sockets import ConfigError, resolve
 from . import MEMBERS
+
+FILE_KEYS = (
+    *("file_name", "filename", "file", "image", "filepath", "path", "image_name"),
+    *("image_path", "image_file", "img", "img_path", "image_id"),
+)
+CAPTION_KEYS = (
+    *("captions", "caption", "text", "title", "comment", "sentence", "sentences"),
+    *("description", "prompt", "raw", "name"),
+)
+TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
+EXPECTED = (
+    f"a table ({', '.join(TABLES)}, captions.txt or another .csv, .tsv, .jsonl or .json) with the "
+    "images' paths (file_name, image, filepath, ...; `file_key` names another column) and captions "
+    "(caption, text, title, ...; `caption_key`); lines x.jpg#0<TAB>caption, as "
+    "Flickr8k.token.txt; x.txt beside each x.jpg; or tar shards of x.jpg with x.txt or x.json"
+)
 
 
 class CaptionedImages(Dataset):
     """Images with captions.
 
-    A sample is `{"image": float32 array (H, W, 3) in [-1, 1], "caption": str, "captions":
-    list[str], "file": str, "index": int}`; `channel_first=True` gives (3, H, W). An image
-    without a caption has `caption == ""` and takes no part in the text losses.
+    A sample is `{"image": float32 array (H, W, C) in [-1, 1], "caption": str, "captions":
+    list[str], "file": str, "index": int}`; `channel_first=True` gives (C, H, W), `channels` 1, 3
+    (the default) or 4, and `image_key` a second key that holds the image. An image without a
+    caption has `caption == ""` and takes no part in the text losses.
 
     The caption, crop and flip of a sample are drawn from (seed, epoch, index), so they are the
     same for any number of workers and after a resume; :meth:`set_epoch` moves the stream on.
@@ -33,6 +50,12 @@ class CaptionedImages(Dataset):
     def captions_of(self, index: int) -> list[str]:
         """Return all captions of a sample; members do so without opening the image."""
         return list(self[index]["captions"])
+
+    def count_captioned(self) -> int | None:
+        """Return how many images have a caption; None if that would mean opening them."""
+        if type(self).captions_of is CaptionedImages.captions_of:
+            return None
+        return sum(bool(self.captions_of(index)) for index in range(len(self)))
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -72,6 +95,14 @@ class Health:
 
 class CaptionedFiles(CaptionedImages):
     """Captioned images that are files, so that they can be checked and converted."""
+
+    def broken_texts(self) -> list[tuple[str, str]]:
+        """Return (file, caption) of captions with bytes of another encoding, now U+FFFD."""
+        return []
+
+    def unread_files(self) -> list[Path]:
+        """Return files in the data set's folder that seem to hold captions and were not read."""
+        return []
 
     @abstractmethod
     def file_of(self, index: int) -> str:
@@ -137,6 +168,31 @@ def recognize(root: str | Path, member: str | None = None) -> Layout:
         f"{root}: not laid out as {member or 'any data set known here'}; known: "
         f"{', '.join(MEMBERS)}. The smallest layout is x.jpg with x.txt beside it"
     )
+
+
+def describe_captions(dataset: Any) -> str | None:
+    """Return "n of m images have captions", found without opening an image.
+
+    Args:
+        dataset: any data set; a `torch.utils.data.Subset` is counted over its own indices.
+
+    Returns:
+        None for a data set that is not a :class:`CaptionedImages`, or would have to open images.
+
+    Example:
+        >>> from torch.utils.data import Subset
+        >>> from .scenes import Scenes
+        >>> describe_captions(Scenes(length=5)), describe_captions(Subset(Scenes(), [0, 1]))
+        ('5 of 5 images have captions', '2 of 2 images have captions')
+    """
+    if isinstance(dataset, Subset) and isinstance(dataset.dataset, CaptionedImages):
+        whole = dataset.dataset
+        if type(whole).captions_of is CaptionedImages.captions_of:
+            return None
+        count: int | None = sum(bool(whole.captions_of(index)) for index in dataset.indices)
+    else:
+        count = dataset.count_captioned() if isinstance(dataset, CaptionedImages) else None
+    return None if count is None else f"{count:,} of {len(dataset):,} images have captions"
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class CelebAHQ(ListedImages):
     """
 
     def __init__(self, root: str | Path, split: str = "train", **options: Any):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         split = choose_split(split, SPLITS)
         images, texts = _folder(root, IMAGE_FOLDERS), _folder(root, TEXT_FOLDERS)
         if split == "all":
@@ -47,7 +47,7 @@ class CelebAHQ(ListedImages):
         records = []
         for name in names:
             extra = {"attributes": {"face": labels[name]}} if name in labels else {}
-            captions = read_captions(texts / f"{name}.txt")
+            captions = read_captions(texts / f"{name}.txt", reading.encoding)
             records.append(Record(f"{name}.jpg", images / f"{name}.jpg", captions, extra))
         super().__init__(records, reading, where=root)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..sockets import ConfigError
-from ._caption_files import clean
+from ._caption_files import texts_of
 from ._coco import CocoImages, annotation_file, captions_by_image, entries, read_json
 from ._listed import ListedImages, Reading, Record
 from ._names import choose_split
@@ -51,7 +51,7 @@ class Coco(ListedImages):
         instances: bool = False,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         self.object_names: tuple[str, ...] = ()
         if karpathy is not None:
             path = next((p for p in (root / karpathy, Path(karpathy)) if p.is_file()), None)
@@ -134,7 +134,7 @@ def _official_records(root: Path, path: Path) -> list[Record]:
             tuple(captions.get(int(entry["id"]), ())),
             {"image_id": int(entry["id"])},
         )
-        for entry in entries(content, "images", ("id", "file_name"), path)
+        for entry in entries(content, "images", ("id", "file_name"), path, numbers=("id",))
     ]
 
 
@@ -148,9 +148,11 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
         if entry["split"] not in wanted:
             continue
         name = entry["filename"]
-        number = int(entry.get("cocoid", entry.get("imgid", -1)))
-        texts = (clean(sentence["raw"]) for sentence in entry["sentences"])
-        captions = tuple(text for text in texts if text)
+        number = entry.get("cocoid", entry.get("imgid", -1))
+        told = [one.get("raw") if isinstance(one, dict) else one for one in entry["sentences"]]
+        captions = tuple(texts_of(told, f"{path}: sentences of {name}"))
+        if type(number) is not int:
+            raise ConfigError(f"{path}: cocoid of {name}: expected a number, got {number!r:.60}")
         where = images.find(number=number, name=name)
         records.append(Record(name, where, captions, {"image_id": number}))
     return records

@@ -42,7 +42,7 @@ class CocoQA(ListedImages):
         images: str | Path | None = None,
         **options: Any,
     ):
-        reading, given = Reading.of(options), Path(root).expanduser()
+        reading, given = Reading.of(options, type(self)), Path(root).expanduser()
         root = _find(given)
         split = choose_split(split, SPLITS)
         homes = [Path(images).expanduser()] if images else [given, root, root.parent]

@@ -50,11 +50,11 @@ class CUB200(ListedImages):
         split_by: str = "official",
         **options: Any,
     ):
-        reading, given = Reading.of(options), Path(root).expanduser()
+        reading, given = Reading.of(options, type(self)), Path(root).expanduser()
         root, split = _home(given), choose_split(split, SPLITS)
         if split_by not in SPLIT_BY:
             raise ConfigError(f"split_by: expected {' or '.join(SPLIT_BY)}, got {split_by!r}")
-        texts = _Texts(given, root)
+        texts = _Texts(given, root, encoding=reading.encoding)
         names = _column(root / "images.txt")
         labels = _column(root / "image_class_labels.txt")
         wanted = _wanted(given, root, names, split, split_by)
@@ -94,7 +94,8 @@ class CUB200(ListedImages):
 class _Texts:
     """Caption files by (number of the class, number that ends the stem)."""
 
-    def __init__(self, *roots: Path):
+    def __init__(self, *roots: Path, encoding: str):
+        self.encoding = encoding
         places = [base / name for root in roots for base in (root, root.parent) for name in TEXTS]
         self.folder = next((place for place in places if place.is_dir()), None)
         if self.folder is None:
@@ -109,7 +110,7 @@ class _Texts:
         """Return the captions of images/<class>/<stem>.jpg; () if there are none."""
         image = Path(file)
         path = self._known.get(_key(image.parent.name, image.stem))
-        return read_captions(path) if path else ()
+        return read_captions(path, self.encoding) if path else ()
 
 
 def _key(class_name: str, stem: str) -> tuple[str, str]:

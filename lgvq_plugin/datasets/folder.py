@@ -1,33 +1,52 @@
 """A folder of images with captions in a table, in text files beside them, or none but names.
 
-root/captions.jsonl | metadata.jsonl | metadata.csv | *.csv     root/[images/]x.jpg
+root/captions.jsonl | metadata.csv | captions.txt | ...         root/[images/]x.jpg
+root/Flickr8k.token.txt | results.csv (Flickr30k)               root/Images/x.jpg
 root/x.jpg + root/x.txt (one caption a line)                    root/class_name/x.jpg
-any of these in root/train, root/validation, root/test
+any of these in root/train, root/validation, root/test; or one table with a column `split`
 """
 
 import logging
-import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
 from ._caption_files import (
     EXPECTED,
-    TABLES,
+    SPLIT_WORDS,
+    Columns,
     clean,
     find_table,
     read_sidecar,
+    read_split_lists,
     read_table,
+    split_name,
+    unread_files,
 )
 from ._image import SUFFIXES
-from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split, held_out_share
-from .base import CONVERTED_FROM
+from ._listed import (
+    SPLITS,
+    ImageFinder,
+    ListedImages,
+    Reading,
+    Record,
+    declared_splits,
+    image_files,
+    of_split,
+    records_of,
+)
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test", "all")
+NO_CLASS = re.compile(
+    r"(jpe?g|png|raw)?_?(images?|imgs?|pictures?|photos?|masks?|labels?|thumbnails?|data|dataset|"
+    r"files|all|jpe?g|png|samples?|[a-z]?[\W\d_]*)",
+    re.I,
+)
+"""Names of folders that say nothing of what is in the image: Images, 00000, n01440764."""
 
 
 class CaptionedFolder(ListedImages):
@@ -36,20 +55,16 @@ class CaptionedFolder(ListedImages):
     Args:
         root: the folder; images lie in it, in its `images/`, or below.
         captions: the table, relative to root or to where you are; None looks for one.
-        split: train, validation or test: the folder of that name, if root has one and no table
-            itself; else train or validation, parted by a hash of each file's name. None or
-            all: everything.
-        holdout: share of the validation split, 0 < holdout < 1.
-        size: height and width in pixels.
-        crop: center, random (largest square), or none (whole image, padded with white).
-        flip: mirror every other image; captions that say left and right become wrong.
-        captions_per_image: keep at most so many, the first ones.
+        split: train, validation or test, as the table's column `split`, a list such as
+            `Flickr_8k.trainImages.txt` or a folder of that name says; where nothing does, train
+            and validation are parted by a hash of each file's name. all: everything; None is the
+            same where nothing names a split, and refused where something does.
+        holdout: share of the validation split where nothing names one, 0 < holdout < 1.
         caption_key: the table's column with the captions, where its name is not a usual one.
+        file_key: the table's column with the images' paths, likewise.
         caption_template: such as "a photo of a {}", for a `name` column and class folders.
         exclude: regular expression; files whose name it finds are left out.
-        seed: of the draws of caption, crop and flip.
-        channel_first: (3, H, W) images instead of (H, W, 3).
-        skip_corrupt: put the next good image in the place of one that cannot be read.
+        options: see `Reading`.
 
     Raises:
         ConfigError: if there is nothing to read, or a line or an image is broken; it is named.
@@ -62,141 +77,129 @@ class CaptionedFolder(ListedImages):
         split: str | None = None,
         *,
         holdout: float = 0.1,
-        size: int = 64,
-        crop: str = "center",
-        flip: bool = False,
-        captions_per_image: int | None = None,
         caption_key: str | None = None,
+        file_key: str | None = None,
         caption_template: str | None = None,
         exclude: str | None = None,
-        seed: int = 0,
-        channel_first: bool = False,
-        skip_corrupt: bool = False,
+        **options: Any,
     ):
-        root = Path(root).expanduser()
-        reading = Reading(
-            size=size,
-            crop=crop,
-            flip=flip,
-            captions_per_image=captions_per_image,
-            seed=seed,
-            channel_first=channel_first,
-            skip_corrupt=skip_corrupt,
-        )
-        split = None if split is None else choose_split(split, SPLITS)
-        _check(root, holdout, caption_template)
-        inner = _split_folder(root, split) if captions is None else None
-        root, split = (root, split) if inner is None else (inner, None)
-        records = _records(root, captions, caption_key, caption_template)
-        records = _kept(records, exclude, split, holdout, root)
-        super().__init__(records, reading, where=root)
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
+        _check(root, caption_template)
+        columns = Columns(file_key=file_key, caption_key=caption_key, encoding=reading.encoding)
+        inner = _split_folder(root, split_name(split)) if captions is None else None
+        if inner is not None:
+            root, split = inner, "all"
+        table = find_table(root, captions, columns)
+        if table is None:
+            records = _records_without_table(root, caption_template, reading.encoding)
+        else:
+            records = _records_of_table(root, table, columns, caption_template)
+        where = table or root
+        records = of_split(_not_excluded(records, exclude), split, holdout=holdout, where=where)
+        if not records:
+            raise ConfigError(f"{where}: no image is left by split {split!r}, exclude {exclude!r}")
+        super().__init__(records, reading, where=where)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
-        """Take any folder with images; folders named after splits are those."""
+        """Take any folder with images; splits are those that a table or folders name."""
         if not root.is_dir():
             return {}
-        found = {s: {"root": root, "split": s} for s in SPLITS[:3] if _split_folder(root, s)}
-        if found:
-            return found
-        images = _image_files(root)
-        is_told = find_table(root, None) or any(read_sidecar(path) for path in images)
-        if not is_told and all(path.parent not in (root, root / "images") for path in images):
-            is_classes = {"root": root, "caption_template": "a photo of a {}"}
-            return {"all": is_classes} if images else {}
-        return {"all": {"root": root}} if images else {}
+        inner = {s: folder for s in SPLITS[:3] if (folder := _split_folder(root, s))}
+        if inner:
+            return {s: {"root": root, "split": s, **_template(f)} for s, f in inner.items()}
+        if table := find_table(root, None):
+            splits = declared_splits(_records_of_table(root, table, Columns(), None))
+            return {s: {"root": root, "split": s} for s in splits or ("all",)}
+        if not (images := image_files(root)):
+            return {}
+        if splits := declared_splits([_in_folder(root, path) for path in images]):
+            return {s: {"root": root, "split": s, **_template(root, images)} for s in splits}
+        return {"all": {"root": root, "split": "all", **_template(root, images)}}
 
 
 def _split_folder(root: Path, split: str | None) -> Path | None:
-    """Return root/train and the like, if root has no table of its own."""
-    if split in (None, "all") or any((root / name).is_file() for name in TABLES):
+    """Return root/train and the like, if it has captions of its own or root has no table."""
+    names = [name for name, full in SPLIT_WORDS.items() if full == split and name != "restval"]
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None or (find_table(root, None) and not find_table(folder, None)):
         return None
-    names = [split, *(alias for alias, name in SPLIT_ALIASES.items() if name == split)]
-    folders = (root / str(name) for name in names)
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return folder
 
 
-def _check(root: Path, holdout: float, template: str | None) -> None:
+def _template(root: Path, images: Sequence[Path] | None = None) -> dict[str, str]:
+    """Return a template for the names of class folders, if `root` holds nothing but those."""
+    images = image_files(root) if images is None else images
+    classes = {path.parent.name for path in images}
+    is_flat = any(path.parent in (root, root / "images") for path in images)
+    if is_flat or len(classes) < 2 or any(NO_CLASS.fullmatch(name) for name in classes):
+        return {}
+    if find_table(root, None) or any(read_sidecar(path) for path in images):
+        return {}
+    return {"caption_template": "a photo of a {}"}
+
+
+def _check(root: Path, template: str | None) -> None:
     if not root.is_dir():
         raise ConfigError(f"root: {root} is no folder; expected one with images and {EXPECTED}")
-    if not 0 < holdout < 1:
-        raise ConfigError(f"holdout must lie between 0 and 1, got {holdout!r}")
     if template is not None and template.count("{}") != 1:
         raise ConfigError(
             f"caption_template must hold one {{}}, such as 'a photo of a {{}}'; got {template!r}"
         )
 
 
-def _records(
-    root: Path, captions: str | Path | None, caption_key: str | None, template: str | None
+def _records_of_table(
+    root: Path, table: Path, columns: Columns, template: str | None
 ) -> list[Record]:
-    table = find_table(root, captions)
-    if table is None:
-        return _records_without_table(root, template)
-    listed = read_table(table, caption_key, template or "{}")
-    places = (table.parent, root, root / "images", table.parent / "images")
-    records = []
-    for file, told in listed.items():
-        paths = [place / file for place in places]  # an absolute `file` stays as it is
-        path = next((path for path in paths if path.is_file()), paths[0])
-        records.append(Record(file, path, tuple(told.captions), told.extra))
+    homes = (table.parent, root, root / "images", table.parent / "images")
+    listed = read_table(table, columns, template or "{}")
+    records = records_of(listed, ImageFinder(homes, below=root))
     if not any(record.captions for record in records):
         raise ConfigError(f"{table}: all captions are empty; name their column with `caption_key`")
-    return records
+    lists = read_split_lists(table)
+    splits = (
+        record.split
+        or lists.get(Path(record.file).name)
+        or lists.get(Path(record.file).stem)
+        or _in_folder(root, Path(str(record.path))).split
+        for record in records
+    )
+    return [replace(record, split=split) for record, split in zip(records, splits, strict=True)]
 
 
-def _records_without_table(root: Path, template: str | None) -> list[Record]:
+def _in_folder(root: Path, path: Path) -> Record:
+    """Return an image without captions, in the split whose folder it is in."""
+    name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+    first = name.parts[0].lower() if len(name.parts) > 1 else ""
+    return Record(name.as_posix(), path, (), split=SPLIT_WORDS.get(first))
+
+
+def _records_without_table(root: Path, template: str | None, encoding: str) -> list[Record]:
     records, captioned = [], 0
-    for path in _image_files(root):
-        texts = read_sidecar(path)
+    for path in image_files(root):
+        texts = read_sidecar(path, encoding)
         captioned += texts is not None
         is_in_class = path.parent not in (root, root / "images")
         if texts is None and template and is_in_class:
             texts = [template.replace("{}", clean(path.parent.name.replace("_", " ")))]
             captioned += 1
-        records.append(Record(path.relative_to(root).as_posix(), path, tuple(texts or ())))
+        records.append(replace(_in_folder(root, path), captions=tuple(texts or ())))
     if not records:
         raise ConfigError(f"{root} holds no images ({', '.join(SUFFIXES)}) and no table")
     if not captioned:
+        others = unread_files(root, (record.file for record in records), read=())
+        names = ", ".join(path.relative_to(root).as_posix() for path in others)
+        hint = f" ({names} could hold captions, but not in a layout that is read)" if names else ""
         raise ConfigError(
-            f"{root}: no captions found; expected {EXPECTED}; or, for folders named after "
+            f"{root}: no captions found{hint}; expected {EXPECTED}; or, for folders named after "
             "classes, caption_template: 'a photo of a {}'"
-        )
-    if captioned < len(records):
-        log.info(
-            "%s: %d of %d images have no caption", root, len(records) - captioned, len(records)
         )
     return records
 
 
-def _image_files(root: Path) -> list[Path]:
-    return sorted(
-        Path(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    )
-
-
-def _kept(
-    records: list[Record], exclude: str | None, split: str | None, holdout: float, root: Path
-) -> list[Record]:
+def _not_excluded(records: list[Record], exclude: str | None) -> list[Record]:
     try:
         unwanted = re.compile(exclude) if exclude else None
     except re.error as error:
         raise ConfigError(f"exclude: {exclude!r} is no regular expression: {error}") from error
-    if unwanted:
-        records = [record for record in records if not unwanted.search(record.file)]
-    if split == "test":
-        raise ConfigError(f"{root}: split 'test' needs a folder {root / 'test'}")
-    if split in ("train", "validation"):
-        wanted = split == "validation"
-        records = [r for r in records if (held_out_share(_first_name(r)) < holdout) == wanted]
-    if not records:
-        raise ConfigError(f"{root}: no image is left by split {split!r} and exclude {exclude!r}")
-    return records
-
-
-def _first_name(record: Record) -> str:
-    """The file's name before `lgvq data convert` gave it another, if it did."""
-    return str(record.extra.get(CONVERTED_FROM, record.file))
+    return [r for r in records if not (unwanted and unwanted.search(r.file))]

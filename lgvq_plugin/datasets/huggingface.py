@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError, suggest
-from ._caption_files import CAPTION_KEYS, clean
+from ._caption_files import CAPTION_KEYS, texts_of
 from ._listed import ListedImages, Reading, Record
 from ._names import SPLIT_ALIASES
 
@@ -49,8 +49,9 @@ class HuggingFaceImages(ListedImages):
     Args:
         root: a folder, or a name on the hub (which downloads).
         split: its name there; validation also finds val, valid and dev.
-        image_column: null takes the first of image, img, jpg or png.
-        caption_column: null takes the first usual one; its cells are texts or lists of texts.
+        image_column: null takes the first of image, img, jpg or png; also `file_key`.
+        caption_column: null takes the first usual one; its cells are texts or lists of texts;
+            also `caption_key`.
         name: of the configuration, for hub data sets with several.
         options: see `Reading`.
 
@@ -66,21 +67,23 @@ class HuggingFaceImages(ListedImages):
         *,
         image_column: str | None = None,
         caption_column: str | None = None,
+        file_key: str | None = None,
+        caption_key: str | None = None,
         name: str | None = None,
         **options: Any,
     ):
-        reading = Reading.of(options)
+        reading = Reading.of(options, type(self))
         folder = Path(root).expanduser()
         table = _load(str(folder) if folder.exists() else str(root), name)
         table = _part(table, split)
-        column = _column(table, image_column, ("image", "img", "jpg", "png"), "image_column")
-        words = _column(table, caption_column, CAPTION_COLUMNS, "caption_column")
+        usual = ("image", "img", "jpg", "png")
+        column = _column(table, image_column or file_key, usual, "image_column")
+        words = _column(table, caption_column or caption_key, CAPTION_COLUMNS, "caption_column")
         table = _undecoded(table, column)
         pictures = table.select_columns([column])
         records = []
         for row, told in enumerate(table[words]):
-            texts = [told] if isinstance(told, str) else told or []
-            captions = tuple(text for text in (clean(str(text)) for text in texts) if text)
+            captions = tuple(texts_of(told, f"{root}: row {row}, column {words!r}"))
             file = f"{split}_{row:08d}"
             records.append(Record(file, Cell(pictures, row, column), captions))
         super().__init__(records, reading, where=root)

@@ -1,19 +1,17 @@
 """taming's list of paths: a text file with one image a line, a caption behind a tab or beside.
 
 root: train.txt      /data/a.jpg            caption in /data/a.txt or a.caption, if any
-                     /data/b.jpg<TAB>a dog
+                     /data/b.jpg<TAB>a dog  also b.jpg#0<TAB>a dog, b.jpg,a dog and b.jpg a dog
 """
 
 from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import clean, read_sidecar
+from ._caption_files import SPLIT_LIST, find_table, open_text, read_sidecar, split_line
 from ._image import SUFFIXES
-from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split, read_text
-
-SPLITS = ("train", "validation", "test", "all")
+from ._listed import SPLITS, ImageFinder, ListedImages, Reading, Record
+from ._names import SPLIT_ALIASES, choose_split, read_lines
 
 
 class ListFile(ListedImages):
@@ -38,23 +36,20 @@ class ListFile(ListedImages):
         images: str | Path | None = None,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         path = _list(root, choose_split(split, SPLITS))
         if path is None:
             raise ConfigError(f"{root}: no list of split {split!r} there; expected train.txt, ...")
         homes = [Path(images).expanduser()] if images else [path.parent, Path()]
         found: dict[str, list[str]] = {}
-        for line in read_text(path).splitlines():
-            name, _, caption = line.strip().partition("\t")
-            if name:
-                found.setdefault(name.strip(), []).extend(
-                    [clean(caption)] if clean(caption) else []
-                )
-        records = []
+        with open_text(path, reading.encoding) as lines:
+            for name, caption in map(split_line, lines):
+                if name:
+                    found.setdefault(name, []).extend([caption] if caption else [])
+        records, finder = [], ImageFinder(homes)
         for name, captions in found.items():
-            places = [home / name for home in homes]
-            image = next((place for place in places if place.is_file()), places[0])
-            texts = tuple(captions or read_sidecar(image) or ())
+            image = finder.find(name)
+            texts = tuple(captions or read_sidecar(image, reading.encoding) or ())
             records.append(Record(name, image, texts))
         super().__init__(records, reading, where=path)
 
@@ -63,6 +58,9 @@ class ListFile(ListedImages):
         """Take a text file whose first line names an image, or a folder with such lists."""
         if root.is_file():
             return {"all": {"root": root}} if _lists_images(root) else {}
+        table = find_table(root, None)
+        if table and not SPLIT_LIST.search(table.name):  # it has the captions, the lists the splits
+            return {}
         lists = {split: _list(root, split) for split in SPLITS[:3]}
         return {s: {"root": root, "split": s} for s, p in lists.items() if p and _lists_images(p)}
 
@@ -78,6 +76,5 @@ def _list(root: Path, split: str) -> Path | None:
 def _lists_images(path: Path) -> bool:
     if path.suffix.lower() != ".txt":
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return first.strip().partition("\t")[0].lower().endswith(SUFFIXES)
+    first = next(iter(read_lines(path)), "")
+    return split_line(first)[0].lower().endswith(SUFFIXES)

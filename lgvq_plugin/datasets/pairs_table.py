@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import FILE_KEYS, read_table
-from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split, read_text
+from ._caption_files import TABLE_SUFFIXES, Columns, is_table, read_table, split_name
+from ._listed import (
+    SPLITS,
+    ImageFinder,
+    ListedImages,
+    Reading,
+    Record,
+    declared_splits,
+    of_split,
+    records_of,
+)
+from ._names import SPLIT_ALIASES
 
-SPLITS = ("train", "validation", "test", "all")
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
@@ -19,12 +27,14 @@ class PairsTable(ListedImages):
     """Images and captions listed in a table; rows about one file are joined.
 
     Args:
-        root: the table, or a folder that has one named after each split. To hold out a part of
-            one table, use `folder` with `captions: TABLE`.
-        split: which table of the folder; null or all if root is the table.
+        root: the table, or a folder that has one named after each split.
+        split: which table of the folder; in one table, what its column `split` names. A table
+            without that column is parted into train and validation by a hash of each file's name.
+        holdout: share of the validation split in that last case, 0 < holdout < 1.
         images: the folder that the paths are relative to; null tries the table's own folder
             and its `images/`, then where you are.
         caption_key: the column with the captions, where it is not a usual one.
+        file_key: the column with the images' paths, likewise.
         options: see `Reading`.
 
     Raises:
@@ -37,40 +47,42 @@ class PairsTable(ListedImages):
         split: str | None = None,
         *,
         images: str | Path | None = None,
+        holdout: float = 0.1,
+        file_key: str | None = None,
         caption_key: str | None = None,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
-        table = _table(root, choose_split(split, SPLITS))
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
+        table = root if root.is_file() else _table(root, split_name(split))
         if table is None:
             raise ConfigError(f"{root}: no table of split {split!r} ({', '.join(SUFFIXES)}) there")
-        near = (table.parent, table.parent / "images", Path())
-        homes = [Path(images).expanduser()] if images else near
-        records = []
-        for file, told in read_table(table, caption_key, "{}").items():
-            places = [home / file for home in homes]
-            path = next((place for place in places if place.is_file()), places[0])
-            records.append(Record(file, path, tuple(told.captions), told.extra))
+        columns = Columns(file_key=file_key, caption_key=caption_key, encoding=reading.encoding)
+        records = _records(table, images, columns)
+        if root.is_file():
+            records = of_split(records, split, holdout=holdout, where=table)
         super().__init__(records, reading, where=table)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for tables named after splits, or take a table itself."""
         if root.is_file():
-            is_table = root.suffix.lower() in SUFFIXES and _tells_files(root)
-            return {"all": {"root": root}} if is_table else {}
+            is_read = root.suffix.lower() in TABLE_SUFFIXES and is_table(root)
+            if not is_read and root.suffix.lower() not in SUFFIXES:
+                return {}  # other tables are taken for one whose columns have unusual names
+            splits = declared_splits(_records(root, None, Columns())) if is_read else []
+            return {s: {"root": root, "split": s} for s in splits or ("all",)}
         tables = {split: _table(root, split) for split in SPLITS[:3]}
-        return {s: {"root": root, "split": s} for s, t in tables.items() if t and _tells_files(t)}
+        return {s: {"root": root, "split": s} for s, t in tables.items() if t and is_table(t)}
 
 
-def _table(root: Path, split: str) -> Path | None:
-    if root.is_file():
-        return root if split == "all" and root.suffix.lower() in SUFFIXES else None
+def _records(table: Path, images: str | Path | None, columns: Columns) -> list[Record]:
+    near = (table.parent, table.parent / "images", Path())
+    homes = (Path(images).expanduser(),) if images else near
+    listed = read_table(table, columns)
+    return records_of(listed, ImageFinder(homes, below=homes[0]))
+
+
+def _table(root: Path, split: str | None) -> Path | None:
     names = [split, *(alias for alias, name in SPLIT_ALIASES.items() if name == split)]
     places = (root / f"{name}{suffix}" for name in names for suffix in SUFFIXES)
     return next((place for place in places if place.is_file()), None)
-
-
-def _tells_files(table: Path) -> bool:
-    header = next(iter(read_text(table).splitlines()), "")
-    return any(key in header for key in FILE_KEYS)

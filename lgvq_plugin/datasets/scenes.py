@@ -4,13 +4,16 @@
                                     |--tell--> captions, questions, attributes
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..sockets import ConfigError, suggest
 from . import _scene_language, _scene_questions
 from ._draws import Draws
+from ._image import MODES, height_and_width, to_array
 from ._scene import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, TEXTURES, TONES, Scene, compose
 from ._scene_drawing import draw
 from .base import CaptionedImages
@@ -28,10 +31,13 @@ class Scenes(CaptionedImages):
 
     Args:
         split: train, validation or test; no scene is in two of them.
-        size: height and width of the image in pixels.
+        size: height and width of the image in pixels, or [height, width]; the scene is a square
+            in the middle, and its edge is continued.
         length: number of scenes; 4096 for train, else 512.
         seed: another seed, other scenes.
-        channel_first: (3, H, W) images instead of (H, W, 3).
+        channel_first: (C, H, W) images instead of (H, W, C).
+        channels: 1: grey; 3: RGB; 4: RGB and alpha, which is 1 everywhere.
+        image_key: a second key of a sample that holds the image, beside `image`.
 
     Example:
         >>> sample = Scenes("validation", size=32)[0]
@@ -42,19 +48,25 @@ class Scenes(CaptionedImages):
     def __init__(
         self,
         split: str = "train",
-        size: int = 64,
+        size: int | Sequence[int] = 64,
         length: int | None = None,
         seed: int = 0,
         channel_first: bool = False,
+        channels: int = 3,
+        image_key: str = "image",
     ):
         if split not in LENGTHS:
             raise ConfigError(f"Scenes: no split {split!r}{suggest(split, list(LENGTHS))}")
         length = LENGTHS[split] if length is None else length
-        for name, value, least in (("size", size, 8), ("length", length, 1), ("seed", seed, 0)):
+        if channels not in MODES:
+            raise ConfigError(f"Scenes: channels must be 1, 3 or 4, got {channels!r}")
+        self.shape = height_and_width(size, least=8)
+        for name, value, least in (("length", length, 1), ("seed", seed, 0)):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")
         self.split, self.size, self.length = split, size, length
         self.seed, self.channel_first = seed, channel_first
+        self.channels, self.image_key = channels, image_key
 
     def __len__(self) -> int:
         """Return the number of scenes."""
@@ -67,11 +79,10 @@ class Scenes(CaptionedImages):
         index %= self.length
         scene, telling = self.scene(index), self._draws(index, WORDS)
         captions = _scene_language.captions(scene, telling)
-        image = draw(scene, self.size).astype(np.float32) / np.float32(127.5) - np.float32(1)
+        picture = to_array(self._picture(scene), self.channel_first)
         return {
-            "image": np.ascontiguousarray(image.transpose(2, 0, 1))
-            if self.channel_first
-            else image,
+            "image": picture,
+            self.image_key: picture,
             "caption": self._draws(index, CHOICE, self.epoch).pick(captions),
             "captions": captions,
             "file": f"{self.split}_{index:06d}.png",
@@ -79,6 +90,10 @@ class Scenes(CaptionedImages):
             "questions": _scene_questions.questions(scene, telling),
             "attributes": _attributes(scene),
         }
+
+    def count_captioned(self) -> int:
+        """Return the number of scenes: each has captions."""
+        return self.length
 
     def captions_of(self, index: int) -> list[str]:
         """Return the captions of sample `index` (>= 0) without drawing it."""
@@ -106,6 +121,16 @@ class Scenes(CaptionedImages):
             "background": BACKGROUNDS,
             "background_color": tuple(TONES),
         }
+
+    def _picture(self, scene: Scene) -> Image.Image:
+        side = min(self.shape)
+        pixels = draw(scene, side)
+        if max(self.shape) > side:
+            rest = [length - side for length in self.shape]
+            margins = [(spare // 2, spare - spare // 2) for spare in rest]
+            pixels = np.pad(pixels, (*margins, (0, 0)), mode="edge")
+        picture = Image.fromarray(pixels)
+        return picture if self.channels == 3 else picture.convert(MODES[self.channels])
 
     def _draws(self, index: int, stream: int, epoch: int = 0) -> Draws:
         return Draws(self.seed, list(LENGTHS).index(self.split), index, stream, epoch)

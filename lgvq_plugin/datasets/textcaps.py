@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import clean
+from ._caption_files import texts_of
 from ._coco import entries, read_json
 from ._listed import ListedImages, Reading, Record
 from ._names import choose_split, read_captions, read_name_pickle
@@ -31,14 +31,17 @@ class TextCaps(ListedImages):
     """
 
     def __init__(self, root: str | Path, split: str = "train", **options: Any):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         split = choose_split(split, list(PARTS))
         table, pickled = _table(root, split), root / PICKLES.get(split, "")
         if table is not None:
             captions = _by_image(table)
         elif pickled.is_file():
             names = read_name_pickle(pickled)
-            captions = {name: read_captions(root / "text" / f"{name}.txt") for name in names}
+            folder = root / "text"
+            captions = {
+                name: read_captions(folder / f"{name}.txt", reading.encoding) for name in names
+            }
         else:
             raise ConfigError(
                 f"{root}: neither TextCaps_0.1_{PARTS[split]}.json nor "
@@ -79,6 +82,7 @@ def _by_image(path: Path) -> dict[str, tuple[str, ...]]:
     found: dict[str, dict[str, None]] = {}
     for entry in entries(read_json(path), "data", ("image_id",), path):
         own = found.setdefault(str(entry["image_id"]), {})
-        texts = [*(entry.get("reference_strs") or ()), entry.get("caption_str") or ""]
-        own.update(dict.fromkeys(text for text in map(clean, texts) if text))
+        where = f"{path}: a caption of {entry['image_id']}"
+        texts = texts_of(entry.get("reference_strs"), where)
+        own.update(dict.fromkeys([*texts, *texts_of(entry.get("caption_str"), where)]))
     return {name: tuple(texts) for name, texts in found.items()}

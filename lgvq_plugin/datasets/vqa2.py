@@ -44,7 +44,7 @@ class VQA2(ListedImages):
         drop_missing: bool = False,
         **options: Any,
     ):
-        reading, root = Reading.of(options), Path(root).expanduser()
+        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
         split = choose_split(split, list(PARTS))
         path = _file(root, f"v2_OpenEnded_mscoco_{PARTS[split]}_questions.json")
         if path is None:
@@ -80,7 +80,7 @@ def _questions(root: Path, path: Path, split: str) -> dict[int, list[dict[str, A
     answers = {} if split == "test" else _answers(root, PARTS[split])
     found: dict[int, list[dict[str, Any]]] = {}
     needed = ("image_id", "question", "question_id")
-    for entry in entries(read_json(path), "questions", needed, path):
+    for entry in entries(read_json(path), "questions", needed, path, numbers=needed[::2]):
         number = entry["question_id"]
         if split != "test" and number not in answers:
             raise ConfigError(f"{path}: question {number} has no answers in the annotations")

@@ -1,24 +1,30 @@
 """WebDataset shards: tar files whose members share a stem, abc.jpg with abc.txt or abc.json.
 
+Further parts of a suffix are read too: abc.input.jpg with abc.outputs.txt.
+
 root/000000.tar ...      root/train/0.tar ...      root/train-000000.tar ...
 root: "shards/{000000..000099}.tar", several joined by "::"
 """
 
+import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import CAPTION_KEYS, KEPT_KEYS, clean
-from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split, held_out_share
+from ._caption_files import CAPTION_KEYS, KEPT_KEYS, decode, split_name, texts_of
+from ._image import SUFFIXES
+from ._listed import SPLITS, ListedImages, Reading, Record, declared_splits, of_split
+from ._names import SPLIT_ALIASES, choose_split
 from ._shards import ShardSample, expand, samples
 from .base import CONVERTED_FROM
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test", "all")
+IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
+TEXTS = ("txt", "caption", "text")
 
 
 class WebDataset(ListedImages):
@@ -30,15 +36,18 @@ class WebDataset(ListedImages):
     Args:
         root: a folder with shards, or a pattern of them.
         split: train, validation or test: the folder of that name, or shards that have it in
-            their name as a word, such as cc3m-train-0001.tar; where there are none, train and
-            validation are parted by a hash of each file's name, in shards of `lgvq data
-            convert` of its old name. null or all: every shard.
+            their name as a word, such as cc3m-train-0001.tar, or else the field `split` of
+            `.json`; where there are none, train and validation are parted by a hash of each
+            file's name, in shards of `lgvq data convert` of its old name. null or all: every
+            shard.
         holdout: share of the validation split in that last case, 0 < holdout < 1.
-        caption_key: the field of `.json` with the captions, where it is not a usual one.
+        file_key: the suffix of the image, such as input.jpg, where several could be meant.
+        caption_key: the field of `.json` with the captions, where it is not a usual one; or the
+            suffix of the text, such as outputs.txt.
         options: see `Reading`.
 
     Raises:
-        ConfigError: if there are no shards, or one is broken.
+        ConfigError: if there are no shards, or one is broken, or a caption is no text.
     """
 
     def __init__(
@@ -47,14 +56,14 @@ class WebDataset(ListedImages):
         split: str | None = None,
         *,
         holdout: float = 0.1,
+        file_key: str | None = None,
         caption_key: str | None = None,
         **options: Any,
     ):
-        reading, split = Reading.of(options), choose_split(split, SPLITS)
-        if not 0 < holdout < 1:
-            raise ConfigError(f"holdout must lie between 0 and 1, got {holdout!r}")
-        self.shards, is_parted = _shards(root, split), True
-        if not self.shards and split in ("train", "validation"):
+        reading, given = Reading.of(options, type(self)), split
+        split = choose_split(split, SPLITS)
+        self.shards, is_parted = _shards(root, split), split != "all"
+        if not self.shards and split in ("train", "validation", "test"):
             self.shards, is_parted = _shards(root, "all"), False
             if any(_shards(root, other) for other in SPLITS[:3]):
                 self.shards = []  # there are splits, but not this one
@@ -63,28 +72,21 @@ class WebDataset(ListedImages):
         missing = [shard for shard in self.shards if not shard.is_file()]
         if missing:
             raise ConfigError(f"{len(missing)} shards do not exist, first: {missing[0]}")
-        records, odd = [], 0
-        for shard in self.shards:
-            for sample in samples(shard):
-                if sample.image is None:
-                    odd += 1
-                    continue
-                source = str(sample.meta.get(CONVERTED_FROM, sample.image.name))
-                if not is_parted and (held_out_share(source) < holdout) != (split == "validation"):
-                    continue
-                captions = _captions(sample, caption_key)
-                extra = {key: sample.meta[key] for key in KEPT_KEYS if key in sample.meta}
-                name = f"{shard.name}:{sample.image.name}"
-                records.append(Record(name, sample.image, captions, extra))
-        if odd:
-            log.warning("%s: %d samples have no image and are left out", root, odd)
+        found = [sample for shard in self.shards for sample in samples(shard)]
+        read = _Members(file_key, caption_key, reading.encoding)
+        records = [record for record in map(read, found) if record]
+        _tell(root, found, records, list(read.fields))
+        if split == "test" and not is_parted and not declared_splits(records):
+            raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
+        if not is_parted:
+            records = of_split(records, given, holdout=holdout, where=root)
         super().__init__(records, reading, where=root)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for *.tar, in folders or names of splits first."""
         found = {s: {"root": root, "split": s} for s in SPLITS[:3] if _shards(root, s)}
-        return found or ({"all": {"root": root}} if _shards(root, "all") else {})
+        return found or ({"all": {"root": root, "split": "all"}} if _shards(root, "all") else {})
 
 
 def _shards(root: str | Path, split: str) -> list[Path]:
@@ -104,12 +106,89 @@ def _has_word(path: Path, names: set[str]) -> bool:
     return not names.isdisjoint(re.split(r"[-_.]", path.stem))
 
 
-def _captions(sample: ShardSample, key: str | None) -> tuple[str, ...]:
-    if key is not None and key not in sample.meta:
-        raise ConfigError(f"{sample.image}: no caption_key {key!r} in its .json")
-    usual = next((known for known in CAPTION_KEYS[:-1] if sample.meta.get(known)), None)
-    told = sample.meta[key or usual] if key or usual else None
-    if key is None and sample.text is not None and not isinstance(told, list):
-        told = sample.text.splitlines()
-    texts = [told] if isinstance(told, str) else told or []
-    return tuple(text for text in (clean(str(text)) for text in texts) if text)
+class _Members:
+    """Turns the members of a sample into a record; None where there is no image."""
+
+    def __init__(self, file_key: str | None, caption_key: str | None, encoding: str):
+        self.file_key = None if file_key is None else file_key.lower().lstrip(".")
+        self.caption_key, self.encoding = caption_key, encoding
+        self.fields: dict[str, None] = {}
+        """All fields of .json files, to be named where no captions are found."""
+
+    def __call__(self, sample: ShardSample) -> Record | None:
+        where = str(next(iter(sample.members.values())).tar)
+        suffix = self.file_key or sample.only(IMAGES, where, "file_key")
+        image = sample.members.get(suffix or "")
+        if image is None:
+            return None
+        meta = self._meta(sample, where)
+        told = meta if isinstance(meta, dict) else {}
+        self.fields |= dict.fromkeys(map(str, told))
+        captions = tuple(self._captions(sample, meta, where))
+        extra = {key: told[key] for key in (*KEPT_KEYS, CONVERTED_FROM) if key in told}
+        name = f"{image.tar.name}:{image.name}"
+        return Record(name, image, captions, extra, split_name(told.get("split")))
+
+    def _meta(self, sample: ShardSample, where: str) -> Any:
+        """Return what the .json says: fields, or the captions themselves."""
+        found = [suffix for suffix in sample.members if suffix.rpartition(".")[2] == "json"]
+        suffix = "json" if "json" in found else found[0] if len(found) == 1 else None
+        if suffix is None:
+            return {}
+        member = sample.members[suffix]
+        try:
+            return json.loads(self._text(sample, suffix)) or {}
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"{member}: not JSON ({error})") from error
+
+    def _captions(self, sample: ShardSample, meta: Any, where: str) -> list[str]:
+        key = self.caption_key
+        if key is not None and key.lower().lstrip(".") in sample.members:
+            return self._lines(sample, key.lower().lstrip("."))
+        if not isinstance(meta, dict):  # the .json is the caption
+            return texts_of(meta, f"{where}: the .json of {sample.key!r}")
+        if key is not None and key not in meta:
+            known = ", ".join([*map(str, meta), *sample.members])
+            raise ConfigError(f"{where}: {sample.key!r} has no caption_key {key!r}; it has {known}")
+        usual = next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
+        field = key or usual
+        told = texts_of(meta[field], f"{where}: {field} of {sample.key!r}") if field else []
+        if key is None and (not field or not isinstance(meta[field], list)):
+            suffix = sample.only(TEXTS, where, "caption_key")
+            return self._lines(sample, suffix) if suffix else told
+        return told
+
+    def _lines(self, sample: ShardSample, suffix: str) -> list[str]:
+        text = self._text(sample, suffix).replace("\r\n", "\n").replace("\r", "\n")
+        return texts_of(text.split("\n"), sample.key)
+
+    def _text(self, sample: ShardSample, suffix: str) -> str:
+        member = sample.members[suffix]
+        try:
+            return decode(member.read_bytes(), self.encoding)
+        except OSError as error:
+            raise ConfigError(f"{member}: {error}") from error
+
+
+def _tell(
+    root: str | Path,
+    found: Sequence[ShardSample],
+    records: Sequence[Record],
+    fields: Sequence[str],
+) -> None:
+    """Say which members were found where images or captions are missing."""
+    names = dict.fromkeys(f".{suffix}" for sample in found for suffix in sample.members)
+    listed = ", ".join(list(names)[:12])
+    if not records:
+        raise ConfigError(
+            f"{root}: no images; the members' suffixes are {listed or 'none'}; read are "
+            f"{', '.join(SUFFIXES)}, or the one that `file_key` names"
+        )
+    if lost := len(found) - len(records):
+        log.warning("%s: %d samples have no image; the members' suffixes: %s", root, lost, listed)
+    if not any(record.captions for record in records):
+        log.warning(
+            "%s: none of %d samples has a caption; the members' suffixes are %s; captions are read "
+            "from .%s, and from .json, whose fields are %s (`caption_key` names one)",
+            *(root, len(records), listed, ", .".join(TEXTS), ", ".join(fields[:20]) or "none"),
+        )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from .._fields import build, require
 from .._files import write_bytes, write_json
 from ..sockets import ConfigError
 
@@ -48,6 +49,12 @@ class CacheFacts:
     """Of the maskings."""
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sizes that cannot be."""
+        for name in ("max_length", "token_dim", "sentence_dim"):
+            require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
+        require(self.maskings >= 0, "maskings", "a whole number >= 0", self.maskings)
+
     @classmethod
     def read(cls, folder: Path) -> "CacheFacts":
         """Read them; raises ConfigError if there is no cache or it is of another format."""
@@ -58,13 +65,16 @@ class CacheFacts:
             raise ConfigError(
                 f"{folder} holds no text cache; make one: lgvq cache -b CONFIG -o {folder}"
             ) from error
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read: {error}; make the cache anew") from error
         names = {entry.name for entry in fields(cls)}
-        if given.get("format") != FORMAT or not names <= given.keys():
+        is_ours = isinstance(given, Mapping) and given.get("format") == FORMAT
+        if not is_ours or not names <= given.keys():
             raise ConfigError(f"{path}: not of format {FORMAT}; make the cache anew")
-        known = {name: given[name] for name in names}
-        return cls(**{**known, "ratio": tuple(given["ratio"])})
+        try:
+            return build(cls, {name: given[name] for name in names}, INDEX)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}; make the cache anew") from error
 
     def write(self, folder: Path) -> None:
         """Write them atomically."""
@@ -86,10 +96,13 @@ def write_vocabulary(folder: Path, vocabulary: np.ndarray) -> None:
     write_bytes(folder / VOCABULARY, save({"vocabulary": np.ascontiguousarray(vocabulary)}))
 
 
-def read_vocabulary(folder: Path) -> np.ndarray:
-    """Return the token embedding, (V, Dt) float32."""
+def read_vocabulary(folder: Path, token_dim: int) -> np.ndarray:
+    """Return the token embedding, (V, token_dim) float32."""
     try:
-        return load_file(folder / VOCABULARY)["vocabulary"]
+        found = load_file(folder / VOCABULARY)["vocabulary"]
+        if found.dtype != np.float32 or found.ndim != 2 or found.shape[1] != token_dim:
+            raise ValueError(f"expected (V, {token_dim}) float32, got {found.shape} {found.dtype}")
+        return found
     except Exception as error:  # safetensors has an exception of its own
         raise ConfigError(f"{folder / VOCABULARY}: {error}; make the cache anew") from error
 
@@ -103,9 +116,16 @@ def write_shard(folder: Path, arrays: Mapping[str, np.ndarray]) -> Path:
 
 
 class Shard:
-    """One file, mapped; arrays are views into it and nothing is read before it is used.
+    """One file, mapped; arrays are views into it and token features are read when they are used.
 
     Args:
+        path: of the file.
+        facts: of the cache, which say the shapes.
+
+    Raises:
+        ConfigError: if the file is broken, or not of these shapes.
+
+    Its arrays are
         keys: (n, 16) uint8.
         token_ids, word_ids: (n, T).
         attention: (n, T) bool.
@@ -116,7 +136,7 @@ class Shard:
         masks: (n, M, T) bool;  masked_first: (n, M);  masked_sentence: (n, M, Ds).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, facts: CacheFacts):
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -124,7 +144,8 @@ class Shard:
             header = json.loads(self._map[8:start])
             header.pop("__metadata__", None)
             arrays = {name: self._view(start, entry) for name, entry in header.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check_arrays(arrays, facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is broken ({error}); delete it and run `lgvq cache` again"
             ) from error
@@ -141,17 +162,45 @@ class Shard:
     def _view(self, start: int, entry: Mapping[str, Any]) -> np.ndarray:
         begin, end = entry["data_offsets"]
         kind = np.dtype(TYPES[entry["dtype"]])
-        if start + end > len(self._map):
+        if not 0 <= begin <= end or start + end > len(self._map):
             raise ValueError("it is cut off")
         flat = np.frombuffer(self._map, kind, (end - begin) // kind.itemsize, start + begin)
         return flat.reshape(entry["shape"])
 
 
+def _check_arrays(arrays: Mapping[str, np.ndarray], facts: CacheFacts) -> None:
+    """Raise ValueError unless all arrays are there, in shape, and rows lie within `rows`."""
+    n, length, many = len(arrays["keys"]), facts.max_length, facts.maskings
+    shapes: dict[str, tuple[type, tuple[int, ...]]] = {
+        "keys": (np.uint8, (n, KEY_BYTES)),
+        "token_ids": (np.int32, (n, length)),
+        "word_ids": (np.int16, (n, length)),
+        "attention": (np.bool_, (n, length)),
+        "cut": (np.bool_, (n,)),
+        "sentence": (np.float32, (n, facts.sentence_dim)),
+        "first": (np.int64, (n,)),
+        "rows": (np.float32, (len(arrays["rows"]), facts.token_dim)),
+    }
+    if many:
+        shapes["masks"] = (np.bool_, (n, many, length))
+        shapes["masked_first"] = (np.int64, (n, many))
+        shapes["masked_sentence"] = (np.float32, (n, many, facts.sentence_dim))
+    for name, (kind, shape) in shapes.items():
+        if arrays[name].dtype != kind or arrays[name].shape != shape:
+            found = f"{arrays[name].shape} {arrays[name].dtype}"
+            raise ValueError(f"{name}: expected {shape} {np.dtype(kind)}, got {found}")
+    taken = np.full(n, length) if facts.padding else arrays["attention"].sum(axis=1)
+    for name in ("first", "masked_first")[: 1 + bool(many)]:
+        ends = arrays[name] + (taken if arrays[name].ndim == 1 else taken[:, None])
+        if n and (arrays[name].min() < 0 or ends.max() > len(arrays["rows"])):
+            raise ValueError(f"{name}: rows beyond the {len(arrays['rows'])} there are")
+
+
 class Shards:
     """All captions of a cache: from strings to (shard, row)."""
 
-    def __init__(self, folder: Path):
-        self.shards = [Shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+    def __init__(self, folder: Path, facts: CacheFacts):
+        self.shards = [Shard(path, facts) for path in sorted(folder.glob("shard-*.safetensors"))]
         keys = [shard["keys"] for shard in self.shards]
         flat = np.concatenate(keys) if keys else np.zeros((0, KEY_BYTES), np.uint8)
         named = np.ascontiguousarray(flat).view(f"S{KEY_BYTES}").ravel()

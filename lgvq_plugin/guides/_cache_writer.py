@@ -39,11 +39,13 @@ class Plan:
     Args:
         todo: different captions that are not in the cache yet.
         done: how many are.
+        bytes_needed: upper bound of what is left to write.
         bytes_each: upper bound of what a caption takes on disk.
     """
 
     todo: list[str]
     done: int
+    bytes_needed: int
     bytes_each: int
 
 
@@ -111,23 +113,26 @@ def _prepare(
     else:
         if folder.exists() and not _is_begun(folder):
             raise ConfigError(f"{folder} is not empty and holds no text cache; choose a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_vocabulary(folder, guide.vocabulary.detach().cpu().numpy())
-        facts.write(folder)
     for leftover in folder.glob("*.part"):  # of runs that were killed
         leftover.unlink(missing_ok=True)
     unique = list(dict.fromkeys(["", *captions]))  # images without a caption ask for ""
-    found = Shards(folder).find(unique)
+    found = Shards(folder, facts).find(unique)
     todo = [text for text, place in zip(unique, found, strict=True) if place is None]
     numbers = (facts.maskings + 1) * (facts.max_length * facts.token_dim + facts.sentence_dim)
     extra = facts.max_length * (7 + facts.maskings) + 8 * (facts.maskings + 3) + KEY_BYTES
-    return Plan(todo, len(unique) - len(todo), 4 * numbers + extra)
+    each, is_new = 4 * numbers + extra, not (folder / INDEX).is_file()
+    needed = len(todo) * each + is_new * guide.vocabulary.numel() * 4
+    return Plan(todo, len(unique) - len(todo), needed, each)
 
 
 def _fill(
     folder: Path, facts: CacheFacts, guide: AbstractGuide, plan: Plan, batch_size: int
 ) -> Iterator[int]:
     """Encode what is left; yield the size of each batch done, before its shard is written."""
+    if not (folder / INDEX).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_vocabulary(folder, guide.vocabulary.detach().float().cpu().numpy())
+        facts.write(folder)
     size = max(batch_size, SHARD_BYTES // plan.bytes_each // batch_size * batch_size)
     for start in range(0, len(plan.todo), size):
         shard = _Builder(facts)

@@ -71,10 +71,10 @@ class CachedGuide(AbstractGuide):
             raise ConfigError(f"guide cached: no key {next(iter(rest))!r}; put it under `guide:`")
         if verify or guide is not None:
             self._refuse_foreign(build=verify)
-        self._shards = Shards(self._folder)
+        self._shards = Shards(self._folder, self.facts)
         self.max_length = self.facts.max_length
         self.token_dim, self.sentence_dim = self.facts.token_dim, self.facts.sentence_dim
-        self._vocabulary = torch.from_numpy(read_vocabulary(self._folder))
+        self._vocabulary = torch.from_numpy(read_vocabulary(self._folder, self.token_dim))
         self.to("cpu" if device is None else device)
 
     def __len__(self) -> int:
@@ -96,6 +96,11 @@ class CachedGuide(AbstractGuide):
             self._stack([shard[name][row] for shard, row in places], kind, self.max_length)
             for name, kind in (("token_ids", np.int64), ("attention", bool), ("word_ids", np.int64))
         )
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._vocabulary):
+            raise ConfigError(
+                f"the text cache {self._folder} is broken: a token of {list(captions)!r:.80} is "
+                f"not among the {len(self._vocabulary)} of its vocabulary; make the cache anew"
+            )
         return TextTokens(ids, attention, words, _cut(places))
 
     @torch.no_grad()

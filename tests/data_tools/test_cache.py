@@ -134,6 +134,17 @@ def test_a_disk_that_is_too_small_is_told_before(config, tmp_path, capsys, monke
     assert "--drop-padding" in capsys.readouterr().err
 
 
+def test_the_estimate_is_near_what_is_written(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    out = tmp_path / "c"
+    assert main(["cache", "-b", config(), "-o", str(out), "--no-progress"]) == 0
+    message = next(m for m in caplog.messages if "takes at most" in m)
+    told, unit = message.split("at most ")[1].split()[:2]
+    estimate = float(told) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert 0.95 * written < estimate < 1.5 * written
+
+
 def test_captions_come_from_the_key_that_training_reads(config, tmp_path):
     path, out = config(caption_key="file"), tmp_path / "cache"
     assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0

@@ -100,12 +100,49 @@ def test_the_command_exits_with_2_when_nothing_can_be_used(pictures, tmp_path, c
     monkeypatch.chdir(tmp_path)
     root = pictures(tmp_path / "set", 2)
     assert main(["data", "check", str(root), "--no-progress"]) == 0
-    assert "usable" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 of 2 images have captions" in shown
+    assert "nothing was written" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
     for path in root.glob("*.jpg"):
         path.write_bytes(b"")
-    assert main(["data", "check", str(root), "--no-progress"]) == 2
+    assert main(["data", "check", str(root), "--no-progress", "-o", "out"]) == 2
     assert "unusable: all" in capsys.readouterr().out
-    assert (tmp_path / "data_check_set/problems.txt").is_file()
+    assert (tmp_path / "out/problems.txt").is_file()
+
+
+def test_a_set_without_captions_is_unusable_and_names_the_file_that_is_not_read(
+    pictures, tmp_path, capsys
+):
+    root = pictures(tmp_path / "set", 2)
+    for path in root.glob("*.txt"):
+        path.unlink()
+    (tmp_path / "train.txt").write_text("set/000.jpg\nset/001.jpg\n")
+    (tmp_path / "words.xml").write_text("<c file='000.jpg'>a dog</c>")
+    assert main(["data", "check", str(tmp_path), "--no-progress"]) == 2
+    shown = capsys.readouterr().out
+    assert "0 of 2 images have captions" in shown
+    assert "words.xml seems to hold captions and is not read" in shown
+    assert "unusable: train" in shown
+
+
+def test_captions_of_another_encoding_are_a_problem_until_it_is_named(pictures, tmp_path, capsys):
+    root = pictures(tmp_path / "set", 1)
+    (root / "000.txt").write_bytes("un café".encode("latin-1"))
+    given = ["data", "check", str(root), "--no-progress"]
+    assert main(given) == 0
+    assert "problems   1 captions have bytes of another encoding" in capsys.readouterr().out
+    assert main([*given, "--encoding", "latin-1"]) == 0
+    assert "problems   none" in capsys.readouterr().out
+
+
+def test_words_that_the_guide_does_not_know_are_counted(pictures, tmp_path):
+    root = pictures(tmp_path / "set", 1)
+    (root / "000.txt").write_text("a red circle zebra\n")
+    result = check(root, progress=False)
+    report = result.splits["all"]
+    assert (report.words, report.unknown_words, report.unknown_examples) == (4, 1, ("zebra",))
+    assert "25% of 4 are unknown to this guide (zebra)" in as_text(result)
 
 
 def test_wrong_input_is_one_message(pictures, tmp_path, capsys):

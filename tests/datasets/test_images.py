@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from lgvq_plugin.datasets._draws import HashedDraws
 from lgvq_plugin.datasets._image import Pipeline, UnreadableImage, open_image, shrink
@@ -130,6 +131,46 @@ def test_aspect_ratio_is_kept(tmp_path):
             seen = seen[13:37]
         assert abs(int(seen.any(axis=0).sum()) - height) <= 2
         assert abs(int(seen.any(axis=1).sum()) - height) <= 2
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_and_sides_are_as_asked(tmp_path, channels, first):
+    pixels = np.full((40, 20, 4), (200, 100, 0, 255), np.uint8)
+    pixels[20:, :, 3] = 0  # transparent below
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    seen = read(tmp_path / "a.png", (32, 16), channels=channels, channel_first=first)
+    assert seen.shape == ((channels, 32, 16) if first else (32, 16, channels))
+    top, bottom = (levels(seen[..., y, 8] if first else seen[y, 8]) for y in (4, 28))
+    assert top.tolist() == {1: [118], 3: [200, 100, 0], 4: [200, 100, 0, 255]}[channels]
+    assert bottom[-1] == (0 if channels == 4 else 255)
+
+
+def test_an_oblong_size_cuts_the_middle_at_its_own_ratio(tmp_path):
+    ramp = np.arange(60, dtype=np.uint8)[None, :, None].repeat(20, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert (levels(read(tmp_path / "a.png", [20, 40]))[0, :, 0] == np.arange(10, 50)).all()
+    assert (levels(read(tmp_path / "a.png", [20, 20]))[0, :, 0] == np.arange(20, 40)).all()
+
+
+@pytest.mark.parametrize("options", [{"size": [8]}, {"size": 0}, {"size": "8"}, {"channels": 2}])
+def test_a_size_or_number_of_channels_that_cannot_be_is_named(tmp_path, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Pipeline(**options)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_broken_image_is_one_message_from_a_worker_too(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    (tmp_path / "a.txt").write_text("a dog")
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(ConfigError) as caught:
+            list(DataLoader(CaptionedFolder(tmp_path), num_workers=workers))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"image {tmp_path / 'a.jpg'} cannot be read")
+    assert "\n" not in messages[0]
 
 
 def test_shrinking_copies_what_is_small_enough_byte_for_byte(tmp_path):

@@ -143,6 +143,68 @@ def test_a_caption_key_is_taken_where_there_is_a_text_too(tmp_path):
     assert WebDataset(path, caption_key="long").records[0].captions == ("another",)
 
 
+def test_members_of_a_sample_need_not_be_adjacent(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("a.jpg", encoded(0)), ("b.jpg", encoded(1)),
+                              ("b.txt", b"a dog"), ("a.txt", b"a cat")):  # fmt: skip
+            put(tar, name, content)
+    assert told(WebDataset(tmp_path)) == [("a cat",), ("a dog",)]
+
+
+def test_further_parts_of_a_suffix_are_read(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        put(tar, "sample0.input.jpg", encoded(0))
+        put(tar, "sample0.outputs.txt", b"a cat")
+    assert told(WebDataset(tmp_path)) == [("a cat",)]
+
+
+def test_of_several_images_the_plain_one_is_meant_or_the_named(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "a.mask.png"):
+            put(tar, name, encoded(0))
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for name in ("a.input.jpg", "a.target.jpg"):
+            put(tar, name, encoded(0))
+    assert WebDataset(tmp_path / "0.tar")[0]["file"] == "0.tar:a.jpg"
+    with pytest.raises(ConfigError, match=r"'a' has several.*input\.jpg, target\.jpg.*file_key"):
+        WebDataset(tmp_path / "1.tar")
+    named = WebDataset(tmp_path / "1.tar", file_key="target.jpg")
+    assert named[0]["file"] == "1.tar:a.target.jpg"
+
+
+def test_a_name_twice_in_a_shard_is_an_error(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "b.jpg", "a.jpg"):
+            put(tar, name, encoded(0))
+    with pytest.raises(ConfigError, match=r"0\.tar: two members are called a\.jpg"):
+        WebDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "meta", [5, [1], {"caption": 5}, {"caption": {"en": "x"}}, {"caption": [["x"]]}, True]
+)
+def test_a_caption_in_a_shard_that_is_no_text_is_named(tmp_path, meta):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        put(tar, "a.jpg", encoded(0))
+        put(tar, "a.json", json.dumps(meta).encode())
+    with pytest.raises(ConfigError, match=r"0\.tar: .* of 'a' must be text or a list of texts"):
+        WebDataset(tmp_path)
+
+
+def test_shards_without_images_or_captions_name_what_is_in_them(tmp_path, caplog):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        put(tar, "a.npy", b"x")
+        put(tar, "a.txt", b"x")
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        put(tar, "a.jpg", encoded(0))
+        put(tar, "a.json", b'{"label_text": "x"}')
+    with pytest.raises(ConfigError, match=r"no images; the members' suffixes are \.npy, \.txt"):
+        WebDataset(tmp_path / "0.tar")
+    WebDataset(tmp_path / "1.tar")
+    assert "none of 1 samples has a caption" in caplog.text
+    assert "whose fields are label_text" in caplog.text
+
+
 def test_missing_shards_are_counted(tmp_path):
     with pytest.raises(ConfigError, match="3 shards do not exist"):
         WebDataset(f"{tmp_path}/a_{{0..2}}.tar")
@@ -225,7 +287,7 @@ def test_folders_named_after_splits_are_the_splits(tmp_path):
             write(tmp_path / split / f"{k}.txt", "a dog")
     assert len(CaptionedFolder(tmp_path, split="train")) == 3
     assert len(CaptionedFolder(tmp_path, split="validation")) == 1
-    with pytest.raises(ConfigError, match="split 'test' needs a folder"):
+    with pytest.raises(ConfigError, match="no split 'test'; its splits are train, validation"):
         CaptionedFolder(tmp_path, split="test")
 
 

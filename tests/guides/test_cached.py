@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import load_file, save
 
 from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
-from lgvq_plugin.guides._cache_file import Shards, caption_key
+from lgvq_plugin.guides._cache_file import CacheFacts, Shards, caption_key
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
 from lgvq_plugin.sockets import ConfigError
@@ -52,7 +53,7 @@ def assert_same(a, b):
 
 def maskings(folder, captions):
     """Return the stored maskings, (B, M, T)."""
-    places = Shards(folder).find(captions)
+    places = Shards(folder, CacheFacts.read(folder)).find(captions)
     return torch.stack([torch.from_numpy(shard["masks"][row].copy()) for shard, row in places])
 
 
@@ -155,7 +156,8 @@ def test_maskings_differ_keep_the_ratio_and_come_from_the_generator(tmp_path):
 
 def test_a_short_caption_stores_its_only_masking_once(tmp_path):
     fill(tmp_path / "c", TOY, ["dog"], maskings=5)
-    shard = Shards(tmp_path / "c").shards[0]
+    facts = CacheFacts.read(tmp_path / "c")
+    shard = Shards(tmp_path / "c", facts).shards[0]
     # "" and "dog", unmasked, and the one masking of "dog"; all with their padding.
     assert len(shard["rows"]) == 3 * 8
 
@@ -275,6 +277,47 @@ def test_a_broken_shard_is_named(tmp_path, keep):
     path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(ConfigError, match=r"shard-000000\.safetensors is broken"):
         CachedGuide(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_length": "many"}, "max_length: expected a whole number, got 'many'"),
+        ({"ratio": None}, "ratio"),
+        ({"token_dim": 0}, "token_dim: expected a whole number >= 1"),
+        ({"token_dim": 7}, "vocabulary.safetensors|is broken"),
+        ({"maskings": 9}, "masks: expected"),
+        ({"guide": "micro_clip"}, "guide: expected a mapping"),
+        (None, "not of format"),
+    ],
+)
+def test_tampered_facts_are_named(tmp_path, changed, message):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    path = tmp_path / "c/cache.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | changed if changed else [1]))
+    with pytest.raises(ConfigError, match=message):
+        CachedGuide(str(tmp_path / "c"), verify=False)
+
+
+@pytest.mark.parametrize("name", ["first", "token_ids", "keys", "attention", "sentence", "rows"])
+def test_a_tampered_shard_is_named(tmp_path, name):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    path = tmp_path / "c/shard-000000.safetensors"
+    arrays = load_file(path)
+    broken = {"first": arrays["first"] + 10**6, "token_ids": arrays["token_ids"][:1]}
+    path.write_bytes(save(arrays | {name: broken.get(name, arrays[name].astype("float64"))}))
+    with pytest.raises(ConfigError, match=r"shard-000000\.safetensors is broken"):
+        CachedGuide(str(tmp_path / "c"), verify=False)
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    path = tmp_path / "c/shard-000000.safetensors"
+    arrays = load_file(path)
+    path.write_bytes(save(arrays | {"token_ids": arrays["token_ids"] + 10**6}))
+    with pytest.raises(ConfigError, match=r"not among the .* of its vocabulary"):
+        CachedGuide(str(tmp_path / "c"), verify=False).tokenize(CAPTIONS)
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
