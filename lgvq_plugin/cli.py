@@ -14,7 +14,7 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
     "demo": ("demo:main", "a baseline and LG-VQ side by side, on embedded data, in minutes"),
     "train": ("training.run:main", "train a tokenizer from configs"),
     "ablate": ("ablation:main", "train variants over seeds and report what differs"),
-    "inspect": ("ablation.explorer:main", "look at a codebook: its patches, words and places"),
+    "inspect": ("ablation:inspect", "look at a codebook: its patches, words and places"),
     "eval": ("evaluation.run:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),

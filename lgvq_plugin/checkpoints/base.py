@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..sockets import ConfigError
 from ..training.base import LOSS_KEYS, build_host, read_config, to_plain
+from . import find_checkpoint
 from ._compare import LoadReport, compare
 from ._layout import sort_tensors, unflatten
 from ._safe_load import How, plain, read_raw
@@ -70,7 +71,7 @@ def load_checkpoint(
     Raises:
         ConfigError: if there is no such file, it is damaged, holds no tensors, or wants trust.
     """
-    file = _file_of(Path(path))
+    file = find_checkpoint(path)
     raw, how = read_raw(file, trust_pickle=trust_pickle)
     try:
         layout = sort_tensors(raw, root=root)
@@ -202,19 +203,6 @@ def _tensors_for(
         given = unflatten(given, wanted) or given
     beside = {key: value for key, value in checkpoint.aside.items() if key in wanted}
     return {**given, **beside}
-
-
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in ("checkpoints/last.ckpt", "model.safetensors", "last.ckpt"):
-        if (path / name).is_file():
-            return path / name
-    steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))
-    if not steps:
-        raise ConfigError(f"folder {str(path)!r} holds no checkpoint: no checkpoints/last.ckpt, "
-                          "no model.safetensors")  # fmt: skip
-    return steps[-1]
 
 
 def _config_in(raw: Any) -> dict[str, Any] | None:

@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from .._arguments import parse_words
-from .._device import choose_device
 from .._files import write_text
 from ..config import parse
-from ..datasets.base import CaptionedImages
-from ..guides.base import build_guide
 from ..sockets import ConfigError, resolve
 from ..training.base import Sections, build_dataset, lgvq_block, read_config
 
@@ -76,6 +72,11 @@ def main(argv: list[str]) -> int:
 
 def _cache(sections: Sections, given: argparse.Namespace) -> None:
     config = parse(lgvq_block(sections.plain))
+    from tqdm import tqdm
+
+    from .._device import choose_device
+    from ..guides.base import build_guide
+
     block, folder = dict(config.guide), given.out
     if block.get("use") == "cached":  # the config that trains from the cache can make it, too
         folder = folder or Path(block["folder"])
@@ -111,6 +112,8 @@ def _cache(sections: Sections, given: argparse.Namespace) -> None:
 
 
 def _captions(sections: Sections, own_key: str | None) -> Iterator[str]:
+    from ..datasets.base import CaptionedImages
+
     for section in (sections.data.train, sections.data.validation):
         if section is None:
             continue

@@ -1,13 +1,18 @@
-"""What others need of training without Lightning: read a config, build its host and its data."""
+"""What others need of training without Lightning: read a config, build its host and its data.
+
+Importing this imports no torch, so that errors in a config are reported at once.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
-from torch import nn
 
 from .. import compat
-from ..sockets import ConfigError, import_target, instantiate, resolve
+from ..config import parse
+from ..sockets import ConfigError, import_target, instantiate, path_of, resolve
 from ._quiet import prints_to_stderr
 from ._sections import (
     LOSS_KEYS,
@@ -22,6 +27,9 @@ from ._sections import (
 )
 from ._settings import TrainingConfig
 
+if TYPE_CHECKING:
+    from torch import nn
+
 __all__ = [
     "LOSS_KEYS",
     "DataSection",
@@ -29,6 +37,7 @@ __all__ = [
     "TrainingConfig",
     "build_dataset",
     "build_host",
+    "check_names",
     "lgvq_block",
     "loss_key",
     "loss_section",
@@ -95,6 +104,20 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
     if len(dataset) == 0:
         raise ConfigError(f"data set {section['target']} with {section.get('params')} is empty")
     return dataset
+
+
+def check_names(sections: Sections) -> None:
+    """Check the data sets' names and the `lgvq:` block, as far as that needs no torch.
+
+    Raises:
+        ConfigError: for a data set that is neither a member nor a dotted path, or a key or value
+            of the block that is wrong.
+    """
+    data = sections.data
+    for section in (data.train, data.validation, data.test):
+        if section is not None:
+            path_of("datasets", section["target"])
+    parse(lgvq_block(sections.plain))
 
 
 def _check_targets(node: Any, where: str) -> None:

@@ -2,7 +2,12 @@
 
 logs/<name>/  configs/merged.yaml  checkpoints/{last,step=...}.ckpt  metrics.csv
               images/  tensorboard/
+
+torch and Lightning are imported by `train`, not by this module: arguments and configs are
+checked without them.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.util
@@ -13,26 +18,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.utils.data import DataLoader
 
 from .._arguments import parse_words
 from ..sockets import ConfigError
-from . import _checkpoint, _rng
-from ._csv import MetricsFile
-from ._data import validation_loader
-from ._driver import HostDriver
 from ._quiet import quiet_lightning
-from ._watch import Stopped, Watch
-from .base import Sections, build_dataset, build_host, read_config
+from .base import Sections, build_dataset, build_host, check_names, read_config
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from ._driver import HostDriver
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 
@@ -86,8 +86,15 @@ def train(
         FloatingPointError: if a loss is not finite; it names the term and the step.
     """
     sections = Sections.of(config)
+    check_names(sections)
     found = _find_checkpoint(resume, name, Path(logdir))
     folder = _run_folder(name, found, Path(logdir), sections)
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from . import _checkpoint, _rng
+    from ._driver import HostDriver
+    from ._watch import Stopped, Watch
+
     checkpoint = _checkpoint.read(found) if found else {}
     if found:
         _checkpoint.check_config(checkpoint, sections.plain, found)
@@ -109,7 +116,8 @@ def train(
     host.learning_rate = sections.learning_rate(trainer.world_size)
     watch = Watch(folder, validation=_validation(sections, trainer), progress=progress)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-    _write_config(folder, sections.plain)
+    if trainer.is_global_zero:
+        _write_config(folder, sections.plain)
     try:
         with watch.guarding(), quiet_lightning():
             trainer.fit(driver, ckpt_path=str(found) if found else None)
@@ -124,6 +132,10 @@ def train(
 def _find_checkpoint(resume: str | Path | None, name: str | None, logdir: Path) -> Path | None:
     if resume is None:
         return None
+    if str(resume) != "auto" and not Path(resume).exists():
+        raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
+    from . import _checkpoint
+
     if str(resume) == "auto":
         if not name:
             raise ConfigError("--resume auto needs --name: the run folder to go on in")
@@ -134,8 +146,6 @@ def _find_checkpoint(resume: str | Path | None, name: str | None, logdir: Path) 
         if found is None:
             raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
         return found
-    if not path.is_file():
-        raise ConfigError(f"--resume {str(path)!r}: no such checkpoint or run folder")
     return path
 
 
@@ -151,7 +161,7 @@ def _run_folder(
     if sections.training.devices != 1:
         os.environ[NAME_OF_RUN] = name
     folder = logdir / name
-    if checkpoint is None and not is_child and _checkpoint.newest(folder) is not None:
+    if checkpoint is None and not is_child and any(folder.glob("checkpoints/*.ckpt")):
         raise ConfigError(
             f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
             "or choose another --name"
@@ -161,6 +171,8 @@ def _run_folder(
 
 def _common_name(is_child: bool) -> str:
     """Return a new name: the first process's, where there are several."""
+    import torch
+
     name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}"]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)  # from a run before
@@ -172,6 +184,13 @@ def _common_name(is_child: bool) -> str:
 
 
 def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: int) -> pl.Trainer:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from ._checkpoint import AtomicCheckpointIO
+    from ._csv import MetricsFile
+
     settings = sections.training
     folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Any] = [MetricsFile(folder, resumed_at)]
@@ -190,7 +209,7 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
         max_steps=settings.max_steps,
         max_epochs=-1,
         logger=loggers,
-        plugins=[_checkpoint.AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,  # Stream deals the samples out itself
         limit_val_batches=0,  # Watch validates: at steps, with the generators put back
         num_sanity_val_steps=0,
@@ -217,6 +236,8 @@ def _validation(sections: Sections, trainer: pl.Trainer) -> Callable[[], DataLoa
     data, settings = sections.data, sections.training
     if data.validation is None or not (settings.val_every or settings.images_every):
         return None
+    from ._data import validation_loader
+
     dataset = build_dataset(data.validation)
     return lambda: validation_loader(
         dataset,
@@ -229,7 +250,6 @@ def _validation(sections: Sections, trainer: pl.Trainer) -> Callable[[], DataLoa
     )
 
 
-@rank_zero_only
 def _write_config(folder: Path, plain: Mapping[str, Any]) -> None:
     path = folder / "configs" / "merged.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +283,8 @@ def main(argv: list[str]) -> int:
     name, logdir = given.name, Path(given.logdir)
     stem = Path(given.base[0]).stem
     if given.resume == "auto" and not name:
+        from . import _checkpoint
+
         runs = sorted(run for run in logdir.glob(f"*_{stem}") if _checkpoint.newest(run))
         name = runs[-1].name if runs else None
     is_child = os.environ.get("LOCAL_RANK", "0") != "0"
