@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 done; 2 the user's input is wrong; 1 a failure of ours; 130 interrupted.
     """
+    if argv is None:
+        _see_working_folder()
     options, command, rest = _parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="lgvq: %(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.DEBUG if options.debug else logging.INFO)
@@ -54,6 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _see_working_folder() -> None:
+    """Put the working folder on the path, as `python -m` does: a checkout there is importable."""
+    here = os.getcwd()
+    if not getattr(sys.flags, "safe_path", False) and not {"", here} & {*sys.path}:
+        sys.path.insert(0, here)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:

@@ -54,6 +54,8 @@ def import_target(path: str) -> Any:
                 "check the spelling, or install the package that holds it"
             ) from error
         return getattr(owner, attribute)
+    except ImportError as error:  # a name that another version of a package has
+        raise ConfigError(f"target {path!r} cannot be imported: {error}") from error
     if not hasattr(module, attribute):
         raise ConfigError(
             f"target {path!r} does not exist: module {module_name!r} has no "

@@ -116,6 +116,20 @@ print(json.dumps(found))
         assert LIGHT_ERRORS.get(line, "usage") in said, f"`lgvq {line}`: {said}"
 
 
+def test_the_script_sees_the_working_folder_as_python_m_does(tmp_path):
+    """Inside a checkout of taming `lgvq` must find what `python -m lgvq_plugin` finds."""
+    (tmp_path / "taming" / "models").mkdir(parents=True)
+    (tmp_path / "taming" / "models" / "vqgan.py").write_text("class GumbelVQ: ...")
+    script = tmp_path / "bin" / "lgvq"  # as pip writes it: its own folder is on the path
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom lgvq_plugin.cli import main\nsys.exit(main())\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(script), "doctor", "--json"]
+    shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    told = [f["told"] for f in json.loads(shown.stdout) if f["what"] == "taming"]
+    assert told[0].startswith(f"clone at {tmp_path / 'taming'}"), told
+
+
 def test_wrong_input_is_one_line_and_2():
     shown = lgvq("train", "-b", "nowhere.yaml")
     assert shown.returncode == 2

@@ -63,11 +63,11 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     """
     section = config.get("model")
     model = model_section(to_plain({"model": section} if section is not None else {}))
-    compat.patch()
     _check_targets(model, "model")
-    weight = (loss_section({"model": model}).get("params") or {}).get("perceptual_weight", 1.0)
+    loss = loss_section({"model": model})
+    weight = compat.perceptual_weight_of(loss.get("target"), loss.get("params"))
     try:
-        with compat.lpips_only_if_used(float(weight)), prints_to_stderr():
+        with compat.lpips_only_if_used(weight, loss.get("target")), prints_to_stderr():
             host = instantiate(model)
         require_host = getattr(getattr(host, "loss", None), "require_host", None)
         if callable(require_host):  # LGVQLoss: say now, not at the first step, what is not found
@@ -97,7 +97,6 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
         >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
         5
     """
-    compat.patch()
     member = resolve("datasets", section["target"])
     path = f"{member.__module__}.{member.__qualname__}"
     dataset = instantiate({"target": path, "params": section.get("params")})
@@ -126,7 +125,8 @@ def _check_targets(node: Any, where: str) -> None:
             try:
                 import_target(node["target"])
             except ConfigError as error:
-                raise ConfigError(f"{where}.target: {error}") from error
+                hint = compat.explain_import(error.__cause__)
+                raise ConfigError(f"{where}.target: {error}{hint}") from error
         elif where.endswith("lossconfig"):
             raise ConfigError(f"{where}: expected a `target:`, got keys {sorted(node)}")
         for key, value in node.items():
