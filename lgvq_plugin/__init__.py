@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .compat import install
+
 if TYPE_CHECKING:
     from . import functional as functional
     from .guides.base import AbstractGuide as AbstractGuide
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from .objectives.base import AbstractObjective as AbstractObjective
 
 __version__ = "0.1.0"
+
+install()  # finders that act once taming is imported; nothing is imported here
 
 _LAZY = {
     "AbstractGuide": "guides.base",

@@ -14,7 +14,7 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
     "demo": ("demo:main", "a baseline and LG-VQ side by side, on embedded data, in minutes"),
     "train": ("training.run:main", "train a tokenizer from configs"),
     "ablate": ("ablation:main", "train variants over seeds and report what differs"),
-    "inspect": ("ablation.explorer:main", "look at a codebook: its patches, words and places"),
+    "inspect": ("ablation:inspect", "look at a codebook: its patches, words and places"),
     "eval": ("evaluation.run:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 done; 2 the user's input is wrong; 1 a failure of ours; 130 interrupted.
     """
+    if argv is None:
+        _see_working_folder()
     options, command, rest = _parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="lgvq: %(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.DEBUG if options.debug else logging.INFO)
@@ -59,6 +61,13 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _see_working_folder() -> None:
+    """Put the working folder on the path, as `python -m` does: a checkout there is importable."""
+    here = os.getcwd()
+    if not getattr(sys.flags, "safe_path", False) and not {"", here} & {*sys.path}:
+        sys.path.insert(0, here)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:

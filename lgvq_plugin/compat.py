@@ -1,107 +1,231 @@
-"""What taming-transformers needs and today's stack no longer has, supplied at run time.
+"""What taming-transformers needs and today's stack no longer has, supplied when it is imported.
 
-Nothing is touched that exists: a module is added to `sys.modules` only where importing it
-fails, and only the names that taming reads are in it. `patches/` holds the same mends as diffs.
+`import lgvq_plugin` installs two finders, which act only once somebody imports these names:
+
+    pytorch_lightning.utilities.distributed, torch._six   supplied where nobody else has them
+    taming                                                a clone on the path, before the wheel
+
+so that `from taming.models.vqgan import VQModel` works after it. Nothing that exists is replaced.
+`patches/` holds the same mends as diffs.
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
+import inspect
+import logging
+import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .sockets import ConfigError, import_target
 
+logger = logging.getLogger(__name__)
+
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
-LPIPS_LOSSES = (  # modules that build taming's LPIPS whatever its weight is
-    "taming.modules.losses.vqperceptual",
-    "ldm.modules.losses.vqperceptual",
-    "ldm.modules.losses.contperceptual",
+TAMING_WHEELS = ("taming-transformers", "taming-transformers-rom1504", "taming")
+TAMING_CLONE = (
+    "git clone https://github.com/CompVis/taming-transformers && "
+    "export PYTHONPATH=$PWD/taming-transformers:$PYTHONPATH"
 )
+"""The command after which every taming is there: VectorQuantizer2, GumbelVQ, taming.data."""
+LPIPS_NAMES = re.compile(
+    r"(\w*_)?LPIPS(Loss)?|LearnedPerceptualImagePatchSimilarity|Perceptual(Loss|Network)",
+    re.IGNORECASE,
+)
+"""What loss modules call the network."""
+LPIPS_WEIGHTS = re.compile(r"(perceptual|lpips)\w*(weight|coeff?|lambda)|lambda_(perceptual|lpips)")
 
-_SUPPLIED: dict[str, str] = {}
+
+def _rank_zero_only() -> dict[str, Any]:
+    rank_zero = importlib.import_module("pytorch_lightning.utilities.rank_zero")
+    return {"rank_zero_only": rank_zero.rank_zero_only}
+
+
+def _types_of_six() -> dict[str, Any]:
+    return {"string_classes": (str, bytes), "int_classes": int, "inf": float("inf")}
+
+
+SUPPLIED: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    # module: (why it is missing, the names in it that taming reads)
+    "pytorch_lightning.utilities.distributed": ("removed in Lightning 1.8", _rank_zero_only),
+    "torch._six": ("removed in torch 2.0", _types_of_six),
+}
+
+
+class _Supplier(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last finder: makes the modules of :data:`SUPPLIED` that no other finder found."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in SUPPLIED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        why, _ = SUPPLIED[spec.name]
+        return types.ModuleType(spec.name, f"Supplied by lgvq_plugin.compat: {why}.")
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__dict__.update(SUPPLIED[module.__name__][1]())
+
+
+class _CloneFirst(importlib.abc.MetaPathFinder):
+    """The first finder: a clone of taming on the path is what `import taming` means.
+
+    Python itself prefers the wheel, wherever it is on the path, because a clone has no
+    `taming/__init__.py`; and the wheel lacks VectorQuantizer2, GumbelVQ and half of taming.data.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        roots = clones() if name == "taming" else []
+        if not roots:
+            return None
+        folder = roots[0] / "taming"
+        wheel = taming_wheel()
+        if wheel:
+            logger.info("taming: the clone in %s is used, not the installed %s", roots[0], wheel)
+        found = [str(folder)]
+        if (folder / "__init__.py").is_file():
+            return importlib.util.spec_from_file_location(
+                name, folder / "__init__.py", submodule_search_locations=found
+            )
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = found
+        return spec
+
+
+def install() -> None:
+    """Install the two finders; idempotent. `import lgvq_plugin` calls it."""
+    present = {(type(f).__module__, type(f).__name__) for f in sys.meta_path}
+    if (__name__, "_CloneFirst") not in present:
+        sys.meta_path.insert(0, _CloneFirst())
+    if (__name__, "_Supplier") not in present:
+        sys.meta_path.append(_Supplier())
 
 
 def patch() -> dict[str, str]:
-    """Make `taming` importable; idempotent.
+    """Import now what the finders would supply on demand; idempotent.
 
     Returns:
-        What was supplied so far: module name -> why.
+        What is supplied: module name -> why.
     """
-    # taming 0.0.1 and HEAD import rank_zero_only from here; gone since Lightning 1.8.
-    _supply(
-        "pytorch_lightning.utilities.distributed",
-        "removed in Lightning 1.8",
-        parent="pytorch_lightning.utilities",
-        attributes=lambda: {
-            "rank_zero_only": importlib.import_module(
-                "pytorch_lightning.utilities.rank_zero"
-            ).rank_zero_only
-        },
-    )
-    # taming.data.utils (HEAD) reads string_classes from torch._six; gone since torch 2.0.
-    _supply(
-        "torch._six",
-        "removed in torch 2.0",
-        parent="torch",
-        attributes=lambda: {
-            "string_classes": (str, bytes),
-            "int_classes": int,
-            "inf": float("inf"),
-        },
-    )
-    return dict(_SUPPLIED)
+    install()
+    for name in SUPPLIED:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+    return {
+        name: why
+        for name, (why, _) in SUPPLIED.items()
+        if isinstance(getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None),
+                      _Supplier)
+    }  # fmt: skip
 
 
-def _supply(name: str, why: str, *, parent: str, attributes: Any) -> None:
-    if name in sys.modules or importlib.util.find_spec(parent) is None:
-        return
-    if importlib.util.find_spec(name) is not None:
-        return
-    module = types.ModuleType(name, f"Supplied by lgvq_plugin.compat: {why}.")
-    module.__dict__.update(attributes())
-    sys.modules[name] = module
-    setattr(importlib.import_module(parent), name.rpartition(".")[2], module)
-    _SUPPLIED[name] = why
+def clones() -> list[Path]:
+    """Return the folders on `sys.path`, outside site-packages, that hold a clone of taming."""
+    places = dict.fromkeys(Path(entry or ".").absolute() for entry in sys.path)
+    return [
+        place
+        for place in places
+        if not {"site-packages", "dist-packages"} & {*place.parts}
+        and (place / "taming" / "models" / "vqgan.py").is_file()
+    ]
+
+
+def taming_wheel() -> str | None:
+    """Return name and version of the installed distribution that carries taming, or None."""
+    for name in TAMING_WHEELS:
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def explain_import(error: BaseException | None) -> str:
+    """Return what to do about an ImportError that the wheel of taming causes; "" for any other."""
+    names_lacking = ("VectorQuantizer2", "GumbelVQ", "taming.data", "taming.modules.misc")
+    if isinstance(error, ImportError) and any(name in str(error) for name in names_lacking):
+        return f"; the wheel of taming-transformers lacks it, a clone has it: {TAMING_CLONE}"
+    return ""
 
 
 @contextmanager
-def lpips_only_if_used(perceptual_weight: float) -> Iterator[None]:
-    """Inside the context taming's losses build no LPIPS network if its weight is 0.
+def lpips_only_if_used(perceptual_weight: float, target: str | None = None) -> Iterator[None]:
+    """Inside the context the loss class `target` builds no LPIPS network if its weight is 0.
 
-    With a weight above 0 the linear heads come from torchmetrics, which carries the very file
-    that taming would download, and a missing VGG16 is told in full.
+    Whatever module the network comes from: the loss's own, `lpips`, torchmetrics. With a weight
+    above 0 taming's linear heads come from torchmetrics, which carries the very file that would
+    be downloaded, and missing VGG16 weights are reported in full.
 
     Raises:
         ConfigError: if VGG16's weights are needed, not there, and cannot be downloaded.
     """
-    modules = [sys.modules[name] for name in LPIPS_LOSSES if name in sys.modules]
-    kept = [(module, module.LPIPS) for module in modules if hasattr(module, "LPIPS")]
+    with ExitStack() as undo:
+        for network in _lpips_classes(target):
+            if perceptual_weight == 0:
+                undo.enter_context(_replaced(network, "__init__", _no_lpips))
+            else:
+                undo.enter_context(_replaced(network, "__init__", _reporting(network.__init__)))
+                owner = sys.modules[network.__module__]
+                if hasattr(owner, "get_ckpt_path"):
+                    heads = _heads_path(owner.get_ckpt_path)
+                    undo.enter_context(_replaced(owner, "get_ckpt_path", heads))
+        yield
+
+
+def _lpips_classes(target: str | None) -> list[Any]:
+    """Return the LPIPS networks that the module of a loss class, or of a base of it, names."""
+    loss = import_target(target) if target else None
+    if not isinstance(loss, type) or loss.__module__.startswith(f"{__package__}."):
+        return []  # LGVQLoss builds its base by `build_loss`
+    from torch import nn
+
+    seen: list[Any] = []
+    for module in {sys.modules.get(cls.__module__) for cls in loss.__mro__}:
+        values = list(vars(module).values()) if module else []
+        for inner in [value for value in values if isinstance(value, types.ModuleType)]:
+            values += [v for k, v in vars(inner).items() if LPIPS_NAMES.fullmatch(k)]
+        seen += [v for v in values if isinstance(v, type) and issubclass(v, nn.Module)]
+    return [
+        cls
+        for cls in dict.fromkeys(seen)
+        if LPIPS_NAMES.fullmatch(cls.__name__) and cls not in loss.__mro__
+    ]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute; afterwards it is as before, absent where it was inherited."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
     try:
-        for module, network in kept:
-            module.LPIPS = (  # type: ignore[attr-defined]
-                _no_lpips if perceptual_weight == 0 else _Told(network)
-            )
         yield
     finally:
-        for module, network in kept:
-            module.LPIPS = network  # type: ignore[attr-defined]
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def build_loss(target: str, args: tuple[Any, ...], params: Mapping[str, Any]) -> Any:
-    """Build the loss class at `target`, taming's default weight of LPIPS being 1.
+    """Build the loss class at `target`; its LPIPS network only if the weight is not 0.
 
     Raises:
         ConfigError: if it does not exist or does not take the params, or misses weights.
     """
-    patch()
     loss = import_target(target)
-    with lpips_only_if_used(float(params.get("perceptual_weight", 1.0))):
+    with lpips_only_if_used(perceptual_weight_of(target, params), target):
         try:
             return loss(*args, **params)
         except TypeError as error:
@@ -111,6 +235,25 @@ def build_loss(target: str, args: tuple[Any, ...], params: Mapping[str, Any]) ->
             raise ConfigError(f"{target}: {error}; given params: {sorted(params)}") from error
 
 
+def perceptual_weight_of(target: str | None, params: Mapping[str, Any] | None) -> float:
+    """Return the weight of LPIPS in `params`, else the loss class's own default, else 1."""
+    given = {key: value for key, value in (params or {}).items() if LPIPS_WEIGHTS.fullmatch(key)}
+    if not given and target:
+        try:
+            signature = inspect.signature(import_target(target)).parameters
+        except (ConfigError, TypeError, ValueError):
+            return 1.0
+        given = {
+            key: entry.default
+            for key, entry in signature.items()
+            if LPIPS_WEIGHTS.fullmatch(key) and entry.default is not entry.empty
+        }
+    try:
+        return max((abs(float(value)) for value in given.values()), default=1.0)
+    except (TypeError, ValueError):
+        return 1.0
+
+
 def vgg_path() -> Path:
     """Return where torchvision looks for VGG16's weights."""
     import torch
@@ -118,35 +261,36 @@ def vgg_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
 
 
-def _no_lpips(*args: Any, **kwargs: Any) -> Any:
-    """Stand in for a network that a weight of 0 never calls; it has no parameters."""
+def _no_lpips(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Stand in for a network's `__init__`: it becomes a module without parameters."""
     from torch import nn
 
-    return nn.Identity()
+    nn.Module.__init__(self)
+    self.__class__ = nn.Identity  # nothing of the network's own class reads what was not built
+    self.forward = _zero_distance
 
 
-class _Told:
-    """Builds LPIPS with torchmetrics' copy of its heads; tells what is missing."""
+def _zero_distance(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """LPIPS of weight 0, for losses that compute it all the same: zeros (B, 1, 1, 1)."""
+    return inputs.new_zeros(inputs.shape[0], 1, 1, 1)
 
-    def __init__(self, network: Any):
-        self.network = network.network if isinstance(network, _Told) else network
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = sys.modules[self.network.__module__]
-        kept = owner.get_ckpt_path
-        owner.get_ckpt_path = _heads_path(kept)  # type: ignore[attr-defined]
+def _reporting(build: Callable[..., None]) -> Callable[..., None]:
+    """Return a network's `__init__` that says which weights could not be had."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             with warnings.catch_warnings():  # `pretrained=` is torchvision's old name for weights
                 warnings.simplefilter("ignore", UserWarning)
-                return self.network(*args, **kwargs)
+                build(self, *args, **kwargs)
         except OSError as error:  # URLError, timeouts and requests' errors are all OSErrors
             raise ConfigError(
                 f"perceptual_weight > 0 needs VGG16's weights: {VGG_FILE}, from {VGG_URL}, "
                 f"to {vgg_path()}; that failed ({error}). Copy the file there, or set "
                 "perceptual_weight: 0 to train without LPIPS"
             ) from error
-        finally:
-            owner.get_ckpt_path = kept  # type: ignore[attr-defined]
+
+    return __init__
 
 
 def _heads_path(fallback: Any) -> Any:

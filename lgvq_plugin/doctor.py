@@ -4,17 +4,18 @@ Every check is a function that returns findings; one that fails is a finding its
 """
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
 import platform
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlparse
 
 from . import compat
 
@@ -33,7 +34,6 @@ EXTRAS = {  # distribution: what it is for
     "nltk": "WUPS",
 }
 CLIP = ("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
-FORKS = ("taming-transformers", "taming-transformers-rom1504", "taming")
 Level = Literal["ok", "note", "problem"]
 
 
@@ -94,42 +94,71 @@ def stack() -> list[Finding]:
 
 
 def taming() -> list[Finding]:
-    """Tell which `taming` an import would give: a wheel, a clone, or none."""
-    installed = [f"{name} {_version(name)}" for name in FORKS if _version(name)]
+    """Tell which `taming` an import would give, and whether it can be imported."""
+    installed = [f"{name} {_version(name)}" for name in compat.TAMING_WHEELS if _version(name)]
     spec = importlib.util.find_spec("taming")
-    roots = _clones()
     if spec is None:
-        told = "not found"
         if installed:
             told = f"{installed[0]} is installed without its files (a clone with no __init__.py)"
-            return [Finding("problem", "taming", told, "export PYTHONPATH=/path/to/the/clone")]
-        return [Finding("problem", "taming", told, "pip install taming-transformers")]
-    place = (
-        Path(spec.origin).parent
-        if spec.origin
-        else Path(next(iter(spec.submodule_search_locations or [""])))
-    )
-    kind = "wheel" if "site-packages" in place.parts or "dist-packages" in place.parts else "clone"
-    label = f"{kind} at {place}" + (f" ({', '.join(installed)})" if installed else "")
-    parts = [
-        f"{name}: {'yes' if _mentions(place / file, word) else 'no'}"
-        for name, file, word in (
-            ("VectorQuantizer2", "modules/vqvae/quantize.py", "class VectorQuantizer2"),
-            ("GumbelVQ", "models/vqgan.py", "class GumbelVQ"),
+            source = _source_of(installed[0].split()[0])
+            command = f"export PYTHONPATH={source}:$PYTHONPATH" if source else compat.TAMING_CLONE
+            return [Finding("problem", "taming", told, command)]
+        return [Finding("problem", "taming", "not found", "pip install taming-transformers")]
+    place = Path(next(iter(spec.submodule_search_locations or [""])))
+    kind = "wheel" if {"site-packages", "dist-packages"} & {*place.parts} else "clone"
+    has = {
+        name: _mentions(place / file, f"class {name}")
+        for name, file in (
+            ("VectorQuantizer2", "modules/vqvae/quantize.py"),
+            ("GumbelVQ", "models/vqgan.py"),
         )
-    ]
-    found = [Finding("ok", "taming", f"{label}; {', '.join(parts)}")]
-    hidden = [root for root in roots if (root / "taming").resolve() != place.resolve()]
-    if kind == "wheel" and hidden:
-        command = f"pip uninstall {installed[0].split()[0] if installed else 'taming-transformers'}"
-        told = f"the clone in {hidden[0]} is hidden by the wheel, which Python prefers"
-        found.append(Finding("problem", "taming", told, command))
-    if kind == "clone" and _mentions(place / "models/vqgan.py", "from main import"):
-        root = place.parent
-        if (root / "main.py").is_file() and str(root) not in [os.path.abspath(p) for p in sys.path]:
-            told = "its models import main.py, whose folder is not on the path"
-            found.append(Finding("problem", "taming", told, f"export PYTHONPATH={root}"))
+    }
+    told = f"{kind} at {place}"
+    if installed:
+        told += f", used before {installed[0]}" if kind == "clone" else f" ({installed[0]})"
+    parts = (f"{name}: {'yes' if found else 'no'}" for name, found in has.items())
+    return [Finding("ok", "taming", f"{told}; {', '.join(parts)}"), *_unusable(place, kind, has)]
+
+
+def _unusable(place: Path, kind: str, has: Mapping[str, bool]) -> list[Finding]:
+    """Return what keeps the `taming` at `place`, or latent-diffusion over it, from working."""
+    found = []
+    ldm = importlib.util.find_spec("ldm")
+    if ldm is not None and not has["VectorQuantizer2"]:
+        where = next(iter(ldm.submodule_search_locations or [""]))
+        told = f"ldm ({where}) imports VectorQuantizer2, which the {kind} of taming lacks"
+        found.append(Finding("problem", "ldm", told, compat.TAMING_CLONE))
+    if _mentions(place / "models/vqgan.py", "from main import"):
+        if importlib.util.find_spec("main") is None:
+            told = "its models import main.py, which is not on the path"
+            command = f"export PYTHONPATH={place.parent}:$PYTHONPATH"
+            return [*found, Finding("problem", "taming", told, command)]
+        missing = _missing(place.parent / "main.py")
+        if missing:
+            told = f"its models import main.py, which needs {', '.join(missing)}"
+            found.append(Finding("problem", "taming", told, f"pip install {' '.join(missing)}"))
     return found
+
+
+def _missing(file: Path) -> list[str]:
+    """Return the packages that a script imports at its top and that are not installed."""
+    roots: set[str] = set()
+    for node in ast.parse(file.read_text(errors="replace")).body:
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            roots.add(node.module.split(".")[0])
+    return sorted(name for name in roots if importlib.util.find_spec(name) is None)
+
+
+def _source_of(distribution: str) -> str | None:
+    """Return the folder that `pip install -e` was run in, if it was."""
+    try:
+        text = metadata.distribution(distribution).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
+    url = json.loads(text or "{}").get("url", "")
+    return unquote(urlparse(url).path) if url.startswith("file:") else None
 
 
 def supplied() -> list[Finding]:
@@ -140,7 +169,7 @@ def supplied() -> list[Finding]:
         gone.append("pytorch_lightning.utilities.distributed")
     if torch and not (torch / "torch/_six.py").is_file():
         gone.append("torch._six")
-    return [Finding("ok", "compat", f"supplies {name} while lgvq runs") for name in gone]
+    return [Finding("ok", "compat", f"supplies {name} after `import lgvq_plugin`") for name in gone]
 
 
 def devices() -> list[Finding]:
@@ -245,18 +274,19 @@ def main(argv: Sequence[str]) -> int:
         argv: `[--full] [--json]`.
 
     Returns:
-        0: the report is the result, whatever it says.
+        0 if there is no problem to mend, else 1; notes are none.
     """
     parser = argparse.ArgumentParser(
         prog="lgvq doctor",
-        description="Tell what is installed, which taming is found, and how to mend what is not.",
+        description="Tell what is installed, which taming is found, and how to mend what is not. "
+        "Exit code 1: there is a problem.",
     )
     parser.add_argument("--full", action="store_true", help="also import all of it (slower)")
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(argv)
     found = examine(full=given.full)
     print(json.dumps([asdict(f) for f in found], indent=2) if given.json else report(found))
-    return 0
+    return int(any(finding.level == "problem" for finding in found))
 
 
 def _version(distribution: str) -> str | None:
@@ -282,13 +312,6 @@ def _folder(distribution: str) -> Path | None:
         return Path(str(metadata.distribution(distribution).locate_file("")))
     except metadata.PackageNotFoundError:
         return None
-
-
-def _clones() -> list[Path]:
-    """Return folders on the path, or here, that hold a clone of taming-transformers."""
-    places = [Path(p or ".").absolute() for p in [*sys.path, "."]]
-    places = [place for place in dict.fromkeys(places) if "site-packages" not in place.parts]
-    return [place for place in places if (place / "taming" / "models" / "vqgan.py").is_file()]
 
 
 def _mentions(file: Path, word: str) -> bool:

@@ -14,7 +14,6 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from . import compat
 from .loss import LGVQLoss
 from .sockets import ConfigError, import_target
 
@@ -59,7 +58,6 @@ def over(target: str) -> type[LGVQLoss]:
         >>> over("torch.nn.MSELoss").__module__
         'lgvq_plugin.over.torch.nn'
     """
-    compat.patch()
     loss = import_target(target)
     if not isinstance(loss, type):
         raise ConfigError(f"target {target!r} is no class, so it cannot be the base of LGVQLoss")

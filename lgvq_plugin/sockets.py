@@ -108,6 +108,8 @@ def import_target(path: str) -> Any:
                 "check the spelling, or install the package that holds it"
             ) from error
         return getattr(owner, attribute)
+    except ImportError as error:  # a name that another version of a package has
+        raise ConfigError(f"target {path!r} cannot be imported: {error}") from error
     if not hasattr(module, attribute):
         raise ConfigError(
             f"target {path!r} does not exist: module {module_name!r} has no "
@@ -133,13 +135,26 @@ def resolve(socket: str, name: str) -> Any:
         >>> resolve("hosts", "vqvae").__name__
         'VQVAE'
     """
+    return import_target(path_of(socket, name))
+
+
+def path_of(socket: str, name: str) -> str:
+    """Return the dotted path that :func:`resolve` imports, without importing it.
+
+    Raises:
+        ConfigError: if the name is neither a member nor a dotted path.
+
+    Example:
+        >>> path_of("hosts", "vqvae")
+        'lgvq_plugin.hosts.vqvae.VQVAE'
+    """
     members = importlib.import_module(f"{__package__}.{socket}").MEMBERS
     if not isinstance(name, str):
         raise ConfigError(f"a member of {socket} is named by a string, got {name!r}")
     if name in members:
-        return import_target(f"{__package__}.{socket}.{members[name]}")
+        return f"{__package__}.{socket}.{members[name]}"
     if "." in name or ":" in name:
-        return import_target(name)
+        return name
     raise ConfigError(
         f"unknown member of {socket}: {name!r}{suggest(name, members)}; or give 'pkg.module:Class'"
     )

@@ -1,6 +1,7 @@
 """`lgvq` as a user meets it: help, exit codes, one clear message."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -26,13 +27,107 @@ def test_help_lists_the_commands():
     assert all(name in shown.stdout for name in cli.COMMANDS)
 
 
-def test_the_command_line_imports_nothing_heavy():
-    code = (
-        "import sys, lgvq_plugin.cli; print({'torch', 'lightning', 'omegaconf'} & {*sys.modules})"
-    )
+HOST = """
+model:
+  learning_rate: 1e-3
+  target: lgvq_plugin.hosts.vqvae.VQVAE
+  params: {lossconfig: {target: lgvq_plugin.LGVQLoss, params: {lgvq: {ramp: 5}}}}
+data: {batch_size: 4, train: {target: scenes}}
+training: {max_steps: 2}
+"""
+HEAVY = ["torch", "numpy", "lightning", "pytorch_lightning", "taming", "PIL", "matplotlib", "scipy"]
+LIGHT_ERRORS = {  # arguments -> what the message names
+    "": "command",
+    "trian": "trian",
+    "train": "-b",
+    "train -b nope.yaml": "nope.yaml",
+    "train -b broken.yaml": "broken.yaml:2",
+    "train -b ok.yaml --nmae x": "--nmae",
+    "train -b ok.yaml training.max_stps=4": "max_steps",
+    "train -b ok.yaml data.train.target=scens": "scenes",
+    "train -b ok.yaml model.params.lossconfig.params.lgvq.rmp=4": "lgvq.rmp",
+    "train -b ok.yaml --resume nowhere": "nowhere",
+    "train -b ok.yaml --name old": "holds a run already",
+    "retrofit -o x": "--ckpt",
+    "retrofit -b ok.yaml --ckpt no.ckpt -o x": "no.ckpt",
+    "retrofit -b nope.yaml --ckpt old.ckpt -o x": "nope.yaml",
+    "eval": "--ckpt",
+    "eval --ckpt no.ckpt": "no.ckpt",
+    "eval --ckpt old.ckpt -b nope.yaml": "nope.yaml",
+    "eval --ckpt old.ckpt --metrics psn": "psnr",
+    "ablate": "-b",
+    "ablate -b nope.yaml": "nope.yaml",
+    "ablate -b ok.yaml": "'model'",
+    "ablate -b ok.yaml --report": "results.json",
+    "demo --steps 0": "--steps",
+    "inspect --ckpt no.ckpt -o x": "no.ckpt",
+    "inspect --ckpt old.ckpt -o x -b nope.yaml": "nope.yaml",
+    "inspect --ckpt old.ckpt -o x --guide opn_clip": "open_clip",
+    "export --ckpt no.ckpt --format host -o x": "no.ckpt",
+    "export --ckpt old.ckpt --format hist -o x": "hist",
+    "export --ckpt old.ckpt --format host -o x --push a/b": "--push",
+    "data": "check|convert",
+    "data check nowhere": "nowhere does not exist",
+    "data check . --as cocoo": "coco",
+    "data check . --guide opn_clip": "open_clip",
+    "data convert logs x --format zip": "zip",
+    "data convert logs x --size 0": "size",
+    "cache": "-b",
+    "cache -b nope.yaml": "nope.yaml",
+    "cache -b ok.yaml --maskings -1": "--maskings",
+    "cache -b ok.yaml training.max_stps=4": "max_steps",
+    "doctor --fulll": "--fulll",
+}
+
+
+def test_help_and_errors_in_arguments_and_configs_need_no_torch(tmp_path):
+    """Importing torch and Lightning takes ten seconds of CPU; a typing error must not."""
+    (tmp_path / "ok.yaml").write_text(HOST)
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    (tmp_path / "old.ckpt").write_bytes(b"never opened")
+    (tmp_path / "logs" / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "logs" / "old" / "checkpoints" / "last.ckpt").touch()
+    code = """
+import contextlib, io, json, sys
+from lgvq_plugin import cli
+found = []
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        try:
+            status = cli.main(line.split())
+        except SystemExit as stop:
+            status = stop.code
+    imported = [name for name in json.loads(sys.argv[2]) if name in sys.modules]
+    found.append([line, status, said.getvalue(), imported])
+print(json.dumps(found))
+"""
+    helps = ["--help", "data check --help", "data convert --help"]
+    helps += [f"{name} --help" for name in cli.COMMANDS]
+    words = [sys.executable, "-c", code, json.dumps([*helps, *LIGHT_ERRORS]), json.dumps(HEAVY)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert shown.stdout.strip() == "set()", shown.stderr
+    shown = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert len(found) == len(helps) + len(LIGHT_ERRORS)
+    for line, status, said, imported in found:
+        assert not imported, f"`lgvq {line}` imports {imported}"
+        assert "Traceback" not in said, said
+        assert (status or 0) == (2 if line in LIGHT_ERRORS else 0), f"`lgvq {line}`: {said}"
+        assert LIGHT_ERRORS.get(line, "usage") in said, f"`lgvq {line}`: {said}"
+
+
+def test_the_script_sees_the_working_folder_as_python_m_does(tmp_path):
+    """Inside a checkout of taming `lgvq` must find what `python -m lgvq_plugin` finds."""
+    (tmp_path / "taming" / "models").mkdir(parents=True)
+    (tmp_path / "taming" / "models" / "vqgan.py").write_text("class GumbelVQ: ...")
+    script = tmp_path / "bin" / "lgvq"  # as pip writes it: its own folder is on the path
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom lgvq_plugin.cli import main\nsys.exit(main())\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(script), "doctor", "--json"]
+    shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    told = [f["told"] for f in json.loads(shown.stdout) if f["what"] == "taming"]
+    assert told[0].startswith(f"clone at {tmp_path / 'taming'}"), told
 
 
 def test_wrong_input_is_one_line_and_2():

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from lgvq_plugin import cli, doctor
+from lgvq_plugin import cli, compat, doctor
 
 
 def problems(found):
@@ -65,7 +65,10 @@ def test_a_clone_that_pip_installed_without_its_files(only_path, tmp_path, monke
     )
     (finding,) = problems(doctor.taming())
     assert "without its files" in finding.told
-    assert finding.command.startswith("export PYTHONPATH=")
+    assert finding.command == compat.TAMING_CLONE  # no editable install says where the files are
+    monkeypatch.setattr(doctor, "_source_of", lambda name: "/home/me/taming-transformers")
+    (finding,) = problems(doctor.taming())
+    assert finding.command == "export PYTHONPATH=/home/me/taming-transformers:$PYTHONPATH"
 
 
 def test_a_clone_is_told_from_a_wheel(only_path, tmp_path):
@@ -76,18 +79,52 @@ def test_a_clone_is_told_from_a_wheel(only_path, tmp_path):
     assert "VectorQuantizer2: no, GumbelVQ: yes" in finding.told
 
 
-def test_a_wheel_hides_a_clone_even_behind_it_on_the_path(only_path, tmp_path, monkeypatch):
+def test_a_clone_is_used_before_the_wheel_wherever_it_is_on_the_path(
+    only_path, tmp_path, monkeypatch
+):
     wheel = tmp_path / "site-packages"
     (wheel / "taming" / "models").mkdir(parents=True)
     (wheel / "taming" / "__init__.py").write_text("")
-    hidden = clone(tmp_path / "clone")
-    only_path(hidden, wheel)
+    own = clone(tmp_path / "clone")
+    only_path(wheel, own)
     monkeypatch.setattr(
         doctor, "_version", lambda name: "0.0.1" if name == "taming-transformers" else None
     )
+    (finding,) = doctor.taming()
+    assert finding.level == "ok"
+    assert f"clone at {own / 'taming'}, used before taming-transformers 0.0.1" in finding.told
+
+
+def test_what_a_clone_s_main_lacks_is_one_command(only_path, tmp_path):
+    root = clone(tmp_path / "clone", main_import=True)
+    (root / "main.py").write_text(
+        "import os\nimport no_such_a, os.path\nfrom no_such_b.c import d\n"
+    )
+    only_path(root, *sys.path)
     (finding,) = problems(doctor.taming())
-    assert str(hidden) in finding.told
-    assert finding.command == "pip uninstall taming-transformers"
+    assert finding.command == "pip install no_such_a no_such_b"
+
+
+def test_latent_diffusion_over_the_wheel_of_taming(only_path, tmp_path):
+    wheel = tmp_path / "site-packages"
+    (wheel / "taming").mkdir(parents=True)
+    (wheel / "taming" / "__init__.py").write_text("")
+    (tmp_path / "latent" / "ldm").mkdir(parents=True)
+    only_path(wheel, tmp_path / "latent")
+    (finding,) = problems(doctor.taming())
+    assert "VectorQuantizer2" in finding.told
+    assert finding.command.startswith("git clone https://github.com/CompVis/taming-transformers")
+
+
+def test_the_exit_code_says_whether_there_is_a_problem(monkeypatch, capsys):
+    note = doctor.Finding("note", "LPIPS", "downloaded at first use", "get it")
+    monkeypatch.setattr(doctor, "examine", lambda full: [note])
+    assert cli.main(["doctor"]) == 0
+    problem = doctor.Finding("problem", "torch", "not installed", "pip install torch")
+    monkeypatch.setattr(doctor, "examine", lambda full: [note, problem])
+    assert cli.main(["doctor"]) == 1
+    assert cli.main(["doctor", "--json"]) == 1
+    assert "pip install torch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
-"""Ablations: plan -> run -> statistics -> report; explorer.py, `lgvq inspect`, stands apart.
+"""Ablations: plan -> run -> statistics -> report; and `lgvq inspect`, the page of explorer.py.
 
-This file strings the parts together, so that none of them knows another.
+This file strings the parts together, so that none of them knows another. torch is imported once
+the arguments and the plan are checked.
 """
 
 import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .._arguments import parse_words
 from .._files import write_json, write_text
-from ..sockets import ConfigError
+from ..checkpoints import find_checkpoint
+from ..sockets import ConfigError, path_of
+from ..training.base import Sections, lgvq_block, read_config
 from .base import REPORT, RESULTS, SUMMARY, Results, summary
 
 logger = logging.getLogger(__name__)
@@ -55,9 +59,10 @@ def ablate(
         folder, resume, jobs, progress: see `run.run_plan`.
     """
     from .plan import read_plan
-    from .run import run_plan
 
     plan = read_plan(path, seeds=seeds, overrides=overrides)
+    from .run import run_plan
+
     results = run_plan(plan, folder, resume=resume, jobs=jobs, progress=progress)
     return publish(results, folder)
 
@@ -108,3 +113,75 @@ def main(argv: list[str]) -> int:
         print(text.partition("\n\n|")[0])  # the summary, without the tables
         logger.info("all numbers: %s and %s", page, page.with_suffix(".md").name)
     return int(has_failed)
+
+
+def inspect(argv: list[str]) -> int:
+    """Run `lgvq inspect`.
+
+    Args:
+        argv: `--ckpt C [--ckpt BASELINE] -o DIR [-b CONFIG...] [--limit N] [--guide NAME]`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lgvq inspect",
+        description="Write a page that shows the codes of one or two checkpoints.",
+    )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--ckpt", **several, required=True, metavar="CKPT",
+                        help="one, or two to compare")  # fmt: skip
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="gets codebook.html")
+    parser.add_argument("-b", "--base", **several, metavar="CONFIG", help="default: the run's own")
+    parser.add_argument(
+        "--name", **several, metavar="NAME", help="of each checkpoint; default: its run's"
+    )
+    parser.add_argument("--limit", type=int, default=512, help="images counted (default: 512)")
+    parser.add_argument("--show", type=int, default=48, help="images on the page (default: 48)")
+    parser.add_argument("--guide", help="text guide of the word map; default: the run's own, else "
+                        "micro_clip; none: no map")  # fmt: skip
+    parser.add_argument("--averaged", action="store_true", help="take averaged (EMA) weights")
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle old checkpoints")
+    given = parser.parse_args(argv)
+    if len(given.ckpt) > 2 or len(given.name or given.ckpt) != len(given.ckpt):
+        raise ConfigError("give one or two to --ckpt, and as many to --name or none")
+    if given.limit < 1 or given.show < 1:
+        raise ConfigError(f"--limit and --show must be > 0, got {given.limit} and {given.show}")
+    if given.guide not in (None, "none"):
+        path_of("guides", given.guide)
+    for path in given.ckpt:
+        find_checkpoint(path)
+    config = read_config(given.base) if given.base else None
+    from .._device import choose_device
+    from ..checkpoints.base import load_checkpoint, load_host
+    from ..guides.base import build_guide
+    from .explorer import read_samples, write_explorer
+
+    read = [load_checkpoint(path, given.trust_pickle) for path in given.ckpt]
+    names = _distinct(given.name or [_run_name(checkpoint.path) for checkpoint in read])
+    device = choose_device()
+    # A run's own config says its host; -b stands in where there is none, and for the data.
+    hosts = {
+        name: load_host(
+            checkpoint.config or config, checkpoint, device=device, averaged=given.averaged
+        )
+        for name, checkpoint in zip(names, read, strict=True)
+    }
+    configs = [found for found in (config, *(one.config for one in read)) if found]
+    data = Sections.of(configs[0]).data
+    samples = read_samples(data.test or data.validation or data.train, given.limit)
+    block = next((found for one in configs if (found := lgvq_block(one).get("guide"))), None)
+    chosen = {"use": given.guide} if given.guide else block or {"use": "micro_clip"}
+    guide = None if given.guide == "none" else build_guide(chosen)
+    page = write_explorer(hosts, samples, Path(given.out), guide=guide, shown=given.show)
+    logger.info("%s", page)
+    return 0
+
+
+def _run_name(path: Path) -> str:
+    """Name of the run folder that a checkpoint lies in, else of the file."""
+    if path.parent.name != "checkpoints":
+        return path.stem
+    run = path.parent.parent
+    return f"{run.parent.name}, {run.name}" if run.name.startswith("seed_") else run.name
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]

@@ -4,8 +4,6 @@ checkpoint, captioned images --gather--> codes as patches, their words, where th
 dead, and whether codes relate to each other as words do
 """
 
-import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .._device import choose_device
 from .._files import write_text
-from ..checkpoints.base import load_checkpoint, load_host
-from ..guides.base import AbstractGuide, build_guide
-from ..sockets import ConfigError
-from ..training.base import Sections, build_dataset, lgvq_block, read_config
+from ..guides.base import AbstractGuide
+from ..training.base import build_dataset
 from . import _codebook
 from ._explorer_html import explorer_page
 from ._page import data_uri, finite, png_bytes
-
-logger = logging.getLogger(__name__)
 
 PAGE = "codebook.html"
 COLUMNS = 32  # tiles in a row of a sheet
@@ -195,66 +188,3 @@ def read_samples(section: Mapping[str, Any], limit: int) -> Samples:
         of_image = sample.get("captions") or [sample.get("caption") or ""]
         captions.append([str(caption) for caption in of_image])
     return Samples(torch.stack(images).contiguous(), captions, dict(section))
-
-
-def main(argv: list[str]) -> int:
-    """Run `lgvq inspect`.
-
-    Args:
-        argv: `--ckpt C [--ckpt BASELINE] -o DIR [-b CONFIG...] [--limit N] [--guide NAME]`.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lgvq inspect",
-        description="Write a page that shows the codes of one or two checkpoints.",
-    )
-    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
-    parser.add_argument("--ckpt", **several, required=True, metavar="CKPT",
-                        help="one, or two to compare")  # fmt: skip
-    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="gets codebook.html")
-    parser.add_argument("-b", "--base", **several, metavar="CONFIG", help="default: the run's own")
-    parser.add_argument(
-        "--name", **several, metavar="NAME", help="of each checkpoint; default: its run's"
-    )
-    parser.add_argument("--limit", type=int, default=512, help="images counted (default: 512)")
-    parser.add_argument("--show", type=int, default=48, help="images on the page (default: 48)")
-    parser.add_argument("--guide", help="text guide of the word map; default: the run's own, else "
-                        "micro_clip; none: no map")  # fmt: skip
-    parser.add_argument("--averaged", action="store_true", help="take averaged (EMA) weights")
-    parser.add_argument("--trust-pickle", action="store_true", help="unpickle old checkpoints")
-    given = parser.parse_args(argv)
-    if len(given.ckpt) > 2 or len(given.name or given.ckpt) != len(given.ckpt):
-        raise ConfigError("give one or two to --ckpt, and as many to --name or none")
-    if given.limit < 1 or given.show < 1:
-        raise ConfigError(f"--limit and --show must be > 0, got {given.limit} and {given.show}")
-    config = read_config(given.base) if given.base else None
-    read = [load_checkpoint(path, given.trust_pickle) for path in given.ckpt]
-    names = _distinct(given.name or [_run_name(checkpoint.path) for checkpoint in read])
-    device = choose_device()
-    # A run's own config says its host; -b stands in where there is none, and for the data.
-    hosts = {
-        name: load_host(
-            checkpoint.config or config, checkpoint, device=device, averaged=given.averaged
-        )
-        for name, checkpoint in zip(names, read, strict=True)
-    }
-    configs = [found for found in (config, *(one.config for one in read)) if found]
-    data = Sections.of(configs[0]).data
-    samples = read_samples(data.test or data.validation or data.train, given.limit)
-    block = next((found for one in configs if (found := lgvq_block(one).get("guide"))), None)
-    chosen = {"use": given.guide} if given.guide else block or {"use": "micro_clip"}
-    guide = None if given.guide == "none" else build_guide(chosen)
-    page = write_explorer(hosts, samples, Path(given.out), guide=guide, shown=given.show)
-    logger.info("%s", page)
-    return 0
-
-
-def _run_name(path: Path) -> str:
-    """Name of the run folder that a checkpoint lies in, else of the file."""
-    if path.parent.name != "checkpoints":
-        return path.stem
-    run = path.parent.parent
-    return f"{run.parent.name}, {run.name}" if run.name.startswith("seed_") else run.name
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    return [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]

@@ -27,7 +27,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import parse
-from ..evaluation.base import METRICS, EvaluationConfig
+from ..evaluation._config import NAMES, EvaluationConfig
 from ..sockets import ConfigError, suggest
 from ..training.base import (
     Sections,
@@ -145,8 +145,8 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     evaluation = to_plain(given or {})
     metrics = evaluation.get("metrics")
     for name in metrics if isinstance(metrics, list) else [metrics] * (metrics is not None):
-        if name not in METRICS:
-            raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), METRICS)}")
+        if name not in NAMES:
+            raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), NAMES)}")
     try:
         EvaluationConfig.of({key: v for key, v in evaluation.items() if key != "metrics"})
     except ConfigError as error:

@@ -1,1 +1,28 @@
 """Old weights and new ones: safe reading, retrofit, export."""
+
+from pathlib import Path
+
+from ..sockets import ConfigError
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint file at `path`: itself, or that of a run or a saved folder.
+
+    It is not opened, so that a mistyped path is reported before torch is imported.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"no checkpoint {str(path)!r}")
+    for name in ("checkpoints/last.ckpt", "model.safetensors", "last.ckpt"):
+        if (path / name).is_file():
+            return path / name
+    steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))
+    if not steps:
+        raise ConfigError(f"folder {str(path)!r} holds no checkpoint: no checkpoints/last.ckpt, "
+                          "no model.safetensors")  # fmt: skip
+    return steps[-1]

@@ -18,6 +18,7 @@ from .._finite import in_groups
 from .._safe_load import How, plain, read_raw
 from ..sockets import ConfigError
 from ..training.base import LOSS_KEYS, build_host, read_config, to_plain
+from . import find_checkpoint
 from ._compare import LoadReport, compare
 from ._layout import sort_tensors, unflatten
 
@@ -71,12 +72,12 @@ def load_checkpoint(
     Raises:
         ConfigError: if there is no such file, it is damaged, holds no tensors, or wants trust.
     """
-    file = _file_of(Path(path))
+    file = find_checkpoint(path)
     try:
         raw, how = read_raw(file, trust_pickle=trust_pickle)
     except ConfigError as error:
         older = [p for p in sorted(file.parent.glob("step=*.ckpt")) if not p.samefile(file)]
-        if not file.is_file() or not older:
+        if not older:
             raise
         raise ConfigError(f"{error}; the checkpoint before it is {str(older[-1])!r}") from error
     try:
@@ -215,19 +216,6 @@ def _tensors_for(
         given = unflatten(given, wanted) or given
     beside = {key: value for key, value in checkpoint.aside.items() if key in wanted}
     return {**given, **beside}
-
-
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in ("checkpoints/last.ckpt", "model.safetensors", "last.ckpt"):
-        if (path / name).is_file():
-            return path / name
-    steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))
-    if not steps:
-        raise ConfigError(f"folder {str(path)!r} holds no checkpoint: no checkpoints/last.ckpt, "
-                          "no model.safetensors")  # fmt: skip
-    return steps[-1]
 
 
 def _config_in(raw: Any) -> dict[str, Any] | None:

@@ -1,23 +1,29 @@
-"""`lgvq export`: a checkpoint for the unmodified host, as a folder, for diffusers, or its heads."""
+"""`lgvq export`: a checkpoint for the unmodified host, as a folder, for diffusers, or its heads.
+
+torch is imported once the arguments are checked.
+"""
+
+from __future__ import annotations
 
 import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from .._files import replacing
 from ..hosts.base import is_average_of_heads
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
-from . import _diffusers, _folder
-from ._compare import HEADS
-from .base import Checkpoint, load_checkpoint, load_host
+from . import find_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .base import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,9 @@ def host_state_dict(
     Raises:
         ConfigError: if the checkpoint does not fit the config's host.
     """
+    from ._compare import HEADS
+    from .base import load_host
+
     tensors = dict(checkpoint.state_dict)
     if averaged:
         tensors |= _averaged(checkpoint)
@@ -61,6 +70,10 @@ def export_host(
     tensors: Mapping[str, Tensor], path: str | Path, *, step: int | None = None
 ) -> Path:
     """Write a checkpoint that the unmodified host reads: `{"state_dict": ...}`, or .safetensors."""
+    import torch
+
+    from . import _folder
+
     path = Path(path)
     if path.suffix == ".safetensors":
         _folder.write_safetensors(tensors, path)
@@ -83,6 +96,11 @@ def export_diffusers(
         ConfigError: if diffusers is missing, or the host is not taming's VQModel.
         RuntimeError: if the two models differ by 1e-4 or more; nothing is written then.
     """
+    import torch
+
+    from . import _diffusers
+    from .base import load_host
+
     tensors = host_state_dict(checkpoint, config, averaged=averaged)
     params = config["model"].get("params") or {}
     resolution = int((params.get("ddconfig") or {}).get("resolution", 256))
@@ -144,12 +162,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trust-pickle", action="store_true",
                         help="unpickle fully; whoever made the file can run code")  # fmt: skip
     given = parser.parse_args(argv)
-    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
-    given_config = read_config(given.base) if given.base else None
-    config = _plain(given_config) if given_config is not None else checkpoint.config
-    output = Path(given.output)
     if given.push and given.format in ("host", "heads"):
         raise ConfigError("--push uploads folders: --format safetensors or diffusers")
+    find_checkpoint(given.ckpt)
+    given_config = read_config(given.base) if given.base else None
+    from . import _folder
+    from .base import load_checkpoint
+
+    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    config = _plain(given_config) if given_config is not None else checkpoint.config
+    output = Path(given.output)
     if given.format == "heads":
         _folder.save_heads(checkpoint, output)
     elif given.format == "host":
@@ -164,6 +186,9 @@ def main(argv: Sequence[str]) -> int:
 def _export_folder(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, output: Path, given: Any
 ) -> None:
+    from . import _folder
+    from .base import load_host
+
     if config is None:
         raise ConfigError(
             f"--format {given.format}: {str(checkpoint.path)!r} tells no config; give -b CONFIG"

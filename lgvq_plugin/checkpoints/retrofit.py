@@ -2,24 +2,24 @@
 
 old config --over_old_loss--> LG-VQ config --train--> DIR, a run folder like any other
 old weights --load_into, checked bit by bit--^        DIR/retrofit.{json,md}: old against new
+
+torch is imported by `retrofit`, not by this module: arguments and configs are checked without it.
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
+from omegaconf import DictConfig, OmegaConf
 
 from .._arguments import add_shortcuts, parse_words
 from .._files import write_json, write_text
 from ..config import parse
-from ..guides.base import build_guide
-from ..hosts.base import load_heads, reconstruct
 from ..sockets import ConfigError, Problems
 from ..training.base import (
     Sections,
@@ -32,14 +32,12 @@ from ..training.base import (
     with_shortcuts,
 )
 from ..training.run import TrainResult, train
-from ._retrofit_config import (
-    gently,
-    over_old_loss,
-    require_steps_for_host,
-    shift_discriminator,
-)
-from ._side_by_side import as_table, compare_hosts
-from .base import Checkpoint, LoadReport, load_checkpoint, load_host, load_into
+from . import find_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .base import Checkpoint, LoadReport
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +90,18 @@ def retrofit(
         ConfigError: if the config is wrong, or the checkpoint does not fit it.
         RuntimeError: if the new host does not reconstruct bit by bit as the old one.
     """
+    import torch
+
+    from ..guides.base import build_guide
+    from ._retrofit_config import (
+        gently,
+        over_old_loss,
+        require_steps_for_host,
+        shift_discriminator,
+    )
+    from ._side_by_side import compare_hosts
+    from .base import load_host
+
     folder = Path(folder)
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
@@ -149,6 +159,9 @@ class _Start:
         self.report: LoadReport | None = None
 
     def __call__(self, host: Any) -> None:
+        from ..hosts.base import load_heads
+        from .base import load_into
+
         self.report = load_into(host, self.checkpoint, params=self.params, averaged=self.averaged)
         logger.info("old weights: %s", self.report)
         if self.heads is not None:
@@ -164,6 +177,10 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
     Raises:
         RuntimeError: if they do not; it tells the largest difference.
     """
+    import torch
+
+    from ..hosts.base import reconstruct
+
     modes = {part: part.training for part in new.modules()}
     device = next(old.parameters()).device
     try:
@@ -181,6 +198,8 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
 
 
 def _image(sample: Mapping[str, Any]) -> Tensor:
+    import torch
+
     image = torch.as_tensor(sample["image"]).float()
     return image if image.shape[0] == 3 else image.movedim(-1, 0).contiguous()
 
@@ -204,6 +223,8 @@ def _write_report(
             "unexpected": list(result.loaded.unexpected),
             "mismatched": [list(entry) for entry in result.loaded.mismatched],
         }
+    from ._side_by_side import as_table
+
     text = f"# {checkpoint.path.name} and {result.run.steps} steps of LG-VQ later\n\n"
     text += f"On the images of {told['images']}; ± is half the 95 % interval over images.\n\n"
     text += as_table(result.rows) + "\n"
@@ -276,13 +297,22 @@ def main(argv: Sequence[str]) -> int:
         overrides.append(f"training.heads_first={given.heads_first}")
     if given.freeze:
         overrides.append(f"training.freeze=[{given.freeze}]")
-    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    if given.images < 1:
+        raise ConfigError(f"--images must be >= 1, got {given.images}")
     if any(word.startswith(RATES) for word in overrides) and not any(
         word.startswith("training.max_learning_rate=") for word in overrides
     ):
         overrides.append("training.max_learning_rate=null")  # a rate chosen for this very run
+    find_checkpoint(given.ckpt)
+    given_config = read_config(given.base, overrides)
+    from ._side_by_side import as_table
+    from .base import load_checkpoint
+
+    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     config = with_shortcuts(
-        _config(given.base, overrides, checkpoint), data=given.data, max_steps=given.max_steps
+        _config(given_config, checkpoint, is_whole=bool(given.base)),
+        data=given.data,
+        max_steps=given.max_steps,
     )
     result = retrofit(
         config,
@@ -302,16 +332,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _config(paths: list[str], overrides: list[str], checkpoint: Checkpoint) -> DictConfig:
-    from omegaconf import OmegaConf
-
-    if paths:
-        return read_config(paths, overrides)
+def _config(given: DictConfig, checkpoint: Checkpoint, *, is_whole: bool) -> DictConfig:
+    if is_whole:
+        return given
     if checkpoint.config is None:
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r} tells no config, nor does a configs/ folder "
             "beside it; give the old run's with -b CONFIG"
         )
-    merged = OmegaConf.merge(OmegaConf.create(checkpoint.config), read_config([], overrides))
+    merged = OmegaConf.merge(OmegaConf.create(checkpoint.config), given)
     assert isinstance(merged, DictConfig)
     return merged

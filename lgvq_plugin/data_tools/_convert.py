@@ -24,8 +24,8 @@ from .._fields import differing
 from .._files import replacing, write_bytes, write_json, write_text
 from ..datasets.base import CONVERTED_FROM, CaptionedFiles, recognize
 from ..sockets import ConfigError, suggest
+from . import check_settings
 
-FORMATS = ("webdataset", "folder")
 PLAN = "convert.json"
 ROWS = ".rows"  # the table of --format folder, part by part
 BAD = ".problems"
@@ -45,11 +45,7 @@ class Settings:
     """Images of a part."""
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ConfigError(f"--format: {self.format!r}{suggest(self.format, list(FORMATS))}")
-        for name in ("size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_settings(self.format, size=self.size, shard_size=self.shard_size)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from .._arguments import add_shortcuts, parse_words
-from .._device import choose_device
 from .._files import write_text
 from ..config import parse
-from ..datasets.base import CaptionedImages
-from ..guides.base import build_guide
 from ..sockets import ConfigError, resolve
 from ..training.base import (
     DataSection,
@@ -85,6 +81,11 @@ def main(argv: list[str]) -> int:
 
 def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
     config = parse(lgvq_block(plain))
+    from tqdm import tqdm
+
+    from .._device import choose_device
+    from ..guides.base import build_guide
+
     block, folder = dict(config.guide), given.out
     if block.get("use") == "cached":  # the config that trains from the cache can make it, too
         folder = folder or Path(block["folder"])
@@ -120,6 +121,8 @@ def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
 
 
 def _captions(data: DataSection, own_key: str | None) -> Iterator[str]:
+    from ..datasets.base import CaptionedImages
+
     for section in (data.train, data.validation):
         if section is None:
             continue

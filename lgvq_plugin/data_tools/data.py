@@ -1,4 +1,4 @@
-"""The command `lgvq data check|convert PATH`."""
+"""The command `lgvq data check|convert PATH`; torch is imported once its arguments are checked."""
 
 import argparse
 import os
@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets import MEMBERS
-from ..sockets import ConfigError
-from ._check import as_text, check
-from ._convert import FORMATS, Settings, convert
+from ..sockets import ConfigError, path_of
+from . import FORMATS, check_settings
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +29,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.workers < 1:
         raise ConfigError(f"--workers must be >= 1, got {options.workers}")
+    if not options.path.expanduser().exists():
+        raise ConfigError(f"{options.path} does not exist; expected a folder of images or a table")
+    if options.member is not None:
+        path_of("datasets", options.member)
     return options.run(options)
 
 
@@ -80,6 +83,9 @@ def _shared_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    path_of("guides", options.guide)
+    from ._check import as_text, check
+
     guide: dict[str, Any] = {"use": options.guide}
     if options.max_length is not None:
         guide["max_length"] = options.max_length
@@ -103,6 +109,9 @@ def _dataset_options(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    check_settings(options.format, size=options.size, shard_size=options.shard_size)
+    from ._convert import Settings, convert
+
     result = convert(
         options.path,
         options.out,

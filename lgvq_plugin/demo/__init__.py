@@ -11,9 +11,6 @@ from pathlib import Path
 
 from ..ablation import publish
 from ..ablation.base import MARKS, Results, Run
-from ..ablation.plan import read_plan
-from ..ablation.run import run_plan
-from ..ablation.statistics import difference
 from ..sockets import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +47,9 @@ def demo(
     Raises:
         ConfigError: if the folder holds runs of other settings.
     """
+    from ..ablation.plan import read_plan
+    from ..ablation.run import run_plan
+
     overrides = [] if steps is None else [f"training.max_steps={steps}"]
     plan = read_plan(PLAN, seeds=[seed], overrides=overrides)
     results = run_plan(plan, folder, resume=True, jobs=1, progress=progress)
@@ -86,6 +86,8 @@ def _cell(run: Run, metric: str, digits: int) -> str:
 
 
 def _interval(runs: Mapping[str, Run], metric: str, digits: int) -> str:
+    from ..ablation.statistics import difference
+
     own, other = (
         {runs[name].seed: runs[name].metrics[metric]}
         if name in runs and metric in runs[name].metrics

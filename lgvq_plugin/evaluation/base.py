@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError
 from ..training.base import lgvq_block, to_plain, with_sizes
 from . import _alignment, _codebook, _downstream, _reconstruction
-from ._config import EvaluationConfig
+from ._config import EvaluationConfig, names_of
 from ._context import Context
 from ._rows import Rows
 from ._store import Store, host_hash, mark_of
@@ -40,7 +40,6 @@ METRICS: dict[str, Callable[[Context], Rows]] = {
     "vqa": _downstream.vqa,
     "t2i": _downstream.t2i,
 }
-DEFAULT = ("psnr", "ssim", "usage", "retrieval")
 OWN_KEYS = {  # the keys of `evaluation:` that a metric depends on, beside those of all
     "lpips": ("lpips",),
     "fid": ("fid",),
@@ -91,22 +90,6 @@ def evaluate(
         host, config, limit=limit, output=output, options=options, progress=progress
     )
     return run(context, names_of(metrics), output)
-
-
-def names_of(metrics: Iterable[str] | None) -> list[str]:
-    """Check names of metrics; raises ConfigError for one that does not exist.
-
-    Example:
-        >>> names_of(["ssim", "psnr", "ssim"])
-        ['psnr', 'ssim']
-    """
-    given = list(DEFAULT if metrics is None else metrics)
-    for name in given:
-        if name not in METRICS:
-            raise ConfigError(f"metrics: no {name!r}{suggest(name, METRICS)}")
-    if not given:
-        raise ConfigError(f"metrics: none given; known: {', '.join(METRICS)}")
-    return [name for name in METRICS if name in given]
 
 
 def build_context(

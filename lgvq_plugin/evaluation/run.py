@@ -1,24 +1,29 @@
-"""`lgvq eval`: one or several checkpoints, side by side."""
+"""`lgvq eval`: one or several checkpoints, side by side.
+
+torch is imported once the arguments, the configs and the checkpoints' paths are checked.
+"""
+
+from __future__ import annotations
 
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from .._arguments import add_shortcuts, parse_words
-from .._device import choose_device
 from .._files import write_json, write_text
-from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
+from ..checkpoints import find_checkpoint
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain, with_shortcuts, with_sizes
-from . import _figures
-from ._codebook import answering_words
-from ._context import Context
+from ._config import DEFAULT, NAMES, names_of
 from ._table import as_csv, table
-from .base import DEFAULT, METRICS, build_context, names_of, run
+
+if TYPE_CHECKING:
+    from ..checkpoints.base import Checkpoint
+    from ._context import Context
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +46,19 @@ def main(argv: list[str]) -> int:
 
 def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     names = names_of(_split(given.metrics))
+    for path in given.ckpt:
+        find_checkpoint(path)
+    given_config = read_config(given.base, overrides)
+    from .._device import choose_device
+    from ..checkpoints.base import load_checkpoint, load_host
+    from . import _figures
+    from .base import build_context, run
+
     checkpoints = [load_checkpoint(path) for path in given.ckpt]
     labels = _labels(given.names, checkpoints)
-    config = with_shortcuts(_config(given.base, overrides, checkpoints[0]), data=given.data)
+    config = with_shortcuts(
+        _config(given_config, checkpoints[0], is_whole=bool(given.base)), data=given.data
+    )
     if config.get("data") is not None:  # the size of the images is the host's
         model = to_plain({"model": _host_config(config, checkpoints[0]).get("model") or {}})
         config.data = with_sizes(to_plain({"data": config.data})["data"], model["model"])
@@ -99,6 +114,9 @@ def _summarize(
 
 def _pictures(folder: Path, contexts: Mapping[str, Context], names: Sequence[str]) -> None:
     """Write the figures that go with the metrics, and the words of the codes."""
+    from . import _figures
+    from ._codebook import answering_words
+
     _figures.write_reconstructions(folder / "reconstructions.png", contexts)
     if "usage" in names:
         _figures.write_usage(folder / "usage.png", contexts)
@@ -135,7 +153,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--names", **several, metavar="N", help="what the checkpoints are called in the table")
     add(
         "--metrics",
-        help=f"by comma, or all; known: {', '.join(METRICS)}; default: {','.join(DEFAULT)}",
+        help=f"by comma, or all; known: {', '.join(NAMES)}; default: {','.join(DEFAULT)}",
     )
     add("--limit", type=int, metavar="N", help="first N test images (and 4 N training images)")
     add("--output", metavar="DIR", help="for results, figures, probes; default: beside the run")
@@ -155,13 +173,12 @@ def _split(metrics: str | None) -> list[str] | None:
     if metrics is None:
         return None
     if metrics.strip() == "all":
-        return list(METRICS)
+        return list(NAMES)
     return [name.strip() for name in metrics.split(",") if name.strip()]
 
 
-def _config(base: list[str], overrides: list[str], checkpoint: Checkpoint) -> Any:
-    given = read_config(base, overrides)
-    if "data" in given or (base and checkpoint.config is None):
+def _config(given: Any, checkpoint: Checkpoint, *, is_whole: bool) -> Any:
+    if "data" in given or (is_whole and checkpoint.config is None):
         return given
     if checkpoint.config is None:
         raise ConfigError(

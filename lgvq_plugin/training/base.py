@@ -1,4 +1,9 @@
-"""What others need of training without Lightning: read a config, build its host and its data."""
+"""What others need of training without Lightning: read a config, build its host and its data.
+
+Importing this imports no torch, so that errors in a config are reported at once.
+"""
+
+from __future__ import annotations
 
 import inspect
 import logging
@@ -9,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 
 from .. import compat
 from ..config import LGVQConfig, parse, require_finite_weights
-from ..sockets import ConfigError, Problems, import_target, instantiate, resolve
+from ..sockets import ConfigError, Problems, import_target, instantiate, path_of, resolve
 from ._quiet import prints_to_stderr
 from ._sections import (
     LOSS_KEYS,
@@ -33,6 +37,9 @@ from ._settings import FROZEN, TrainingConfig
 if TYPE_CHECKING:
     from ..guides.base import AbstractGuide
 
+if TYPE_CHECKING:
+    from torch import nn
+
 __all__ = [
     "FROZEN",
     "LOSS_KEYS",
@@ -42,6 +49,7 @@ __all__ = [
     "build_dataset",
     "build_host",
     "build_parts",
+    "check_names",
     "data_section",
     "lgvq_block",
     "loss_key",
@@ -72,13 +80,13 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     """
     section = config.get("model")
     model = model_section(to_plain({"model": section} if section is not None else {}))
-    compat.patch()
     _check_targets(model, "model")
-    loss = loss_section({"model": model}).get("params") or {}
-    require_finite_weights(loss, f"model.params.{loss_key({'model': model})}.params")
-    weight = loss.get("perceptual_weight", 1.0)
+    loss = loss_section({"model": model})
+    params = loss.get("params") or {}
+    require_finite_weights(params, f"model.params.{loss_key({'model': model})}.params")
+    weight = compat.perceptual_weight_of(loss.get("target"), params)
     try:
-        with compat.lpips_only_if_used(float(weight)), prints_to_stderr():
+        with compat.lpips_only_if_used(weight, loss.get("target")), prints_to_stderr():
             host = instantiate(model)
         require_host = getattr(getattr(host, "loss", None), "require_host", None)
         if callable(require_host):  # LGVQLoss: say now, not at the first step, what is not found
@@ -108,7 +116,6 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
         >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
         5
     """
-    compat.patch()
     member = resolve("datasets", section["target"])
     path = f"{member.__module__}.{member.__qualname__}"
     try:
@@ -325,7 +332,7 @@ def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> 
     return [text for texts in found[:READ] for text in texts][:READ]
 
 
-def tell_unknown_words(guide: "AbstractGuide", captions: list[str]) -> None:
+def tell_unknown_words(guide: AbstractGuide, captions: list[str]) -> None:
     """Warn if a guide does not know the words of the captions, as the embedded one may not."""
     counts = guide.unknown_words(captions)
     if counts is None or counts.unknown == 0:
@@ -372,13 +379,28 @@ def _images_of(section: Mapping[str, Any]) -> Any:
     return section.get("target"), params
 
 
+def check_names(sections: Sections) -> None:
+    """Check the data sets' names and the `lgvq:` block, as far as that needs no torch.
+
+    Raises:
+        ConfigError: for a data set that is neither a member nor a dotted path, or a key or value
+            of the block that is wrong.
+    """
+    data = sections.data
+    for section in (data.train, data.validation, data.test):
+        if section is not None:
+            path_of("datasets", section["target"])
+    parse(lgvq_block(sections.plain))
+
+
 def _check_targets(node: Any, where: str) -> None:
     if isinstance(node, Mapping):
         if isinstance(node.get("target"), str):
             try:
                 import_target(node["target"])
             except ConfigError as error:
-                raise ConfigError(f"{where}.target: {error}") from error
+                hint = compat.explain_import(error.__cause__)
+                raise ConfigError(f"{where}.target: {error}{hint}") from error
         elif where.endswith("lossconfig"):
             raise ConfigError(f"{where}: expected a `target:`, got keys {sorted(node)}")
         for key, value in node.items():

@@ -2,7 +2,12 @@
 
 logs/<name>/  configs/merged.yaml  checkpoints/{last,step=...}.ckpt  metrics.csv
               images/  tensorboard/
+
+torch and Lightning are imported by `train`, not by this module: arguments and configs are
+checked without them.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.util
@@ -13,36 +18,33 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.utils.data import DataLoader
 
 from .._arguments import add_shortcuts, parse_words
 from .._files import remove_parts, write_text
 from ..sockets import ConfigError, Problems
-from . import _checkpoint, _rng
-from ._csv import MetricsFile
-from ._data import validation_loader
-from ._driver import HostDriver
 from ._quiet import quiet_lightning
-from ._watch import Signals, Stopped, Watch
 from .base import (
     Sections,
     build_host,
     build_parts,
+    check_names,
     read_config,
     require_captions,
     tell_shared_images,
     tell_unknown_words,
     with_shortcuts,
 )
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from ._driver import HostDriver
+    from ._watch import Signals
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 
@@ -98,9 +100,19 @@ def train(
         FloatingPointError: if a loss, a gradient or a weight is not finite; it names the term or
             the parameters, the step, and the last checkpoint.
     """
+    problems = Problems()
+    sections = Sections.of(config, problems)
+    if not problems:
+        check_names(sections)
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from ._watch import Signals
+
     with Signals() as signals:
         try:
-            return _train(config, name, Path(logdir), resume, progress, prepare, signals)
+            return _train(
+                config, sections, problems, name, Path(logdir), resume, progress, prepare, signals
+            )
         except Interrupted:
             raise
         except (KeyboardInterrupt, SIGTERMException, SystemExit) as error:
@@ -116,6 +128,8 @@ def train(
 
 def _train(
     config: DictConfig | Mapping[str, Any],
+    sections: Sections,
+    problems: Problems,
     name: str | None,
     logdir: Path,
     resume: str | Path | None,
@@ -123,8 +137,10 @@ def _train(
     prepare: Callable[[nn.Module], None] | None,
     signals: Signals,
 ) -> TrainResult:
-    problems = Problems()
-    sections = Sections.of(config, problems)
+    from . import _checkpoint, _rng
+    from ._driver import HostDriver
+    from ._watch import Stopped, Watch
+
     if problems:
         build_parts(config, sections, problems)  # says what else is missing, and raises
     found, checkpoint = _find_checkpoint(resume, name, logdir) or (None, {})
@@ -189,6 +205,10 @@ def _find_checkpoint(
     """Return the checkpoint to resume from, read and checked."""
     if resume is None:
         return None
+    if str(resume) != "auto" and not Path(resume).exists():
+        raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
+    from . import _checkpoint
+
     if str(resume) == "auto":
         if not name:
             raise ConfigError("--resume auto needs --name: the run folder to go on in")
@@ -199,8 +219,6 @@ def _find_checkpoint(
         if found is None:
             raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
         return found
-    if not path.is_file():
-        raise ConfigError(f"--resume {str(path)!r}: no such checkpoint or run folder")
     return path, _checkpoint.read(path)
 
 
@@ -216,7 +234,7 @@ def _run_folder(
     if sections.training.devices != 1:
         os.environ[NAME_OF_RUN] = name
     folder = logdir / name
-    if checkpoint is None and not is_child and _checkpoint.newest(folder) is not None:
+    if checkpoint is None and not is_child and any(folder.glob("checkpoints/*.ckpt")):
         raise ConfigError(
             f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
             "or choose another --name"
@@ -226,6 +244,8 @@ def _run_folder(
 
 def _common_name(is_child: bool) -> str:
     """Return a new name: the first process's, where there are several."""
+    import torch
+
     name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}"]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)  # from a run before
@@ -237,6 +257,12 @@ def _common_name(is_child: bool) -> str:
 
 
 def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: int) -> pl.Trainer:
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from ._checkpoint import AtomicCheckpointIO
+    from ._csv import MetricsFile
+
     settings = sections.training
     machine: dict[str, Any] = {
         "devices": settings.devices,
@@ -250,7 +276,7 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
         max_steps=settings.max_steps,
         max_epochs=-1,
         logger=[MetricsFile(folder, resumed_at)],  # it writes nothing before the first row
-        plugins=[_checkpoint.AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,  # Stream deals the samples out itself
         limit_val_batches=0,  # Watch validates: at steps, with the generators put back
         num_sanity_val_steps=0,
@@ -279,6 +305,8 @@ def _validation(
     data, settings = sections.data, sections.training
     if dataset is None or not (settings.val_every or settings.images_every):
         return None
+    from ._data import validation_loader
+
     return lambda: validation_loader(
         dataset,
         batch_size=data.batch_size,
@@ -292,21 +320,18 @@ def _validation(
 
 def _begin(folder: Path, plain: Mapping[str, Any], trainer: pl.Trainer) -> None:
     """Make the run folder, once a first batch has passed: a failed start leaves nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(folder)
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
+        write_text(folder / "configs" / "merged.yaml", text)
     if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         at = trainer.global_step - 1
         purge: dict[str, Any] = {"purge_step": at + 1} if at > 0 else {}
         board = TensorBoardLogger(folder, name="tensorboard", version="", **purge)
         trainer.loggers = [*trainer.loggers, board]
-    _begin_folder(folder, plain)
-
-
-@rank_zero_only
-def _begin_folder(folder: Path, plain: Mapping[str, Any]) -> None:
-    """Remove what killed processes left, and write the config."""
-    remove_parts(folder)
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
-    write_text(folder / "configs" / "merged.yaml", text)
 
 
 def main(argv: list[str]) -> int:
@@ -340,6 +365,8 @@ def main(argv: list[str]) -> int:
     name, logdir = given.name, Path(given.logdir)
     stem = Path(given.base[0]).stem
     if given.resume == "auto" and not name:
+        from . import _checkpoint
+
         runs = sorted(run for run in logdir.glob(f"*_{stem}") if _checkpoint.newest(run))
         name = runs[-1].name if runs else None
     is_child = os.environ.get("LOCAL_RANK", "0") != "0"

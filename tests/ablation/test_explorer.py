@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lgvq_plugin.ablation.explorer import Samples, main, write_explorer
+from lgvq_plugin.ablation import inspect as main
+from lgvq_plugin.ablation.explorer import Samples, write_explorer
 from lgvq_plugin.sockets import ConfigError
 
 SHADES = torch.linspace(-1, 1, 5)

@@ -16,6 +16,7 @@ from lgvq_plugin.checkpoints.retrofit import require_same, retrofit, warnings_of
 from lgvq_plugin.hosts.base import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
+from lgvq_plugin.training._driver import HostDriver
 from lgvq_plugin.training.base import build_dataset, build_host
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -61,7 +62,7 @@ def test_a_wrong_option_or_no_loss_is_refused():
 def test_before_the_first_step_the_host_is_the_old_one_bit_by_bit(old, tmp_path, monkeypatch, name):
     config, host, path = old(name)
     seen = []
-    first = training_run.HostDriver.on_train_start
+    first = HostDriver.on_train_start
 
     def look(self):
         mode = self.host.training
@@ -69,7 +70,7 @@ def test_before_the_first_step_the_host_is_the_old_one_bit_by_bit(old, tmp_path,
         self.host.train(mode)
         first(self)
 
-    monkeypatch.setattr(training_run.HostDriver, "on_train_start", look)
+    monkeypatch.setattr(HostDriver, "on_train_start", look)
     config["lgvq"] = MICRO
     result = retrofit(config, load_checkpoint(path), tmp_path / "new", progress=False)
     assert torch.equal(seen[0], reconstruct(host, IMAGES))
