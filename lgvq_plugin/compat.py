@@ -129,7 +129,7 @@ class _Told:
     """Builds LPIPS with torchmetrics' copy of its heads; tells what is missing."""
 
     def __init__(self, network: Any):
-        self.network = network.network if isinstance(network, _Told) else network
+        self.network: Any = network.network if isinstance(network, _Told) else network
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = sys.modules[self.network.__module__]
