@@ -43,6 +43,33 @@ def test_none_at_all_trains_the_base_loss_and_says_so_once(caplog):
     ]
 
 
+@pytest.mark.parametrize("captions", [None, ["", None, " "]])
+def test_batches_without_any_caption_are_refused_after_the_first_few(captions):
+    """As with taming's own data sets under its own trainer."""
+    host, _ = VQVAE.build(LGVQ)
+    batch = {**VQVAE.batch(), "caption": captions}
+    if captions is None:
+        del batch["caption"]
+    with pytest.raises(ConfigError, match="none of the first 5 training batches has a caption"):
+        train(host, [batch] * 5)
+    host.eval()
+    train(host, [batch] * 6)  # evaluation may be without
+
+
+def test_one_caption_settles_it():
+    host, _ = VQVAE.build(LGVQ)
+    bare = {**VQVAE.batch(), "caption": [None] * 3}
+    train(host, [bare, {**bare, "caption": ["", "a red square", ""]}, *[bare] * 6])
+    assert not host.loss.alignment.expects_captions
+
+
+def train(host, batches):
+    for step, batch in enumerate(batches):
+        x = host.get_input(batch, "image")
+        xrec, quant_loss = host(x)
+        host.loss(quant_loss, x, xrec, 0, step, last_layer=host.get_last_layer())
+
+
 @pytest.mark.parametrize("captions", [[None] * 3, ["", " ", ""], [[], [""], None]])
 def test_empty_ones_are_none(captions):
     total, alone, _, _ = run(captions)
