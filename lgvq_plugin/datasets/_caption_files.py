@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from ..sockets import ConfigError, suggest
 from ._image import SUFFIXES
@@ -301,7 +301,7 @@ def _key(row: Mapping[str, Any], given: str | None, usual: Sequence[str]) -> str
     """Return the row's key that is `given`, or else the first usual one, in any case."""
     if given is not None:
         return given if given in row else None
-    known = {str(key).strip().lower(): key for key in reversed(row)}  # type: ignore[call-overload]
+    known = {str(key).strip().lower(): key for key in reversed([*row])}
     filled = (known[name] for name in usual if name in known and row[known[name]] not in (None, ""))
     return next(filled, None) or next((known[name] for name in usual if name in known), None)
 
@@ -441,12 +441,12 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Mapping[str, 
         lines.seek(0)
         delimiter = max(",\t;|", key=header.count)
         # Flickr30k's results.csv separates by " | " and quotes nothing.
-        quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
         rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, quoting=quoting)
         try:
             names = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
             for row in rows:
-                surplus = row.pop(None, None)  # type: ignore[call-overload]
+                surplus = row.pop(None, None)
                 if (
                     surplus
                     and names

@@ -95,7 +95,7 @@ def entries(
         for name in needed:
             kind, value = KINDS.get(name), entry[name]
             if kind and not isinstance(value, kind):
-                told = {str: "a text", list: "a list"}[kind]
+                told = "a text" if kind is str else "a list"
                 where = f"{path}: {key}[{place}].{name}"
                 raise ConfigError(f"{where}: expected {told}, got {value!r:.60}")
         for name in numbers:

@@ -216,12 +216,12 @@ def of_split(
             f"{where} names the splits {', '.join(known)}, and `split` is not set; set "
             f"`split: {known[0]}`, or `split: all` to use all of them together"
         )
-    wanted = split_name(split)
-    if wanted not in (*known, "all"):
+    name = split_name(split)
+    if name not in (*known, "all"):
         raise ConfigError(f"{where}: no split {split!r}; its splits are {', '.join(known)}")
-    kept = [r for r in records if wanted == "all" or r.split == wanted]
+    kept = [r for r in records if name in ("all", r.split)]
     unnamed = sum(record.split is None for record in records)
-    if unnamed and wanted != "all":
+    if unnamed and name != "all":
         log.warning("%s: %d of %d images are in no split", where, unnamed, len(records))
     return kept
 
