@@ -190,7 +190,7 @@ class Loss(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "network"),
-    zip(FOREIGN, ["LPIPS", "lpips.LPIPS", "LearnedPerceptualImagePatchSimilarity"], strict=True),
+    [*zip(FOREIGN, ["LPIPS", "lpips.LPIPS", "LearnedPerceptualImagePatchSimilarity"], strict=True)],
 )
 @pytest.mark.parametrize("by", ["params", "default", "host"])
 def test_no_base_loss_builds_lpips_at_weight_0(tmp_path, monkeypatch, how, network, by):

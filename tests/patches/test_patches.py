@@ -1,5 +1,6 @@
 """Each patch on the real upstream file, applied, trained for a step, and taken back."""
 
+import ast
 import os
 import re
 import shutil
@@ -203,6 +204,151 @@ def test_the_patched_commit_trains_under_lightning_2(head, loss):
     for name in names:
         assert apply(name, head, *MODELS, undo=True).returncode == 0
     assert snapshot(head) == before
+
+
+# The lines of upstream's files that surround each change, as the repositories have them.
+SURROUNDINGS = {
+    "latent-diffusion": {
+        "ldm/models/autoencoder.py": """\
+import torch
+import pytorch_lightning as pl
+import torch.nn.functional as F
+from contextlib import contextmanager
+
+from taming.modules.vqvae.quantize import VectorQuantizer2 as VectorQuantizer
+
+from ldm.modules.diffusionmodules.model import Encoder, Decoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+from ldm.util import instantiate_from_config
+
+
+class VQModel(pl.LightningModule):
+    def get_input(self, batch, k):
+        x = batch[k]
+        if self.batch_resize_range is not None:
+            if new_resize != x.shape[2]:
+                x = F.interpolate(x, size=new_resize, mode="bicubic")
+            x = x.detach()
+        return x
+
+    def training_step(self, batch, batch_idx, optimizer_idx):
+        # https://github.com/pytorch/pytorch/issues/37142
+        # try not to fool the heuristics
+        x = self.get_input(batch, self.image_key)
+        return optimizer_idx
+
+
+class AutoencoderKL(pl.LightningModule):
+    def training_step(self, batch, batch_idx, optimizer_idx):
+        inputs = self.get_input(batch, self.image_key)
+        return optimizer_idx
+""",
+        "ldm/modules/losses/vqperceptual.py": """\
+import torch
+from torch import nn
+
+
+class VQLPIPSWithDiscriminator(nn.Module):
+    def calculate_adaptive_weight(self, nll_loss, g_loss, last_layer=None):
+        d_weight = d_weight * self.discriminator_weight
+        return d_weight
+
+    def forward(self, codebook_loss, inputs, reconstructions, optimizer_idx,
+                global_step, last_layer=None, cond=None, split="train", predicted_indices=None):
+        if not exists(codebook_loss):
+            codebook_loss = torch.tensor([0.]).to(inputs.device)
+        #rec_loss = torch.abs(inputs.contiguous() - reconstructions.contiguous())
+        rec_loss = self.pixel_loss(inputs.contiguous(), reconstructions.contiguous())
+        if self.perceptual_weight > 0:
+            rec_loss = 0
+        return codebook_loss, rec_loss
+""",
+    },
+    "taming-3ba01b2": {
+        "setup.py": """\
+from setuptools import setup, find_packages
+
+setup(
+    name='taming-transformers',
+    version='0.0.1',
+    description='Taming Transformers for High-Resolution Image Synthesis',
+    packages=find_packages(),
+    install_requires=[
+        'torch',
+        'numpy',
+        'tqdm',
+    ],
+)
+""",
+        "taming/data/utils.py": """\
+import collections
+import os
+import tarfile
+import urllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from taming.data.helper_types import Annotation
+from torch._six import string_classes
+from torch.utils.data._utils.collate import np_str_obj_array_pattern, default_collate_err_msg_format
+from tqdm import tqdm
+
+
+def unpack(path):
+    if path.endswith("tar.gz"):
+        pass
+""",
+    },
+}
+NAMED = {  # file -> names that it uses and that the patched file must define
+    "ldm/models/autoencoder.py": {"np", "LitEma", "LambdaLR", "version"},
+    "taming/data/utils.py": {"string_classes"},
+    "setup.py": {"find_namespace_packages"},
+}
+
+
+def names_in(text):
+    """The names that a file binds at its top."""
+    names = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets}
+    return names
+
+
+@pytest.mark.parametrize("upstream", SURROUNDINGS)
+def test_patches_fit_the_lines_of_files_that_no_package_carries(tmp_path, upstream):
+    root = tmp_path / "checkout"
+    for file, text in SURROUNDINGS[upstream].items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
+    before = snapshot(root)
+    only = [f"--include={file}" for file in SURROUNDINGS[upstream]]
+    names = [name for name in NAMES if name.startswith(upstream)]
+    names = [n for n in names if any(f"b/{f}" in (PATCHES / n).read_text() for f in NAMED)]
+    for name in names:
+        done = apply(name, root, *only)
+        assert done.returncode == 0, done.stderr
+    for file in SURROUNDINGS[upstream]:
+        text = (root / file).read_text()
+        assert text != SURROUNDINGS[upstream][file], f"{file} is left as it was"
+        assert NAMED.get(file, set()) <= names_in(text)
+        assert "exists(" not in text
+    for name in names:
+        assert apply(name, root, *only, undo=True).returncode == 0
+    assert snapshot(root) == before
+
+
+def test_the_readme_says_that_upstream_s_scripts_are_not_covered():
+    told = (PATCHES / "README.md").read_text()
+    assert "scripts are not covered" in told
+    assert "lgvq train -b CONFIG" in told
+    assert not any("b/main.py" in (PATCHES / name).read_text() for name in NAMES)
 
 
 @pytest.mark.parametrize(
