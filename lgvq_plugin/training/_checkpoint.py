@@ -191,7 +191,9 @@ def require_optimizers(
         for key, moments in state["state"].items():
             require_like(moments, {}, f"{where}.state[{key}]", path)
             fits = isinstance(key, int) and 0 <= key < len(parameters)
-            if not fits or not all(_is_moment(*m, parameters[key].shape) for m in moments.items()):
+            if not fits or not all(
+                _is_moment(n, m, parameters[key].shape) for n, m in moments.items()
+            ):
                 raise ConfigError(
                     f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] does not fit the "
                     "host's parameter; resume from another"
@@ -203,7 +205,9 @@ def require_optimizers(
 def _is_moment(name: str, value: Any, shape: torch.Size) -> bool:
     """Whether an optimizer may keep `value` as `name` for a parameter of that shape."""
     if isinstance(value, Tensor):
-        return value.shape == shape if name in MOMENTS else name != "step" or value.ge(0).all()
+        return (
+            value.shape == shape if name in MOMENTS else bool(name != "step" or value.ge(0).all())
+        )
     if name in MOMENTS:
         return name == MOMENTS[-1] and value is None  # SGD without momentum
     return isinstance(value, int | float) and (name != "step" or value >= 0)
@@ -269,8 +273,8 @@ def newest_whole(run: Path) -> tuple[Path, dict[str, Any]] | None:
         except ConfigError as error:
             failed.append(error)
             continue
-        for error in failed:
-            logger.warning("%s", error)
+        for earlier in failed:
+            logger.warning("%s", earlier)
         if failed:
             logger.warning("resuming from the one before it: %s", path)
         return path, found

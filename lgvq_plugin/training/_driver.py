@@ -77,7 +77,7 @@ class HostDriver(pl.LightningModule):
         # Buffers may hold -inf from the start (attention masks); nothing may come to hold it.
         self._infinite = {name for name, buffer in host.named_buffers() if not all_finite([buffer])}
         if hasattr(host.loss, "checks_gradients"):  # LGVQLoss: once is enough
-            host.loss.checks_gradients = False  # type: ignore[union-attr]
+            host.loss.checks_gradients = False
 
     # -- the step ----------------------------------------------------------------------------
 
