@@ -242,21 +242,22 @@ def _entries(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def values_csv(results: Results) -> str:
-    """Return one line for each run and metric."""
+    """Return one line per run and metric; the costs of a run follow its metrics."""
     rows = [
-        [
-            run.data,
-            run.variant,
-            run.seed,
-            metric,
-            entry.get("value"),
-            entry.get("unit"),
-            entry.get("n"),
-        ]
+        [run.data, run.variant, run.seed, name, row.get("value"), row.get("unit"), row.get("n")]
         for run in results.runs
-        for metric, entry in run.metrics.items()
+        for name, row in (run.metrics | _costs(run)).items()
     ]
     return _csv(["data", "variant", "seed", "metric", "value", "unit", "images"], rows)
+
+
+def _costs(run: Run) -> dict[str, dict[str, Any]]:
+    units = {"seconds_per_step": "s", "peak_memory_mib": "MiB"}
+    return {
+        f"cost/{key}": {"value": run.cost[key], "unit": unit}
+        for key, unit in units.items()
+        if run.cost.get(key) is not None
+    }
 
 
 def differences_csv(cells: Sequence[Cell]) -> str:
