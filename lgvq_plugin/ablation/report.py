@@ -6,7 +6,7 @@ Results + Cells --> words, table, differences, curves, images, cost, runs, setti
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -253,10 +253,11 @@ def values_csv(results: Results) -> str:
 
 def _costs(run: Run) -> dict[str, dict[str, Any]]:
     units = {"seconds_per_step": "s", "peak_memory_mib": "MiB"}
+    cost: Mapping[str, Any] = run.cost
     return {
-        f"cost/{key}": {"value": run.cost[key], "unit": unit}
+        f"cost/{key}": {"value": cost[key], "unit": unit}
         for key, unit in units.items()
-        if run.cost.get(key) is not None
+        if cost.get(key) is not None
     }
 
 
