@@ -1,9 +1,11 @@
 """Every YAML of configs/ loads, pairs differ in one line, and no knob is idle."""
 
+import csv
 import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from omegaconf import OmegaConf
@@ -120,6 +122,52 @@ def assert_trained(recipe, plan, variant):
     assert {key: block[key] for key in recipe} == recipe
     assert {*block} - {*recipe} == {"guide", "seed"}
     return job.config["training"]["max_steps"]
+
+
+RESULTS = CONFIGS / "ablation" / "RESULTS.md"
+MEASURED = re.findall(r"\[values\]\(results/(\w+)_values\.csv\)", RESULTS.read_text())
+
+
+@pytest.mark.parametrize("plan", MEASURED)
+def test_the_tables_of_results_are_those_of_the_csv(plan):
+    """Means are rounded, never edited; marks follow the intervals."""
+    folder, seeds, verdicts = RESULTS.parent / "results", {}, {}
+    with (folder / f"{plan}_values.csv").open() as file:
+        for row in csv.DictReader(file):
+            key = row["data"], row["variant"], row["metric"]
+            seeds.setdefault(key, []).append(float(row["value"]))
+    with (folder / f"{plan}_differences.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["reference"] == "baseline":
+                verdicts[row["data"], row["variant"], row["metric"]] = row["verdict"]
+    section = RESULTS.read_text().split(f"results/{plan}_values.csv")[1].split("\n#")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert rows
+    for metric, *cells in rows:
+        for head, cell in zip(heads[1:], cells, strict=True):
+            if "interval" in head or cell == "–":
+                continue
+            *data, variant = head.split(", ")
+            key = "".join(data).lower(), variant, re.split(r" [(↑↓]", metric)[0]
+            shown = cell.split()[0].replace("−", "-")
+            digits = len(shown.partition(".")[2])
+            assert float(shown) == pytest.approx(fmean(seeds[key]), abs=0.501 * 10**-digits), key
+            mark = {"better": "▲", "worse": "▼"}.get(verdicts.get(key, ""), "")
+            assert "".join(re.findall("[▲▼]", cell)) == mark, key
+
+
+def test_results_and_readme_name_plans_and_files_that_exist():
+    for path in (RESULTS, CONFIGS.parent / "README.md"):
+        text = path.read_text()
+        for plan in re.findall(r"configs/[\w/]+\.yaml", text):
+            assert (CONFIGS.parent / plan).is_file(), f"{path.name}: {plan}"
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+    cited = {path.stem for path in (CONFIGS / "ablation").glob("*.yaml")}
+    text = RESULTS.read_text() + (CONFIGS.parent / "README.md").read_text()
+    uncited = {stem for stem in cited if f"{stem}.yaml" not in text}
+    assert {stem for stem in uncited if not stem.startswith("base_")} == set()
 
 
 def test_every_knob_of_training_is_read():

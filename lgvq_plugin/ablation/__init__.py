@@ -15,13 +15,17 @@ from .._files import write_json, write_text
 from ..checkpoints import find_checkpoint
 from ..sockets import ConfigError, path_of
 from ..training.base import Sections, lgvq_block, read_config
-from .base import REPORT, RESULTS, SUMMARY, Results, summary
+from .base import DIFFERENCES, REPORT, RESULTS, SUMMARY, VALUES, Results, summary
 
 logger = logging.getLogger(__name__)
 
 
 def publish(results: Results, folder: Path) -> Path:
-    """Write results.json, summary.json, report.html, report.md and two pictures of it.
+    """Write the results, their tables and the report of an ablation to `folder`.
+
+    The files are results.json, summary.json, values.csv (one line per run and metric),
+    differences.csv (one line per paired difference, with its interval), report.html, report.md,
+    and two PNG figures.
 
     Returns the page's path.
 
@@ -31,12 +35,14 @@ def publish(results: Results, folder: Path) -> Path:
     """
     from ._figures import write_figures
     from ._markdown import markdown
-    from .report import write_report
+    from .report import differences_csv, values_csv, write_report
     from .statistics import compare
 
     cells = compare(results)
     results.save(folder / RESULTS)
     write_json(folder / SUMMARY, summary(results, cells))
+    write_text(folder / VALUES, values_csv(results))
+    write_text(folder / DIFFERENCES, differences_csv(cells))
     pictures = [path.name for path in write_figures(results, cells, folder)]
     write_text((folder / REPORT).with_suffix(".md"), markdown(results, cells, pictures))
     return write_report(results, cells, folder / REPORT, root=folder)

@@ -15,6 +15,7 @@ from ..sockets import ConfigError
 
 # In the folder of an ablation:
 RESULTS, SUMMARY, REPORT = "results.json", "summary.json", "report.html"
+VALUES, DIFFERENCES = "values.csv", "differences.csv"
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
 CONFIDENCE = 0.95
 

@@ -12,6 +12,10 @@
       two: {recipe: paper, lgvq: {ramp: 100}}  # short for model.params.lossconfig.params.lgvq
       three: {model.params.n_embed: 512}       # any key of the config, nested or dotted
     evaluation: {metrics: [psnr, usage], limit: 256}   # and keys of an `evaluation:` block
+    extends: base_scenes.yaml                  # optional: another plan, relative to this file
+
+A plan that extends another is merged over it key by key: mappings are merged at any depth, lists
+and values are replaced. Paths in `base:` stay relative to the file that lists them.
 
 Every host is asked by one text guide: that of `evaluation:`, else the first in the variants.
 
@@ -19,6 +23,7 @@ Every variant of a seed has the same data, order of samples, initial weights and
 that breaks this is refused.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +46,7 @@ from ._changes import apply_changes, merged
 from .base import Job, Plan
 
 KEYS = [
-    *("title", "base", "config", "seeds", "baseline", "against"),
+    *("extends", "title", "base", "config", "seeds", "baseline", "against"),
     *("data", "variants", "evaluation", "examples"),
 ]
 NAME = "letters, digits, dots, + and _"
@@ -64,12 +69,7 @@ def read_plan(
         ConfigError: if the file, a key or a value is wrong, or variants are not comparable.
     """
     path = Path(path)
-    plain = OmegaConf.to_container(read_config([path]), resolve=False)
-    assert isinstance(plain, dict)
-    given = {str(key): value for key, value in plain.items()}
-    for key in given:
-        if key not in KEYS:
-            raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(key, KEYS)}")
+    given = _read(path)
     variants = _named(given.get("variants"), path, "variants")
     datasets = _named(given["data"], path, "data") if given.get("data") else {"": {}}
     references = _references(given, list(variants), path)
@@ -101,6 +101,38 @@ def read_plan(
         variants={name: _told(changes) for name, changes in variants.items()},
         jobs=tuple(jobs),
     )
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the keys of the plan at `path`, merged over the plan that it extends."""
+    plain = OmegaConf.to_container(read_config([path]), resolve=False)
+    assert isinstance(plain, dict)
+    given = {str(key): value for key, value in plain.items()}
+    for key in given:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(key, KEYS)}")
+    name = given.pop("extends", None)
+    if name is None:
+        return given
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: extends: expected the path of one plan, got {name!r}")
+    parent, extending = path.parent / name, (*extending, path.resolve())
+    if parent.resolve() in extending:
+        raise ConfigError(f"{path}: extends: {name!r} extends this plan in turn")
+    below = _read(parent, extending)
+    variants = below.get("variants")
+    for part in (below, *(variants.values() if isinstance(variants, Mapping) else ())):
+        if isinstance(part, dict) and part.get("base"):
+            bases = [part["base"]] if isinstance(part["base"], str) else part["base"]
+            part["base"] = [os.path.relpath(_beside(parent, b), path.parent) for b in bases]
+    return _deep_merged(below, given)
+
+
+def _deep_merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    both = {key: _deep_merged(below[key], above[key]) for key in below if key in above}
+    return {**below, **above, **both}
 
 
 def _told(changes: Any) -> dict[str, Any]:

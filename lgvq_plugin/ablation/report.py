@@ -6,7 +6,7 @@ Results + Cells --> words, table, differences, curves, images, cost, runs, setti
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -242,21 +242,23 @@ def _entries(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def values_csv(results: Results) -> str:
-    """Return one line for each run and metric."""
+    """Return one line per run and metric; the costs of a run follow its metrics."""
     rows = [
-        [
-            run.data,
-            run.variant,
-            run.seed,
-            metric,
-            entry.get("value"),
-            entry.get("unit"),
-            entry.get("n"),
-        ]
+        [run.data, run.variant, run.seed, name, row.get("value"), row.get("unit"), row.get("n")]
         for run in results.runs
-        for metric, entry in run.metrics.items()
+        for name, row in (run.metrics | _costs(run)).items()
     ]
     return _csv(["data", "variant", "seed", "metric", "value", "unit", "images"], rows)
+
+
+def _costs(run: Run) -> dict[str, dict[str, Any]]:
+    units = {"seconds_per_step": "s", "peak_memory_mib": "MiB"}
+    cost: Mapping[str, Any] = run.cost
+    return {
+        f"cost/{key}": {"value": cost[key], "unit": unit}
+        for key, unit in units.items()
+        if cost.get(key) is not None
+    }
 
 
 def differences_csv(cells: Sequence[Cell]) -> str:

@@ -50,20 +50,6 @@ def test_every_plan_of_ours_is_good(path):
         Sections.of(job.config)
 
 
-def test_the_rows_of_table_2():
-    """Host; gsa; mtp; mtp + ras; mtp + gsa; all. L_ras alone is ours."""
-    plan = read_plan(next(path for path in PLANS if path.stem == "objectives"))
-    used = {}
-    for job in plan.jobs:
-        if job.variant == "baseline":
-            continue
-        weights = {n: o["weight"] for n, o in lgvq(job).get("objectives", {}).items()}
-        names = ("global_semantic", "masked_text", "relationship")
-        used[job.variant] = {name for name in names if weights.get(name) != 0}
-    g, m, r = "global_semantic", "masked_text", "relationship"
-    assert list(used.values()) == [{g}, {m}, {r}, {m, r}, {m, g}, {g, m, r}]
-
-
 def test_jobs_are_every_combination(write):
     path = write(
         seeds=[3, 5],
@@ -146,6 +132,57 @@ def test_what_is_wrong_is_told(write, plan, message):
         read_plan(write(**plan))
 
 
+def test_a_plan_extends_another(write, tmp_path):
+    """Mappings are merged at any depth; lists, values and null replace what was there."""
+    write(
+        seeds=[1],
+        config={"training": {"log_every": 3, "max_steps": 4}},
+        variants={"a": {"note": "x", "lgvq": {"start": 1, "stop": 3}}, "b": {"recipe": "paper"}},
+        evaluation={"metrics": ["psnr", "ssim"], "limit": 4},
+    )
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "extends: plan.yaml\nseeds: [7, 8]\nconfig: {training: {max_steps: 5}}\n"
+        "variants: {a: {lgvq: {stop: 4}}, b: null, c: {recipe: corrected}}\n"
+        "evaluation: {metrics: [psnr]}\n"
+    )
+    plan = read_plan(child)
+    assert [job.name for job in plan.jobs] == [f"{v}/seed_{s}" for v in "abc" for s in (7, 8)]
+    a, b, c = plan.jobs[::2]
+    assert (a.config["training"]["log_every"], a.config["training"]["max_steps"]) == (3, 5)
+    assert (lgvq(a)["start"], lgvq(a)["stop"], plan.variants["a"]["note"]) == (1, 4, "x")
+    assert "recipe" not in lgvq(b)
+    assert lgvq(c)["recipe"] == "corrected"
+    assert a.evaluation == {"metrics": ["psnr"], "limit": 4}
+
+
+def test_paths_of_an_extended_plan_are_relative_to_it(write, tmp_path):
+    """`base:` of the parent, and of its variants, is found from a plan in another folder."""
+    write(variants={"a": {"base": "small.yaml"}, "b": None})
+    child = tmp_path / "mine" / "child.yaml"
+    child.parent.mkdir()
+    child.write_text("extends: ../plan.yaml\nseeds: 1\n")
+    one, two = read_plan(child).jobs
+    assert one.config["training"]["max_steps"] == two.config["training"]["max_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("parent", "extends", "message"),
+    [
+        ("seed: 3", "parent.yaml", r"parent\.yaml: no key 'seed'.*'seeds'"),
+        ("extends: child.yaml", "parent.yaml", r"parent\.yaml: extends: 'child.yaml' extends this"),
+        ("seeds: 3", "child.yaml", r"child\.yaml: extends: 'child.yaml' extends this"),
+        ("seeds: 3", "paren.yaml", r"paren\.yaml' does not exist; did you mean 'parent.yaml'"),
+        ("seeds: 3", "[parent.yaml]", r"child\.yaml: extends: expected the path of one plan"),
+    ],
+)
+def test_a_wrong_extends_is_refused(tmp_path, parent, extends, message):
+    (tmp_path / "parent.yaml").write_text(parent)
+    (tmp_path / "child.yaml").write_text(f"extends: {extends}\nvariants: {{a: null}}\n")
+    with pytest.raises(ConfigError, match=message):
+        read_plan(tmp_path / "child.yaml")
+
+
 def test_lgvq_changes_need_a_loss_that_takes_them(write):
     loss = {"model.params.lossconfig.target": "lgvq_plugin.hosts.vqvae.VQVAELoss"}
     with pytest.raises(ConfigError, match="takes none"):
@@ -154,9 +191,9 @@ def test_lgvq_changes_need_a_loss_that_takes_them(write):
 
 def test_variants_of_a_seed_start_alike():
     """Same weights of the host, same samples in the same order."""
-    path = next(path for path in PLANS if path.stem == "smoke")
+    path = next(path for path in PLANS if path.stem == "recipes")
     hosts, samples = [], []
-    for job in read_plan(path).jobs[:3]:  # baseline of two seeds, ours of the first
+    for job in read_plan(path, seeds=2).jobs[:3]:  # baseline of two seeds, LG-VQ of the first
         torch.manual_seed(job.seed)
         hosts.append(build_host(job.config).state_dict())
         dataset = build_dataset(Sections.of(job.config).data.train)

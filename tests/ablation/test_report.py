@@ -91,6 +91,27 @@ def test_downloads_hold_the_numbers(page, results):
     assert verdicts["all", "baseline", "codebook/usage"] == ""
 
 
+def test_tables_are_written_beside_the_page(page, results):
+    """The CSV files have every run's metrics and costs, and the interval of every difference."""
+    with (page.parent / "values.csv").open() as file:
+        values = {(r["variant"], r["seed"], r["metric"]): r for r in csv.DictReader(file)}
+    for run in results.runs:
+        for metric, entry in run.metrics.items():
+            row = values[run.variant, str(run.seed), metric]
+            assert (float(row["value"]), row["unit"]) == (entry["value"], entry["unit"])
+    assert float(values["all", "2", "cost/seconds_per_step"]["value"]) == pytest.approx(0.14)
+    assert values["all", "2", "cost/peak_memory_mib"]["unit"] == "MiB"
+    assert not any(variant == "broken" for variant, _, _ in values)
+    with (page.parent / "differences.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [(cell, d) for cell in compare(results) for d in cell.differences]
+    assert len(rows) == len(expected)
+    for row, (cell, d) in zip(rows, expected, strict=True):
+        assert (row["variant"], row["metric"]) == (cell.variant, cell.metric)
+        assert row["low"] == ("" if d.low is None else str(d.low))
+        assert row["verdict"] == d.verdict
+
+
 def test_the_summary_file_has_every_number_but_those_by_image(page, results):
     text = (page.parent / "summary.json").read_text()
     small, whole = json.loads(text), json.loads((page.parent / "results.json").read_text())
