@@ -27,6 +27,21 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `below` with `above` merged over it, key by key, all the way down.
+
+    Example:
+        >>> laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+        {'a': {'b': 3, 'c': 2}}
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        is_both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        merged[key] = laid_over(inner, value) if is_both else value  # type: ignore[arg-type]
+    return merged
+
+
 def differing(old: Any, new: Any) -> list[str]:
     """Return what differs between two configs, each as "key: old then, new now".
 
