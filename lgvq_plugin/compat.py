@@ -9,12 +9,12 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .sockets import ConfigError, import_target
+from .sockets import ConfigError, check_call, check_numbers, import_target
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
@@ -101,14 +101,26 @@ def build_loss(target: str, args: tuple[Any, ...], params: Mapping[str, Any]) ->
     """
     patch()
     loss = import_target(target)
+    check_loss(target, loss, args, params)
     with lpips_only_if_used(float(params.get("perceptual_weight", 1.0))):
-        try:
-            return loss(*args, **params)
-        except TypeError as error:
-            inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
-            if "argument" not in str(error) or inside:
-                raise
-            raise ConfigError(f"{target}: {error}; given params: {sorted(params)}") from error
+        return loss(*args, **params)
+
+
+def check_loss(
+    target: str, loss: Any, args: Sequence[Any], params: Mapping[str, Any], where: str = ""
+) -> None:
+    """Check the params of a base loss at `where` in the config.
+
+    Raises:
+        ConfigError: if the class does not take them, or a weight is no finite number.
+    """
+    hint = (
+        "; if they are another loss's, name it: target: lgvq_plugin.over.<its target>, or "
+        "params.base: {target: <its target>}"
+    )
+    name = f"{where}: {target}" if where else target
+    check_call(name, loss, args, params, hint=hint)
+    check_numbers(where or target, loss, params)
 
 
 def vgg_path() -> Path:

@@ -178,4 +178,4 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     try:
         return to_plain(config)
     except ConfigError:
-        return to_plain({"model": config["model"]}) if "model" in config else {}
+        return to_plain(config, "model")

@@ -21,7 +21,7 @@ from ..config import parse
 from ..guides.base import build_guide
 from ..hosts.base import load_heads, reconstruct
 from ..sockets import ConfigError
-from ..training.base import Sections, build_dataset, lgvq_block, read_config, to_plain
+from ..training.base import Sections, build_dataset, lay_over, lgvq_block, read_config, to_plain
 from ..training.run import TrainResult, train
 from ._retrofit_config import over_old_loss, shift_discriminator
 from ._side_by_side import as_table, compare_hosts
@@ -249,6 +249,4 @@ def _config(paths: list[str], overrides: list[str], checkpoint: Checkpoint) -> D
             f"checkpoint {str(checkpoint.path)!r} tells no config, nor does a configs/ folder "
             "beside it; give the old run's with -b CONFIG"
         )
-    merged = OmegaConf.merge(OmegaConf.create(checkpoint.config), read_config([], overrides))
-    assert isinstance(merged, DictConfig)
-    return merged
+    return lay_over(OmegaConf.create(checkpoint.config), read_config([], overrides))

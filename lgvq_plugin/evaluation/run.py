@@ -11,7 +11,7 @@ from .._device import choose_device
 from .._files import write_json, write_text
 from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
 from ..sockets import ConfigError
-from ..training.base import read_config
+from ..training.base import lay_over, read_config
 from . import _figures
 from ._codebook import answering_words
 from ._context import Context
@@ -163,8 +163,7 @@ def _config(base: list[str], overrides: list[str], checkpoint: Checkpoint) -> An
         )
     from omegaconf import OmegaConf
 
-    config = OmegaConf.create(checkpoint.config)
-    return OmegaConf.merge(config, given)
+    return lay_over(OmegaConf.create(checkpoint.config), given)
 
 
 def _host_config(config: Any, checkpoint: Checkpoint) -> Any:

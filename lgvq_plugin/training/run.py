@@ -92,7 +92,7 @@ def train(
     if found:
         _checkpoint.check_config(checkpoint, sections.plain, found)
     _rng.seed_all(sections.training.seed)
-    host: Any = build_host(config)
+    host: Any = build_host(sections.plain)
     if prepare is not None and found is None:
         prepare(host)
     driver = HostDriver(
