@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .sockets import ConfigError, suggest
+from .sockets import FLOAT32, ConfigError, suggest
 
 T = TypeVar("T")
+LARGEST = {float: FLOAT32, int: 2**31 - 1}  # what float32 tensors and sizes can hold
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 
 
@@ -132,8 +133,8 @@ def _number(value: Any, hint: type, path: str) -> float | int:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    holds = math.isfinite(number) and (hint is float or number.is_integer())
-    require(holds, path, WORDS[hint], value)
+    holds = abs(number) <= LARGEST[hint] and (hint is float or number.is_integer())
+    require(holds, path, f"{WORDS[hint]} of at most {LARGEST[hint]:.3g}", value)
     return number if hint is float else int(number)
 
 

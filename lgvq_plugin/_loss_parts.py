@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ._fields import to_plain
 from .alignment import Captions
 from .config import LGVQConfig
-from .sockets import ConfigError
+from .sockets import ConfigError, params_of
 
 logger = logging.getLogger(__name__)
 
@@ -216,9 +216,9 @@ def base_of(
     """
     if base is None:
         return default, kwargs
-    if "target" not in base:
-        raise ConfigError(f"base: expected a mapping with a `target:`, got {sorted(base)}")
-    return str(base["target"]), {**to_plain(base.get("params") or {}), **kwargs}
+    if not isinstance(base, Mapping) or not isinstance(base.get("target"), str):
+        raise ConfigError(f"base: expected a mapping with a `target:`, got {base!r}")
+    return base["target"], {**to_plain(params_of(base, "base")), **kwargs}
 
 
 def forget_averages(host: nn.Module, loss: nn.Module) -> None:

@@ -7,6 +7,10 @@ from typing import Any, Literal
 from ._fields import build, require, to_plain
 from .sockets import ConfigError, suggest
 
+HEAVIEST = 1e6  # weights beyond overflow float32 with the losses they multiply
+HOTTEST = 100.0
+DEEPEST = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalSemanticConfig:
@@ -34,13 +38,15 @@ class GlobalSemanticConfig:
     """Words a unit of it: 1, or phrases of so many in a row."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", ">= 0", self.weight)
-        require(self.queue >= 0, "queue", ">= 0", self.queue)
-        require(self.words_weight >= 0, "words_weight", ">= 0", self.words_weight)
-        require(self.words_span >= 1, "words_span", ">= 1", self.words_span)
+        require(0 <= self.weight <= HEAVIEST, "weight", f">= 0 and <= {HEAVIEST:.0e}", self.weight)
+        require(0 <= self.queue <= 2**24, "queue", ">= 0 and <= 16777216", self.queue)
+        holds = 0 <= self.words_weight <= HEAVIEST
+        require(holds, "words_weight", f">= 0 and <= {HEAVIEST:.0e}", self.words_weight)
+        require(1 <= self.words_span <= 1000, "words_span", ">= 1 and <= 1000", self.words_span)
         lowest = 0.01 if self.learnable_temperature else 0.0
-        holds = self.temperature >= lowest and self.temperature > 0
-        require(holds, "temperature", "> 0 (>= 0.01 if learnable)", self.temperature)
+        holds = lowest <= self.temperature <= HOTTEST and self.temperature > 0
+        expected = f"> 0 (>= 0.01 if learnable) and <= {HOTTEST}"
+        require(holds, "temperature", expected, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +73,13 @@ class MaskedTextConfig:
     """In the decoder; 0.1 in the released code."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", ">= 0", self.weight)
+        require(0 <= self.weight <= HEAVIEST, "weight", f">= 0 and <= {HEAVIEST:.0e}", self.weight)
         low, high = self.ratio
         require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", [low, high])
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", ">= 0 and < 1", smoothing)
         require(0 <= self.dropout < 1, "dropout", ">= 0 and < 1", self.dropout)
-        require(self.depth >= 1, "depth", ">= 1", self.depth)
+        require(1 <= self.depth <= DEEPEST, "depth", f">= 1 and <= {DEEPEST}", self.depth)
         require(self.heads >= 1, "heads", ">= 1", self.heads)
 
 
@@ -96,8 +102,9 @@ class RelationshipConfig:
     """Compare codes behind a learned layer, as the released code does, or raw (paper)."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", ">= 0", self.weight)
-        require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        require(0 <= self.weight <= HEAVIEST, "weight", f">= 0 and <= {HEAVIEST:.0e}", self.weight)
+        holds = 0 < self.temperature <= HOTTEST
+        require(holds, "temperature", f"> 0 and <= {HOTTEST}", self.temperature)
         holds = self.between == "words" or self.variant == "pairs"
         require(holds, "between", "words, or variant: pairs beside it", self.between)
 
@@ -127,7 +134,7 @@ class CodeViTConfig:
 
     def __post_init__(self) -> None:
         require(self.width is None or self.width >= 1, "width", ">= 1 or null", self.width)
-        require(self.depth >= 1, "depth", ">= 1", self.depth)
+        require(1 <= self.depth <= DEEPEST, "depth", f">= 1 and <= {DEEPEST}", self.depth)
         expected = ">= 1 and a divisor of the width"
         holds = self.heads >= 1 and (self.width or self.heads) % self.heads == 0
         require(holds, "heads", expected, self.heads)
@@ -177,7 +184,8 @@ class LGVQConfig:
         width = self.code_dim
         require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
         ratio = self.gradient_ratio
-        require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
+        holds = ratio is None or 0 < ratio <= HEAVIEST
+        require(holds, "gradient_ratio", f"> 0 and <= {HEAVIEST:.0e}, or null", ratio)
         expected = "null beside codebook_gradient: true, which goes past the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         require(self.start >= 0, "start", ">= 0", self.start)

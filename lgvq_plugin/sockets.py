@@ -60,10 +60,6 @@ def import_target(path: str) -> Any:
                 "check the spelling, or install the package that holds it"
             ) from error
         return getattr(owner, attribute)
-    except Exception as error:
-        raise ConfigError(
-            f"target {path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
-        ) from error
     if not hasattr(module, attribute):
         raise ConfigError(
             f"target {path!r} does not exist: module {module_name!r} has no "
@@ -213,7 +209,7 @@ def building(where: str, target: str, params: Any) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         told = str(error).strip()
-        keys = _guilty_keys(told, frames, dict(_leaves(params, f"{where}.params")))
+        keys = _guilty_keys(told, frames, dict(_nodes(params, f"{where}.params")))
         looked = f"; look at {', '.join(keys)}" if keys else ""
         last = frames[-1]
         raise ConfigError(
@@ -223,12 +219,12 @@ def building(where: str, target: str, params: Any) -> Iterator[None]:
         ) from error
 
 
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    yield path, node
+    if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}")
-    else:
-        yield path, node
+            if key != "target":
+                yield from _nodes(value, f"{path}.{key}")
 
 
 def _guilty_keys(
@@ -252,8 +248,12 @@ def _guilty_keys(
         words = set(
             re.findall(r"\w+", " ".join(linecache.getline(frame.filename, n) for n in lines))
         )
-        found = [key for key in leaves if key.rpartition(".")[2] in words]
-    return [f"{key}: {leaves[key]!r}" for key in found[:3]]
+        found = [key for key in leaves if key.rpartition(".")[2] in words - {"params"}]
+    return [key if _is_inner(leaves[key]) else f"{key}: {leaves[key]!r}" for key in found[:3]]
+
+
+def _is_inner(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
 
 
 def _is_quoted(value: Any, told: str) -> bool:

@@ -28,7 +28,11 @@ def parse(*argv):
         (["--ckpt", "A", "epoch=3-step=9.ckpt"], ["A", "epoch=3-step=9.ckpt"], []),
         (["--ckpt", "runs/lr=1e-3", "runs/lr=1e-4/"], ["runs/lr=1e-3", "runs/lr=1e-4/"], []),
         (["--ckpt", "A", "data.x=1", "lgvq.stop=6"], ["A"], ["data.x=1", "lgvq.stop=6"]),
-        (["--ckpt", "A", "model.params.ckpt_path=b.ckpt"], ["A"], ["model.params.ckpt_path=b.ckpt"]),
+        (
+            ["--ckpt", "A", "model.params.ckpt_path=b.ckpt"],
+            ["A"],
+            ["model.params.ckpt_path=b.ckpt"],
+        ),
         (["x=2", "--no-progress", "x=1", "--ckpt", "A", "x=3"], ["A"], ["x=2", "x=1", "x=3"]),
     ],
 )
