@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._arguments import parse_words
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..sockets import ConfigError
 from .base import REPORT, RESULTS, SUMMARY, Results, summary
 
@@ -90,6 +90,7 @@ def main(argv: list[str]) -> int:
     for plan in plans:
         folder = Path(given.out or "logs/ablation")
         folder = folder / plan.stem if given.out is None or len(plans) > 1 else folder
+        require_writable(folder)
         if given.report:
             page = publish(Results.load(folder / RESULTS), folder)
         else:

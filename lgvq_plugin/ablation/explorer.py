@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._device import choose_device
-from .._files import write_text
+from .._files import require_writable, write_text
 from ..checkpoints.base import load_checkpoint, load_host
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError
@@ -226,6 +226,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("give one or two to --ckpt, and as many to --name or none")
     if given.limit < 1 or given.show < 1:
         raise ConfigError(f"--limit and --show must be > 0, got {given.limit} and {given.show}")
+    require_writable(Path(given.out))
     config = read_config(given.base) if given.base else None
     read = [load_checkpoint(path, given.trust_pickle) for path in given.ckpt]
     names = _distinct(given.name or [_run_name(checkpoint.path) for checkpoint in read])

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from .._files import replacing
+from .._files import replacing, require_writable
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
 from . import _diffusers, _folder
@@ -132,15 +132,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", required=True, help="file (host) or folder (the others)")
     parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
                         help="default: the config in the checkpoint or its run folder")  # fmt: skip
+    parser.add_argument("--force", "--overwrite", action="store_true",
+                        help="write over what is there")  # fmt: skip
     parser.add_argument("--averaged", action="store_true", help="the averaged (EMA) weights")
     parser.add_argument("--push", metavar="ORG/REPO", help="upload the folder to the hub")
     parser.add_argument("--trust-pickle", action="store_true",
                         help="unpickle fully; whoever made the file can run code")  # fmt: skip
     given = parser.parse_args(argv)
+    output = Path(given.output)
+    _check_output(output, given.format, given.force)
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     given_config = read_config(given.base) if given.base else None
     config = _plain(given_config) if given_config is not None else checkpoint.config
-    output = Path(given.output)
     if given.push and given.format in ("host", "heads"):
         raise ConfigError("--push uploads folders: --format safetensors or diffusers")
     if given.format == "heads":
@@ -152,6 +155,16 @@ def main(argv: Sequence[str]) -> int:
         _export_folder(checkpoint, config, output, given)
     logger.info("%s written to %s", given.format, output)
     return 0
+
+
+def _check_output(output: Path, form: str, force: bool) -> None:
+    """Refuse a place that cannot be written, or that holds something already."""
+    is_file = form == "host"
+    require_writable(output.parent if is_file else output)
+    if is_file and output.is_dir():
+        raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
+    if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise ConfigError(f"-o {str(output)!r} exists already; --force writes over it")
 
 
 def _export_folder(

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from .._arguments import parse_words
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..config import parse
 from ..guides.base import build_guide
 from ..hosts.base import load_heads, reconstruct
@@ -75,6 +75,7 @@ def retrofit(
         RuntimeError: if the new host does not reconstruct bit by bit as the old one.
     """
     folder = Path(folder)
+    require_writable(folder)
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     old = load_host(plain, checkpoint, averaged=averaged)

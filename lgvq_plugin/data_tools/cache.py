@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .._arguments import parse_words
 from .._device import choose_device
-from .._files import write_text
+from .._files import require_writable, write_text
 from ..config import parse
 from ..datasets.base import CaptionedImages
 from ..guides.base import build_guide
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
+    require_writable(given.out or Path())
     _cache(Sections.of(read_config(given.base, overrides)), given)
     return 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .._arguments import parse_words
 from .._device import choose_device
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..checkpoints.base import Checkpoint, load_checkpoint, load_host
 from ..sockets import ConfigError
 from ..training.base import lay_over, read_config
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
 
 def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     names = names_of(_split(given.metrics))
+    _check_outputs(given)
     checkpoints = [load_checkpoint(path) for path in given.ckpt]
     labels = _labels(given.names, checkpoints)
     config = _config(given.base, overrides, checkpoints[0])
@@ -70,6 +71,21 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
             _figures.export(contexts[label], folder / "export", given.export)
     _summarize(given, results, contexts, names)
     return 0
+
+
+def _check_outputs(given: argparse.Namespace) -> None:
+    """Refuse, before hours of work, places that cannot be written or hold something already."""
+    if given.output:
+        require_writable(Path(given.output))
+    for option in ("json", "csv"):
+        path = getattr(given, option)
+        if path is None:
+            continue
+        require_writable(Path(path).parent)
+        if Path(path).is_dir():
+            raise ConfigError(f"--{option} {path!r} is a folder; give a file")
+        if Path(path).exists() and not given.force:
+            raise ConfigError(f"--{option} {path!r} exists already; --force writes over it")
 
 
 def _summarize(
@@ -132,9 +148,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"by comma, or all; known: {', '.join(METRICS)}; default: {','.join(DEFAULT)}",
     )
     add("--limit", type=int, metavar="N", help="first N test images (and 4 N training images)")
-    add("--output", metavar="DIR", help="for results, figures, probes; default: beside the run")
+    add(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="for results, figures, probes; default: beside the run, or in lgvq_evaluation/ here "
+        "if the run cannot be written to",
+    )
     add("--json", metavar="F", help="write the results there, too")
     add("--csv", metavar="F", help="write them as CSV, settings included")
+    add("--force", action="store_true", help="write over what is at --json and --csv")
     add("--export", choices=("npz", "png"), help="images and reconstructions, for other tools")
     add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     add("--averaged", action="store_true", help="take averaged (EMA) weights where there are any")
@@ -192,6 +215,13 @@ def _folder(output: str | None, label: str, checkpoint: Checkpoint, *, many: boo
     if output is not None:
         return Path(output) / label if many else Path(output)
     path = checkpoint.path
+    folder = path.parent / f"{path.stem}_evaluation"
     if path.parent.name == "checkpoints":
-        return path.parent.parent / "evaluation" / path.stem
-    return path.parent / f"{path.stem}_evaluation"
+        folder = path.parent.parent / "evaluation" / path.stem
+    try:
+        require_writable(folder)
+    except OSError as error:  # a colleague's run, say
+        here = Path("lgvq_evaluation") / label
+        logger.warning("%s: %s; results go to %s", error.filename, error.strerror, here)
+        return here
+    return folder

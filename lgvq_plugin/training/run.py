@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .._arguments import parse_words
+from .._files import require_writable
 from ..sockets import ConfigError
 from . import _checkpoint, _rng
 from ._csv import MetricsFile
@@ -88,6 +90,7 @@ def train(
     sections = Sections.of(config)
     found = _find_checkpoint(resume, name, Path(logdir))
     folder = _run_folder(name, found, Path(logdir), sections)
+    require_writable(folder)
     checkpoint = _checkpoint.read(found) if found else {}
     if found:
         _checkpoint.check_config(checkpoint, sections.plain, found)
@@ -107,12 +110,19 @@ def train(
         trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
     del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
     host.learning_rate = sections.learning_rate(trainer.world_size)
-    watch = Watch(folder, validation=_validation(sections, trainer), progress=progress)
+    validation = _validation(sections, trainer)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)  # not before all that can be refused is built
+    watch = Watch(folder, validation=validation, progress=progress)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     _write_config(folder, sections.plain)
     try:
         with watch.guarding(), quiet_lightning():
             trainer.fit(driver, ckpt_path=str(found) if found else None)
+    except ConfigError:
+        if is_new and trainer.global_step == 0 and trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)  # a start that failed leaves nothing
+        raise
     except Stopped as stop:
         raise Interrupted(f"{stop}; go on with: --name {folder.name} --resume auto") from None
     except SIGTERMException:
@@ -173,7 +183,6 @@ def _common_name(is_child: bool) -> str:
 
 def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: int) -> pl.Trainer:
     settings = sections.training
-    folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Any] = [MetricsFile(folder, resumed_at)]
     if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}

@@ -92,3 +92,19 @@ class Killer:
             os.kill(os.getpid(), self.number)
             time.sleep(0.01)
         return self.scenes[index]
+
+
+class AttributeHost(nn.Module):
+    """Reads its config as ViT-VQGAN does."""
+
+    def __init__(self, encoder, loss):
+        super().__init__()
+        self.width, self.given = encoder.dim, encoder
+        self.loss = nn.MSELoss()
+
+
+class RatedHost(nn.Module):
+    """Has a learning rate of its own, as SEED-Voken's hosts."""
+
+    def __init__(self, lossconfig, learning_rate):
+        super().__init__()
