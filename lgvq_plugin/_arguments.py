@@ -1,7 +1,30 @@
 """What commands that take configs and overrides share."""
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
+
+HEADS = (
+    *("model", "data", "training", "lightning", "evaluation"),
+    *("lgvq", "recipe", "objectives", "dataset"),
+)
+"""Where the key of an override begins: the sections of a config and the short forms."""
+KEY = re.compile(r"[\w-]+(\.[\w-]+|\[\d+\])*")
+FILES = (".yaml", ".yml", ".json", ".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def is_override(word: str) -> bool:
+    """Tell whether a word is `key=value` and not the name of a file with "=" in it.
+
+    Example:
+        >>> is_override("training.max_steps=5"), is_override("run/step=3.ckpt")
+        (True, False)
+    """
+    key, equals, _ = word.partition("=")
+    if not equals or not KEY.fullmatch(key) or os.path.exists(word):
+        return False
+    return _head(key) in HEADS or not word.endswith(FILES)
 
 
 def add_shortcuts(parser: argparse.ArgumentParser, *, steps: bool = False) -> None:
@@ -22,10 +45,14 @@ def parse_words(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parse argv with `key=value` words anywhere, also behind `-b a.yaml b.yaml`.
 
+    The word right behind an option is always its value. Further words are values too, unless they
+    are overrides: a path may hold "=", as Lightning's `epoch=3-step=900.ckpt` does.
+
     Args:
         parser: of the command.
         argv: its arguments.
-        keys: options that take several words; theirs lose their key=value words.
+        keys: options that take several paths. Behind other options only a dotted key of a known
+            section makes an override, so that a label such as `step=3` remains one.
 
     Returns:
         What the parser made of it, and the key=value words, not checked yet.
@@ -33,17 +60,29 @@ def parse_words(
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> _ = parser.add_argument("-b", "--base", nargs="+", action="extend", default=[])
-        >>> given, overrides = parse_words(parser, ["-b", "a.yaml", "x=1"], "base")
+        >>> given, overrides = parse_words(parser, ["-b", "a.yaml", "x=1", "lr=1.yaml"], "base")
         >>> given.base, overrides
-        (['a.yaml'], ['x=1'])
+        (['a.yaml', 'lr=1.yaml'], ['x=1'])
     """
-    given, rest = parser.parse_known_args(argv)
+    words: list[str] = []
+    overrides: list[str] = []
+    option = previous = ""
+    for word in argv:
+        is_first = previous.startswith("-") and "=" not in previous
+        if word.startswith("-"):
+            option = word.lstrip("-").partition("=")[0]
+        takes_paths = any(key.startswith(option) for key in keys)
+        is_dotted = "." in word.partition("=")[0] and _head(word) in HEADS
+        is_free = not is_first and is_override(word) and (takes_paths or is_dotted)
+        (overrides if is_free else words).append(word)
+        previous = word
+    given, rest = parser.parse_known_args(words)
     strange = [word for word in rest if word.startswith("-")]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    overrides: list[str] = []
-    for key in keys:
-        words = getattr(given, key)
-        overrides += [word for word in words if "=" in word]
-        setattr(given, key, [word for word in words if "=" not in word])
-    return given, overrides + rest
+    last = {word: at for at, word in enumerate(argv)}  # the later of two equal keys wins
+    return given, sorted(overrides + rest, key=last.__getitem__)
+
+
+def _head(key: str) -> str:
+    return re.split(r"[.\[=]", key)[0]

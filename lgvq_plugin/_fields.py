@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .sockets import ConfigError, suggest
+from .sockets import FLOAT32, ConfigError, suggest
 
 T = TypeVar("T")
+LARGEST = {float: FLOAT32, int: 2**31 - 1}  # what float32 tensors and sizes can hold
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 
 
@@ -25,6 +26,21 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [to_plain(inner) for inner in value]
     return value
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `below` with `above` merged over it, key by key, all the way down.
+
+    Example:
+        >>> laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+        {'a': {'b': 3, 'c': 2}}
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        is_both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        merged[key] = laid_over(inner, value) if is_both else value  # type: ignore[arg-type]
+    return merged
 
 
 def differing(old: Any, new: Any) -> list[str]:
@@ -122,8 +138,8 @@ def _number(value: Any, hint: type, path: str) -> float | int:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    holds = math.isfinite(number) and (hint is float or number.is_integer())
-    require(holds, path, WORDS[hint], value)
+    holds = abs(number) <= LARGEST[hint] and (hint is float or number.is_integer())
+    require(holds, path, f"{WORDS[hint]} of at most {LARGEST[hint]:.3g}", value)
     return number if hint is float else int(number)
 
 

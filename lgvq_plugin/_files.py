@@ -72,6 +72,22 @@ def remove_parts(folder: Path) -> list[Path]:
     return found
 
 
+def require_writable(folder: Path) -> None:
+    """Check that `folder` is one, or can be made, and takes files; nothing is made.
+
+    Raises:
+        NotADirectoryError: if a file is in its place or on the way.
+        PermissionError: if it, or the folder it would be made in, takes no files.
+    """
+    home = folder.absolute()
+    while not os.path.lexists(home):
+        home = home.parent
+    if not home.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file, where a folder is needed", str(home))
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write there", str(home))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content`, down to the disk: files that a later run relies on."""
     with replacing(path) as part, part.open("wb") as file:

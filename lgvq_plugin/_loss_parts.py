@@ -17,7 +17,7 @@ from ._fields import to_plain
 from ._finite import MOST_SKIPPED, all_finite, nonfinite_gradients
 from .alignment import Captions
 from .config import LGVQConfig
-from .sockets import ConfigError
+from .sockets import ConfigError, params_of
 
 logger = logging.getLogger(__name__)
 
@@ -273,9 +273,9 @@ def base_of(
     """
     if base is None:
         return default, kwargs
-    if "target" not in base:
-        raise ConfigError(f"base: expected a mapping with a `target:`, got {sorted(base)}")
-    return str(base["target"]), {**to_plain(base.get("params") or {}), **kwargs}
+    if not isinstance(base, Mapping) or not isinstance(base.get("target"), str):
+        raise ConfigError(f"base: expected a mapping with a `target:`, got {base!r}")
+    return base["target"], {**to_plain(params_of(base, "base")), **kwargs}
 
 
 def parameters_beside(host: nn.Module, loss: nn.Module) -> list[nn.Parameter]:

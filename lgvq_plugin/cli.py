@@ -1,6 +1,7 @@
 """The command `lgvq`: a table of commands and what to do with their errors; no logic."""
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -24,6 +25,12 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
 }
 """Resolved below this package, and only when called: `lgvq --help` imports no torch."""
 
+PATHS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""Errors that are about a path the user chose."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run `lgvq`.
@@ -44,23 +51,43 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"lgvq: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        return _report_os_error(error, options.debug)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "interrupted; go on with: lgvq train ... --name RUN --resume auto"
         print(f"lgvq: {told}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lgvq ... | head`: nobody reads on
-        sys.stderr.write("lgvq: the output was closed before its end\n")
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
-        return 1
     except FloatingPointError as error:  # a run that diverged: the message says where
         if options.debug:
             traceback.print_exc()
         print(f"lgvq: failed: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        traceback.print_exc()
-        print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return _report_failure(error)
+
+
+def _report_os_error(error: OSError, debug: bool) -> int:
+    """Report a path that cannot be used as the user's input, anything else as a failure."""
+    if isinstance(error, BrokenPipeError):  # `lgvq ... | head`: nobody reads on
+        sys.stderr.write("lgvq: the output was closed before its end\n")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
         return 1
+    if error.errno not in PATHS or error.filename is None:
+        return _report_failure(error)
+    if debug:
+        traceback.print_exc()
+    print(
+        f"lgvq: error: {str(error.filename)!r}: {error.strerror}; check the path and its "
+        "permissions, or give another place (-o, --output, --logdir)",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _report_failure(error: Exception) -> int:
+    traceback.print_exc()
+    print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
 
 
 def _see_working_folder() -> None:

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .sockets import ConfigError, import_target
+from .sockets import ConfigError, check_call, check_numbers, import_target
 
 logger = logging.getLogger(__name__)
 
@@ -225,14 +225,26 @@ def build_loss(target: str, args: tuple[Any, ...], params: Mapping[str, Any]) ->
         ConfigError: if it does not exist or does not take the params, or misses weights.
     """
     loss = import_target(target)
+    check_loss(target, loss, args, params)
     with lpips_only_if_used(perceptual_weight_of(target, params), target):
-        try:
-            return loss(*args, **params)
-        except TypeError as error:
-            inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
-            if "argument" not in str(error) or inside:
-                raise
-            raise ConfigError(f"{target}: {error}; given params: {sorted(params)}") from error
+        return loss(*args, **params)
+
+
+def check_loss(
+    target: str, loss: Any, args: Sequence[Any], params: Mapping[str, Any], where: str = ""
+) -> None:
+    """Check the params of a base loss at `where` in the config.
+
+    Raises:
+        ConfigError: if the class does not take them, or a weight is no finite number.
+    """
+    hint = (
+        "; if they are another loss's, name it: target: lgvq_plugin.over.<its target>, or "
+        "params.base: {target: <its target>}"
+    )
+    name = f"{where}: {target}" if where else target
+    check_call(name, loss, args, params, hint=hint)
+    check_numbers(where or target, loss, params)
 
 
 def perceptual_weight_of(target: str | None, params: Mapping[str, Any] | None) -> float:

@@ -12,6 +12,7 @@ MOST_WEIGHT = 1.0e6
 TEMPERATURES = (1.0e-4, 100.0)
 """Cosines lie in [-1, 1]: colder overflows, hotter tells no pair from another."""
 MOST_PAIRS = 2**20
+DEEPEST = 256
 
 
 def _require_weight(value: float, key: str = "weight") -> None:
@@ -84,7 +85,7 @@ class MaskedTextConfig:
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", ">= 0 and < 1", smoothing)
         require(0 <= self.dropout < 1, "dropout", ">= 0 and < 1", self.dropout)
-        require(self.depth >= 1, "depth", ">= 1", self.depth)
+        require(1 <= self.depth <= DEEPEST, "depth", f">= 1 and <= {DEEPEST}", self.depth)
         require(self.heads >= 1, "heads", ">= 1", self.heads)
 
 
@@ -140,7 +141,7 @@ class CodeViTConfig:
 
     def __post_init__(self) -> None:
         require(self.width is None or self.width >= 1, "width", ">= 1 or null", self.width)
-        require(self.depth >= 1, "depth", ">= 1", self.depth)
+        require(1 <= self.depth <= DEEPEST, "depth", f">= 1 and <= {DEEPEST}", self.depth)
         expected = ">= 1 and a divisor of the width"
         holds = self.heads >= 1 and (self.width or self.heads) % self.heads == 0
         require(holds, "heads", expected, self.heads)

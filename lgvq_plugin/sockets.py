@@ -2,8 +2,12 @@
 
 import difflib
 import importlib
+import inspect
+import linecache
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -176,12 +180,148 @@ def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
         got = f"keys {[*config]}" if isinstance(config, Mapping) else repr(config)
         raise ConfigError(f"expected a mapping with a `target:`, got {got}")
     target = import_target(config["target"])
-    params = config.get("params") or {}
+    params = params_of(config, str(config["target"]))
+    check_call(config["target"], target, (), {**params, **extra})
+    return target(**params, **extra)
+
+
+def params_of(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the `params:` beside a `target:`, {} for none.
+
+    Raises:
+        ConfigError: if they are no mapping of names to values.
+    """
+    params = config.get("params")
+    if params is None:
+        return {}
     if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
-        raise ConfigError(f"{config['target']}: `params:` must be a mapping, got {params!r}")
+        raise ConfigError(f"{where}: `params:` must be a mapping, got {params!r}")
+    return params
+
+
+def check_call(
+    name: str, target: Any, args: Sequence[Any], params: Mapping[str, Any], *, hint: str = ""
+) -> None:
+    """Check that a constructor takes these arguments, before it is called.
+
+    Args:
+        name: of the target, for the message.
+        target: the class or function.
+        args: positional arguments.
+        params: keyword arguments.
+        hint: end of the message about an unknown one.
+
+    Raises:
+        ConfigError: for an unknown argument (all known ones are listed), or missing ones.
+    """
     try:
-        return target(**params, **extra)
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    known = signature.parameters.values()
+    if not any(one.kind is one.VAR_KEYWORD for one in known):
+        names = [one.name for one in known if one.kind in (one.KEYWORD_ONLY, POSITIONAL)]
+        strange = [key for key in params if key not in names]
+        if strange:
+            told = ", ".join(map(repr, strange))
+            raise ConfigError(
+                f"{name}: unexpected keyword argument {told}{suggest(strange[0], names)}; "
+                f"given params: {sorted(params)}{hint}"
+            )
+    try:
+        signature.bind(*args, **params)
     except TypeError as error:
-        if "argument" not in str(error) or (error.__traceback__ and error.__traceback__.tb_next):
-            raise
-        raise ConfigError(f"{config['target']}: {error}; given params: {sorted(params)}") from error
+        raise ConfigError(f"{name}: {error}; given params: {sorted(params)}") from error
+
+
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+FLOAT32 = 3.4028234e38
+
+
+def check_numbers(where: str, target: Any, params: Mapping[str, Any]) -> None:
+    """Check the params of a loss that are numbers: a wrong one would fail in the first step only.
+
+    Raises:
+        ConfigError: for one that is no finite number within float32.
+    """
+    try:
+        defaults = {p.name: p.default for p in inspect.signature(target).parameters.values()}
+    except (TypeError, ValueError):
+        defaults = {}
+    for key, value in params.items():
+        default = defaults.get(key)
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if not (is_number or key.endswith(("_weight", "_factor", "_start"))):
+            continue
+        if not isinstance(value, int | float) or not abs(value) <= FLOAT32:
+            raise ConfigError(f"{where}.{key}: expected a finite number, got {value!r}")
+
+
+@contextmanager
+def building(where: str, target: str, params: Any) -> Iterator[None]:
+    """Report what a foreign constructor raises as a ConfigError that names place and key.
+
+    Args:
+        where: the section of the config, such as model.
+        target: what is built.
+        params: its params, in which the key is looked for.
+
+    Raises:
+        ConfigError: instead of any other exception.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        told = str(error).strip()
+        keys = _guilty_keys(told, frames, dict(_nodes(params, f"{where}.params")))
+        looked = f"; look at {', '.join(keys)}" if keys else ""
+        last = frames[-1]
+        raise ConfigError(
+            f"{where}.target: {target} could not be built with these params: "
+            f"{type(error).__name__}{': ' if told else ''}{told}, raised in "
+            f"{last.filename}:{last.lineno}{looked}; --debug shows the traceback"
+        ) from error
+
+
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    yield path, node
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key != "target":
+                yield from _nodes(value, f"{path}.{key}")
+
+
+def _guilty_keys(
+    told: str, frames: Sequence[traceback.FrameSummary], leaves: Mapping[str, Any]
+) -> list[str]:
+    """Return "path: value" of the keys that an exception seems to be about.
+
+    Those whose value the message quotes (files), or whose name it quotes; else those that the
+    innermost line of code names, torch's own and the library's aside.
+    """
+    values = [key for key, value in leaves.items() if _is_quoted(value, told)]
+    names = set(re.findall(r"'(\w+)'", told))
+    found = values or [key for key in leaves if key.rpartition(".")[2] in names]
+    for frame in reversed(frames):
+        if found:
+            break
+        if any(f"{os.sep}{part}{os.sep}" in frame.filename for part in ("torch", "importlib")):
+            continue
+        last = getattr(frame, "end_lineno", None) or frame.lineno or 0
+        lines = range(frame.lineno or 0, last + 1)
+        words = set(
+            re.findall(r"\w+", " ".join(linecache.getline(frame.filename, n) for n in lines))
+        )
+        found = [key for key in leaves if key.rpartition(".")[2] in words - {"params"}]
+    return [key if _is_inner(leaves[key]) else f"{key}: {leaves[key]!r}" for key in found[:3]]
+
+
+def _is_inner(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def _is_quoted(value: Any, told: str) -> bool:
+    return isinstance(value, str) and len(value) > 3 and value in told

@@ -216,3 +216,43 @@ def test_a_run_from_the_command_line_goes_on(tmp_path):
     clash = lgvq("train", "-b", str(config), "--name", run.name, cwd=tmp_path)
     assert clash.returncode == 2
     assert "holds a run already" in clash.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "-b", "CONFIG", "--logdir", "file", "--name", "a"],
+        ["eval", "-b", "CONFIG", "--ckpt", "x.ckpt", "-o", "file/out"],
+        ["eval", "-b", "CONFIG", "--ckpt", "x.ckpt", "--json", "file/r.json"],
+        ["export", "--ckpt", "x.ckpt", "--format", "heads", "-o", "file/out"],
+        ["inspect", "--ckpt", "x.ckpt", "-o", "file/out"],
+        ["cache", "-b", "CONFIG", "-o", "file/out"],
+        ["ablate", "-b", "PLAN", "-o", "file/out"],
+        ["demo", "-o", "file/out"],
+        ["data", "check", ".", "-o", "file/out"],
+    ],
+)
+def test_a_file_where_a_folder_is_needed_is_2(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.jpg").write_text("")
+    (tmp_path / "a.txt").write_text("a dog")
+    names = {"CONFIG": ROOT / "configs/vqvae_scenes_64.yaml", "PLAN": ROOT / "configs/none.yaml"}
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([str(names.get(word, word)) for word in argv]) == 2
+    told = capsys.readouterr().err
+    assert "lgvq: error: " in told
+    assert "file" in told
+    assert "a file, where a folder is needed" in told
+    assert "Traceback" not in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_permission_is_2(monkeypatch, capsys):
+    def refuse(argv):
+        raise PermissionError(13, "Permission denied", "/runs/a")
+
+    module = importlib.import_module("lgvq_plugin.demo")
+    monkeypatch.setattr(module, "main", refuse)
+    assert cli.main(["demo"]) == 2
+    assert "'/runs/a': Permission denied" in capsys.readouterr().err

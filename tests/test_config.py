@@ -224,7 +224,7 @@ def test_a_block_that_is_no_mapping(given):
 
 
 def test_a_block_built_by_hand_is_checked_too():
-    with pytest.raises(ConfigError, match="weight: expected >= 0, got -1"):
+    with pytest.raises(ConfigError, match=r"weight: expected >= 0 and <= 1e\+06, got -1"):
         GlobalSemanticConfig(weight=-1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._arguments import parse_words
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..checkpoints import find_checkpoint
 from ..sockets import ConfigError, path_of
 from ..training.base import Sections, lgvq_block, read_config
@@ -101,6 +101,7 @@ def main(argv: list[str]) -> int:
     for plan in plans:
         folder = Path(given.out or "logs/ablation")
         folder = folder / plan.stem if given.out is None or len(plans) > 1 else folder
+        require_writable(folder)
         if given.report:
             page = publish(Results.load(folder / RESULTS), folder)
         else:

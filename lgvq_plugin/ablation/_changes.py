@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ObjectivesConfig
 from ..sockets import ConfigError, suggest
-from ..training.base import read_config
+from ..training.base import lay_over, loss_key, read_config
 
 OBJECTIVES = [field.name for field in fields(ObjectivesConfig)]
 LGVQ = "model.params.lossconfig.params.lgvq"
@@ -33,16 +33,17 @@ def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> D
         raise ConfigError(f"{where}: expected a mapping or a list of key=value, got {changes!r}")
     try:
         if not isinstance(changes, Mapping):
-            return merged(config, read_config([], [str(change) for change in changes]))
-        config = merged(config)
+            return lay_over(config, read_config([], [str(change) for change in changes]))
+        change = OmegaConf.create({})
         for key, value in changes.items():
             for full, part in _in_full(str(key), value, where):
-                OmegaConf.update(config, full, _nested(part), merge=True, force_add=True)
+                full = full.replace(".lossconfig.", f".{loss_key(config) or 'lossconfig'}.", 1)
+                OmegaConf.update(change, full, _nested(part), merge=True, force_add=True)
+        return lay_over(config, change)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where}: the changes do not fit the config: {error}") from error
-    return config
 
 
 def _nested(value: Any) -> Any:
@@ -75,10 +76,3 @@ def _in_full(key: str, value: Any, where: str) -> Iterable[tuple[str, Any]]:
     else:
         known = ["model", "data", "training", "lgvq", "recipe", "objectives", "note", "base"]
         raise ConfigError(f"{where}: no key {key!r} in a variant{suggest(head, known)}")
-
-
-def merged(*configs: DictConfig) -> DictConfig:
-    """Return configs merged, the later over the earlier."""
-    whole = OmegaConf.merge(*configs)
-    assert isinstance(whole, DictConfig)
-    return whole

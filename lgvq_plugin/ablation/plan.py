@@ -36,13 +36,14 @@ from ..evaluation._config import NAMES, EvaluationConfig
 from ..sockets import ConfigError, suggest
 from ..training.base import (
     Sections,
+    lay_over,
     lgvq_block,
     loss_key,
     loss_section,
     read_config,
     to_plain,
 )
-from ._changes import apply_changes, merged
+from ._changes import apply_changes
 from .base import Job, Plan
 
 KEYS = [
@@ -215,7 +216,7 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
     given = read_config([], overrides)
     if OmegaConf.select(given, "training.seed") is not None:
         raise ConfigError("training.seed is the plan's: give --seeds, or `seeds:` in the plan")
-    changed = merged(config, given, OmegaConf.create({"training": {"seed": seed}}))
+    changed = lay_over(lay_over(config, given), {"training": {"seed": seed}})
     try:
         plain = Sections.of(changed).plain
     except ConfigError as error:

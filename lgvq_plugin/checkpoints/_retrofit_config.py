@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from .._fields import laid_over
 from ..config import parse
 from ..sockets import ConfigError
 from ..training.base import FROZEN, LOSS_KEYS, TrainingConfig, loss_key
@@ -50,7 +51,7 @@ def over_old_loss(
     elif not target.startswith(OURS):
         loss["target"] = OURS[-1] + target
     inner = loss["params"] = dict(loss.get("params") or {})
-    block = _laid_over(inner.get("lgvq") or {}, lgvq or {})
+    block = laid_over(inner.get("lgvq") or {}, lgvq or {})
     parse(block)
     inner["lgvq"] = block
     params.pop("ckpt_path", None)
@@ -106,12 +107,3 @@ def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
             *(params["disc_start"], checkpoint.step, shifted),
         )
         params["disc_start"] = shifted
-
-
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        inner = merged.get(key)
-        is_both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        merged[key] = _laid_over(inner, value) if is_both else value  # type: ignore[arg-type]
-    return merged

@@ -196,7 +196,7 @@ def model_of(config: DictConfig | Mapping[str, Any], *, with_loss: bool = True) 
     section = config.get("model")
     if section is None:
         raise ConfigError(f"the config has no section `model:`; it has {list(config)}")
-    model = dict(to_plain({"model": section})["model"])
+    model = dict(to_plain(config, "model")["model"])
     params = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
     for key in LOSS_KEYS:
         if not with_loss and isinstance(params.get(key), Mapping):
@@ -237,5 +237,5 @@ def _config_beside(file: Path) -> dict[str, Any] | None:
                 try:
                     return to_plain(config)
                 except ConfigError:  # data that is still ??? does not matter here
-                    return to_plain({"model": config["model"]})
+                    return to_plain(config, "model")
     return None

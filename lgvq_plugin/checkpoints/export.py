@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from .._files import replacing
+from .._files import replacing, require_writable
 from ..hosts.base import is_average_of_heads
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
@@ -157,11 +157,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", required=True, help="file (host) or folder (the others)")
     parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
                         help="default: the config in the checkpoint or its run folder")  # fmt: skip
+    parser.add_argument("--force", "--overwrite", action="store_true",
+                        help="write over what is there")  # fmt: skip
     parser.add_argument("--averaged", action="store_true", help="the averaged (EMA) weights")
     parser.add_argument("--push", metavar="ORG/REPO", help="upload the folder to the hub")
     parser.add_argument("--trust-pickle", action="store_true",
                         help="unpickle fully; whoever made the file can run code")  # fmt: skip
     given = parser.parse_args(argv)
+    output = Path(given.output)
+    _check_output(output, given.format, given.force)
     if given.push and given.format in ("host", "heads"):
         raise ConfigError("--push uploads folders: --format safetensors or diffusers")
     find_checkpoint(given.ckpt)
@@ -171,7 +175,6 @@ def main(argv: Sequence[str]) -> int:
 
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     config = _plain(given_config) if given_config is not None else checkpoint.config
-    output = Path(given.output)
     if given.format == "heads":
         _folder.save_heads(checkpoint, output)
     elif given.format == "host":
@@ -181,6 +184,16 @@ def main(argv: Sequence[str]) -> int:
         _export_folder(checkpoint, config, output, given)
     logger.info("%s written to %s", given.format, output)
     return 0
+
+
+def _check_output(output: Path, form: str, force: bool) -> None:
+    """Refuse a place that cannot be written, or that holds something already."""
+    is_file = form == "host"
+    require_writable(output.parent if is_file else output)
+    if is_file and output.is_dir():
+        raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
+    if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise ConfigError(f"-o {str(output)!r} exists already; --force writes over it")
 
 
 def _export_folder(
@@ -210,4 +223,4 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     try:
         return to_plain(config)
     except ConfigError:
-        return to_plain({"model": config["model"]}) if "model" in config else {}
+        return to_plain(config, "model")

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from .._arguments import add_shortcuts, parse_words
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..config import parse
 from ..sockets import ConfigError, Problems
 from ..training.base import (
     Sections,
     build_dataset,
     build_parts,
+    lay_over,
     lgvq_block,
     model_section,
     read_config,
@@ -103,6 +104,7 @@ def retrofit(
     from .base import load_host
 
     folder = Path(folder)
+    require_writable(folder)
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     plain["training"] = gently(plain.get("training") or {})
@@ -340,6 +342,4 @@ def _config(given: DictConfig, checkpoint: Checkpoint, *, is_whole: bool) -> Dic
             f"checkpoint {str(checkpoint.path)!r} tells no config, nor does a configs/ folder "
             "beside it; give the old run's with -b CONFIG"
         )
-    merged = OmegaConf.merge(OmegaConf.create(checkpoint.config), given)
-    assert isinstance(merged, DictConfig)
-    return merged
+    return lay_over(OmegaConf.create(checkpoint.config), given)

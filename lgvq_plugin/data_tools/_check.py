@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..datasets.base import EXPECTED, CaptionedFiles, Health, recognize
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, suggest
@@ -136,6 +136,8 @@ def check(
     layout = recognize(path, member)
     if split is not None and split not in layout.splits:
         raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
+    if out is not None:
+        require_writable(out)
     ruler = build_guide(guide or {"use": "micro_clip"})
     splits, problems, written = {}, [], []
     homes: dict[str, set[str]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from .._arguments import add_shortcuts, parse_words
-from .._files import write_text
+from .._files import require_writable, write_text
 from ..config import parse
 from ..sockets import ConfigError, resolve
 from ..training.base import (
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
+    require_writable(given.out or Path())
     _cache(to_plain(with_shortcuts(read_config(given.base, overrides), data=given.data)), given)
     return 0
 

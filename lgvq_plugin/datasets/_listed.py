@@ -258,6 +258,20 @@ class ListedImages(CaptionedFiles):
             all captions are numbers.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Let the signature of a member list what its `**options` may hold."""
+        super().__init_subclass__()
+        own = inspect.signature(cls.__init__)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+        if len(named) + 1 < len(own.parameters):
+            names = {one.name for one in named}
+            named += [
+                inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default)
+                for entry in fields(Reading)
+                if entry.name not in names
+            ]
+        cls.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+
     def __init__(self, records: Sequence[Record], reading: Reading, *, where: Any = "data set"):
         most = reading.captions_per_image
         if most is not None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from .._files import require_writable
 from ..ablation import publish
 from ..ablation.base import MARKS, Results, Run
 from ..sockets import ConfigError
@@ -126,6 +127,7 @@ def main(argv: list[str]) -> int:
         value = getattr(given, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be a whole number >= {least}, got {value}")
+    require_writable(Path(given.out))
     begun = time.perf_counter()
     results, page = demo(
         Path(given.out), steps=given.steps, seed=given.seed, progress=not given.no_progress

@@ -105,7 +105,7 @@ def build_context(
     data = config.get("data")
     if not data:
         raise ConfigError("the config has no section `data:`, which names the images")
-    plain = to_plain({k: config[k] for k in ("data", "evaluation") if config.get(k) is not None})
+    plain = to_plain(config, "data", "evaluation")
     block = {**(plain.get("evaluation") or {}), **(options or {})}
     if limit is not None:
         block["limit"] = limit

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from .._arguments import add_shortcuts, parse_words
-from .._files import write_json, write_text
+from .._files import require_writable, write_json, write_text
 from ..checkpoints import find_checkpoint
 from ..sockets import ConfigError
-from ..training.base import read_config, to_plain, with_shortcuts, with_sizes
+from ..training.base import lay_over, read_config, to_plain, with_shortcuts, with_sizes
 from ._config import DEFAULT, NAMES, names_of
 from ._table import as_csv, table
 
@@ -49,6 +49,7 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     for path in given.ckpt:
         find_checkpoint(path)
     given_config = read_config(given.base, overrides)
+    _check_outputs(given)
     from .._device import choose_device
     from ..checkpoints.base import load_checkpoint, load_host
     from . import _figures
@@ -90,6 +91,21 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
             _figures.export(contexts[label], folder / "export", given.export)
     _summarize(given, results, contexts, names)
     return 0
+
+
+def _check_outputs(given: argparse.Namespace) -> None:
+    """Refuse, before hours of work, places that cannot be written or hold something already."""
+    if given.output:
+        require_writable(Path(given.output))
+    for option in ("json", "csv"):
+        path = getattr(given, option)
+        if path is None:
+            continue
+        require_writable(Path(path).parent)
+        if Path(path).is_dir():
+            raise ConfigError(f"--{option} {path!r} is a folder; give a file")
+        if Path(path).exists() and not given.force:
+            raise ConfigError(f"--{option} {path!r} exists already; --force writes over it")
 
 
 def _summarize(
@@ -156,9 +172,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"by comma, or all; known: {', '.join(NAMES)}; default: {','.join(DEFAULT)}",
     )
     add("--limit", type=int, metavar="N", help="first N test images (and 4 N training images)")
-    add("--output", metavar="DIR", help="for results, figures, probes; default: beside the run")
+    add(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="for results, figures, probes; default: beside the run, or in lgvq_evaluation/ here "
+        "if the run cannot be written to",
+    )
     add("--json", metavar="F", help="write the results there, too")
     add("--csv", metavar="F", help="write them as CSV, settings included")
+    add("--force", action="store_true", help="write over what is at --json and --csv")
     add("--export", choices=("npz", "png"), help="images and reconstructions, for other tools")
     add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     add("--averaged", action="store_true", help="take averaged (EMA) weights where there are any")
@@ -184,8 +207,7 @@ def _config(given: Any, checkpoint: Checkpoint, *, is_whole: bool) -> Any:
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r} tells no config; give one with -b CONFIG"
         )
-    config = OmegaConf.create(checkpoint.config)
-    return OmegaConf.merge(config, given)
+    return lay_over(OmegaConf.create(checkpoint.config), given)
 
 
 def _host_config(config: Any, checkpoint: Checkpoint) -> Any:
@@ -214,6 +236,13 @@ def _folder(output: str | None, label: str, checkpoint: Checkpoint, *, many: boo
     if output is not None:
         return Path(output) / label if many else Path(output)
     path = checkpoint.path
+    folder = path.parent / f"{path.stem}_evaluation"
     if path.parent.name == "checkpoints":
-        return path.parent.parent / "evaluation" / path.stem
-    return path.parent / f"{path.stem}_evaluation"
+        folder = path.parent.parent / "evaluation" / path.stem
+    try:
+        require_writable(folder)
+    except OSError as error:  # a colleague's run, say
+        here = Path("lgvq_evaluation") / label
+        logger.warning("%s: %s; results go to %s", error.filename, error.strerror, here)
+        return here
+    return folder

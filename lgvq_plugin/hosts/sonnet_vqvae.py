@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._fields import to_plain
 from ..sockets import instantiate
 from ._image_tokenizer import AbstractImageTokenizer
 from ._vector_quantizer import VectorQuantizer
@@ -123,7 +124,7 @@ class SonnetVQVAE(AbstractImageTokenizer):
         self.image_key = image_key
         self.encoder = Encoder(channels, residual_channels, num_res_blocks)
         self.decoder = Decoder(embed_dim, channels, residual_channels, num_res_blocks)
-        self.loss = instantiate(lossconfig)
+        self.loss = instantiate(to_plain(lossconfig))
         self.quant_conv = nn.Conv2d(channels, embed_dim, 1)
         self.post_quant_conv = nn.Identity()
         self.quantize = VectorQuantizer(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._fields import to_plain
 from .._safe_load import read_raw
 from ..sockets import ConfigError, instantiate
 from ._image_tokenizer import AbstractImageTokenizer
@@ -102,7 +103,7 @@ class VQVAE(AbstractImageTokenizer):
         ckpt_path: str | None = None,
     ):
         super().__init__()
-        self.scheduler_config = scheduler_config
+        self.scheduler_config = None if scheduler_config is None else to_plain(scheduler_config)
         if downsample not in DOWNSAMPLES:
             known = ", ".join(map(str, DOWNSAMPLES))
             raise ConfigError(f"VQVAE: downsample must be one of {known}, got {downsample!r}")
@@ -116,7 +117,7 @@ class VQVAE(AbstractImageTokenizer):
         }
         self.encoder = Encoder(**sizes)
         self.decoder = Decoder(embed_dim=embed_dim, **sizes)
-        self.loss = instantiate(lossconfig)
+        self.loss = instantiate(to_plain(lossconfig))
         self.quantize = VectorQuantizer(
             n_embed,
             embed_dim,

@@ -1,5 +1,6 @@
 """The `training:` section of a config, checked."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -75,7 +76,8 @@ class TrainingConfig:
         self._check(
             "ema_decay", decay is None or (_is_positive(decay) and decay < 1), "in (0, 1), or null"
         )
-        self._check("seed", self.seed == 0 or _is_count(self.seed), "a whole number >= 0")
+        is_seed = self.seed == 0 or (_is_count(self.seed) and self.seed < 2**32)  # as numpy's
+        self._check("seed", is_seed, "a whole number >= 0 and < 2**32")
         most, warmup = self.max_learning_rate, self.warmup_steps
         self._check("max_learning_rate", most is None or _is_positive(most), "> 0, or null")
         self._check("warmup_steps", warmup == 0 or _is_count(warmup), "a whole number >= 0")
@@ -120,8 +122,8 @@ class TrainingConfig:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

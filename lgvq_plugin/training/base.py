@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .. import compat
 from ..config import LGVQConfig, parse, require_finite_weights
-from ..sockets import ConfigError, Problems, import_target, instantiate, path_of, resolve
+from ..sockets import (
+    ConfigError,
+    Problems,
+    building,
+    check_call,
+    check_numbers,
+    import_target,
+    instantiate,
+    params_of,
+    path_of,
+    resolve,
+)
 from ._quiet import prints_to_stderr
 from ._sections import (
     LOSS_KEYS,
     DataSection,
     Sections,
     data_section,
+    lay_over,
     lgvq_block,
     loss_key,
     loss_section,
@@ -51,6 +64,7 @@ __all__ = [
     "build_parts",
     "check_names",
     "data_section",
+    "lay_over",
     "lgvq_block",
     "loss_key",
     "loss_section",
@@ -62,9 +76,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-REFUSALS = (ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError)
-"""What constructors raise at values they cannot take: 7 channels in 32 groups, a negative size."""
 
 
 def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
@@ -78,32 +89,24 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
         >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
         Identity()
     """
-    section = config.get("model")
-    model = model_section(to_plain({"model": section} if section is not None else {}))
+    whole = lay_over(OmegaConf.create({}), config)
+    model = model_section(to_plain(whole, "model"))
     _check_targets(model, "model")
     loss = loss_section({"model": model})
-    params = loss.get("params") or {}
-    require_finite_weights(params, f"model.params.{loss_key({'model': model})}.params")
-    weight = compat.perceptual_weight_of(loss.get("target"), params)
-    try:
+    weights = loss.get("params") or {}
+    require_finite_weights(weights, f"model.params.{loss_key({'model': model})}.params")
+    weight = compat.perceptual_weight_of(loss.get("target"), weights)
+    target, params = import_target(model["target"]), model.get("params") or {}
+    check_call(f"model: {model['target']}", target, (), params)
+    # Hosts read their configs as attributes (encoder.dim), as OmegaConf's containers allow.
+    given = OmegaConf.create(params, flags={"allow_objects": True})
+    with building("model", model["target"], params):
         with compat.lpips_only_if_used(weight, loss.get("target")), prints_to_stderr():
-            host = instantiate(model)
+            host = target(**given)
         require_host = getattr(getattr(host, "loss", None), "require_host", None)
         if callable(require_host):  # LGVQLoss: say now, not at the first step, what is not found
             require_host()
-        return host
-    except TypeError as error:
-        # Constructors inside the host's own (its loss, its encoder) get params of the config too.
-        if "unexpected keyword argument" in str(error) or "required" in str(error):
-            raise ConfigError(f"model.params do not fit: {error}") from error
-        raise
-    except ConfigError:
-        raise
-    except REFUSALS as error:
-        raise ConfigError(
-            f"model: {model['target']} cannot be built with its params: "
-            f"{type(error).__name__}: {error}; --debug shows where"
-        ) from error
+    return host
 
 
 def build_dataset(section: Mapping[str, Any]) -> Any:
@@ -117,17 +120,11 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
         5
     """
     member = resolve("datasets", section["target"])
-    path = f"{member.__module__}.{member.__qualname__}"
-    try:
-        dataset = instantiate({"target": path, "params": section.get("params")})
-    except ConfigError:
-        raise
-    except (*REFUSALS, OSError, ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"data set {section['target']} cannot be built with {section.get('params')}: "
-            f"{type(error).__name__}: {error}; --debug shows where"
-        ) from error
-    if len(dataset) == 0:
+    path, params = f"{member.__module__}.{member.__qualname__}", section.get("params")
+    with building("data", section["target"], params):
+        dataset = instantiate({"target": path, "params": params})
+        length = len(dataset)
+    if length == 0:
         raise ConfigError(f"data set {section['target']} with {section.get('params')} is empty")
     return dataset
 
@@ -394,14 +391,38 @@ def check_names(sections: Sections) -> None:
 
 
 def _check_targets(node: Any, where: str) -> None:
-    if isinstance(node, Mapping):
-        if isinstance(node.get("target"), str):
-            try:
-                import_target(node["target"])
-            except ConfigError as error:
-                hint = compat.explain_import(error.__cause__)
-                raise ConfigError(f"{where}.target: {error}{hint}") from error
-        elif where.endswith("lossconfig"):
-            raise ConfigError(f"{where}: expected a `target:`, got keys {sorted(node)}")
-        for key, value in node.items():
-            _check_targets(value, f"{where}.{key}")
+    """Check what can be checked of a tree of `{target, params}` before anything is built."""
+    if not isinstance(node, Mapping):
+        if where.endswith(tuple(f".{key}" for key in LOSS_KEYS[:1])):
+            raise ConfigError(f"{where}: expected a mapping with a `target:`, got {node!r}")
+        if isinstance(node, float) and math.isnan(node):
+            raise ConfigError(f"{where}: expected a number, got {node!r}")
+        return
+    if isinstance(node.get("target"), str):
+        try:
+            target = import_target(node["target"])
+        except ConfigError as error:
+            hint = compat.explain_import(error.__cause__)
+            raise ConfigError(f"{where}.target: {error}{hint}") from error
+        params = params_of(node, where)
+        if where in [f"model.params.{key}" for key in LOSS_KEYS]:
+            _check_loss(node["target"], target, params, f"{where}.params")
+    elif where.endswith("lossconfig"):
+        raise ConfigError(f"{where}: expected a `target:`, got keys {sorted(node)}")
+    for key, value in node.items():
+        _check_targets(value, f"{where}.{key}")
+
+
+def _check_loss(name: str, loss: Any, params: Mapping[str, Any], where: str) -> None:
+    """Check the params of the host's loss, those of the base loss if it is ours."""
+    from .._loss_parts import base_of
+    from ..loss import LGVQLoss
+
+    if isinstance(loss, type) and issubclass(loss, LGVQLoss):
+        own = {key: value for key, value in params.items() if key not in ("base", "lgvq")}
+        parse(params.get("lgvq"))
+        name, params = base_of(params.get("base"), own, loss.BASE_TARGET)
+        loss = import_target(name)
+        compat.check_loss(name, loss, (), params, where)
+    else:
+        check_numbers(where, loss, params)

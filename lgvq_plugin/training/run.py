@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from .._arguments import add_shortcuts, parse_words
-from .._files import remove_parts, write_text
+from .._files import remove_parts, require_writable, write_text
 from ..sockets import ConfigError, Problems
 from ._quiet import quiet_lightning
 from .base import (
@@ -145,6 +145,7 @@ def _train(
         build_parts(config, sections, problems)  # says what else is missing, and raises
     found, checkpoint = _find_checkpoint(resume, name, logdir) or (None, {})
     folder = _run_folder(name, found, logdir, sections)
+    require_writable(folder)
     if found:
         _checkpoint.check_config(checkpoint, sections.plain, found)
     _rng.seed_all(sections.training.seed)

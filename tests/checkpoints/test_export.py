@@ -65,7 +65,7 @@ def test_averaged_weights_and_safetensors_files(config, tmp_path):
     _, path = config(), tmp_path / "plain.ckpt"
     torch.save({"state_dict": run.host.state_dict()}, path)
     with pytest.raises(ConfigError, match="no averaged weights"):
-        export.main(["--ckpt", str(path), "--format", "host", "-o", str(out), "--averaged"])
+        export.main(["--ckpt", str(path), "--format", "host", "-o", f"{out}2", "--averaged"])
 
 
 def test_a_foreign_file_gets_its_own_names_back(shared, tmp_path):
@@ -205,3 +205,14 @@ def test_load_host_reads_the_folder_like_any_checkpoint(old, tmp_path):
     assert torch.equal(
         reconstruct(load_host(None, tmp_path / "s"), IMAGES), reconstruct(host, IMAGES)
     )
+
+
+@pytest.mark.parametrize("form", ["host", "heads", "safetensors"])
+def test_what_is_there_is_kept_without_force(form, tmp_path):
+    out = tmp_path / "there"
+    kept = out if form == "host" else out / "notes.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    with pytest.raises(ConfigError, match="exists already; --force"):
+        export.main(["--ckpt", "no.ckpt", "--format", form, "-o", str(out)])
+    assert kept.read_text() == "mine"

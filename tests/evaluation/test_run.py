@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -152,3 +153,24 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(folder, capsy
     monkeypatch.setitem(base.METRICS, "psnr", interrupted)  # must not be computed again
     assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 0
     assert "reconstruction/psnr" in capsys.readouterr().out
+
+
+def test_a_file_at_json_is_kept_without_force(folder, capsys):
+    (folder / "mine.json").write_text("{}")
+    argv = ["--ckpt", folder / "host0.ckpt", "--json", folder / "mine.json"]
+    assert lgvq(folder, *argv) == 2
+    assert "exists already; --force" in capsys.readouterr().err
+    assert (folder / "mine.json").read_text() == "{}"
+
+
+def test_a_run_that_cannot_be_written_to_is_evaluated(folder, monkeypatch, tmp_path_factory):
+    here = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(here)
+    run = folder / "run=1"
+    run.mkdir()
+    checkpoint = (folder / "host0.ckpt").rename(run / "step=3.ckpt")
+    may_write = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run and may_write(path, mode))
+    assert lgvq(folder, "--ckpt", checkpoint, "--limit", 8, "--metrics", "psnr") == 0
+    assert (here / "lgvq_evaluation" / "step=3" / "results.json").is_file()
+    assert [file.name for file in run.iterdir()] == ["step=3.ckpt"]

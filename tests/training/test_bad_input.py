@@ -112,3 +112,16 @@ def test_a_corrupt_image_is_named_and_can_be_skipped(run, tmp_path):
     assert "skip_corrupt: true" in err
     data["params"]["skip_corrupt"] = True
     assert run("data.batch_size=4", train=data)[0] == 0
+
+
+def test_a_start_that_fails_leaves_no_folder(run, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(b"no image")
+        (folder / f"{i}.txt").write_text("a red square\n")
+    data = {"target": "folder", "params": {"root": str(folder), "size": 16}}
+    code, err = run(train=data)
+    assert code == 2
+    assert ".png" in err
+    assert not (tmp_path / "logs" / "a").exists()

@@ -105,3 +105,19 @@ class DecayedVQVAE(VQVAE):
         optimizer = torch.optim.AdamW(own, lr=self.learning_rate, weight_decay=0.5)
         halve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
         return [optimizer], [{"scheduler": halve, "interval": "step"}]
+
+
+class AttributeHost(nn.Module):
+    """Reads its config as ViT-VQGAN does."""
+
+    def __init__(self, encoder, loss):
+        super().__init__()
+        self.width, self.given = encoder.dim, encoder
+        self.loss = nn.MSELoss()
+
+
+class RatedHost(nn.Module):
+    """Has a learning rate of its own, as SEED-Voken's hosts."""
+
+    def __init__(self, lossconfig, learning_rate):
+        super().__init__()
