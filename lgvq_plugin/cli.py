@@ -5,9 +5,12 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from importlib import metadata
+from types import ModuleType
 
 from .sockets import ConfigError
 
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger(__package__).setLevel(logging.DEBUG if options.debug else logging.INFO)
     try:
         module, _, function = COMMANDS[command][0].partition(":")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(rest)
+        return getattr(_import(f"{__package__}.{module}"), function)(rest)
     except ConfigError as error:
         if options.debug:
             traceback.print_exc()
@@ -95,6 +98,25 @@ def _see_working_folder() -> None:
     here = os.getcwd()
     if not getattr(sys.flags, "safe_path", False) and not {"", here} & {*sys.path}:
         sys.path.insert(0, here)
+
+
+def _import(module: str) -> ModuleType:
+    """Import a command's module; Ctrl-C meanwhile ends the process at once.
+
+    Libraries drop a KeyboardInterrupt in their imports, and stay half imported.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return importlib.import_module(module)
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        return importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: object) -> None:
+    os.write(2, b"lgvq: interrupted; nothing was begun\n")
+    os._exit(130)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:

@@ -256,3 +256,23 @@ def test_a_missing_permission_is_2(monkeypatch, capsys):
     monkeypatch.setattr(module, "main", refuse)
     assert cli.main(["demo"]) == 2
     assert "'/runs/a': Permission denied" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_an_import_ends_at_once_though_the_import_drops_it(tmp_path):
+    (tmp_path / "slow_command.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n"
+        "    pass\n"
+        "def main(argv): return 0\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lgvq_plugin import cli;"
+        "cli.COMMANDS['train'] = ('x:main', '');"
+        "cli.importlib.import_module = lambda name: __import__('slow_command');"
+        "sys.exit(cli.main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "lgvq: interrupted; nothing was begun\n"

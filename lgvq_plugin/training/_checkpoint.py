@@ -191,9 +191,8 @@ def require_optimizers(
         for key, moments in state["state"].items():
             require_like(moments, {}, f"{where}.state[{key}]", path)
             fits = isinstance(key, int) and 0 <= key < len(parameters)
-            if not fits or not all(
-                _is_moment(n, m, parameters[key].shape) for n, m in moments.items()
-            ):
+            shape = parameters[key].shape if fits else torch.Size()
+            if not fits or not all(_is_moment(*pair, shape=shape) for pair in moments.items()):
                 raise ConfigError(
                     f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] does not fit the "
                     "host's parameter; resume from another"
@@ -202,14 +201,13 @@ def require_optimizers(
         require_like(state, _shared(scheduler.state_dict(), state), f"lr_schedulers[{i}]", path)
 
 
-def _is_moment(name: str, value: Any, shape: torch.Size) -> bool:
+def _is_moment(name: str, value: Any, *, shape: torch.Size) -> bool:
     """Whether an optimizer may keep `value` as `name` for a parameter of that shape."""
-    if isinstance(value, Tensor):
-        return (
-            value.shape == shape if name in MOMENTS else bool(name != "step" or value.ge(0).all())
-        )
     if name in MOMENTS:
-        return name == MOMENTS[-1] and value is None  # SGD without momentum
+        is_plain_sgd = name == MOMENTS[-1] and value is None
+        return is_plain_sgd or (isinstance(value, Tensor) and value.shape == shape)
+    if isinstance(value, Tensor):
+        return bool(name != "step" or value.ge(0).all())
     return isinstance(value, int | float) and (name != "step" or value >= 0)
 
 

@@ -115,8 +115,10 @@ def train(
             )
         except Interrupted:
             raise
-        except (KeyboardInterrupt, SIGTERMException, SystemExit) as error:
-            if signals.noted is None:
+        except (KeyboardInterrupt, SIGTERMException, SystemExit, Exception) as error:
+            # An import that drops the KeyboardInterrupt fails in its own way later.
+            is_other = signals.is_training and isinstance(error, Exception)
+            if signals.noted is None or (is_other and not isinstance(error, SIGTERMException)):
                 raise
             raise Interrupted(
                 "stopped at once, without saving; go on with the newest checkpoint, if there is "
