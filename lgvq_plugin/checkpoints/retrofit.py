@@ -87,9 +87,8 @@ def retrofit(
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     problems = Problems()
-    with problems.collecting():
-        new = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
-        sections = Sections.of(new, problems)
+    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
+    sections = Sections.of(new, problems)
     if problems:  # say all that is missing before the old checkpoint is looked at
         build_parts(new, sections, problems)
     old = load_host(plain, checkpoint, averaged=averaged)
