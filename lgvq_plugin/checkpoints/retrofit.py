@@ -109,9 +109,8 @@ def retrofit(
     lgvq = plain.pop("lgvq", None)
     plain["training"] = gently(plain.get("training") or {})
     problems = Problems()
-    with problems.collecting():
-        new = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
-        sections = Sections.of(new, problems)
+    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
+    sections = Sections.of(new, problems)
     if problems:  # say all that is missing before the old checkpoint is looked at
         build_parts(new, sections, problems)
     old = load_host(plain, checkpoint, averaged=averaged)

@@ -536,7 +536,7 @@ def _refuse_broadcast(host: Any, batch: Any, x: Tensor, reconstruction: Any) -> 
 
 def _place_in_host(error: BaseException) -> str | None:
     """Return file, line and text where foreign code failed; None if it was torch's or ours."""
-    libraries = tuple(str(Path(module.__file__).parents[0]) for module in (torch, pl))
+    libraries = tuple(str(Path(str(module.__file__)).parent) for module in (torch, pl))
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
     if not own or own[-1].filename.startswith((str(Path(__file__).parents[1]), "<")):

@@ -365,8 +365,8 @@ def tell_shared_images(train: Any, validation: Any, sections: Sections) -> None:
 
 def _files_of(dataset: Any) -> list[str] | None:
     paths = [getattr(record, "path", None) for record in getattr(dataset, "records", [])]
-    is_files = paths and all(isinstance(path, Path) for path in paths)
-    return [os.path.abspath(path) for path in paths] if is_files else None
+    files = [os.path.abspath(path) for path in paths if isinstance(path, Path)]
+    return files if files and len(files) == len(paths) else None
 
 
 def _images_of(section: Mapping[str, Any]) -> Any:
