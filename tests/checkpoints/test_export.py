@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lgvq_plugin.checkpoints import export, pretrained
+from lgvq_plugin.checkpoints import _diffusers, export, pretrained
 from lgvq_plugin.checkpoints._retrofit_config import over_old_loss
 from lgvq_plugin.checkpoints.base import load_checkpoint, load_host
 from lgvq_plugin.hosts.base import encode, reconstruct
@@ -135,14 +135,14 @@ def test_diffusers_refuses_another_architecture(old):
 def test_a_wrong_diffusers_model_is_not_written(old, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
     whole, _, path = old("taming")
-    right = export._diffusers.build_diffusers
+    right = _diffusers.build_diffusers
 
     def wrong(*args):
         model = right(*args)
         torch.nn.init.ones_(model.decoder.conv_out.bias)
         return model
 
-    monkeypatch.setattr(export._diffusers, "build_diffusers", wrong)
+    monkeypatch.setattr(_diffusers, "build_diffusers", wrong)
     with pytest.raises(RuntimeError, match="nothing written"):
         export.export_diffusers(load_checkpoint(path), whole, tmp_path / "d")
     assert not (tmp_path / "d").exists()
