@@ -30,7 +30,7 @@ from ..hosts.base import reconstruct
 from ..training.base import build_dataset
 from ..training.run import train
 from ._page import write_png
-from .base import JOB, RUN, Job, Run, read_json
+from .base import JOB, RUN, Cost, Example, Job, Run, read_json, read_record
 
 POINTS = 200  # of a curve, at most
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folder, root, parent = Path(argv[0]), Path(argv[1]), int(argv[2])
     _end_with_parent(parent)
-    run_job(Job(**read_json(folder / JOB)), folder, root=root)
+    run_job(read_record(folder / JOB, Job), folder, root=root)
     return 0
 
 

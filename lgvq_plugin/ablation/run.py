@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._fields import differing
+from .._fields import differing, require
 from .._files import write_json
 from ..guides.base import build_guide
 from ..sockets import ConfigError
-from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_json
+from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, Variant, read_record
 
 POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
@@ -97,16 +97,24 @@ def collect(plan: Plan, folder: Path) -> Results:
     for job in plan.jobs:
         path = folder / job.name / RUN
         if path.is_file():
-            runs.append(Run(**read_json(path)))
+            runs.append(_read_run(path, job))
         else:
             runs.append(_not_done(job, "missing", "not run yet"))
     configs = {job.variant: job.config for job in reversed(plan.jobs)}
     return Results(
         title=plan.title,
         references=plan.references,
-        variants={k: {**told, "config": configs[k]} for k, told in plan.variants.items()},
+        variants={k: Variant(**told, config=configs[k]) for k, told in plan.variants.items()},
         runs=tuple(runs),
     )
+
+
+def _read_run(path: Path, job: Job) -> Run:
+    run = read_record(path, Run)
+    for name in ("data", "variant", "seed"):
+        expected, got = getattr(job, name), getattr(run, name)
+        require(got == expected, f"{path}: {name}", repr(expected), got)
+    return run
 
 
 def _interrupt_on_sigterm() -> Any:
@@ -132,10 +140,10 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
     for job in plan.jobs:
         path = folder / job.name
         given = asdict(job)
-        before = read_json(path / JOB) if job in held else given
+        before = asdict(read_record(path / JOB, Job)) if job in held else given
         if (path / "checkpoints").is_dir():
             _check_same(before["config"], given["config"], path)
-        done = (path / RUN).is_file() and Run(**read_json(path / RUN)).status == "done"
+        done = (path / RUN).is_file() and _read_run(path / RUN, job).status == "done"
         if done and before == given:
             continue
         (path / RUN).unlink(missing_ok=True)

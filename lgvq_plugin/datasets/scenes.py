@@ -4,6 +4,7 @@
                                     |--tell--> captions, questions, attributes
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,17 @@ from .base import CaptionedImages
 
 LENGTHS = {"train": 4096, "validation": 512, "test": 512}
 LOOK, WORDS, CHOICE = range(3)  # streams of one sample
+MOST_KEPT = 2**26  # bytes of drawn images that a data set keeps
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What is the same in every epoch."""
+
+    scene: Scene
+    pixels: np.ndarray
+    captions: list[str]
+    questions: list[dict[str, Any]]
 
 
 class Scenes(CaptionedImages):
@@ -32,6 +44,8 @@ class Scenes(CaptionedImages):
         length: number of scenes; 4096 for train, else 512.
         seed: another seed, other scenes.
         channel_first: (3, H, W) images instead of (H, W, 3).
+        simple: one or two objects, half as large again, on a plain or shaded background: pictures
+            that a small tokenizer learns in minutes.
 
     Example:
         >>> sample = Scenes("validation", size=32)[0]
@@ -46,6 +60,7 @@ class Scenes(CaptionedImages):
         length: int | None = None,
         seed: int = 0,
         channel_first: bool = False,
+        simple: bool = False,
     ):
         if split not in LENGTHS:
             raise ConfigError(f"Scenes: no split {split!r}{suggest(split, list(LENGTHS))}")
@@ -54,7 +69,8 @@ class Scenes(CaptionedImages):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")
         self.split, self.size, self.length = split, size, length
-        self.seed, self.channel_first = seed, channel_first
+        self.seed, self.channel_first, self.simple = seed, channel_first, simple
+        self._drawn: dict[int, _Drawn] = {}
 
     def __len__(self) -> int:
         """Return the number of scenes."""
@@ -65,9 +81,9 @@ class Scenes(CaptionedImages):
         if not -self.length <= index < self.length:
             raise IndexError(f"Scenes has {self.length} samples, no {index}")
         index %= self.length
-        scene, telling = self.scene(index), self._draws(index, WORDS)
-        captions = _scene_language.captions(scene, telling)
-        image = draw(scene, self.size).astype(np.float32) / np.float32(127.5) - np.float32(1)
+        drawn = self._drawn.get(index) or self._draw(index)
+        captions = drawn.captions.copy()
+        image = drawn.pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
         return {
             "image": np.ascontiguousarray(image.transpose(2, 0, 1))
             if self.channel_first
@@ -76,9 +92,19 @@ class Scenes(CaptionedImages):
             "captions": captions,
             "file": f"{self.split}_{index:06d}.png",
             "index": index,
-            "questions": _scene_questions.questions(scene, telling),
-            "attributes": _attributes(scene),
+            "questions": [dict(question) for question in drawn.questions],
+            "attributes": _attributes(drawn.scene),
         }
+
+    def _draw(self, index: int) -> "_Drawn":
+        """Draw a sample and keep it: drawing one takes as long as a small host's training step."""
+        scene, telling = self.scene(index), self._draws(index, WORDS)
+        captions = _scene_language.captions(scene, telling)
+        questions = _scene_questions.questions(scene, telling)
+        drawn = _Drawn(scene, draw(scene, self.size), captions, questions)
+        if (len(self._drawn) + 1) * drawn.pixels.nbytes <= MOST_KEPT:
+            self._drawn[index] = drawn
+        return drawn
 
     def captions_of(self, index: int) -> list[str]:
         """Return the captions of sample `index` (>= 0) without drawing it."""
@@ -86,7 +112,7 @@ class Scenes(CaptionedImages):
 
     def scene(self, index: int) -> Scene:
         """Return the symbolic scene behind sample `index` (>= 0)."""
-        return compose(self._draws(index, LOOK))
+        return compose(self._draws(index, LOOK), simple=self.simple)
 
     @staticmethod
     def vocabulary() -> list[str]:
