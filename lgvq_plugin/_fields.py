@@ -176,7 +176,7 @@ def _verify_record(value: Any, cls: type, key: str) -> None:
         for name in value:
             at = f"{key}.{name}" if key else name
             require(name in hints, at, f"one of {', '.join(hints)}", name)
-    for name in needed:
+    for name in sorted(needed):
         require(name in value, key, f"a mapping with {name!r}", [*value])
     for name in hints.keys() & value.keys():
         verify(value[name], hints[name], f"{key}.{name}" if key else name)

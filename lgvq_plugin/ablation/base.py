@@ -17,6 +17,7 @@ from ..sockets import ConfigError
 # In the folder of an ablation:
 RESULTS, SUMMARY, REPORT = "results.json", "summary.json", "report.html"
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
+EVALUATING = "evaluating {}"  # in the log of a job, when its training is done
 CONFIDENCE = 0.95
 T = TypeVar("T")
 
