@@ -136,7 +136,7 @@ def verify(value: Any, hint: Any, key: str) -> None:
         key: where it stands in the file, for messages.
 
     Raises:
-        ConfigError: for a value of the wrong type, a missing key or, in a dataclass, an unknown one.
+        ConfigError: for a value of another type, a missing key or, in a dataclass, an unknown one.
 
     Example:
         >>> verify({"values": [1, "2"]}, dict[str, list[float]], "row")
@@ -186,7 +186,9 @@ def _is_a(value: Any, hint: type) -> bool:
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
     if hint is str:  # half a surrogate pair, which JSON can hold, can be written to no file
-        return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+        return isinstance(value, str) and not any(
+            "\ud800" <= letter <= "\udfff" for letter in value
+        )
     if isinstance(value, int):
         return abs(value) < 2**63
     return hint is float and isinstance(value, float)

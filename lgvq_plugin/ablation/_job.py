@@ -30,7 +30,7 @@ from ..hosts.base import reconstruct
 from ..training.base import build_dataset
 from ..training.run import train
 from ._page import write_png
-from .base import EVALUATING, JOB, RUN, Cost, Example, Job, Run, read_json, read_record
+from .base import EVALUATING, JOB, RUN, Job, Run, read_json, read_record
 
 POINTS = 200  # of a curve, at most
 logger = logging.getLogger(__name__)

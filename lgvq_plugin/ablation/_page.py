@@ -8,7 +8,6 @@ Templates are Jinja's and escape every value; the policy runs no script and no s
 import base64
 import hashlib
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,8 @@ def page(
         values: of the template's variables; everything but a `Markup` is escaped.
 
     Example:
-        >>> sections = dict.fromkeys(["overview", "codes", "words", "maps", "usage", "settings"], "")
+        >>> names = ["overview", "codes", "words", "maps", "usage", "settings"]
+        >>> sections = dict.fromkeys(names, "")
         >>> text = page("A & B", "explorer.html", sections, panels=[], maps=None, samples=0,
         ...     settings="<b>")
         >>> "<title>A &amp; B</title>" in text, "<pre>&lt;b&gt;</pre>" in text

@@ -140,11 +140,8 @@ def _cost(results: Results) -> Markup:
 
 def seconds_per_step(results: Results, variant: str) -> float | None:
     """Return the mean over the runs of a variant, or None."""
-    own = [
-        run.cost["seconds_per_step"]
-        for run in results.runs
-        if run.variant == variant and run.cost.get("seconds_per_step")
-    ]
+    costs = [run.cost for run in results.runs if run.variant == variant]
+    own = [seconds for cost in costs if (seconds := cost.get("seconds_per_step"))]
     return sum(own) / len(own) if own else None
 
 

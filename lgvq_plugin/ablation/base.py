@@ -185,7 +185,9 @@ class Results:
             require(name in results.variants, f"{path}: references[{i}]", known, name)
         places = set()
         for i, run in enumerate(runs):
-            require(run.variant in results.variants, f"{path}: runs[{i}].variant", known, run.variant)
+            require(
+                run.variant in results.variants, f"{path}: runs[{i}].variant", known, run.variant
+            )
             place = run.data, run.variant, run.seed
             once = "one run of each data set, variant and seed"
             require(place not in places, f"{path}: runs[{i}]", once, place)

@@ -151,9 +151,9 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
         if shown:
             first = next(iter(shown.values())).examples
             columns = min(len(run.examples) for run in shown.values())
-            rows = [("original", _uris(first[:columns], "original", root))]
+            rows = [("original", _uris([e["original"] for e in first[:columns]], root))]
             rows += [
-                (variant, _uris(run.examples[:columns], "reconstruction", root))
+                (variant, _uris([e["reconstruction"] for e in run.examples[:columns]], root))
                 for variant, run in shown.items()
             ]
             grids.append(
@@ -168,20 +168,17 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
     return grids
 
 
-def _uris(examples: Sequence[dict[str, str]], kind: str, root: Path) -> list[str]:
-    return [
-        data_uri(example_file(root, example[kind]).read_bytes(), "image/png")
-        for example in examples
-    ]
+def _uris(paths: Sequence[str], root: Path) -> list[str]:
+    return [data_uri(example_file(root, path).read_bytes(), "image/png") for path in paths]
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
     rows, base = [], seconds_per_step(results, results.references[0])
     for variant in results.variants:
         costs = [run.cost for run in results.runs if run.variant == variant and run.cost]
-        seconds = [c["seconds_per_step"] for c in costs if c.get("seconds_per_step")]
+        seconds = [value for c in costs if (value := c.get("seconds_per_step"))]
         mean, sd = mean_and_sd(seconds)
-        memory, _ = mean_and_sd([c["peak_memory_mib"] for c in costs if c.get("peak_memory_mib")])
+        memory, _ = mean_and_sd([value for c in costs if (value := c.get("peak_memory_mib"))])
         rows.append(
             {
                 "variant": variant,

@@ -68,7 +68,9 @@ def test_text_from_outside_is_not_markup(page):
     assert "scene &lt;0&gt;" in html
 
 
-HOSTILE = "<script>document.title='taken'</script>\"'><img src=x onerror=\"document.title='taken'\">"
+HOSTILE = (
+    "<script>document.title='taken'</script>\"'><img src=x onerror=\"document.title='taken'\">"
+)
 
 
 def hostile(results):
