@@ -3,8 +3,8 @@
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .sockets import FLOAT32, ConfigError, suggest
 
@@ -145,3 +145,71 @@ def _number(value: Any, hint: type, path: str) -> float | int:
 
 def _names(cls: type) -> str:
     return ", ".join(f.name for f in fields(cls))
+
+
+def verify(value: Any, hint: Any, key: str) -> None:
+    """Check plain JSON against a type, all the way down; nothing is converted.
+
+    Args:
+        value: what `json.loads` returned.
+        hint: a number, string, boolean, Literal, list, tuple, dict, TypedDict, dataclass, or any
+            of them or None. A JSON list serves as a tuple, whose length is checked.
+        key: where it stands in the file, for messages.
+
+    Raises:
+        ConfigError: for a value of another type, a missing key or, in a dataclass, an unknown one.
+
+    Example:
+        >>> verify({"values": [1, "2"]}, dict[str, list[float]], "row")
+        Traceback (most recent call last):
+        lgvq_plugin.sockets.ConfigError: row.values[1]: expected a number, got '2'
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is not None or type(None) not in inner:
+            verify(value, next(h for h in inner if h is not type(None)), key)
+    elif origin is Literal:
+        known = isinstance(value, str) and value in inner
+        require(known, key, " or ".join(map(repr, inner)), value)
+    elif origin in (list, tuple, Sequence):
+        require(isinstance(value, list | tuple), key, "a list", value)
+        is_fixed = origin is tuple and inner[-1] is not Ellipsis
+        require(not is_fixed or len(value) == len(inner), key, f"{len(inner)} values", value)
+        for i, part in enumerate(value):
+            verify(part, inner[i if is_fixed else 0], f"{key}[{i}]")
+    elif origin in (dict, Mapping):
+        require(isinstance(value, Mapping), key, "a mapping", value)
+        for name, part in value.items():
+            verify(name, str, f"{key}: a key")
+            verify(part, inner[1], f"{key}.{name}" if key else name)
+    elif is_dataclass(hint) or is_typeddict(hint):
+        _verify_record(value, hint, key)
+    elif hint in (float, int, bool, str):
+        require(_is_a(value, hint), key, WORDS[hint], value)
+
+
+def _verify_record(value: Any, cls: type, key: str) -> None:
+    hints = get_type_hints(cls)
+    require(isinstance(value, Mapping), key, f"a mapping of {', '.join(hints)}", value)
+    needed = getattr(cls, "__required_keys__", ())
+    if is_dataclass(cls):
+        needed = [f.name for f in fields(cls) if MISSING is f.default is f.default_factory]
+        for name in value:
+            at = f"{key}.{name}" if key else name
+            require(name in hints, at, f"one of {', '.join(hints)}", name)
+    for name in sorted(needed):
+        require(name in value, key, f"a mapping with {name!r}", [*value])
+    for name in hints.keys() & value.keys():
+        verify(value[name], hints[name], f"{key}.{name}" if key else name)
+
+
+def _is_a(value: Any, hint: type) -> bool:
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    if hint is str:  # half a surrogate pair, which JSON can hold, can be written to no file
+        return isinstance(value, str) and not any(
+            "\ud800" <= letter <= "\udfff" for letter in value
+        )
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return hint is float and isinstance(value, float)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._files import replacing
 from ._page import number
-from .base import MARKS, Cell, Results, Run
+from .base import MARKS, Cell, Results, Run, example_file
 
 NUMBERS, IMAGES = "numbers.png", "images.png"
 SHOWN = {
@@ -146,7 +146,7 @@ def _images(runs: dict[str, Run], root: Path, path: Path) -> Path:
     figure, axes = _canvas(1.3 * across + 0.4, 1.3 * len(rows) + 0.7, len(rows), across)
     for line, (name, paths) in zip(axes, rows, strict=True):
         for axis, image in zip(line, paths, strict=False):
-            axis.imshow(imread(root / image), interpolation="nearest")
+            axis.imshow(imread(example_file(root, image)), interpolation="nearest")
             axis.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(name, fontsize=9)
     for axis, one in zip(axes[-1], first.examples, strict=False):
@@ -163,6 +163,10 @@ def _canvas(width: float, height: float, down: int, across: int) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # "$" in a caption is a dollar, not mathematics
+        text.set_parse_math(False)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
     return path

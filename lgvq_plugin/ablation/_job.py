@@ -30,7 +30,7 @@ from ..hosts.base import reconstruct
 from ..training.base import build_dataset
 from ..training.run import train
 from ._page import write_png
-from .base import JOB, RUN, Job, Run, read_json
+from .base import EVALUATING, JOB, RUN, Job, Run, read_json, read_record
 
 POINTS = 200  # of a curve, at most
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
             job.config, name=folder.name, logdir=folder.parent, resume="auto", progress=False
         )
     cost = _cost(trained.steps, trained.steps - steps_before, clock.seconds, folder)
-    logger.info("evaluating %s", job.name)
+    logger.info(EVALUATING.format(job.name))
     is_averaged = job.config["training"].get("ema_decay") is not None
     checkpoint, device = trained.checkpoint, choose_device()
     del trained  # its host need not stay beside the one that is evaluated
@@ -101,9 +101,9 @@ class _Clock:
         self.first = self.first or self.last
 
 
-def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[list[float]]]:
+def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[tuple[float, float]]]:
     """Return metrics.csv as log key -> list of [step, value], thinned to `points` or fewer."""
-    curves: dict[str, list[list[float]]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return curves
     with path.open(newline="") as file:
@@ -111,11 +111,11 @@ def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[list[floa
             step = int(row.pop("step"))
             for key, text in row.items():
                 if text and math.isfinite(float(text)):
-                    curves.setdefault(key, []).append([step, float(text)])
+                    curves.setdefault(key, []).append((step, float(text)))
     return {key: _thinned(curve, points) for key, curve in curves.items()}
 
 
-def _thinned(curve: list[list[float]], points: int) -> list[list[float]]:
+def _thinned(curve: list[tuple[float, float]], points: int) -> list[tuple[float, float]]:
     """The first and the last value stay."""
     if len(curve) <= points:
         return curve
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folder, root, parent = Path(argv[0]), Path(argv[1]), int(argv[2])
     _end_with_parent(parent)
-    run_job(Job(**read_json(folder / JOB)), folder, root=root)
+    run_job(read_record(folder / JOB, Job), folder, root=root)
     return 0
 
 

@@ -1,12 +1,10 @@
 """The numbers as text: a Markdown table for a README, and the summary for a terminal."""
 
-import html
 import re
 from collections.abc import Sequence
 
 from ._page import counted, number
-from ._tables import images_told
-from ._words import sentences
+from ._words import images_told, sentences
 from .base import CONFIDENCE, MARKS, Cell, Results
 
 
@@ -18,13 +16,14 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
         cells: what `statistics.compare` says of them.
         pictures: paths, relative to the text's; they come last.
     """
-    parts = [f"# {results.title}", "", *(f"- {line}" for line in plain_sentences(results, cells))]
+    told = [f"- {_safe(line)}" for line in plain_sentences(results, cells)]
+    parts = [f"# {_safe(results.title)}", "", *told]
     for data in results.datasets:
         own = [cell for cell in cells if cell.data == data]
         if own:
             judged = [cell for cell in own if cell.higher_is_better is not None]
             controls = [cell for cell in own if cell.higher_is_better is None]
-            parts += ["", *([f"## {data}", ""] if data else []), *_table(results, judged)]
+            parts += ["", *([f"## {_safe(data)}", ""] if data else []), *_table(results, judged)]
             parts += ["", _caption(results, own)]
             if controls:
                 parts += ["", "Controls, of which neither more nor less is better:", ""]
@@ -35,19 +34,30 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
 
 def plain_sentences(results: Results, cells: Sequence[Cell]) -> list[str]:
     """Return the summary without markup."""
-    return [html.unescape(re.sub(r"<[^>]+>", "", line)) for line in sentences(results, cells)]
+    return [line.striptags() for line in sentences(results, cells)]
+
+
+def _safe(text: str) -> str:
+    """Return text that stays text, and in its cell, wherever the Markdown is rendered.
+
+    Example:
+        >>> _safe("a|<b>")
+        'a\\\\|&lt;b>'
+    """
+    text = " ".join(text.split())
+    return re.sub(r"([|\[\]`])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
     variants = list(results.variants)
-    lines = [f"| | {' | '.join(variants)} |", f"|---|{'---:|' * len(variants)}"]
+    lines = [f"| | {' | '.join(map(_safe, variants))} |", f"|---|{'---:|' * len(variants)}"]
     for metric in dict.fromkeys(cell.metric for cell in cells):
         row = {cell.variant: cell for cell in cells if cell.metric == metric}
         first = next(iter(row.values()))
         arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
         unit = f" ({first.unit})" if first.unit else ""
         values = [_value(row.get(variant), results.references[0]) for variant in variants]
-        lines.append(f"| {metric}{unit}{arrow} | {' | '.join(values)} |")
+        lines.append(f"| {_safe(metric + unit)}{arrow} | {' | '.join(values)} |")
     return lines
 
 
@@ -55,7 +65,7 @@ def _caption(results: Results, cells: Sequence[Cell]) -> str:
     seeds = max(len(cell.values) for cell in cells)
     return (
         f"Mean ± standard deviation over up to {counted(seeds, 'seed')}, on {images_told(cells)}; "
-        f"▲ better or ▼ worse than {results.references[0]}: the {CONFIDENCE * 100:.0f} % "
+        f"▲ better or ▼ worse than {_safe(results.references[0])}: the {CONFIDENCE * 100:.0f} % "
         "bootstrap interval of the paired difference excludes zero."
     )
 

@@ -1,83 +1,103 @@
 """Building blocks of self-contained pages: one HTML file, no request to anywhere.
 
-page(title, sections, data=...) --> HTML with style, script, images and numbers inside
+page(title, template, ...) --> HTML with style, script, images and numbers inside
+
+Templates are Jinja's and escape every value; the policy runs no script and no style sheet but ours.
 """
 
 import base64
-import html
+import hashlib
 import io
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
 from torch import Tensor
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""The browser itself refuses whatever would leave the file."""
-
-escape = html.escape
 
 
 def page(
     title: str,
-    sections: Sequence[tuple[str, str, str]],
+    template: str,
+    sections: Mapping[str, str],
     *,
     lead: str = "",
     data: Mapping[str, Any] | None = None,
     scripts: Sequence[str] = (),
+    **values: Any,
 ) -> str:
     """Return a whole page.
 
     Args:
-        title: plain text.
-        sections: (anchor, heading, HTML) of each.
-        lead: HTML below the title.
+        title, lead: plain text, the latter below the title.
+        template: file in `page/` that makes the content.
+        sections: anchor -> heading of each, also given to the template.
         data: what the scripts read, as JSON; values that are not finite become null.
         scripts: names of files in `page/` after page.js.
+        values: of the template's variables; everything but a `Markup` is escaped.
 
     Example:
-        >>> text = page("A & B", [("one", "One", "<p>text</p>")])
-        >>> "<title>A &amp; B</title>" in text, text.count('href="#one"')
-        (True, 1)
+        >>> names = ["overview", "codes", "words", "maps", "usage", "settings"]
+        >>> sections = dict.fromkeys(names, "")
+        >>> text = page("A & B", "explorer.html", sections, panels=[], maps=None, samples=0,
+        ...     settings="<b>")
+        >>> "<title>A &amp; B</title>" in text, "<pre>&lt;b&gt;</pre>" in text
+        (True, True)
     """
-    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in sections)
-    body = "".join(
-        f'<section id="{anchor}"><h2>{escape(name)}</h2>{inside}</section>'
-        for anchor, name, inside in sections
-    )
+    environment = _environment()
+    content = environment.get_template(template).render(sections=sections, **values)
+    style = _asset("page.css")
     script = "\n".join(_asset(name) for name in ("page.js", *scripts))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{_asset('page.css')}</style></head><body>"
-        f'<header><div class="wide"><h1>{escape(title)}</h1>{lead}</div></header>'
-        f'<nav aria-label="Sections"><div class="wide">{links}'
-        '<button id="theme" type="button" title="Light or dark">◐<span class="unseen"> '
-        f"Light or dark</span></button></div></nav><main>{body}</main>"
-        '<dialog id="zoom"><form method="dialog"><button aria-label="Close">×</button></form>'
-        '<div class="inside"></div></dialog>'
-        f'<script type="application/json" id="data">{to_json(data or {})}</script>'
-        f"<script>{script}</script></body></html>\n"
+    return environment.get_template("base.html").render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        content=Markup(content),
+        data=finite(data or {}),
+        style=Markup(style),
+        script=Markup(script),
+        policy=policy(style, script),
     )
+
+
+def policy(style: str, script: str) -> str:
+    """Return a Content-Security-Policy under which only these run and nothing leaves the file."""
+    sheet, code = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (style, script)
+    )
+    return (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"script-src 'sha256-{code}'; style-src-elem 'sha256-{sheet}'; "
+        "style-src-attr 'unsafe-inline'"
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(str(resources.files(__package__) / "page"))),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "counted": counted,
+        "is_finite": math.isfinite,
+        "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # a line may break between
+        "place": lambda value, reach: f"{120 + 110 * value / (reach or 1):.1f}",  # in a whisker
+    }
+    return environment
 
 
 def _asset(name: str) -> str:
     return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
-
-
-def to_json(value: Any) -> str:
-    """Return JSON that may stand inside a script element.
-
-    Example:
-        >>> to_json({"a": float("nan"), "b": "</script>"})
-        '{"a": null, "b": "\\\\u003c/script>"}'
-    """
-    return json.dumps(finite(value), ensure_ascii=False).replace("<", "\\u003c")
 
 
 def finite(value: Any) -> Any:
@@ -124,39 +144,9 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def table(
-    name: str,
-    heads: Sequence[str],
-    rows: Iterable[str],
-    *,
-    caption: str,
-    sortable: bool = True,
-) -> str:
-    """Return a table that scrolls sideways where it does not fit.
-
-    Args:
-        name: id of the table.
-        heads: HTML of every `<th>...</th>`.
-        rows: HTML of every `<tr>...</tr>`; cells sort by their `data-value`, else by text.
-        caption: HTML.
-        sortable: whether a click on a head sorts.
-    """
-    return (
-        f'<div class="scroll"><table id="{name}"{" class=sortable" if sortable else ""}>'
-        f"<caption>{caption}</caption><thead><tr>{''.join(heads)}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
 def data_uri(content: bytes, kind: str) -> str:
     """Return content as a `data:` URI of a media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def download(name: str, text: str, kind: str) -> str:
-    """Return a link that saves `text` as the file `name`."""
-    uri = data_uri(text.encode(), f"{kind};charset=utf-8")
-    return f'<a class="button" download="{escape(name)}" href="{uri}">{escape(name)}</a>'
 
 
 def png_bytes(image: Tensor) -> bytes:

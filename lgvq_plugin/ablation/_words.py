@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from ._page import counted, escape, number
+from markupsafe import Markup
+
+from ._page import counted, number
 from .base import CONFIDENCE, Cell, Difference, Results, Run
 
 SHOWN = 4  # metrics named in a sentence
 
 
-def sentences(results: Results, cells: Sequence[Cell]) -> list[str]:
+def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
     """Return the summary, a sentence or two of HTML for each variant and each reservation."""
-    told = []
+    told: list[Markup] = []
     if any(d.seeds == 1 for cell in cells for d in cell.differences if _is_judged(cell, d)):
         told.append(
-            "<b>One seed</b>: an interval speaks of other images, not of another training; better "
-            "and worse are said of these trainings alone."
+            Markup(
+                "<b>One seed</b>: an interval speaks of other images, not of another training; "
+                "better and worse are said of these trainings alone."
+            )
         )
     for i, reference in enumerate(results.references):
         for data in results.datasets:
@@ -42,30 +46,30 @@ def _is_judged(cell: Cell, difference: Difference) -> bool:
     return difference.low is not None and cell.higher_is_better is not None
 
 
-def _verdict(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> str:
-    name = f"<b>{escape(variant)}</b>" + (f" on {escape(data)}" if data else "")
+def _verdict(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> Markup:
+    name = Markup("<b>{}</b>{}").format(variant, f" on {data}" if data else "")
     pairs = [(cell, d) for cell in cells if (d := cell.to(reference))]
     if all(cell.mean is None for cell in cells):
-        return ""  # told below: failed, or not run yet
+        return Markup("")  # told below: failed, or not run yet
     if not pairs:
-        return f"{name}: no run to compare with {escape(reference)}."
+        return Markup("{}: no run to compare with {}.").format(name, reference)
     judged = [(cell, d) for cell, d in pairs if _is_judged(cell, d)]
     if not judged:
-        return (
-            f"{name} against {escape(reference)}: no interval can be given, so nothing is marked "
-            f"({counted(pairs[0][1].seeds, 'seed')} and no values by image)."
-        )
-    parts = []
+        return Markup(
+            "{} against {}: no interval can be given, so nothing is marked "
+            "({} and no values by image)."
+        ).format(name, reference, counted(pairs[0][1].seeds, "seed"))
+    parts: list[str] = []
     for verdict in ("better", "worse"):
         found = [(cell, d) for cell, d in judged if d.verdict == verdict]
         if found:
             found.sort(key=lambda pair: -_clarity(pair[1]))
             named = "; ".join(_difference(cell, d) for cell, d in found[:SHOWN])
             more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            many = "metric" if len(found) == 1 else "metrics"
             parts.append(
-                f'<span class="mark {verdict}">{verdict}</span> on {len(found)} {many} '
-                f"({named}{more})"
+                Markup('<span class="mark {0}">{0}</span> on {1} ({2}{3})').format(
+                    verdict, counted(len(found), "metric"), named, more
+                )
             )
     left = tally(cells, reference)["open"]
     bare = sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs)
@@ -75,7 +79,7 @@ def _verdict(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> 
         )
     if bare:
         parts.append(f"no interval for {bare}")
-    return f"{name} against {escape(reference)}: {', '.join(parts)}."
+    return Markup("{} against {}: {}.").format(name, reference, Markup(", ").join(parts))
 
 
 def _clarity(difference: Difference) -> float:
@@ -86,30 +90,32 @@ def _clarity(difference: Difference) -> float:
 
 
 def _difference(cell: Cell, d: Difference) -> str:
-    unit = f" {escape(cell.unit)}" if cell.unit else ""
+    unit = f" {cell.unit}" if cell.unit else ""
     interval = f"[{number(d.low, signed=True)}, {number(d.high, signed=True)}]"
-    return f"{escape(cell.metric)} {number(d.value, signed=True)}{unit} {interval}"
+    return f"{cell.metric} {number(d.value, signed=True)}{unit} {interval}"
 
 
-def _reservations(results: Results, cells: Sequence[Cell]) -> list[str]:
-    told = []
+def _reservations(results: Results, cells: Sequence[Cell]) -> list[Markup]:
+    told: list[Markup] = []
     judged = [d for cell in cells for d in cell.differences if _is_judged(cell, d)]
     marked = sum(bool(d.verdict) for d in judged)
     if judged:
-        expected = (1 - CONFIDENCE) * len(judged)
+        expected = number((1 - CONFIDENCE) * len(judged), digits=2)
         told.append(
-            f"{counted(len(judged), 'comparison')} at {CONFIDENCE * 100:.0f} %: {marked} marked, "
-            f"where about {number(expected, digits=2)} would be if nothing differed."
+            Markup(
+                f"{counted(len(judged), 'comparison')} at {CONFIDENCE * 100:.0f} %: {marked} "
+                f"marked, where about {expected} would be if nothing differed."
+            )
         )
     failed = [run for run in results.runs if run.status == "failed"]
     missing = [run for run in results.runs if run.status == "missing"]
-    for runs, word in ((failed, "failed"), (missing, "not run yet")):
+    for runs, word in ((failed, "Failed"), (missing, "Not run yet")):
         if runs:
             names = ", ".join(
-                f"{escape(name)} ({counted(len([*some]), 'run')})"
+                f"{name} ({counted(len([*some]), 'run')})"
                 for name, some in groupby(runs, key=_place)
             )
-            told.append(f'<span class="failed">{word.capitalize()}</span>: {names}.')
+            told.append(Markup('<span class="failed">{}</span>: {}.').format(word, names))
     told.append(_cost(results))
     return told
 
@@ -118,24 +124,39 @@ def _place(run: Run) -> str:
     return f"{run.data}/{run.variant}" if run.data else run.variant
 
 
-def _cost(results: Results) -> str:
+def _cost(results: Results) -> Markup:
     """Compare seconds a step."""
-    base = seconds_per_step(results, results.references[0])
-    parts = []
-    for variant in results.variants:
-        own = seconds_per_step(results, variant)
-        if base and own and variant != results.references[0]:
-            parts.append(f"{escape(variant)} {own / base:.2f} ×")
-    return (
-        f"Time of a step, {escape(results.references[0])} = 1: {', '.join(parts)}." if parts else ""
-    )
+    reference = results.references[0]
+    base = seconds_per_step(results, reference)
+    parts = [
+        f"{variant} {own / base:.2f} ×"
+        for variant in results.variants
+        if variant != reference and base and (own := seconds_per_step(results, variant))
+    ]
+    if not parts:
+        return Markup("")
+    return Markup("Time of a step, {} = 1: {}.").format(reference, ", ".join(parts))
 
 
 def seconds_per_step(results: Results, variant: str) -> float | None:
     """Return the mean over the runs of a variant, or None."""
-    own = [
-        run.cost["seconds_per_step"]
-        for run in results.runs
-        if run.variant == variant and run.cost.get("seconds_per_step")
-    ]
+    costs = [run.cost for run in results.runs if run.variant == variant]
+    own = [seconds for cost in costs if (seconds := cost.get("seconds_per_step"))]
     return sum(own) / len(own) if own else None
+
+
+def span(values: Sequence[int], noun: str) -> str:
+    """Return "3 seeds", or "2 to 3 seeds"."""
+    low, high = min(values), max(values)
+    return counted(low, noun) if low == high else f"{low:,} to {counted(high, noun)}"
+
+
+def seeds_told(cells: Sequence[Cell]) -> str:
+    """Return "3 seeds", or a range."""
+    return span([len(cell.values) for cell in cells if cell.values] or [0], "seed")
+
+
+def images_told(cells: Sequence[Cell]) -> str:
+    """Return "512 images", or a range where metrics count other things too."""
+    counts = [cell.images for cell in cells if cell.images] or [0]
+    return span(counts, "image") + ("" if len({*counts}) == 1 else " (or questions, or words)")

@@ -6,10 +6,11 @@ YAML --plan--> Plan of Jobs --run--> Results of Runs --statistics--> Cells --rep
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeVar
 
+from .._fields import require, verify
 from .._files import write_json
 from ..sockets import ConfigError
 
@@ -17,7 +18,9 @@ from ..sockets import ConfigError
 RESULTS, SUMMARY, REPORT = "results.json", "summary.json", "report.html"
 VALUES, DIFFERENCES = "values.csv", "differences.csv"
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
+EVALUATING = "evaluating {}"  # in the log of a job, when its training is done
 CONFIDENCE = 0.95
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,58 @@ class Plan:
     jobs: tuple[Job, ...]
 
 
+class _Number(TypedDict):
+    value: float | None
+
+
+class Metric(_Number, total=False):
+    """A row of an evaluation: the mean of `per_image`, where it is one, over `n` things."""
+
+    n: int | None
+    unit: str | None
+    higher_is_better: bool | None
+    per_image: list[float] | None
+    settings: dict[str, Any] | None
+
+
+class Evaluation(TypedDict, total=False):
+    """What `evaluate` returned."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any] | None
+    metrics: dict[str, Metric]
+    skipped: dict[str, str]
+
+
+class Cost(TypedDict, total=False):
+    """What a training took; the step's time and the memory are None where they were not taken."""
+
+    steps: int
+    seconds_per_step: float | None
+    peak_memory_mib: float | None
+    memory_of: str
+    device: str
+
+
+class _Pictures(TypedDict):
+    original: str
+    reconstruction: str
+
+
+class Example(_Pictures, total=False):
+    """PNG paths below the ablation's folder, and what the image shows."""
+
+    caption: str
+
+
+class Variant(TypedDict, total=False):
+    """What the report says of a variant."""
+
+    note: str
+    changes: Any
+    config: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What became of one job.
@@ -75,12 +130,10 @@ class Run:
     Args:
         status: done, failed or missing (not run yet).
         reason: why it is not done; "" if it is.
-        evaluation: `{"settings", "environment", "metrics": {name: {"value", "n", "unit",
-            "higher_is_better", "per_image"}}}`.
-        curves: log key -> list of [step, value].
-        cost: seconds_per_step, peak_memory_mib, steps, device.
-        examples: `{"caption", "original", "reconstruction"}`, PNG paths below the ablation's
-            folder.
+        evaluation: what `evaluate` returned.
+        curves: log key -> list of (step, value).
+        cost: of the training.
+        examples: images and their reconstructions.
     """
 
     data: str
@@ -88,13 +141,13 @@ class Run:
     seed: int
     status: Literal["done", "failed", "missing"] = "done"
     reason: str = ""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
-    examples: list[dict[str, str]] = field(default_factory=list)
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation())
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    cost: Cost = field(default_factory=lambda: Cost())
+    examples: list[Example] = field(default_factory=list)
 
     @property
-    def metrics(self) -> dict[str, dict[str, Any]]:
+    def metrics(self) -> dict[str, Metric]:
         """The metrics of a run that is done."""
         return self.evaluation.get("metrics", {}) if self.status == "done" else {}
 
@@ -105,7 +158,7 @@ class Results:
 
     title: str
     references: tuple[str, ...]
-    variants: dict[str, dict[str, Any]]
+    variants: dict[str, Variant]
     runs: tuple[Run, ...]
 
     @property
@@ -122,14 +175,25 @@ class Results:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ConfigError: if there is no such file or it holds something else.
+            ConfigError: if there is no such file or it holds something else, by its key.
         """
-        given = read_json(path)
-        try:
-            runs = tuple(Run(**run) for run in given.pop("runs"))
-            return cls(**{**given, "references": tuple(given["references"]), "runs": runs})
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not the results of `lgvq ablate`: {error}") from error
+        found = read_record(path, cls)
+        runs = tuple(Run(**run) for run in found.runs)  # type: ignore[arg-type]
+        results = replace(found, references=tuple(found.references), runs=runs)
+        known = f"one of {', '.join(results.variants)}"
+        require(bool(results.references), f"{path}: references", known, [])
+        for i, name in enumerate(results.references):
+            require(name in results.variants, f"{path}: references[{i}]", known, name)
+        places = set()
+        for i, run in enumerate(runs):
+            require(
+                run.variant in results.variants, f"{path}: runs[{i}].variant", known, run.variant
+            )
+            place = run.data, run.variant, run.seed
+            once = "one run of each data set, variant and seed"
+            require(place not in places, f"{path}: runs[{i}]", once, place)
+            places.add(place)
+        return results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,14 +273,51 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: if there is no such file or it is no JSON mapping.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {str(path)!r}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON mapping, got {type(value).__name__}")
     return value
+
+
+def read_record(path: Path, cls: type[T]) -> T:
+    """Read a JSON file that holds a dataclass.
+
+    Raises:
+        ConfigError: if there is no such file, or a key is missing, unknown or of another type.
+    """
+    value = read_json(path)
+    try:
+        verify(value, cls, "")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {str(error).removeprefix(': ')}; the file was changed, or written by "
+            "another version"
+        ) from error
+    return cls(**value)
+
+
+def example_file(root: Path, path: str) -> Path:
+    """Return the file of an example, which is a picture below `root`.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    from PIL import Image
+
+    file = root / path
+    key = f"examples: {path!r}"
+    inside = "\0" not in path and file.resolve().is_relative_to(root.resolve())
+    require(inside, key, f"a path below {str(root)!r}", path)
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{key}: cannot be read as a PNG file: {error}") from error
+    return file
 
 
 def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,12 +19,19 @@ from .._files import write_text
 from ..guides.base import AbstractGuide
 from ..training.base import build_dataset
 from . import _codebook
-from ._explorer_html import explorer_page
-from ._page import data_uri, finite, png_bytes
+from ._page import counted, data_uri, finite, page, png_bytes
 
 PAGE = "codebook.html"
 COLUMNS = 32  # tiles in a row of a sheet
 THUMBNAIL = 128  # pixels a side, at most
+SECTIONS = {
+    "overview": "Overview",
+    "codes": "Codes",
+    "words": "Words",
+    "maps": "Similarity maps",
+    "usage": "Usage",
+    "settings": "Settings",
+}
 TOP_WORDS, TOP_CODES, MAP_WORDS = 8, 16, 28
 
 
@@ -84,8 +92,33 @@ def write_explorer(
         "maps": _maps(vocabulary, vectors, guide),
     }
     path = folder / PAGE
-    write_text(path, explorer_page(data, samples.source))
+    write_text(path, _page_of(data, samples.source))
     return path
+
+
+def _page_of(data: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+    """Return the page's frame around the data; explorer.js fills it."""
+    names = " and ".join(panel["name"] for panel in data["panels"])
+    told: dict[str, Any] = {"data": finite(dict(source)), "images": data["samples"]}
+    told["words"] = len(data["words"])
+    if data["maps"] is not None:
+        told["guide"] = data["maps"]["guide"]
+    lead = (
+        f"{names}, on {counted(data['samples'], 'captioned image')}; the page shows "
+        f"the first {len(data['images'])}."
+    )
+    return page(
+        f"Codebook of {names}",
+        "explorer.html",
+        SECTIONS,
+        lead=lead,
+        data=data,
+        scripts=["explorer.js"],
+        panels=data["panels"],
+        maps=data["maps"],
+        samples=data["samples"],
+        settings=yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=88),
+    )
 
 
 def _panel(

@@ -6,6 +6,7 @@ Results + Cells --> words, table, differences, curves, images, cost, runs, setti
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +15,22 @@ from typing import Any
 import yaml
 
 from .._files import write_text
-from ._page import counted, data_uri, download, escape, finite, number, page, table
-from ._tables import differences, numbers, swatch
-from ._words import seconds_per_step, sentences, tally
-from .base import Cell, Results, Run, mean_and_sd
+from ._page import counted, data_uri, finite, page
+from ._words import images_told, seconds_per_step, seeds_told, sentences, span, tally
+from .base import CONFIDENCE, Cell, Difference, Results, Run, example_file, mean_and_sd
 
 LARGEST_RAW = 300_000  # values by image that the page still carries
+SECTIONS = {
+    "summary": "Summary",
+    "table": "All numbers",
+    "differences": "Differences",
+    "curves": "Curves",
+    "images": "Reconstructions",
+    "cost": "Cost",
+    "runs": "Runs",
+    "settings": "Settings",
+    "raw": "Raw numbers",
+}
 
 
 def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: Path) -> Path:
@@ -33,156 +44,153 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
 
     Returns:
         `path`.
+
+    Raises:
+        ConfigError: if an example is no picture below `root`.
     """
-    sections = [
-        ("summary", "Summary", _summary(results, cells)),
-        ("table", "All numbers", numbers(results, cells)),
-        ("differences", "Differences", differences(results, cells)),
-        ("curves", "Curves", _CURVES),
-        ("images", "Reconstructions", _images(results, root)),
-        ("cost", "Cost", _cost(results)),
-        ("runs", "Runs", _runs(results)),
-        ("settings", "Settings", _settings(results)),
-        ("raw", "Raw numbers", _raw(results, cells)),
-    ]
-    done = sum(run.status == "done" for run in results.runs)
+    sets = f" × {counted(len(results.datasets), 'data set')}" if results.datasets != [""] else ""
     lead = (
-        f"<p>{counted(len(results.variants), 'variant')} × "
-        f"{counted(len({run.seed for run in results.runs}), 'seed')}"
-        + (f" × {counted(len(results.datasets), 'data set')}" if results.datasets != [""] else "")
-        + f"; {done} of {counted(len(results.runs), 'run')} done. "
-        f"Compared to <b>{escape(results.references[0])}</b>.</p>"
+        f"{counted(len(results.variants), 'variant')} × "
+        f"{counted(len({run.seed for run in results.runs}), 'seed')}{sets}; "
+        f"{sum(run.status == 'done' for run in results.runs)} of "
+        f"{counted(len(results.runs), 'run')} done. Compared to {results.references[0]}."
     )
     curves = [
         {"data": run.data, "variant": run.variant, "seed": run.seed, "curves": run.curves}
         for run in results.runs
         if run.curves
     ]
-    data = {"variants": [*results.variants], "runs": curves}
-    text = page(results.title, sections, lead=lead, data=data, scripts=["report.js"])
+    text = page(
+        results.title,
+        "report.html",
+        SECTIONS,
+        lead=lead,
+        data={"variants": [*results.variants], "runs": curves},
+        scripts=["report.js"],
+        reference=results.references[0],
+        colors={variant: i % 10 for i, variant in enumerate(results.variants)},
+        cards=[_card(results, cells, variant) for variant in results.variants],
+        sentences=sentences(results, cells),
+        **_numbers(results, cells),
+        **_differences(results, cells),
+        grids=_grids(results, root),
+        costs=_costs(results),
+        runs=[(run, run.reason or _skipped(run)) for run in results.runs],
+        settings=_settings(results),
+        evaluation=_evaluation(results),
+        **_raw(results, cells),
+    )
     write_text(path, text)
     return path
 
 
-def _summary(results: Results, cells: Sequence[Cell]) -> str:
-    reference = results.references[0]
-    cards = []
-    for variant, told in results.variants.items():
-        own = [cell for cell in cells if cell.variant == variant]
-        counts = tally(own, reference)
-        if variant == reference:
-            big = "reference"
-        elif sum(counts.values()):
-            big = (
-                f'<span class="done">{counts["better"]}</span> better · '
-                f'<span class="failed">{counts["worse"]}</span> worse'
-            )
-        else:
-            big = "not judged"
-        small = f"{counts['open']} not told apart" if sum(counts.values()) else ""
-        cards.append(
-            f'<div class="card"><h3>{swatch(results, variant)}{escape(variant)}</h3>'
-            f'<div class="big">{big}</div>'
-            f'<div class="note">{small}</div><div class="note">{escape(told.get("note", ""))}</div>'
-            "</div>"
-        )
-    items = "".join(f"<li>{sentence}</li>" for sentence in sentences(results, cells))
-    return f'<div class="cards">{"".join(cards)}</div><ul>{items}</ul>'
+def _card(results: Results, cells: Sequence[Cell], variant: str) -> dict[str, Any]:
+    counts = tally([cell for cell in cells if cell.variant == variant], results.references[0])
+    return {
+        "variant": variant,
+        "note": results.variants[variant].get("note", ""),
+        "is_reference": variant == results.references[0],
+        **counts,
+    }
 
 
-_CURVES = (
-    '<div class="controls"><label>Key <select id="curve-key"></select></label>'
-    '<label id="curve-data-label">Data <select id="curve-data"></select></label>'
-    '<label class="inline"><input type="checkbox" id="curve-seeds" checked> each seed</label>'
-    '<label class="inline"><input type="checkbox" id="curve-log"> log scale</label></div>'
-    '<div class="legend" id="curve-legend"></div><div class="chart" id="curve"></div>'
-    '<div class="tip" id="curve-tip" aria-live="polite"></div><p class="note" id="curve-note"></p>'
-)
+def _numbers(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The table of all numbers: a row for each data set and variant, a column for each metric."""
+    metrics = {cell.metric: cell for cell in reversed(cells)}
+    metrics = {name: metrics[name] for name in dict.fromkeys(cell.metric for cell in cells)}
+    at = {(cell.data, cell.variant, cell.metric): cell for cell in cells}
+    caption = (
+        f"Mean ± standard deviation over {seeds_told(cells)}, on {images_told(cells)}. "
+        f"Marked ▲ better or ▼ worse than {results.references[0]} only where the "
+        f"{CONFIDENCE * 100:.0f} % bootstrap interval of the paired difference excludes zero."
+    )
+    rows = [
+        (data, variant, {metric: at.get((data, variant, metric)) for metric in metrics})
+        for data in results.datasets
+        for variant in results.variants
+    ]
+    return {"metrics": metrics, "rows": rows, "numbers_caption": caption}
 
 
-def _images(results: Results, root: Path) -> str:
+def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The table of differences, each with the reach of its metric: a scale around zero."""
+    found = [(cell, d) for cell in cells for d in cell.differences]
+    reach: dict[tuple[str, str], float] = {}
+    for cell, d in found:
+        key = cell.data, cell.metric
+        reach[key] = max(reach.get(key, 0.0), _reach(d))
+    caption = (
+        f"Variant minus reference over {span([d.seeds for _, d in found] or [0], 'seed')} and "
+        f"{images_told([c for c, _ in found])}, with {CONFIDENCE * 100:.0f} % bootstrap intervals: "
+        "paired by image where the metric is a mean over images (both are drawn anew), else by "
+        "seed; widened for few seeds to the width of a t interval. Each metric has its own scale. "
+        "No interval is given where all seeds differ by the very same."
+    )
+    return {
+        "pairs": [(cell, d, reach[cell.data, cell.metric]) for cell, d in found],
+        "pairs_caption": caption,
+        "has_many": len(results.references) > 1,
+    }
+
+
+def _reach(d: Difference) -> float:
+    ends = [abs(x) for x in (d.value, d.low, d.high) if x is not None and math.isfinite(x)]
+    return max(ends, default=0.0)
+
+
+def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
     """The first images of one seed: the originals, then every variant's reconstructions."""
-    parts = []
+    grids = []
     for data in results.datasets:
-        shown = {}
+        shown: dict[str, Run] = {}
         for variant in results.variants:
             runs = [run for run in results.runs if (run.data, run.variant) == (data, variant)]
             found = next((run for run in runs if run.examples), None)
             if found is not None:
                 shown[variant] = found
         if shown:
-            parts.append(_image_grid(results, data, shown, root))
-    return "".join(parts) or "<p>No run kept images.</p>"
-
-
-def _image_grid(results: Results, data: str, shown: dict[str, Run], root: Path) -> str:
-    first = next(iter(shown.values()))
-    columns = min(len(run.examples) for run in shown.values())
-    rows = [("original", "", [example["original"] for example in first.examples])]
-    for variant, run in shown.items():
-        paths = [example["reconstruction"] for example in run.examples]
-        rows.append((variant, swatch(results, variant), paths))
-    captions = [example.get("caption", "") for example in first.examples]
-    cells = []
-    for name, color, paths in rows:
-        cells.append(f'<div class="name">{color}{escape(name)}</div>')
-        for i, path in enumerate(paths[:columns]):
-            uri = data_uri((root / path).read_bytes(), "image/png")
-            cells.append(
-                f'<button type="button" data-column="{i}" data-row="{escape(name)}" '
-                f'data-caption="{escape(captions[i])}">'
-                f'<img src="{uri}" alt="{escape(name)}, image {i + 1}"></button>'
+            first = next(iter(shown.values())).examples
+            columns = min(len(run.examples) for run in shown.values())
+            rows = [("original", _uris([e["original"] for e in first[:columns]], root))]
+            rows += [
+                (variant, _uris([e["reconstruction"] for e in run.examples[:columns]], root))
+                for variant, run in shown.items()
+            ]
+            grids.append(
+                {
+                    "data": data,
+                    "columns": columns,
+                    "rows": rows,
+                    "captions": [example.get("caption", "") for example in first],
+                    "seeds": sorted({run.seed for run in shown.values()}),
+                }
             )
-    seeds = sorted({run.seed for run in shown.values()})
-    told = f"Seed {', '.join(map(str, seeds))}; the first {counted(columns, 'evaluated image')}"
-    heading = f"<h3>{escape(data)}</h3>" if data else ""
-    return (
-        f'{heading}<div class="scroll"><div class="grid" data-columns="{columns}" '
-        f'style="grid-template-columns:auto repeat({columns},max-content)">{"".join(cells)}</div>'
-        f'</div><p class="note">{told}, not chosen. Click to enlarge, ← → for the next.</p>'
-    )
+    return grids
 
 
-def _cost(results: Results) -> str:
+def _uris(paths: Sequence[str], root: Path) -> list[str]:
+    return [data_uri(example_file(root, path).read_bytes(), "image/png") for path in paths]
+
+
+def _costs(results: Results) -> list[dict[str, Any]]:
     rows, base = [], seconds_per_step(results, results.references[0])
     for variant in results.variants:
         costs = [run.cost for run in results.runs if run.variant == variant and run.cost]
-        seconds = [c["seconds_per_step"] for c in costs if c.get("seconds_per_step")]
+        seconds = [value for c in costs if (value := c.get("seconds_per_step"))]
         mean, sd = mean_and_sd(seconds)
-        memory, _ = mean_and_sd([c["peak_memory_mib"] for c in costs if c.get("peak_memory_mib")])
-        ratio = mean / base if mean and base else None
-        device = ", ".join(sorted({str(c.get("device", "")) for c in costs}))
+        memory, _ = mean_and_sd([value for c in costs if (value := c.get("peak_memory_mib"))])
         rows.append(
-            f'<tr><th scope="row">{swatch(results, variant)}{escape(variant)}</th>'
-            f'<td data-value="{mean or ""}"><b>{number(mean)}</b>'
-            f"<small>± {number(sd, digits=2)}</small></td>"
-            f'<td data-value="{ratio or ""}">{number(ratio, digits=3)}</td>'
-            f'<td data-value="{memory or ""}">{number(memory)}</td>'
-            f'<td data-value="{len(seconds)}">{len(seconds)}</td>'
-            f'<td class="text">{escape(device)}</td></tr>'
+            {
+                "variant": variant,
+                "mean": mean,
+                "sd": sd,
+                "ratio": mean / base if mean and base else None,
+                "memory": memory,
+                "runs": len(seconds),
+                "device": ", ".join(sorted({str(c.get("device", "")) for c in costs})),
+            }
         )
-    names = ("variant", "seconds a step", f"× {results.references[0]}", "peak memory, MiB", "runs")
-    heads = [f'<th scope="col">{escape(name)}</th>' for name in names]
-    caption = (
-        "Wall time from the first to the last step, with validations and checkpoints, by steps; "
-        "other work on the machine is in it. Memory: the GPU's if there is one, else the process's."
-    )
-    return table(
-        "costs", [*heads, '<th scope="col" class="text">device</th>'], rows, caption=caption
-    )
-
-
-def _runs(results: Results) -> str:
-    rows = [
-        f'<tr><th scope="row">{escape("/".join(p for p in (run.data, run.variant) if p))}</th>'
-        f'<td>{run.seed}</td><td class="text {run.status}">{run.status}</td>'
-        f"<td>{number(run.cost.get('steps'))}</td>"
-        f'<td class="text">{escape(run.reason or _skipped(run))}</td></tr>'
-        for run in results.runs
-    ]
-    heads = ["<th>variant</th>", "<th>seed</th>", '<th class="text">status</th>', "<th>steps</th>"]
-    caption = f"All {counted(len(results.runs), 'run')} of the plan; none is left out."
-    return table("all-runs", [*heads, '<th class="text">reason</th>'], rows, caption=caption)
+    return rows
 
 
 def _skipped(run: Run) -> str:
@@ -191,24 +199,23 @@ def _skipped(run: Run) -> str:
     return "; ".join(f"{name} skipped: {why}" for name, why in skipped.items())
 
 
-def _settings(results: Results) -> str:
-    parts = []
-    for variant, told in results.variants.items():
-        changes = told.get("changes") or {}
-        text = _yaml(changes) if changes else "nothing\n"
-        full = _yaml(told["config"]) if told.get("config") else ""
-        whole = f"<details><summary>whole config</summary><pre>{escape(full)}</pre></details>"
-        parts.append(
-            f"<h3>{swatch(results, variant)}{escape(variant)}: what it changes</h3>"
-            f"<pre>{escape(text)}</pre>{whole if full else ''}"
+def _settings(results: Results) -> list[tuple[str, str, str]]:
+    """Each variant, what it changes, and its whole config."""
+    return [
+        (
+            variant,
+            _yaml(told["changes"]) if told.get("changes") else "nothing\n",
+            _yaml(told["config"]) if told.get("config") else "",
         )
+        for variant, told in results.variants.items()
+    ]
+
+
+def _evaluation(results: Results) -> dict[str, str]:
     done = next((run for run in results.runs if run.status == "done"), None)
-    for name in ("settings", "environment"):
-        given = done.evaluation.get(name) if done else None
-        if given:
-            title = "Evaluation" if name == "settings" else "Environment"
-            parts.append(f"<h3>{title}</h3><pre>{escape(_yaml(given))}</pre>")
-    return "".join(parts)
+    titles = {"settings": "Evaluation", "environment": "Environment"}
+    given = {titles[name]: done.evaluation.get(name) for name in titles} if done else {}
+    return {title: _yaml(value) for title, value in given.items() if value}
 
 
 def _yaml(value: Any) -> str:
@@ -216,25 +223,26 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=88)
 
 
-def _raw(results: Results, cells: Sequence[Cell]) -> str:
+def _raw(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The files to download; `left_out` counts the values by image that are not in them."""
     plain = asdict(results)
     content = {"results": plain, "cells": [asdict(cell) for cell in cells]}
     metrics = [entry for run in plain["runs"] for entry in _entries(run)]
     values = sum(len(entry.get("per_image") or ()) for entry in metrics)
-    if values > LARGEST_RAW:
+    is_large = values > LARGEST_RAW
+    if is_large:
         for entry in metrics:
             entry["per_image"] = None
-    left_out = (
-        f" {values:,} values by image are in results.json alone." if values > LARGEST_RAW else ""
-    )
-    return (
-        "<p>The numbers of this page, as they are before rounding.</p>"
-        f"<p>{download('results.json', json.dumps(finite(content)), 'application/json')} "
-        f"{download('values.csv', values_csv(results), 'text/csv')} "
-        f"{download('differences.csv', differences_csv(cells), 'text/csv')}</p>"
-        f'<p class="note">values.csv: one line for each run and metric. differences.csv: one for '
-        f"each paired difference.{left_out}</p>"
-    )
+    files = {
+        "results.json": (json.dumps(finite(content), default=str), "application/json"),
+        "values.csv": (values_csv(results), "text/csv"),
+        "differences.csv": (differences_csv(cells), "text/csv"),
+    }
+    downloads = {
+        name: data_uri(text.encode(), f"{kind};charset=utf-8")
+        for name, (text, kind) in files.items()
+    }
+    return {"downloads": downloads, "left_out": values if is_large else 0}
 
 
 def _entries(run: dict[str, Any]) -> list[dict[str, Any]]:

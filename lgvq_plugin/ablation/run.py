@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._fields import differing
+from .._fields import differing, require
 from .._files import write_json
+from ..evaluation.base import DEFAULT
 from ..guides.base import build_guide
 from ..sockets import ConfigError
-from .base import JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_json
+from .base import EVALUATING, JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, Variant, read_record
 
 POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ def run_plan(
                     del running[slot]
                     _finish(job, folder / job.name, process.returncode)
                     collect(plan, folder).save(folder / RESULTS)
-            _show(bar, plan, folder, [job.name for job, _ in running.values()])
+            _show(bar, plan, folder, [job for job, _ in running.values()])
             time.sleep(POLL_SECONDS if running else 0)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -97,16 +99,24 @@ def collect(plan: Plan, folder: Path) -> Results:
     for job in plan.jobs:
         path = folder / job.name / RUN
         if path.is_file():
-            runs.append(Run(**read_json(path)))
+            runs.append(_read_run(path, job))
         else:
             runs.append(_not_done(job, "missing", "not run yet"))
     configs = {job.variant: job.config for job in reversed(plan.jobs)}
     return Results(
         title=plan.title,
         references=plan.references,
-        variants={k: {**told, "config": configs[k]} for k, told in plan.variants.items()},
+        variants={k: Variant(**told, config=configs[k]) for k, told in plan.variants.items()},
         runs=tuple(runs),
     )
+
+
+def _read_run(path: Path, job: Job) -> Run:
+    run = read_record(path, Run)
+    for name in ("data", "variant", "seed"):
+        expected, got = getattr(job, name), getattr(run, name)
+        require(got == expected, f"{path}: {name}", repr(expected), got)
+    return run
 
 
 def _interrupt_on_sigterm() -> Any:
@@ -132,10 +142,10 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
     for job in plan.jobs:
         path = folder / job.name
         given = asdict(job)
-        before = read_json(path / JOB) if job in held else given
+        before = asdict(read_record(path / JOB, Job)) if job in held else given
         if (path / "checkpoints").is_dir():
             _check_same(before["config"], given["config"], path)
-        done = (path / RUN).is_file() and Run(**read_json(path / RUN)).status == "done"
+        done = (path / RUN).is_file() and _read_run(path / RUN, job).status == "done"
         if done and before == given:
             continue
         (path / RUN).unlink(missing_ok=True)
@@ -220,24 +230,54 @@ def _not_done(job: Job, status: Any, reason: str) -> Run:
     return Run(data=job.data, variant=job.variant, seed=job.seed, status=status, reason=reason)
 
 
-def _show(bar: Any, plan: Plan, folder: Path, running: list[str]) -> None:
+def _show(bar: Any, plan: Plan, folder: Path, running: list[Job]) -> None:
     done = 0
     for job in plan.jobs:
         steps = job.config["training"]["max_steps"]
         finished = (folder / job.name / RUN).is_file()
         done += steps if finished else min(steps, _logged_step(folder / job.name))
-    bar.set_postfix_str(", ".join(running), refresh=False)
-    if done > bar.n:
-        bar.update(done - bar.n)
+    bar.set_postfix_str(", ".join(_phase(job, folder / job.name) for job in running), refresh=False)
+    bar.update(max(0, done - bar.n))
+    if time.monotonic() - getattr(bar, "shown", 0.0) >= 1:  # the clock goes on in an evaluation
+        bar.shown = time.monotonic()
+        bar.refresh()
+
+
+def _phase(job: Job, folder: Path) -> str:
+    """Say what a running job does, as its log tells: starting, training, or which metric.
+
+    Example:
+        >>> job = Job(data="", variant="a", seed=0, config={"training": {"max_steps": 9}})
+        >>> _phase(job, Path("nowhere"))
+        'a/seed_0 starting'
+    """
+    log = folder / LOG
+    told = _tail(log).rpartition(EVALUATING.format(job.name))
+    measured = re.findall(r"^measuring (\w+)$", told[2], re.MULTILINE)
+    names = job.evaluation.get("metrics") or DEFAULT
+    if told[1] and measured:
+        return f"{job.name} measuring {measured[-1]} ({len(measured)} of {len(names)} metrics)"
+    if told[1]:
+        return f"{job.name} evaluating"
+    step = _logged_step(folder)
+    steps = job.config["training"]["max_steps"]
+    return f"{job.name} training, step {step} of {steps}" if step else f"{job.name} starting"
+
+
+def _tail(path: Path, count: int = 16384) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _logged_step(folder: Path) -> int:
     """The step in the last line of metrics.csv."""
     try:
-        with (folder / "metrics.csv").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return int(file.read().splitlines()[-1].split(b",")[0])
-    except (OSError, ValueError, IndexError):
+        return int(_tail(folder / "metrics.csv", 4096).splitlines()[-1].split(",")[0])
+    except (ValueError, IndexError):
         return 0
 
 

@@ -187,11 +187,8 @@ def compare(results: Results, *, resamples: int = RESAMPLES) -> list[Cell]:
 
 
 def _by_seed(runs: Sequence[Run], variant: str, metric: str) -> dict[int, Mapping[str, Any]]:
-    return {
-        run.seed: run.metrics[metric]
-        for run in runs
-        if run.variant == variant and run.metrics.get(metric, {}).get("value") is not None
-    }
+    found = {run.seed: run.metrics.get(metric) for run in runs if run.variant == variant}
+    return {seed: row for seed, row in found.items() if row and row["value"] is not None}
 
 
 def _cell(

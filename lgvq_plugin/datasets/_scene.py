@@ -36,6 +36,7 @@ SIZES = {"small": (0.09, 0.115), "large": (0.17, 0.21)}  # range of the radius
 TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = ("plain", "gradient", "checkered", "noisy")
 MAX_OBJECTS = 4
+SIMPLE_SCALE = 1.5  # of the radii of simple scenes
 
 MARGIN = 0.02  # free border of the picture, so that no object is clipped
 OBJECT_CONTRAST = 95.0  # least RGB distance of an object to its background
@@ -80,21 +81,27 @@ class Scene:
         return max(self.objects, key=lambda thing: thing.radius)
 
 
-def compose(draws: Draws) -> Scene:
+def compose(draws: Draws, *, simple: bool = False) -> Scene:
     """Return a random scene.
+
+    Args:
+        draws: the random choices.
+        simple: one or two objects, half as large again, on a plain or shaded background.
 
     Example:
         >>> scene = compose(Draws(0))
         >>> 1 <= len(scene.objects) <= 4
         True
     """
-    background = _background(draws)
+    kinds = ("plain", "plain", "gradient", "checkered", "noisy")
+    background = _background(draws, kinds[:3] if simple else kinds)
     colors = [name for name, rgb in COLORS.items() if _stands_out(rgb, background)]
-    count = 1 + draws.pick((0, 1, 1, 2, 2, 3))
+    count = 1 + draws.pick((0, 1) if simple else (0, 1, 1, 2, 2, 3))
+    scale = SIMPLE_SCALE if simple else 1.0
     while True:
         objects: list[SceneObject] = []
         for _ in range(count):
-            placed = _place(objects, colors, draws)
+            placed = _place(objects, colors, scale, draws)
             if placed is None:
                 break
             objects.append(placed)
@@ -102,8 +109,8 @@ def compose(draws: Draws) -> Scene:
             return Scene(tuple(objects), background)
 
 
-def _background(draws: Draws) -> Background:
-    kind = draws.pick(("plain", "plain", "gradient", "checkered", "noisy"))
+def _background(draws: Draws, kinds: tuple[str, ...]) -> Background:
+    kind = draws.pick(kinds)
     first = draws.pick(tuple(TONES))
     tones: tuple[str, ...] = (first,)
     if kind in ("gradient", "checkered"):
@@ -113,7 +120,9 @@ def _background(draws: Draws) -> Background:
     return Background(kind, tones, vertical, cells, int(draws.unit() * 2**31))
 
 
-def _place(others: list[SceneObject], colors: list[str], draws: Draws) -> SceneObject | None:
+def _place(
+    others: list[SceneObject], colors: list[str], scale: float, draws: Draws
+) -> SceneObject | None:
     shape, color = draws.pick(SHAPES), draws.pick(colors)
     if others and draws.chance(0.4):  # else "two red circles" would be rare
         shape = draws.pick(others).shape
@@ -121,7 +130,7 @@ def _place(others: list[SceneObject], colors: list[str], draws: Draws) -> SceneO
         color = draws.pick(others).color
     size = draws.pick(tuple(SIZES))
     texture = draws.pick(("plain", "plain", "plain", *TEXTURES[1:]))
-    radius = draws.between(*SIZES[size])
+    radius = scale * draws.between(*SIZES[size])
     low = radius + MARGIN
     for _ in range(20):
         x, y = draws.between(low, 1 - low), draws.between(low, 1 - low)

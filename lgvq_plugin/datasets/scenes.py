@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,17 @@ from .base import CaptionedImages
 
 LENGTHS = {"train": 4096, "validation": 512, "test": 512}
 LOOK, WORDS, CHOICE = range(3)  # streams of one sample
+MOST_KEPT = 2**26  # bytes of drawn images that a data set keeps
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What is the same in every epoch."""
+
+    scene: Scene
+    picture: Image.Image
+    captions: list[str]
+    questions: list[dict[str, Any]]
 
 
 class Scenes(CaptionedImages):
@@ -38,6 +50,8 @@ class Scenes(CaptionedImages):
         channel_first: (C, H, W) images instead of (H, W, C).
         channels: 1: grey; 3: RGB; 4: RGB and alpha, which is 1 everywhere.
         image_key: a second key of a sample that holds the image, beside `image`.
+        simple: one or two objects, half as large again, on a plain or shaded background: pictures
+            that a small tokenizer learns in minutes.
 
     Example:
         >>> sample = Scenes("validation", size=32)[0]
@@ -54,6 +68,7 @@ class Scenes(CaptionedImages):
         channel_first: bool = False,
         channels: int = 3,
         image_key: str = "image",
+        simple: bool = False,
     ):
         if split not in LENGTHS:
             raise ConfigError(f"Scenes: no split {split!r}{suggest(split, list(LENGTHS))}")
@@ -65,8 +80,9 @@ class Scenes(CaptionedImages):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")
         self.split, self.size, self.length = split, size, length
-        self.seed, self.channel_first = seed, channel_first
+        self.seed, self.channel_first, self.simple = seed, channel_first, simple
         self.channels, self.image_key = channels, image_key
+        self._drawn: dict[int, _Drawn] = {}
 
     def __len__(self) -> int:
         """Return the number of scenes."""
@@ -77,9 +93,9 @@ class Scenes(CaptionedImages):
         if not -self.length <= index < self.length:
             raise IndexError(f"Scenes has {self.length} samples, no {index}")
         index %= self.length
-        scene, telling = self.scene(index), self._draws(index, WORDS)
-        captions = _scene_language.captions(scene, telling)
-        picture = to_array(self._picture(scene), self.channel_first)
+        drawn = self._drawn.get(index) or self._draw(index)
+        captions = drawn.captions.copy()
+        picture = to_array(drawn.picture, self.channel_first)
         return {
             "image": picture,
             self.image_key: picture,
@@ -87,13 +103,23 @@ class Scenes(CaptionedImages):
             "captions": captions,
             "file": f"{self.split}_{index:06d}.png",
             "index": index,
-            "questions": _scene_questions.questions(scene, telling),
-            "attributes": _attributes(scene),
+            "questions": [dict(question) for question in drawn.questions],
+            "attributes": _attributes(drawn.scene),
         }
 
     def count_captioned(self) -> int:
         """Return the number of scenes: each has captions."""
         return self.length
+
+    def _draw(self, index: int) -> "_Drawn":
+        """Draw a sample and keep it: drawing one takes as long as a small host's training step."""
+        scene, telling = self.scene(index), self._draws(index, WORDS)
+        captions = _scene_language.captions(scene, telling)
+        questions = _scene_questions.questions(scene, telling)
+        drawn = _Drawn(scene, self._picture(scene), captions, questions)
+        if (len(self._drawn) + 1) * self.shape[0] * self.shape[1] * self.channels <= MOST_KEPT:
+            self._drawn[index] = drawn
+        return drawn
 
     def captions_of(self, index: int) -> list[str]:
         """Return the captions of sample `index` (>= 0) without drawing it."""
@@ -101,7 +127,7 @@ class Scenes(CaptionedImages):
 
     def scene(self, index: int) -> Scene:
         """Return the symbolic scene behind sample `index` (>= 0)."""
-        return compose(self._draws(index, LOOK))
+        return compose(self._draws(index, LOOK), simple=self.simple)
 
     @staticmethod
     def vocabulary() -> list[str]:

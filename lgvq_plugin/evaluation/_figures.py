@@ -38,7 +38,8 @@ def write_usage(path: Path, contexts: Mapping[str, Context]) -> None:
         axes.plot(np.arange(1, len(share) + 1)[is_used], share[is_used], label=label, lw=1.5)
     axes.set(xlabel="code, by rank", ylabel="share of all places", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)  # "$" in a name is a dollar, not mathematics
     _save(figure, path)
 
 
@@ -93,9 +94,9 @@ def _figure(
             axis.set_frame_on(False)
             if j < len(row):
                 axis.imshow(as_array(_to_bytes(row[j : j + 1]))[0], interpolation="nearest")
-        axes[i][0].set_ylabel(labels[i], fontsize=9)
+        axes[i][0].set_ylabel(labels[i], fontsize=9, parse_math=False)
     for axis, caption in zip(axes[-1], captions, strict=False):
-        axis.set_xlabel("\n".join(textwrap.wrap(caption, 26)), fontsize=6)
+        axis.set_xlabel("\n".join(textwrap.wrap(caption, 26)), fontsize=6, parse_math=False)
     _save(figure, path)
 
 

@@ -3,12 +3,22 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._fields import verify
 from .._files import write_json
+from ..sockets import ConfigError
+from ._rows import Row
+
+
+@dataclass(frozen=True)
+class _File:
+    mark: str
+    rows: dict[str, Row]
 
 
 class Store:
@@ -22,15 +32,23 @@ class Store:
         self.folder = folder
 
     def read(self, name: str, mark: str) -> dict[str, Any] | None:
-        """Return a finished metric's rows if they were made under the same mark."""
+        """Return a finished metric's rows if they were made under the same mark.
+
+        Raises:
+            ConfigError: if the file holds something else.
+        """
         path = self._path(name)
         if path is None or not path.is_file():
             return None
+        again = "delete the file to measure again"
         try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            return None
-        return found["rows"] if found.get("mark") == mark else None
+            found = json.loads(path.read_text(encoding="utf-8"))
+            verify(found, _File, "the file")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}; {again}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: cannot be read as JSON: {error}; {again}") from error
+        return found["rows"] if found["mark"] == mark else None
 
     def write(self, name: str, mark: str, rows: Mapping[str, Any]) -> None:
         """Keep a finished metric's rows."""

@@ -1,4 +1,4 @@
-"""Convolutions of the VQ-VAE (van den Oord et al. 2017): strided 4 x 4, then residual blocks.
+"""Convolutions of the VQ-VAE: strided ones (van den Oord et al. 2017), or one for each patch.
 
 image (3, H, W) --conv 4x4 /2, log2(f) times--> conv 3x3 --residual blocks--> (channels, H/f, W/f)
 """
@@ -70,6 +70,48 @@ class Decoder(nn.Module):
     def forward(self, quant: Tensor) -> Tensor:
         """Decode (B, embed_dim, h, w)."""
         return self.conv_out(self.up(self.blocks(self.conv_in(quant))))
+
+
+class PatchEncoder(nn.Module):
+    """Image (B, 3, H, W) to features (B, channels, H / f, W / f): a linear map of each f x f patch.
+
+    Residual blocks follow. The linear path from pixels to codes learns colors in some hundred
+    steps, where :class:`Encoder` takes thousands.
+
+    Args:
+        channels: width of the features.
+        num_res_blocks: residual blocks after the linear map.
+        num_halvings: log2 of the factor f.
+    """
+
+    def __init__(self, *, channels: int, num_res_blocks: int, num_halvings: int):
+        super().__init__()
+        factor = 2**num_halvings
+        self.patch = nn.Conv2d(3, channels, factor, stride=factor)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels) for _ in range(num_res_blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, H, W); H and W are multiples of f."""
+        return self.blocks(self.patch(x))
+
+
+class PatchDecoder(nn.Module):
+    """The way back: quantized grid (B, embed_dim, h, w) to image (B, 3, h * f, w * f).
+
+    Attributes:
+        conv_out: the last layer, as :class:`Decoder`'s.
+    """
+
+    def __init__(self, *, embed_dim: int, channels: int, num_res_blocks: int, num_halvings: int):
+        super().__init__()
+        factor = 2**num_halvings
+        self.conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels) for _ in range(num_res_blocks)])
+        self.conv_out = nn.ConvTranspose2d(channels, 3, factor, stride=factor)
+
+    def forward(self, quant: Tensor) -> Tensor:
+        """Decode (B, embed_dim, h, w)."""
+        return self.conv_out(self.blocks(self.conv_in(quant)))
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

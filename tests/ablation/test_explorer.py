@@ -142,6 +142,31 @@ def test_galleries_filter_by_word_and_show_the_dead(page, browser):
     assert browser.errors() == []
 
 
+def test_the_filter_takes_whole_words(page, browser):
+    browser.open(page)
+    for typed, codes in (("ack", []), ("blac", []), ("blac*", ["0", "0"]), ("BLACK", ["0", "0"])):
+        browser.type("#code-word", typed)
+        shown = [e.get_attribute("data-code") for e in browser.all("#galleries .code")]
+        assert shown == codes, typed
+    browser.type("#word", "ack")
+    assert browser.all("#chips .chip") == []
+    browser.type("#word", "bl")
+    assert [e.get_attribute("data-word") for e in browser.all("#chips .chip")] == ["black"]
+    assert browser.errors() == []
+
+
+def test_names_captions_and_settings_are_not_markup(samples, tmp_path, browser):
+    hostile = "<img src=x onerror=\"document.title='taken'\"></script><script>alert(1)</script>"
+    captions = [[f"{text} {hostile}"] for (text,) in samples.captions]
+    told = Samples(samples.images, captions, {"target": hostile, hostile: 1})
+    page = write_explorer({hostile: Gray(), "b": Gray()}, told, tmp_path, progress=False)
+    assert page.read_text().count("<script") == 2
+    browser.open(page)
+    assert browser.driver.title == f"Codebook of {hostile} and b"
+    assert browser.errors() == []
+    assert browser.all("img[src=x]") == []
+
+
 def test_no_guide_no_map(samples, tmp_path, browser):
     page = write_explorer({"one": Gray()}, samples, tmp_path, progress=False)
     browser.open(page)

@@ -12,9 +12,10 @@ import pytest
 
 from lgvq_plugin.ablation import main as ablate_main
 from lgvq_plugin.ablation import publish
-from lgvq_plugin.ablation._page import finite, number, to_json
+from lgvq_plugin.ablation._page import finite, number
 from lgvq_plugin.ablation.base import Results
 from lgvq_plugin.ablation.statistics import compare
+from lgvq_plugin.cli import main as cli
 
 
 @pytest.fixture
@@ -65,6 +66,117 @@ def test_text_from_outside_is_not_markup(page):
     html = page.read_text()
     assert "boom &lt;b&gt;bold&lt;/b&gt;" in html
     assert "scene &lt;0&gt;" in html
+
+
+HOSTILE = (
+    "<script>document.title='taken'</script>\"'><img src=x onerror=\"document.title='taken'\">"
+)
+
+
+def hostile(results):
+    """Every string that a page shows, and the seed, is markup with a script."""
+    runs = tuple(
+        replace(
+            run,
+            data=HOSTILE,
+            variant=run.variant + HOSTILE,
+            seed=f"{run.seed}{HOSTILE}",
+            status=run.status if run.status != "failed" else f"failed{HOSTILE}",
+            reason=HOSTILE,
+            curves={name + HOSTILE: curve for name, curve in run.curves.items()},
+            cost={**run.cost, "device": HOSTILE},
+            examples=[{**example, "caption": f"$\\x$ {HOSTILE}"} for example in run.examples],
+            evaluation={
+                "metrics": {
+                    name + HOSTILE: {**row, "unit": HOSTILE} for name, row in run.metrics.items()
+                },
+                "settings": {HOSTILE: HOSTILE},
+                "skipped": {HOSTILE: HOSTILE},
+            },
+        )
+        for run in results.runs
+    )
+    variants = {
+        name + HOSTILE: {"note": HOSTILE, "changes": {HOSTILE: HOSTILE}, "config": HOSTILE}
+        for name in results.variants
+    }
+    references = tuple(name + HOSTILE for name in results.references)
+    return replace(results, title=HOSTILE, runs=runs, variants=variants, references=references)
+
+
+def test_no_value_becomes_markup(results, tmp_path):
+    page = publish(hostile(results), tmp_path)
+    html = page.read_text()
+    assert "<img src=x" not in html
+    assert html.count("<script") == 2  # the data, and our own
+    assert "<script" not in page.with_suffix(".md").read_text()
+
+
+def test_no_script_but_our_own_runs(results, tmp_path, browser):
+    page = publish(hostile(results), tmp_path)
+    browser.open(page)
+    assert browser.driver.title == HOSTILE
+    assert browser.errors() == []
+    assert len(browser.all("#curve path")) >= 3
+    # Were a value to escape, the policy would still refuse it.
+    page.write_text(page.read_text().replace("<main>", f"<main>{HOSTILE}<script>1</script>", 1))
+    browser.open(page)
+    assert browser.driver.title == HOSTILE
+    assert any("Content Security Policy" in error for error in browser.errors())
+
+
+def changed(results, tmp_path, path, value):
+    """Put `value` at `path` of results.json."""
+    publish(results, tmp_path)
+    file = tmp_path / "results.json"
+    whole = json.loads(file.read_text())
+    *where, last = path
+    node = whole
+    for key in where:
+        node = node[key]
+    node[last] = value
+    file.write_text(json.dumps(whole))
+    return file
+
+
+PSNR = ("runs", 0, "evaluation", "metrics", "reconstruction/psnr")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("runs", 4, "seed"), HOSTILE, r"runs\[4\]\.seed: expected a whole number"),
+        (("title",), ["x"], "title: expected a string"),
+        (("title",), "\ud800", "title: expected a string"),
+        (("references",), [], "references: expected one of baseline"),
+        (("references", 0), "nobody", r"references\[0\]: expected one of baseline"),
+        (("variants", "paper"), "x", r"variants\.paper: expected a mapping"),
+        (("variants", "paper", "note"), 3, r"variants\.paper\.note: expected a string"),
+        (("runs",), {"a": 1}, "runs: expected a list"),
+        (("runs", 1, "variant"), "nobody", r"runs\[1\]\.variant: expected one of baseline"),
+        (("runs", 1, "seed"), 0, r"runs\[1\]: expected one run of each"),
+        ((*PSNR, "value"), "20", r"reconstruction/psnr\.value: expected a number, got '20'"),
+        ((*PSNR, "value"), True, r"reconstruction/psnr\.value: expected a number"),
+        ((*PSNR, "value"), 10**400, r"reconstruction/psnr\.value: expected a number"),
+        ((*PSNR, "per_image"), [1, None], r"psnr\.per_image\[1\]: expected a number"),
+        ((*PSNR, "higher_is_better"), "yes", "higher_is_better: expected true or false"),
+        (PSNR, {}, "reconstruction/psnr: expected a mapping with 'value'"),
+        (("runs", 0, "cost"), {"seconds_per_step": "1"}, "seconds_per_step: expected a number"),
+        (("runs", 0, "examples", 0), {}, r"examples\[0\]: expected a mapping with 'original'"),
+        (("runs", 0, "examples", 0, "original"), "/etc/hosts", "expected a path below"),
+        (("runs", 0, "examples", 0, "original"), "results.json", "cannot be read as a PNG"),
+        (("runs", 0, "examples", 0, "original"), "gone.png", "cannot be read as a PNG"),
+    ],
+)
+def test_a_changed_results_file_is_refused_by_its_key(
+    results, tmp_path, capsys, path, value, message
+):
+    file = changed(results, tmp_path, path, value)
+    assert cli(["ablate", "-b", "plan.yaml", "-o", str(tmp_path), "--report"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert str(file) in said or "examples" in message or str(value) in said
+    assert "Traceback" not in said
 
 
 def test_downloads_hold_the_numbers(page, results):
@@ -176,10 +288,8 @@ def test_numbers_to_read(value, text):
     assert number(value) == text
 
 
-def test_json_for_scripts_has_no_nan_and_no_end_tag():
-    assert (
-        to_json({"a": [float("inf")], "b": "</script>"}) == '{"a": [null], "b": "\\u003c/script>"}'
-    )
+def test_json_for_scripts_has_no_nan():
+    assert finite({"a": [float("inf")]}) == {"a": [None]}
     assert finite((1.0, float("nan"))) == [1.0, None]
 
 

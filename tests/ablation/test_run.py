@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from lgvq_plugin.ablation.base import Job, Plan, Results
-from lgvq_plugin.ablation.run import Interrupted, run_plan
+from lgvq_plugin.ablation.run import Interrupted, _phase, run_plan
 from lgvq_plugin.sockets import ConfigError
 
 CONFIG = {"training": {"max_steps": 3}}
@@ -146,6 +146,41 @@ def test_a_signal_ends_the_jobs_and_tells_how_to_go_on(tmp_path, number, request
     assert processes[0].poll() is not None
     assert not (tmp_path / "slow/seed_0/run.json").exists()
     assert handlers == [signal.getsignal(some) for some in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_the_bar_says_what_each_job_does(tmp_path):
+    (job,) = plan("a", seeds=1).jobs
+    job = replace(job, evaluation={"metrics": ["psnr", "usage"]})
+    said = [_phase(job, tmp_path)]
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n2,0.4\n")
+    said.append(_phase(job, tmp_path))
+    for line in ("evaluating a/seed_0", "measuring psnr", "measuring usage"):
+        with (tmp_path / "log.txt").open("a") as log:
+            log.write(f"{line}\n")
+        said.append(_phase(job, tmp_path))
+    assert [text.removeprefix("a/seed_0 ") for text in said] == [
+        *("starting", "training, step 2 of 3", "evaluating"),
+        *("measuring psnr (1 of 2 metrics)", "measuring usage (2 of 2 metrics)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "<script>alert(1)</script>"}, r"run\.json: seed: expected a whole number"),
+        ({"seed": 7}, r"run\.json: seed: expected 0, got 7"),
+        ({"curves": {"loss": [[1]]}}, r"run\.json: curves\.loss\[0\]: expected 2 values"),
+        ({"evaluation": {"metrics": [1]}}, r"run\.json: evaluation\.metrics: expected a mapping"),
+        ({"notes": 1}, r"run\.json: notes: expected one of data, variant, seed"),
+        ({"status": None}, r"run\.json: status: expected 'done' or 'failed' or 'missing'"),
+    ],
+)
+def test_a_changed_run_file_is_refused_by_its_key(tmp_path, change, message):
+    go(plan("a", seeds=1), tmp_path)
+    file = tmp_path / "a/seed_0/run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        go(plan("a", seeds=1), tmp_path, resume=True)
 
 
 def test_jobs_must_be_positive(tmp_path):

@@ -411,3 +411,25 @@ def test_another_process_draws_the_same():
 def test_wrong_parameters_are_named(params, message):
     with pytest.raises(ConfigError, match=message):
         Scenes(**params)
+
+
+def test_simple_scenes_have_one_or_two_large_objects_on_a_calm_ground():
+    scenes = [Scenes("train", size=16, simple=True).scene(i) for i in range(200)]
+    assert {len(scene.objects) for scene in scenes} == {1, 2}
+    assert {scene.background.kind for scene in scenes} == {"plain", "gradient"}
+    assert min(thing.radius for scene in scenes for thing in scene.objects) > 0.13
+    for scene in scenes:
+        for thing in scene.objects:
+            assert thing.radius <= min(thing.x, thing.y, 1 - thing.x, 1 - thing.y)
+
+
+def test_a_sample_asked_for_again_is_equal_and_may_be_changed():
+    data = Scenes("train", size=16)
+    first = data[3]
+    first["image"][:] = 0
+    first["captions"].clear()
+    first["questions"][0].clear()
+    again, fresh = data[3], Scenes("train", size=16)[3]
+    assert np.array_equal(again["image"], fresh["image"])
+    assert again["captions"] == fresh["captions"]
+    assert again["questions"] == fresh["questions"]

@@ -146,6 +146,29 @@ def test_all_tasks_run_and_are_the_same_again(palette, config, tmp_path):
     assert value(first, "t2i/text_gain") == pytest.approx(bits[0] - bits[1])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "the file: expected a mapping of mark, rows"),
+        ('{"mark": "x"}', "the file: expected a mapping with 'rows'"),
+        ('{"mark": "x", "rows": {"a": 1}}', r"the file\.rows\.a: expected a mapping of value"),
+        (
+            '{"mark": "x", "rows": {"a": {"value": "<b>", "n": 1}}}',
+            r"rows\.a\.value: expected a num",
+        ),
+        ('{"mark": "x", "ro', "cannot be read as JSON"),
+    ],
+)
+def test_a_changed_file_of_a_metric_is_refused_by_its_key(palette, config, tmp_path, text, message):
+    keys = {"metrics": ["usage"], "limit": 8, "output": tmp_path, "progress": False}
+    evaluate(palette, config, **keys)
+    file = tmp_path / "metrics" / "usage.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"usage\.json: .*{message}.*delete the file"):
+        evaluate(palette, config, **keys)
+    assert file.read_text() == text
+
+
 def test_finished_metrics_are_not_computed_again(palette, config, tmp_path, monkeypatch):
     calls = []
 

@@ -52,6 +52,12 @@ def test_the_loss_falls(quantizer, steps):
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
+def test_a_patch_stem_learns_colors_sooner():
+    images = scenes(16)
+    last = [np.mean(train(build(stem=stem), images, 60)[-5:]) for stem in ("patch", "strided")]
+    assert last[0] < last[1]
+
+
 @pytest.mark.parametrize("downsample", [4, 8, 16])
 def test_grid_follows_the_factor(downsample):
     quant, loss, (_, none, indices) = build(downsample=downsample).encode(torch.zeros(2, 3, 32, 48))
@@ -135,7 +141,8 @@ def test_loss_equals_numpy(pixel, power):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"), [({"downsample": 6}, "2, 4, 8"), ({"channels": 15}, "even")]
+    ("knobs", "words"),
+    [({"downsample": 6}, "2, 4, 8"), ({"channels": 15}, "even"), ({"stem": "pach"}, "patch")],
 )
 def test_a_wrong_knob_is_told(knobs, words):
     with pytest.raises(ConfigError, match=words):

@@ -67,9 +67,12 @@ function showCode(panel, code, scroll = true) {
 /** How surely a code stands for a word; -1 for none. */
 const sure = (panel, code) => panel.codes[code].length ? panel.codes[code][0][1] * panel.codes[code][0][2] : -1;
 
+/** Whether a caption word is the wanted one; "check*" wants every word that begins so. */
+const isWord = (word, wanted) => wanted.endsWith("*") ? word.startsWith(wanted.slice(0, -1)) : word === wanted;
+
 // -- galleries -------------------------------------------------------------------------------------
 function drawGalleries() {
-  const order = one("#order").value, word = one("#code-word").value.trim().toLowerCase(), dead = one("#show-dead").checked;
+  const order = one("#order").value, wanted = one("#code-word").value.toLowerCase().split(/\s+/).filter(Boolean), dead = one("#show-dead").checked;
   const keys = {
     count: (panel) => (code) => -panel.counts[code], rare: (panel) => (code) => panel.counts[code],
     word: (panel) => (code) => -sure(panel, code), index: () => (code) => code,
@@ -77,7 +80,7 @@ function drawGalleries() {
   one("#galleries").replaceChildren(...data.panels.map((panel, i) => {
     const key = keys[order](panel);
     const codes = [...panel.counts.keys()]
-      .filter((code) => (dead || panel.counts[code]) && (!word || panel.codes[code].some(([index]) => data.words[index].includes(word))))
+      .filter((code) => (dead || panel.counts[code]) && wanted.every((word) => panel.codes[code].some(([index]) => isWord(data.words[index], word))))
       .sort((a, b) => key(a) - key(b) || a - b);
     const gallery = make("div", { class: "gallery", "data-panel": i }, ...codes.slice(0, FIRST).map((code) => codeButton(panel, code, 38)));
     const rest = codes.slice(FIRST);
@@ -97,7 +100,7 @@ function searchWord(text, jump = false) {
   const word = text.trim().toLowerCase(), index = data.words.indexOf(word);
   one("#word").value = text;
   one("#no-word").classList.toggle("hidden", !word || index >= 0 || data.words.some((other) => other.startsWith(word)));
-  const near = word && index < 0 ? ranked.filter((i) => data.words[i].includes(word)) : ranked;
+  const near = word && index < 0 ? ranked.filter((i) => data.words[i].startsWith(word)) : ranked;
   one("#chips").replaceChildren(...near.slice(0, 24).map((i) => wordChip(i, data.documents[i])));
   one("#word-result").replaceChildren(...(index < 0 ? [] : [
     make("p", {}, make("b", {}, word), ` is in the captions of ${data.documents[index]} of ${data.samples} images.`),
