@@ -84,8 +84,9 @@ def lpips_only_if_used(perceptual_weight: float) -> Iterator[None]:
     kept = [(module, module.LPIPS) for module in modules if hasattr(module, "LPIPS")]
     try:
         for module, network in kept:
+            own = network.network if isinstance(network, _Told) else network  # a context in one
             module.LPIPS = (  # type: ignore[attr-defined]
-                _no_lpips if perceptual_weight == 0 else _Told(network)
+                _no_lpips if perceptual_weight == 0 else _Told(own)
             )
         yield
     finally:

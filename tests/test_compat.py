@@ -88,3 +88,16 @@ def test_the_loss_class_is_as_before_afterwards():
 def test_wrong_params_are_named():
     with pytest.raises(ConfigError, match="disc_strat"):
         compat.build_loss(LOSS, (), {"disc_strat": 1, "perceptual_weight": 0.0})
+
+
+def test_a_context_within_another_builds_the_true_network():
+    """build_host opens one, and so does LGVQLoss when it builds its base."""
+    import taming.modules.losses.vqperceptual as module
+
+    with compat.lpips_only_if_used(1.0):
+        outer = module.LPIPS.network
+        with compat.lpips_only_if_used(1.0):
+            assert module.LPIPS.network is outer
+        with compat.lpips_only_if_used(0.0):
+            assert not list(module.LPIPS().parameters())
+    assert module.LPIPS is outer
