@@ -383,7 +383,8 @@ def to_plain(config: DictConfig | Mapping[str, Any], *sections: str) -> dict[str
         key = getattr(error, "full_key", None) or str(error)
         raise ConfigError(f"{key} is ??? in the config; give it: {key}=VALUE") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {str(error).strip()}") from error
+        key, told = getattr(error, "full_key", None) or "config", str(error).strip()
+        raise ConfigError(f"{key}: {told.splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

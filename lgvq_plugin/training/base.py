@@ -102,7 +102,7 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     given = OmegaConf.create(params, flags={"allow_objects": True})
     with building("model", model["target"], params):
         with compat.lpips_only_if_used(weight, loss.get("target")), prints_to_stderr():
-            host = target(**given)
+            host = target(**{str(key): value for key, value in given.items()})
         require_host = getattr(getattr(host, "loss", None), "require_host", None)
         if callable(require_host):  # LGVQLoss: say now, not at the first step, what is not found
             require_host()
@@ -119,7 +119,10 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
         >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
         5
     """
-    member = resolve("datasets", section["target"])
+    try:
+        member = resolve("datasets", section["target"])
+    except ConfigError as error:
+        raise ConfigError(f"data: target: {error}") from error
     path, params = f"{member.__module__}.{member.__qualname__}", section.get("params")
     with building("data", section["target"], params):
         dataset = instantiate({"target": path, "params": params})
