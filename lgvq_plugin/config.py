@@ -200,8 +200,8 @@ class LGVQConfig:
         width = self.code_dim
         require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
         ratio = self.gradient_ratio
-        expected = "> 0 and <= 1000, or null"
-        require(ratio is None or 0 < ratio <= 1000, "gradient_ratio", expected, ratio)
+        require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
+        require(ratio is None or ratio <= 1000, "gradient_ratio", "<= 1000, or null", ratio)
         expected = "null beside codebook_gradient: true, which goes past the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         require(self.start >= 0, "start", ">= 0", self.start)

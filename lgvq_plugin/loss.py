@@ -96,7 +96,8 @@ class LGVQLoss(Wrapper):
         require_finite_weights(params, target.rpartition(".")[2])
         module = build_loss(target, args, params)
         super().__init__()
-        self._config, self._given, self._path = config, given, ()
+        self._config, self._given = config, given
+        self._path: tuple[str, ...] = ()
         self._host: Reference | None = None
         self._ancestors: list[nn.Module] = []
         self._tap: Tap | None = None
@@ -281,8 +282,8 @@ class LGVQLoss(Wrapper):
         assert self._tap is not None
         split = str(called.get("split", "train" if self.training else "val"))
         captions, self._captions = self._captions, None
-        is_trained = is_training and self._host is not None and captions is not None
-        codes = self._tap.take(host=self._host.module if is_trained else None)
+        is_trained = is_training and captions is not None
+        codes = self._tap.take(host=self._host.module if is_trained and self._host else None)
         if captions is None:
             captions = [None] * len(codes.codes)
         step = called.get("global_step")

@@ -181,8 +181,8 @@ class AverageOfHost:
 
     def copy_to(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Give `model` the averaged weights."""
-        copy_to: Any = type(self.module).copy_to
-        return copy_to(self.module, self._bare(model), *args, **kwargs)
+        kind: Any = type(self.module)
+        return kind.copy_to(self.module, self._bare(model), *args, **kwargs)
 
     def _bare(self, model: nn.Module) -> Any:
         return WithoutHeads(model, self.loss) if model is self.host else model

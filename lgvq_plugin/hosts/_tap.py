@@ -230,7 +230,8 @@ class Tap:
         self._records[path] = (codes, torch.is_grad_enabled())
         if vectors is not None and vectors.grad_fn is not None:
             one = _Pass()
-            vectors.grad_fn.metadata[id(one)] = one  # goes when the graph goes
+            node: Any = vectors.grad_fn
+            node.metadata[id(one)] = one  # goes when the graph goes
             self._passes.setdefault(path, []).append(weakref.ref(one))
 
     def set_scale(self, scale: float) -> None:
