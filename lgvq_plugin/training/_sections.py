@@ -498,7 +498,8 @@ def _with_size(name: str, section: Any, key: str, size: int | list[int], *, warn
 
 def _is_ours(target: Any) -> bool:
     """Whether a data set is one of this package, which all take `size`; imports none of them."""
-    return target in MEMBERS or str(target).startswith(f"{_PACKAGE}.datasets.")
+    paths = {f"{_PACKAGE}.datasets.{path}" for path in MEMBERS.values()}
+    return target in MEMBERS or str(target).replace(":", ".") in paths
 
 
 def _is_rate(value: Any) -> bool:
