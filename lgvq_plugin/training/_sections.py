@@ -207,7 +207,10 @@ def _read_file(path: Path) -> DictConfig:
         raise ConfigError(f"config {str(path)!r} is a folder; give a YAML file in it")
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"config {str(path)!r} does not exist{suggest(path.name, near)}")
+        is_override = "; expected a YAML file first, then overrides" if "=" in str(path) else ""
+        raise ConfigError(
+            f"config {str(path)!r} does not exist{is_override}{suggest(path.name, near)}"
+        )
     try:
         config = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
