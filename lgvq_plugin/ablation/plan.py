@@ -124,8 +124,8 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     variants = below.get("variants")
     for part in (below, *(variants.values() if isinstance(variants, Mapping) else ())):
         if isinstance(part, dict) and part.get("base"):
-            bases = [part["base"]] if isinstance(part["base"], str) else part["base"]
-            part["base"] = [os.path.relpath(_beside(parent, b), path.parent) for b in bases]
+            bases = _bases(part["base"], parent)
+            part["base"] = [os.path.relpath(base, path.parent) for base in bases]
     return _deep_merged(below, given)
 
 
@@ -196,19 +196,23 @@ def _config(
     if isinstance(own, dict):
         own.pop("note", None)
         bases = own.pop("base", None) or bases
-    bases = [bases] if isinstance(bases, str) else bases
     if not bases:
         raise ConfigError(f"{where}: no `base:`: name the configs to start from")
-    config = read_config([_beside(path, base) for base in bases])
+    config = read_config(_bases(bases, path))
     for part in (given.get("config") or {}, data_changes, own):
         config = apply_changes(config, part, where)
     return config
 
 
-def _beside(path: Path, base: str) -> Path:
-    """A config is sought beside the plan, then in the working folder."""
-    beside = path.parent / base
-    return beside if beside.exists() or not Path(base).exists() else Path(base)
+def _bases(given: Any, path: Path) -> list[Path]:
+    """Return the configs that a `base:` lists: next to the plan, else in the working directory."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: base: expected the path of a config or a list, got {given!r}")
+    return [
+        beside if (beside := path.parent / name).exists() or not Path(name).exists() else Path(name)
+        for name in names
+    ]
 
 
 def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str) -> dict[str, Any]:

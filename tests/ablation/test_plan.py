@@ -115,6 +115,7 @@ def test_a_list_of_objectives_switches_the_others_off(write):
         ({"variants": {"a": {"objectives": ["masked"]}}}, "did you mean 'masked_text'"),
         ({"variants": {"a": {"modle": {}}}}, "did you mean 'model'"),
         ({"variants": {"a": {"base": "nowhere.yaml"}}}, "does not exist"),
+        ({"variants": {"a": {"base": 5}}}, "base: expected the path of a config or a list, got 5"),
         (
             {"variants": {"a": {}}, "evaluation": {"t2i": {"images": 0}}},
             r"plan.yaml: evaluation.t2i.images: expected a whole number >= 2, got 0",
@@ -170,6 +171,7 @@ def test_paths_of_an_extended_plan_are_relative_to_it(write, tmp_path):
     ("parent", "extends", "message"),
     [
         ("seed: 3", "parent.yaml", r"parent\.yaml: no key 'seed'.*'seeds'"),
+        ("base: [1]", "parent.yaml", r"parent\.yaml: base: expected the path of a config"),
         ("extends: child.yaml", "parent.yaml", r"parent\.yaml: extends: 'child.yaml' extends this"),
         ("seeds: 3", "child.yaml", r"child\.yaml: extends: 'child.yaml' extends this"),
         ("seeds: 3", "paren.yaml", r"paren\.yaml' does not exist; did you mean 'parent.yaml'"),
