@@ -30,7 +30,7 @@ from ..hosts.base import reconstruct
 from ..training.base import build_dataset
 from ..training.run import train
 from ._page import write_png
-from .base import EVALUATING, JOB, RUN, Job, Run, read_json, read_record
+from .base import EVALUATING, JOB, RUN, Cost, Evaluation, Example, Job, Run, read_record
 
 POINTS = 200  # of a curve, at most
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
         data=job.data,
         variant=job.variant,
         seed=job.seed,
-        evaluation=evaluation,
+        evaluation=Evaluation(**evaluation),  # type: ignore[typeddict-item]
         curves=read_curves(folder / "metrics.csv"),
         cost=cost,
         examples=_examples(host, job, folder, root),
@@ -101,9 +101,9 @@ class _Clock:
         self.first = self.first or self.last
 
 
-def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[tuple[float, float]]]:
+def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[list[float]]]:
     """Return metrics.csv as log key -> list of [step, value], thinned to `points` or fewer."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[list[float]]] = {}
     if not path.is_file():
         return curves
     with path.open(newline="") as file:
@@ -111,11 +111,11 @@ def read_curves(path: Path, *, points: int = POINTS) -> dict[str, list[tuple[flo
             step = int(row.pop("step"))
             for key, text in row.items():
                 if text and math.isfinite(float(text)):
-                    curves.setdefault(key, []).append((step, float(text)))
+                    curves.setdefault(key, []).append([step, float(text)])
     return {key: _thinned(curve, points) for key, curve in curves.items()}
 
 
-def _thinned(curve: list[tuple[float, float]], points: int) -> list[tuple[float, float]]:
+def _thinned(curve: list[list[float]], points: int) -> list[list[float]]:
     """The first and the last value stay."""
     if len(curve) <= points:
         return curve
@@ -128,21 +128,21 @@ def _last_step(folder: Path) -> int:
     return max(saved, default=0)
 
 
-def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str, Any]:
+def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> Cost:
     """Seconds a step (of this process; kept from before if it trained nothing) and peak memory.
 
     `seconds` went by between the first and the last update, so starting up is not in them.
     """
-    before = read_json(folder / "cost.json") if (folder / "cost.json").is_file() else {}
-    if steps_now <= 0 and before:
-        return before
+    file = folder / "cost.json"
+    if steps_now <= 0 and file.is_file():
+        return read_record(file, Cost)
     has_gpu = torch.cuda.is_available()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
     if has_gpu:
         peak = torch.cuda.max_memory_allocated()
-    cost = {
+    cost: Cost = {
         "steps": steps,
         "seconds_per_step": seconds / (steps_now - 1) if steps_now > 1 else None,
         "peak_memory_mib": peak / 2**20,
@@ -151,11 +151,11 @@ def _cost(steps: int, steps_now: int, seconds: float, folder: Path) -> dict[str,
         if has_gpu
         else f"CPU, {torch.get_num_threads()} threads",
     }
-    write_json(folder / "cost.json", cost)
+    write_json(file, cost)
     return cost
 
 
-def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[dict[str, str]]:
+def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[Example]:
     """Write the first images and their reconstructions."""
     sections = {**(job.config["data"].get("params") or {}), **job.config["data"]}
     names = ("test", "validation", "train")
@@ -168,7 +168,7 @@ def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[dict[
     images = images.float().contiguous()
     device = next(host.parameters()).device
     rebuilt = reconstruct(host, images.to(device)).cpu()
-    examples = []
+    examples: list[Example] = []
     for i, sample in enumerate(samples):
         paths = {
             kind: folder / "examples" / f"{kind}_{i:02d}.png"
@@ -176,8 +176,11 @@ def _examples(host: nn.Module, job: Job, folder: Path, root: Path) -> list[dict[
         }
         write_png(paths["original"], images[i])
         write_png(paths["reconstruction"], rebuilt[i])
-        told = {kind: str(path.relative_to(root)) for kind, path in paths.items()}
-        examples.append({"caption": str(sample.get("caption", "")), **told})
+        caption = str(sample.get("caption", ""))
+        original, reconstruction = (str(path.relative_to(root)) for path in paths.values())
+        examples.append(
+            {"caption": caption, "original": original, "reconstruction": reconstruction}
+        )
     return examples
 
 

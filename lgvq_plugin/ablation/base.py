@@ -142,9 +142,14 @@ class Run:
     status: Literal["done", "failed", "missing"] = "done"
     reason: str = ""
     evaluation: Evaluation = field(default_factory=lambda: Evaluation())
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
     cost: Cost = field(default_factory=lambda: Cost())
     examples: list[Example] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, curve in self.curves.items():
+            for i, point in enumerate(curve):
+                require(len(point) == 2, f"curves.{name}[{i}]", "2 values, step and value", point)
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -178,7 +183,10 @@ class Results:
             ConfigError: if there is no such file or it holds something else, by its key.
         """
         found = read_record(path, cls)
-        runs = tuple(Run(**run) for run in found.runs)  # type: ignore[arg-type]
+        runs = tuple(
+            _built(Run, run, f"{path}: runs[{i}].")  # type: ignore[arg-type]
+            for i, run in enumerate(found.runs)
+        )
         results = replace(found, references=tuple(found.references), runs=runs)
         known = f"one of {', '.join(results.variants)}"
         require(bool(results.references), f"{path}: references", known, [])
@@ -297,7 +305,14 @@ def read_record(path: Path, cls: type[T]) -> T:
             f"{path}: {str(error).removeprefix(': ')}; the file was changed, or written by "
             "another version"
         ) from error
-    return cls(**value)
+    return _built(cls, value, f"{path}: ")
+
+
+def _built(cls: type[T], value: dict[str, Any], where: str) -> T:
+    try:
+        return cls(**value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from error
 
 
 def example_file(root: Path, path: str) -> Path:

@@ -17,7 +17,7 @@ import yaml
 from .._files import write_text
 from ._page import counted, data_uri, finite, page
 from ._words import images_told, seconds_per_step, seeds_told, sentences, span, tally
-from .base import CONFIDENCE, Cell, Difference, Results, Run, example_file, mean_and_sd
+from .base import CONFIDENCE, Cell, Difference, Metric, Results, Run, example_file, mean_and_sd
 
 LARGEST_RAW = 300_000  # values by image that the page still carries
 SECTIONS = {
@@ -254,16 +254,16 @@ def values_csv(results: Results) -> str:
     rows = [
         [run.data, run.variant, run.seed, name, row.get("value"), row.get("unit"), row.get("n")]
         for run in results.runs
-        for name, row in (run.metrics | _costs(run)).items()
+        for name, row in {**run.metrics, **_cost_rows(run)}.items()
     ]
     return _csv(["data", "variant", "seed", "metric", "value", "unit", "images"], rows)
 
 
-def _costs(run: Run) -> dict[str, dict[str, Any]]:
+def _cost_rows(run: Run) -> dict[str, Metric]:
     units = {"seconds_per_step": "s", "peak_memory_mib": "MiB"}
     cost: Mapping[str, Any] = run.cost
     return {
-        f"cost/{key}": {"value": cost[key], "unit": unit}
+        f"cost/{key}": Metric(value=cost[key], unit=unit)
         for key, unit in units.items()
         if cost.get(key) is not None
     }

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .._fields import differing, require
 from .._files import write_json
-from ..evaluation.base import DEFAULT
+from ..evaluation._config import DEFAULT
 from ..guides.base import build_guide
 from ..sockets import ConfigError
 from .base import EVALUATING, JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, Variant, read_record
@@ -106,7 +106,10 @@ def collect(plan: Plan, folder: Path) -> Results:
     return Results(
         title=plan.title,
         references=plan.references,
-        variants={k: Variant(**told, config=configs[k]) for k, told in plan.variants.items()},
+        variants={
+            k: Variant(**told, config=configs[k])  # type: ignore[typeddict-item]
+            for k, told in plan.variants.items()
+        },
         runs=tuple(runs),
     )
 

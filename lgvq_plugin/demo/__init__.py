@@ -82,7 +82,8 @@ def table(results: Results) -> str:
 
 
 def _cell(run: Run, metric: str, digits: int) -> str:
-    value = run.metrics.get(metric, {}).get("value")
+    row = run.metrics.get(metric)
+    value = row["value"] if row else None
     return "" if value is None else f"{value:.{digits}f}"
 
 
