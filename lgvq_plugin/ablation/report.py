@@ -254,12 +254,12 @@ def values_csv(results: Results) -> str:
     rows = [
         [run.data, run.variant, run.seed, name, row.get("value"), row.get("unit"), row.get("n")]
         for run in results.runs
-        for name, row in (run.metrics | _costs(run)).items()
+        for name, row in (run.metrics | _cost_rows(run)).items()
     ]
     return _csv(["data", "variant", "seed", "metric", "value", "unit", "images"], rows)
 
 
-def _costs(run: Run) -> dict[str, dict[str, Any]]:
+def _cost_rows(run: Run) -> dict[str, dict[str, Any]]:
     units = {"seconds_per_step": "s", "peak_memory_mib": "MiB"}
     cost: Mapping[str, Any] = run.cost
     return {
