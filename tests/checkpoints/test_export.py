@@ -205,3 +205,13 @@ def test_load_host_reads_the_folder_like_any_checkpoint(old, tmp_path):
     assert torch.equal(
         reconstruct(load_host(None, tmp_path / "s"), IMAGES), reconstruct(host, IMAGES)
     )
+
+
+def test_averages_of_heads_are_left_out_of_the_hosts_file(tmp_path):
+    """latent-diffusion's `use_ema` in a run of an earlier version, which averaged the heads."""
+    names = ["encoder.weight", "loss.lgvq.code_vit.cls"]
+    state = {name: torch.ones(1) for name in names}
+    state |= {f"model_ema.{name.replace('.', '')}": torch.ones(1) for name in names}
+    torch.save({"state_dict": state | {"model_ema.decay": torch.ones(())}}, tmp_path / "old.ckpt")
+    found = export.host_state_dict(load_checkpoint(tmp_path / "old.ckpt"))
+    assert found.keys() == {"encoder.weight", "model_ema.encoderweight", "model_ema.decay"}
