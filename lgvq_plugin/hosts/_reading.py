@@ -133,8 +133,8 @@ def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) ->
     """Decide whether quantized vectors are channels_first or channels_last.
 
     What is known is asked in this order: the class (rosinality's, vector-quantize-pytorch's
-    switches), the width of a code, the shape of the indices, and which layout has the rows of the
-    codebook that the indices name.
+    switches, an attribute `layout`), the width of a code, the shape of the indices, and in which
+    layout equal indices have equal vectors.
 
     Raises:
         ConfigError: if both layouts fit, or none.
@@ -156,8 +156,8 @@ def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) ->
     left = left or list(LAYOUTS)
     if len(left) > 1 and len([each for each in left if each in by_indices]) == 1:
         left = by_indices
-    if len(left) > 1 and codebook is not None:
-        left = _with_rows_of(codebook, vectors, output) or left
+    if len(left) > 1:
+        left = _by_values(codebook, vectors, output) or left
     if len(left) > 1 and told is None and not by_indices:  # nothing is known: the usual ones
         return LAYOUTS[0] if vectors.ndim == 4 else LAYOUTS[1]
     if len(left) > 1:
@@ -172,6 +172,8 @@ def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) ->
 def _layout_of_class(quantizer: nn.Module, ndim: int) -> str | None:
     if ndim == 4 and _is_transposed(quantizer):
         return LAYOUTS[1]
+    if getattr(quantizer, "layout", None) in LAYOUTS:
+        return str(quantizer.layout)
     if getattr(quantizer, "channel_first", None) is True:
         return LAYOUTS[0]
     if getattr(quantizer, "accept_image_fmap", None) is True and ndim == 4:
@@ -186,20 +188,28 @@ def _channels_last(vectors: Tensor, layout: str) -> Tensor:
 
 
 @torch.no_grad()
-def _with_rows_of(codebook: Tensor, vectors: Tensor, output: Any) -> list[str]:
-    """Return the layout whose vectors are the codebook's rows that the indices name, if one."""
-    gaps: dict[str, float] = {}
+def _by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> list[str]:
+    """Return the layout in which equal indices have equal vectors, or else the codebook's rows.
+
+    The former also holds where a moving average has changed the codebook since the look-up.
+    """
+    spreads, gaps = [], []
     for each in LAYOUTS:
         channels_last = _channels_last(vectors, each)
+        rows = channels_last.flatten(0, -2).float()
         indices = _indices(output, len(vectors), channels_last.shape[1:-1])
-        if indices is None or indices.ndim == 3 or codebook.shape[1] != channels_last.shape[-1]:
+        if indices is None or indices.ndim == 3:
             return []
-        if int(indices.max()) >= len(codebook):
-            return []
-        gaps[each] = float((codebook[indices] - channels_last.flatten(1, -2)).square().mean())
-    first, last = (gaps[each] for each in LAYOUTS)
-    near = LAYOUTS[0] if first < last else LAYOUTS[1]
-    return [near] if min(first, last) < 0.25 * max(first, last) else []
+        used, group = indices.flatten().unique(return_inverse=True)
+        counts = torch.bincount(group, minlength=len(used))[:, None]
+        means = rows.new_zeros(len(used), rows.shape[1]).index_add_(0, group, rows) / counts
+        spreads.append(float((rows - means[group]).square().mean()))
+        if codebook is not None and codebook.shape[1] == rows.shape[1] and used[-1] < len(codebook):
+            gaps.append(float((rows - codebook[indices.flatten()]).square().mean()))
+    for found in (spreads, gaps):
+        if len(found) == 2 and min(found) < 0.1 * max(found):
+            return [LAYOUTS[found.index(min(found))]]
+    return []
 
 
 def _misfit(

@@ -48,6 +48,7 @@ class VectorQuantizer(nn.Module):
         steps: updates so far, int64 scalar.
     """
 
+    layout = "channels_first"  # of what it takes and returns, (B, C, h, w)
     cluster_size: Tensor
     embed_avg: Tensor
     steps: Tensor

@@ -216,3 +216,13 @@ def test_what_is_there_is_kept_without_force(form, tmp_path):
     with pytest.raises(ConfigError, match="exists already; --force"):
         export.main(["--ckpt", "no.ckpt", "--format", form, "-o", str(out)])
     assert kept.read_text() == "mine"
+
+
+def test_averages_of_heads_are_left_out_of_the_hosts_file(tmp_path):
+    """latent-diffusion's `use_ema` in a run of an earlier version, which averaged the heads."""
+    names = ["encoder.weight", "loss.lgvq.code_vit.cls"]
+    state = {name: torch.ones(1) for name in names}
+    state |= {f"model_ema.{name.replace('.', '')}": torch.ones(1) for name in names}
+    torch.save({"state_dict": state | {"model_ema.decay": torch.ones(())}}, tmp_path / "old.ckpt")
+    found = export.host_state_dict(load_checkpoint(tmp_path / "old.ckpt"))
+    assert found.keys() == {"encoder.weight", "model_ema.encoderweight", "model_ema.decay"}
