@@ -94,12 +94,7 @@ def retrofit(
     import torch
 
     from ..guides.base import build_guide
-    from ._retrofit_config import (
-        gently,
-        over_old_loss,
-        require_steps_for_host,
-        shift_discriminator,
-    )
+    from ._retrofit_config import gently, over_old_loss, require_steps_for_host, shift_discriminator
     from ._side_by_side import compare_hosts
     from .base import load_host
 
@@ -108,11 +103,7 @@ def retrofit(
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     plain["training"] = gently(plain.get("training") or {})
-    problems = Problems()
-    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
-    sections = Sections.of(new, problems)
-    if problems:  # say all that is missing before the old checkpoint is looked at
-        build_parts(new, sections, problems)
+    _require_all(plain, lgvq)
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
@@ -140,6 +131,21 @@ def retrofit(
     result = RetrofitResult(run, loaded, rows)
     _write_report(result, checkpoint, folder, is_held_out=sections.data.validation is not None)
     return result
+
+
+def _require_all(plain: dict[str, Any], lgvq: Any) -> None:
+    """Report everything that is missing in one message, before the old checkpoint is read.
+
+    Raises:
+        ConfigError: if weights, data sets, captions or keys are missing.
+    """
+    from ._retrofit_config import over_old_loss
+
+    problems = Problems()
+    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
+    sections = Sections.of(new, problems)
+    if problems:
+        build_parts(new, sections, problems)
 
 
 class _Start:
