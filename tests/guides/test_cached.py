@@ -282,7 +282,7 @@ def test_a_broken_shard_is_named(tmp_path, keep):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"max_length": "many"}, "max_length: expected a whole number.*, got 'many'"),
+        ({"max_length": "many"}, "max_length: expected a whole number, got 'many'"),
         ({"ratio": None}, "ratio"),
         ({"token_dim": 0}, "token_dim: expected a whole number >= 1"),
         ({"token_dim": 7}, "vocabulary.safetensors|is broken"),
