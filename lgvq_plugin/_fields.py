@@ -139,7 +139,8 @@ def _number(value: Any, hint: type, path: str) -> float | int:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     holds = abs(number) <= LARGEST[hint] and (hint is float or number.is_integer())
-    require(holds, path, f"{WORDS[hint]} of at most {LARGEST[hint]:.3g}", value)
+    limit = "" if math.isnan(number) else f" of at most {LARGEST[hint]:.3g}"
+    require(holds, path, f"{WORDS[hint]}{limit}", value)
     return number if hint is float else int(number)
 
 

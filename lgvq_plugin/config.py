@@ -16,8 +16,7 @@ DEEPEST = 256
 
 
 def _require_weight(value: float, key: str = "weight") -> None:
-    require(value >= 0, key, ">= 0", value)
-    require(value <= MOST_WEIGHT, key, f"<= {MOST_WEIGHT:g}", value)
+    require(0 <= value <= MOST_WEIGHT, key, f">= 0 and <= {MOST_WEIGHT:g}", value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,10 @@ class ConfigError(ValueError):
         super().__init__(text)
 
 
+class MissingError(ConfigError):
+    """Part of the user's input is missing; nothing of what was given is wrong."""
+
+
 class Problems:
     """Collects errors of the user's input, so that one message names all of them.
 
@@ -57,6 +61,11 @@ class Problems:
         except ConfigError as error:
             if not any(str(error) in str(known) for known in self.errors):
                 self.errors.append(error)
+
+    def raise_wrong(self) -> None:
+        """Raise at once if something is wrong, rather than missing: the rest need not be built."""
+        if not all(isinstance(error, MissingError) for error in self.errors):
+            self.raise_any()
 
     def raise_any(self) -> None:
         """Raise one ConfigError with all messages; nothing if there is none."""

@@ -153,6 +153,7 @@ def inspect(argv: list[str]) -> int:
         raise ConfigError(f"--limit and --show must be > 0, got {given.limit} and {given.show}")
     if given.guide not in (None, "none"):
         path_of("guides", given.guide)
+    require_writable(Path(given.out))
     for path in given.ckpt:
         find_checkpoint(path)
     config = read_config(given.base) if given.base else None

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from .._files import replacing, require_writable
-from ..hosts.base import is_average_of_heads
 from ..sockets import ConfigError
 from ..training.base import read_config, to_plain
 from . import find_checkpoint
@@ -43,6 +42,7 @@ def host_state_dict(
     Raises:
         ConfigError: if the checkpoint does not fit the config's host.
     """
+    from ..hosts.base import is_average_of_heads
     from ._compare import HEADS
     from .base import load_host
 

@@ -94,12 +94,7 @@ def retrofit(
     import torch
 
     from ..guides.base import build_guide
-    from ._retrofit_config import (
-        gently,
-        over_old_loss,
-        require_steps_for_host,
-        shift_discriminator,
-    )
+    from ._retrofit_config import gently, over_old_loss, require_steps_for_host, shift_discriminator
     from ._side_by_side import compare_hosts
     from .base import load_host
 
@@ -108,11 +103,7 @@ def retrofit(
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     plain["training"] = gently(plain.get("training") or {})
-    problems = Problems()
-    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
-    sections = Sections.of(new, problems)
-    if problems:  # say all that is missing before the old checkpoint is looked at
-        build_parts(new, sections, problems)
+    _require_all(plain, lgvq)
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
@@ -140,6 +131,21 @@ def retrofit(
     result = RetrofitResult(run, loaded, rows)
     _write_report(result, checkpoint, folder, is_held_out=sections.data.validation is not None)
     return result
+
+
+def _require_all(plain: dict[str, Any], lgvq: Any) -> None:
+    """Report everything that is missing in one message, before the old checkpoint is read.
+
+    Raises:
+        ConfigError: if weights, data sets, captions or keys are missing.
+    """
+    from ._retrofit_config import over_old_loss
+
+    problems = Problems()
+    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
+    sections = Sections.of(new, problems)
+    if problems:
+        build_parts(new, sections, problems)
 
 
 class _Start:
@@ -270,30 +276,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; what went wrong is raised.
     """
-    parser = argparse.ArgumentParser(
-        prog="lgvq retrofit",
-        description="Turn an old tokenizer's checkpoint into an LG-VQ run, and compare both.",
-        epilog="key=value: training.max_steps=5000, lgvq.guide.use=micro_clip, lgvq.ramp=1000, ...",
-    )
-    parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
-                        help="the old config (and more over it); default: the one in the "
-                        "checkpoint or its run folder")  # fmt: skip
-    add_shortcuts(parser, steps=True)
-    parser.add_argument("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder of the new run"
-    )
-    parser.add_argument("--freeze", metavar="PARTS", help="keep encoder,decoder,codebook: any of")
-    parser.add_argument("--heads-first", type=int, metavar="N", help="train the heads alone first")
-    parser.add_argument("--heads", metavar="DIR", help="start from heads that another run exported")
-    parser.add_argument("--control", action="store_true", help="train the old loss on as well")
-    parser.add_argument("--averaged", action="store_true", help="start from the averaged weights")
-    parser.add_argument("--images", type=int, default=500, help="of the comparison (default: 500)")
-    parser.add_argument("--resume", choices=["auto"], help="go on with a run in DIR")
-    parser.add_argument("--trust-pickle", action="store_true",
-                        help="unpickle fully; whoever made the file can run code")  # fmt: skip
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    given, overrides = parse_words(parser, argv, "base")
+    given, overrides = parse_words(_parser(), argv, "base")
     if given.heads_first is not None:
         overrides.append(f"training.heads_first={given.heads_first}")
     if given.freeze:
@@ -331,6 +314,33 @@ def main(argv: Sequence[str]) -> int:
         logger.warning("%s", line)
     logger.info("%d steps in %s; the table is in retrofit.md", result.run.steps, result.run.folder)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lgvq retrofit",
+        description="Turn an old tokenizer's checkpoint into an LG-VQ run, and compare both.",
+        epilog="key=value: training.max_steps=5000, lgvq.guide.use=micro_clip, lgvq.ramp=1000, ...",
+    )
+    parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
+                        help="the old config (and more over it); default: the one in the "
+                        "checkpoint or its run folder")  # fmt: skip
+    add_shortcuts(parser, steps=True)
+    parser.add_argument("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder of the new run"
+    )
+    parser.add_argument("--freeze", metavar="PARTS", help="keep encoder,decoder,codebook: any of")
+    parser.add_argument("--heads-first", type=int, metavar="N", help="train the heads alone first")
+    parser.add_argument("--heads", metavar="DIR", help="start from heads that another run exported")
+    parser.add_argument("--control", action="store_true", help="train the old loss on as well")
+    parser.add_argument("--averaged", action="store_true", help="start from the averaged weights")
+    parser.add_argument("--images", type=int, default=500, help="of the comparison (default: 500)")
+    parser.add_argument("--resume", choices=["auto"], help="go on with a run in DIR")
+    parser.add_argument("--trust-pickle", action="store_true",
+                        help="unpickle fully; whoever made the file can run code")  # fmt: skip
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser
 
 
 def _config(given: DictConfig, checkpoint: Checkpoint, *, is_whole: bool) -> DictConfig:

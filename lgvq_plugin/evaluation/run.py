@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
 
 def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     names = names_of(_split(given.metrics))
+    _check_outputs(given)
     for path in given.ckpt:
         find_checkpoint(path)
     given_config = read_config(given.base, overrides)
-    _check_outputs(given)
     from .._device import choose_device
     from ..checkpoints.base import load_checkpoint, load_host
     from . import _figures

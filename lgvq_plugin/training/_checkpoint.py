@@ -183,16 +183,24 @@ def require_optimizers(
         require_like(state, {"state": {}}, where, path)
         groups: Any = state.get("param_groups")
         require_like(groups, ENTRIES, f"{where}.param_groups", path)
+        for group in groups:
+            require_like(
+                group, {"params": [0] * len(group["params"])}, f"{where}.param_groups", path
+            )
+        for accept in optimizer._optimizer_load_state_dict_pre_hooks.values():
+            state = accept(optimizer, dict(state)) or state  # other groups of heads, or none
+        groups = state["param_groups"]
         if len(groups) == len(example):  # else the optimizer itself says whether it takes them
             for j, (group, own) in enumerate(zip(groups, example, strict=True)):
                 like = _shared(own, group) | {"params": [0] * len(own["params"])}
                 require_like(group, like, f"{where}.param_groups[{j}]", path)
         parameters = [p for group in example for p in group["params"]]
+        numbers = [number for group in groups for number in group["params"]]
+        shapes = {n: p.shape for n, p in zip(numbers, parameters, strict=False)}
         for key, moments in state["state"].items():
             require_like(moments, {}, f"{where}.state[{key}]", path)
-            fits = isinstance(key, int) and 0 <= key < len(parameters)
-            shape = parameters[key].shape if fits else torch.Size()
-            if not fits or not all(_is_moment(*pair, shape=shape) for pair in moments.items()):
+            shape = shapes.get(key) if isinstance(key, int) else None
+            if shape is None or not all(_is_moment(*m, shape=shape) for m in moments.items()):
                 raise ConfigError(
                     f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] does not fit the "
                     "host's parameter; resume from another"

@@ -20,7 +20,7 @@ from .._arguments import KEY
 from .._fields import laid_over
 from ..config import ObjectivesConfig
 from ..datasets import MEMBERS
-from ..sockets import ConfigError, Problems, suggest
+from ..sockets import ConfigError, MissingError, Problems, suggest
 from ._settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -435,7 +435,7 @@ def _section(
 ) -> dict[str, Any]:
     section = default if plain.get(name) is None else plain[name]
     if section is None:
-        raise ConfigError(f"the config has no section `{name}:`; it has {list(plain)}{hint}")
+        raise MissingError(f"the config has no section `{name}:`; it has {list(plain)}{hint}")
     if not isinstance(section, dict):
         raise ConfigError(f"{name}: expected a mapping, got {section!r:.80}{hint}")
     return section
@@ -571,7 +571,7 @@ def data_section(plain: Mapping[str, Any]) -> DataSection:
     for key in ("batch_size", "train"):
         if given.get(key) is None:
             hint = DATA_HINT if key == "train" else ""
-            raise ConfigError(f"data.{key} is missing (data.params.{key} is fine too){hint}")
+            raise MissingError(f"data.{key} is missing (data.params.{key} is fine too){hint}")
     for key, least in (("batch_size", 1), ("num_workers", 0)):
         value = given.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

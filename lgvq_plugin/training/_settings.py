@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError, MissingError, suggest
 
 FROZEN = ("encoder", "decoder", "codebook")
 
@@ -114,7 +114,7 @@ class TrainingConfig:
             if key not in known:
                 raise ConfigError(f"training: no key {key!r}{suggest(key, known)}")
         if given.get("max_steps") is None:
-            raise ConfigError(
+            raise MissingError(
                 "training.max_steps is missing, the number of steps to train for: give "
                 "--max-steps N, or training: {max_steps: N} in a config"
             )

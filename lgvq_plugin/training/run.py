@@ -102,6 +102,7 @@ def train(
     """
     problems = Problems()
     sections = Sections.of(config, problems)
+    problems.raise_wrong()
     if not problems:
         check_names(sections)
     from lightning.pytorch.utilities.exceptions import SIGTERMException

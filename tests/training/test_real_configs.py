@@ -126,7 +126,7 @@ def test_another_data_set_loses_the_params_of_the_first(read, tiny, nested, flip
     data = tiny["data"]
     data = {"target": "main.D", "params": data} if nested else data
     sections = Sections.of(read(*words[:: -1 if flip else 1], data=data))
-    assert sections.data.train == {"target": "folder", "params": {"root": "/x"}}
+    assert sections.data.train == {"target": "folder", "params": {"root": "/x", "size": 16}}
     assert sections.data.validation["target"] == "scenes"
 
 

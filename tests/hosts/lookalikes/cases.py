@@ -206,7 +206,7 @@ def taming(name="VQModel", target=None, params=None, **more):
         else:
             loss = lossconfig(target or default, lgvq, **knobs)
         given = {"ddconfig": DDCONFIG, "lossconfig": loss, "n_embed": 16, "embed_dim": 8, **more}
-        with compat.lpips_only_if_used(0):  # LPIPS would want VGG16, also where its weight is 0
+        with compat.lpips_only_if_used(0, target or default):  # LPIPS would want VGG16
             return getattr(vqgan, name)(**given)
 
     return make
