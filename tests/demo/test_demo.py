@@ -34,7 +34,12 @@ def test_the_demo_runs_and_its_table_is_the_results(tmp_path, capsys, monkeypatc
     plan = tmp_path / "plan.yaml"
     text = Path(PLAN).read_text().replace("limit: 256", "limit: 24")
     for name in ("baseline.yaml", "lgvq.yaml"):
-        config = (FOLDER / name).read_text().replace("size: 64", "size: 32").replace("length: 2048", "length: 32")
+        config = (
+            (FOLDER / name)
+            .read_text()
+            .replace("size: 64", "size: 32")
+            .replace("length: 2048", "length: 32")
+        )
         (tmp_path / name).write_text(config.replace("batch_size: 16", "batch_size: 8"))
     plan.write_text(text)
     monkeypatch.setattr(demo_module, "PLAN", plan)
