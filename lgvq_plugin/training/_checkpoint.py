@@ -206,7 +206,11 @@ def require_optimizers(
                     "host's parameter; resume from another"
                 )
     for i, (state, scheduler) in enumerate(zip(saved, schedulers, strict=True)):
-        require_like(state, _shared(scheduler.state_dict(), state), f"lr_schedulers[{i}]", path)
+        like = _shared(scheduler.state_dict(), state)
+        for key, value in like.items():  # lists by group: earlier versions had fewer groups
+            if isinstance(value, list) and isinstance(state[key], list):
+                like[key] = value[: max(1, len(state[key]))]
+        require_like(state, like, f"lr_schedulers[{i}]", path)
 
 
 def _is_moment(name: str, value: Any, *, shape: torch.Size) -> bool:

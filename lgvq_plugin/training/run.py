@@ -105,6 +105,7 @@ def train(
     problems.raise_wrong()
     if not problems:
         check_names(sections)
+    _require_resumable(resume)
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from ._watch import Signals
@@ -203,14 +204,18 @@ def _look_at_data(host: Any, dataset: Any, validation: Any, sections: Sections) 
         tell_shared_images(dataset, validation, sections)
 
 
+def _require_resumable(resume: str | Path | None) -> None:
+    """Refuse a path that does not exist, before anything heavy is imported."""
+    if resume is not None and str(resume) != "auto" and not Path(resume).exists():
+        raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
+
+
 def _find_checkpoint(
     resume: str | Path | None, name: str | None, logdir: Path
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint to resume from, read and checked."""
     if resume is None:
         return None
-    if str(resume) != "auto" and not Path(resume).exists():
-        raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
     from . import _checkpoint
 
     if str(resume) == "auto":
