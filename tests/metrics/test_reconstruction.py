@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import correlate1d
+from torchmetrics.functional.image import structural_similarity_index_measure
 
-from lgvq_plugin.metrics.reconstruction import ReconstructionMetrics
+from lgvq_plugin.metrics._pixels import eight_bit
+from lgvq_plugin.metrics.reconstruction import ReconstructionMetrics, psnr_and_ssim
 from lgvq_plugin.sockets import ConfigError
 
 
@@ -54,6 +56,14 @@ def test_equals_numpy_per_image_however_split(pair):
     got = metric.compute()
     assert float(got["psnr"]) == pytest.approx(psnr, abs=1e-3)
     assert float(got["ssim"]) == pytest.approx(similar, abs=1e-3)
+
+
+def test_ssim_is_that_of_torchmetrics(pair):
+    images, reconstructions = (eight_bit(one) for one in pair)
+    theirs = structural_similarity_index_measure(
+        reconstructions.double(), images.double(), data_range=1.0, reduction="none"
+    )
+    torch.testing.assert_close(psnr_and_ssim(*pair)[1].double(), theirs, atol=1e-6, rtol=0)
 
 
 def test_a_perfect_image_does_not_make_the_mean_infinite(pair):
