@@ -22,6 +22,7 @@ from ..config import parse
 from ..sockets import ConfigError, resolve
 from ..training.base import (
     DataSection,
+    TrainingConfig,
     build_dataset,
     data_section,
     lgvq_block,
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> int:
 
 def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
     config = parse(lgvq_block(plain))
+    TrainingConfig.of({"max_steps": 1, **(plain.get("training") or {})})  # a wrong key is an error
     from tqdm import tqdm
 
     from .._device import choose_device

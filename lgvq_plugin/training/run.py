@@ -106,6 +106,8 @@ def train(
     if not problems:
         check_names(sections)
     _require_resumable(resume)
+    if name and resume is None and any((Path(logdir) / name / "checkpoints").glob("*.ckpt")):
+        _refuse_used(Path(logdir) / name)
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from ._watch import Signals
@@ -210,6 +212,13 @@ def _require_resumable(resume: str | Path | None) -> None:
         raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
 
 
+def _refuse_used(folder: Path) -> None:
+    raise ConfigError(
+        f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
+        "or choose another --name"
+    )
+
+
 def _find_checkpoint(
     resume: str | Path | None, name: str | None, logdir: Path
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -244,10 +253,7 @@ def _run_folder(
         os.environ[NAME_OF_RUN] = name
     folder = logdir / name
     if checkpoint is None and not is_child and any(folder.glob("checkpoints/*.ckpt")):
-        raise ConfigError(
-            f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
-            "or choose another --name"
-        )
+        _refuse_used(folder)
     return folder
 
 
