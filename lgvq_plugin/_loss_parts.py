@@ -142,15 +142,15 @@ class GradientCheck:
             self.skipped = 0
             return
         self.skipped += 1
-        told = f"update {self.steps}: the gradient is not finite in "
-        told += nonfinite_gradients(self.host, held)
+        problem = f"update {self.steps}: the gradient is not finite in "
+        problem += nonfinite_gradients(self.host, held)
         if self.on_nonfinite == "raise" or self.skipped >= MOST_SKIPPED:
             often = f" ({self.skipped} updates in a row)" if self.skipped > 1 else ""
             raise FloatingPointError(
-                f"{told}{often}; no weight was updated with it. Lower the learning rate or the "
+                f"{problem}{often}; no weight was updated with it. Lower the learning rate or the "
                 "weight of that term"
             )
-        logger.warning("%s; this update is left out", told)
+        logger.warning("%s; this update is left out", problem)
         optimizer.zero_grad(set_to_none=True)
 
 

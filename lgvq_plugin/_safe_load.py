@@ -142,8 +142,8 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         if trust_pickle:
             return _read_pickle(path), "pickle"
         if not names:
-            told = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
-            raise ConfigError(told) from error  # torch's own message advises to unpickle all
+            problem = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
+            raise ConfigError(problem) from error  # torch's own message advises to unpickle all
         raise ConfigError(_refusal(path, names, error)) from error
 
 
