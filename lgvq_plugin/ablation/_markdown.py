@@ -16,8 +16,8 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
         cells: what `statistics.compare` says of them.
         pictures: paths, relative to the text's; they come last.
     """
-    sentences = [f"- {_safe(line)}" for line in plain_sentences(results, cells)]
-    parts = [f"# {_safe(results.title)}", "", *sentences]
+    items = [f"- {_safe(line)}" for line in plain_sentences(results, cells)]
+    parts = [f"# {_safe(results.title)}", "", *items]
     for data in results.datasets:
         own = [cell for cell in cells if cell.data == data]
         if own:
