@@ -19,11 +19,6 @@ from urllib.parse import unquote, urlparse
 
 from . import compat
 
-REQUIRED = (
-    *("torch>=2.5", "torchvision", "requests", "pytorch-lightning>=2.0", "lightning>=2.2"),
-    *("open_clip_torch>=2.30", "omegaconf>=2.1", "torchmetrics>=1.4", "safetensors", "tqdm"),
-    *("scipy", "matplotlib", "pillow", "numpy", "tensorboard"),
-)
 EXTRAS = {  # distribution: what it is for
     "transformers": "guide: {use: huggingface}",
     "diffusers": "lgvq export --format diffusers",
@@ -72,10 +67,24 @@ def examine(*, full: bool = False) -> list[Finding]:
     return found
 
 
+def required() -> list[str]:
+    """Return what pyproject.toml requires, as "name>=version", without the extras and taming.
+
+    >>> "jinja2>=3.1" in required()
+    True
+    """
+    wishes = (line.partition(";") for line in metadata.requires("lgvq_plugin") or [])
+    return [
+        wish.strip()
+        for wish, _, condition in wishes
+        if "extra" not in condition and not wish.startswith("taming")  # `taming` looks closer
+    ]
+
+
 def stack() -> list[Finding]:
     """Compare installed versions with those that are needed."""
     found = [Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")]
-    for wish in REQUIRED:
+    for wish in required():
         name, _, oldest = wish.partition(">=")
         version = _version(name)
         told = version or "not installed"

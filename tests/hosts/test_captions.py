@@ -171,10 +171,9 @@ def test_a_grid_that_is_not_square():
 
 def test_the_wrong_width_is_told():
     host, _ = PLAIN.build()
-    handle = attach(host, code_dim=5, **LGVQ)
-    host(PLAIN.batch()["image"])
-    with pytest.raises(ConfigError, match=r"width 5, the quantizer gives 8; set lgvq.code_dim: 8"):
-        handle.loss(CAPTIONS)
+    attach(host, code_dim=5, **LGVQ)
+    with pytest.raises(ConfigError, match=r"width 5, but .*; set lgvq.code_dim: 8"):
+        host(PLAIN.batch()["image"])
 
 
 def test_a_batch_that_is_no_mapping_has_no_captions():
