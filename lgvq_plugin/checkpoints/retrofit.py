@@ -297,6 +297,7 @@ def main(argv: Sequence[str]) -> int:
         _config(given_config, checkpoint, is_whole=bool(given.base)),
         data=given.data,
         max_steps=given.max_steps,
+        overrides=overrides,
     )
     result = retrofit(
         config,

@@ -77,7 +77,8 @@ def main(argv: list[str]) -> int:
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
     require_writable(given.out or Path())
-    _cache(to_plain(with_shortcuts(read_config(given.base, overrides), data=given.data)), given)
+    config = read_config(given.base, overrides)
+    _cache(to_plain(with_shortcuts(config, data=given.data, overrides=overrides)), given)
     return 0
 
 

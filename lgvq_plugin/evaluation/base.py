@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..sockets import ConfigError
-from ..training.base import lgvq_block, to_plain, with_sizes
+from ..training.base import data_mapping, lgvq_block, to_plain, with_sizes
 from . import _alignment, _codebook, _downstream, _reconstruction
 from ._config import EvaluationConfig, names_of
 from ._context import Context
@@ -105,13 +105,16 @@ def build_context(
     data = config.get("data")
     if not data:
         raise ConfigError("the config has no section `data:`, which names the images")
-    plain = to_plain(config, "data", "evaluation")
-    block = {**(plain.get("evaluation") or {}), **(options or {})}
+    plain = to_plain(config, "data", "evaluation", "model")
+    given = plain.get("evaluation") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"evaluation: expected a mapping, got {given!r}")
+    block = {**given, **(options or {})}
     if limit is not None:
         block["limit"] = limit
     return Context(
         host.eval(),
-        with_sizes(plain["data"], to_plain({"model": config.get("model") or {}})["model"]),
+        with_sizes(data_mapping(plain["data"]), plain.get("model")),
         lgvq_block(config),
         EvaluationConfig.of(block),
         folder=None if output is None else Path(output) / "probes",
@@ -142,7 +145,10 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
         rows |= found
         skipped |= _left_out(name, found)
     if not rows:
-        told = "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        reasons: dict[str, list[str]] = {}
+        for name, why in skipped.items():
+            reasons.setdefault(why, []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
         raise ConfigError(f"no metric could be computed: {told}")
     return {
         "settings": settings | {"metrics": names},

@@ -17,7 +17,14 @@ from .._arguments import add_shortcuts, parse_words
 from .._files import require_writable, write_json, write_text
 from ..checkpoints import find_checkpoint
 from ..sockets import ConfigError
-from ..training.base import lay_over, read_config, to_plain, with_shortcuts, with_sizes
+from ..training.base import (
+    data_mapping,
+    lay_over,
+    read_config,
+    to_plain,
+    with_shortcuts,
+    with_sizes,
+)
 from ._config import DEFAULT, NAMES, names_of
 from ._table import as_csv, table
 
@@ -58,11 +65,13 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     checkpoints = [load_checkpoint(path) for path in given.ckpt]
     labels = _labels(given.names, checkpoints)
     config = with_shortcuts(
-        _config(given_config, checkpoints[0], is_whole=bool(given.base)), data=given.data
+        _config(given_config, checkpoints[0], is_whole=bool(given.base)),
+        data=given.data,
+        overrides=overrides,
     )
     if config.get("data") is not None:  # the size of the images is the host's
-        model = to_plain({"model": _host_config(config, checkpoints[0]).get("model") or {}})
-        config.data = with_sizes(to_plain({"data": config.data})["data"], model["model"])
+        model = to_plain(_host_config(config, checkpoints[0]), "model").get("model")
+        config.data = with_sizes(data_mapping(to_plain(config, "data")["data"]), model)
     results: dict[str, dict[str, Any]] = {}
     contexts: dict[str, Context] = {}
     for label, checkpoint in zip(labels, checkpoints, strict=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..sockets import ConfigError
 from .base import CodeFeatures
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 2))
@@ -67,11 +68,12 @@ def fit_ridges(x: Tensor, targets: Mapping[str, Tensor], *, seed: int = 0) -> di
         seed: of the choice of the fifth.
 
     Raises:
-        ValueError: if M is below 10, or a target has another length.
+        ConfigError: if M is below 10.
+        ValueError: if a target has another length.
     """
     count = len(x)
     if count < LEAST_IMAGES:
-        raise ValueError(f"a probe needs at least {LEAST_IMAGES} training images, got {count}")
+        raise ConfigError(f"a probe needs at least {LEAST_IMAGES} training images, got {count}")
     for name, target in targets.items():
         if len(target) != count:
             raise ValueError(f"{count} images, but {len(target)} targets {name!r}")

@@ -14,7 +14,11 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from .._arguments import KEY
 from .._fields import laid_over
@@ -56,7 +60,7 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
         {'training': {'max_steps': 5}, 'lgvq': {'stop': 4}}
     """
     parts = [_read_file(Path(path)) for path in paths]
-    known = [*SECTIONS, *SHORT_FORMS, *FOREIGN, *(str(key) for part in parts for key in part)]
+    known = {*SECTIONS, *SHORT_FORMS, *FOREIGN, *(str(key) for part in parts for key in part)}
     for override in overrides:
         _check_override(override, known)
     try:
@@ -71,7 +75,7 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
     return whole
 
 
-def _check_override(override: str, known: Sequence[str]) -> None:
+def _check_override(override: str, known: Iterable[str]) -> None:
     key, equals, _ = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{override!r}: expected key=value, for instance training.max_steps=100")
@@ -173,7 +177,12 @@ def _pop_short_forms(node: dict[str, Any]) -> Any:
     if "objectives" in node:
         given = node.pop("objectives")
         if not isinstance(given, dict):
-            names = [given] if isinstance(given, str) else list(given or [])
+            names = [given] if isinstance(given, str) else given
+            if not isinstance(names, list):
+                raise ConfigError(
+                    f"objectives: expected some of {', '.join(OBJECTIVES)}, or a mapping of them, "
+                    f"got {given!r}"
+                )
             for name in names:
                 if name not in OBJECTIVES:
                     raise ConfigError(f"objectives: {name!r}{suggest(name, OBJECTIVES)}")
@@ -264,14 +273,14 @@ class Sections:
         """
         whole = lay_over(OmegaConf.create({}), config)
         plain = to_plain(whole)
-        _settle_root(plain, _referenced(OmegaConf.to_container(whole, resolve=False)))
+        _settle_root(plain, helpers_of(whole))
         if "lightning" in plain:
             logger.warning(
                 "the `lightning:` section is not read (max_steps, gpus, callbacks, ...); "
                 "`training:` says all of it"
             )
-        scale_lr = (plain.get("model") or {}).get("scale_lr")  # taming's flag; some keep it here
-        if isinstance(scale_lr, bool):
+        scale_lr = _mapping(plain, "model").get("scale_lr")  # taming's flag; some keep it here
+        if isinstance(scale_lr, bool) and _takes_more(plain, "training"):
             plain["training"] = {"scale_lr": scale_lr, **(plain.get("training") or {})}
         found = Problems() if problems is None else problems
         parts: dict[str, Any] = dict.fromkeys(SECTIONS[:3])
@@ -316,6 +325,16 @@ class Sections:
         return rate
 
 
+def _takes_more(plain: Mapping[str, Any], section: str) -> bool:
+    """Whether a section is a mapping, or missing; another value is reported when it is read."""
+    return plain.get(section) is None or isinstance(plain[section], dict)
+
+
+def helpers_of(config: DictConfig) -> set[str]:
+    """Return the keys of the root beside the sections that the config's interpolations name."""
+    return _referenced(OmegaConf.to_container(config, resolve=False)) - {*SECTIONS, *SHORT_FORMS}
+
+
 def _referenced(node: Any) -> set[str]:
     """Return the keys of the root that interpolations name: `size` for `${size}`."""
     if isinstance(node, dict | list):
@@ -336,9 +355,10 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> None:
                 "its target to lgvq_plugin.LGVQLoss, or lgvq_plugin.over.<its target>"
             )
         if name == "seed_everything":
-            if isinstance(value, int) and not isinstance(value, bool):
+            is_seed = isinstance(value, int) and not isinstance(value, bool)
+            if is_seed and _takes_more(plain, "training"):
                 plain["training"] = {"seed": value, **(plain.get("training") or {})}
-        elif name == "trainer" and isinstance(value, dict):
+        elif name == "trainer" and isinstance(value, dict) and _takes_more(plain, "training"):
             _take_trainer(plain, value)
         elif difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.75):
             raise ConfigError(f"no section {name[:60]!r} in a config{suggest(name, SECTIONS)}")
@@ -349,14 +369,16 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> None:
 def _take_trainer(plain: dict[str, Any], trainer: Mapping[str, Any]) -> None:
     """Take from LightningCLI's `trainer:` what means the same in `training:`."""
     same = ("max_steps", "accumulate_grad_batches", "precision")
+    own = plain.get("training") or {}
     taken = {
         key: trainer[key]
         for key in same
-        if isinstance(trainer.get(key), str if key == "precision" else int)
+        if key not in own
+        and isinstance(trainer.get(key), str if key == "precision" else int)
         and trainer[key] != -1  # Lightning's word for no limit
     }
     if taken:
-        plain["training"] = {**taken, **(plain.get("training") or {})}
+        plain["training"] = {**taken, **own}
         logger.info("taken from `trainer:`: %s", ", ".join(f"{k}={v}" for k, v in taken.items()))
     _warn_unread("trainer", [key for key in trainer if key not in taken])
 
@@ -387,7 +409,8 @@ def to_plain(config: DictConfig | Mapping[str, Any], *sections: str) -> dict[str
         raise ConfigError(f"{key} is ??? in the config; give it: {key}=VALUE") from error
     except OmegaConfBaseException as error:
         key, told = getattr(error, "full_key", None) or "config", str(error).strip()
-        raise ConfigError(f"{key}: {told.splitlines()[0]}") from error
+        hint = f"; give it: {key}=VALUE" if isinstance(error, InterpolationKeyError) else ""
+        raise ConfigError(f"{key}: {told.splitlines()[0]}{hint}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -406,8 +429,10 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: if a key is missing, wrong, or nearly a known one.
     """
     model = plain.get("model")
-    if not isinstance(model, dict):
+    if model is None:
         raise ConfigError(f"the config has no section `model:`; it has {list(plain)}")
+    if not isinstance(model, dict):
+        raise ConfigError(f"model: expected a mapping with a `target:`, got {model!r:.80}")
     _refuse_near("model", model, MODEL_KEYS)
     model = {key: value for key, value in model.items() if key in MODEL_KEYS}
     if not isinstance(model.get("target"), str):
@@ -455,7 +480,8 @@ def resolution_of(model: Mapping[str, Any]) -> tuple[str, int | list[int]] | Non
             if isinstance(value, Mapping) and key not in LOSS_KEYS:
                 yield from search(value, f"{path}.{key}")
 
-    for key, value in search(model.get("params") or {}, "model.params"):
+    params = model.get("params")
+    for key, value in search(params if isinstance(params, Mapping) else {}, "model.params"):
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
             return key, sides[0] if sides[0] == sides[1] else sides
@@ -557,13 +583,27 @@ def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
     return laid_over(block or {}, to_plain(config, "lgvq")["lgvq"] if root else {})
 
 
+def data_mapping(data: Any) -> Mapping[str, Any]:
+    """Return `data`, checked as far as that: a mapping, as its `params` are.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"data: expected a mapping, got {data!r:.80}{DATA_HINT}")
+    params = data.get("params")
+    if params is not None and not isinstance(params, Mapping):
+        raise ConfigError(f"data.params: expected a mapping, got {params!r:.80}{DATA_HINT}")
+    return data
+
+
 def data_section(plain: Mapping[str, Any]) -> DataSection:
     """Return the checked `data:` section of a plain config, its sizes the host's resolution.
 
     Raises:
         ConfigError: for what is missing or unknown in it.
     """
-    data = with_sizes(_section(plain, "data", DATA_HINT), plain.get("model"))
+    data = with_sizes(data_mapping(_section(plain, "data", DATA_HINT)), plain.get("model"))
     direct = {key: value for key, value in data.items() if key not in ("target", "params")}
     given = {**(data.get("params") or {}), **direct}
     _refuse_near("data", given, DATA_KEYS)

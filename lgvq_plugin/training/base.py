@@ -9,7 +9,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,13 @@ from ..sockets import (
 )
 from ._quiet import prints_to_stderr
 from ._sections import (
+    DATA_SETS,
     LOSS_KEYS,
     DataSection,
     Sections,
+    data_mapping,
     data_section,
+    helpers_of,
     lay_over,
     lgvq_block,
     loss_key,
@@ -63,6 +66,7 @@ __all__ = [
     "build_host",
     "build_parts",
     "check_names",
+    "data_mapping",
     "data_section",
     "lay_over",
     "lgvq_block",
@@ -109,6 +113,9 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     return host
 
 
+OTHER_DATA = "; or give --data FOLDER (images with captions) in its place"
+
+
 def build_dataset(section: Mapping[str, Any]) -> Any:
     """Build the data set `{target, params}`; the target may be a member's short name.
 
@@ -122,7 +129,8 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
     try:
         member = resolve("datasets", section["target"])
     except ConfigError as error:
-        raise ConfigError(f"data: target: {error}") from error
+        hint = OTHER_DATA if "." in str(section["target"]) else ""
+        raise ConfigError(f"data: {error}{hint}") from error
     path, params = f"{member.__module__}.{member.__qualname__}", section.get("params")
     with building("data", section["target"], params):
         dataset = instantiate({"target": path, "params": params})
@@ -133,7 +141,11 @@ def build_dataset(section: Mapping[str, Any]) -> Any:
 
 
 def with_shortcuts(
-    config: DictConfig, *, data: str | Path | None = None, max_steps: int | None = None
+    config: DictConfig,
+    *,
+    data: str | Path | None = None,
+    max_steps: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> DictConfig:
     """Return `config` with what `--data` and `--max-steps` say.
 
@@ -143,27 +155,39 @@ def with_shortcuts(
             data section; its batch_size stays, and its num_workers up to the number of cores.
             Without split folders a tenth of the images is for validation.
         max_steps: for `training.max_steps`.
+        overrides: the `key=value` words; those about `data` apply to the folder too. What
+            `data.train.params` says of it (encoding, size, file_key, ...) holds for its other
+            splits as well.
 
     Raises:
         ConfigError: if the folder is missing, or of no known layout.
     """
     if data is not None:
+        folder = Path(data).expanduser()
+        if not folder.exists():
+            raise ConfigError(f"{folder} does not exist; expected a folder of images or a table")
+        words = [word for word in overrides if word.startswith(("data.", "dataset."))]
+        over = lay_over(OmegaConf.create({}), OmegaConf.from_dotlist(words))
         try:  # what refers to the data section is resolved before it goes
             plain = OmegaConf.to_container(config, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"config: {error}") from error
         assert isinstance(plain, dict)
-        config = OmegaConf.create(
-            {**plain, "data": _data_of(Path(data).expanduser(), plain.get("data"))}
-        )
+        sections = {str(key): plain[key] for key in plain if key not in helpers_of(config)}
+        rest = {key: value for key, value in plain.items() if key != "data"}
+        merged = OmegaConf.merge(rest, over)
+        given = to_plain(merged, "data").get("data") or {}  # type: ignore[arg-type]
+        sections["data"] = _data_of(folder, plain.get("data"), given)
+        config = lay_over(OmegaConf.create(sections), {"data": given})
     if max_steps is not None:
         config = OmegaConf.merge(config, {"training": {"max_steps": max_steps}})  # type: ignore[assignment]
     return config
 
 
-def _data_of(folder: Path, old: Any) -> dict[str, Any]:
+def _data_of(folder: Path, old: Any, over: Mapping[str, Any]) -> dict[str, Any]:
     section = old if isinstance(old, Mapping) else {}
-    given = {**(section.get("params") or {}), **section}
+    params = section.get("params")
+    given = {**(params if isinstance(params, Mapping) else {}), **section}
     batch_size = given.get("batch_size")
     if batch_size is None:
         batch_size = 8
@@ -171,7 +195,7 @@ def _data_of(folder: Path, old: Any) -> dict[str, Any]:
     workers = given.get("num_workers")
     if not isinstance(workers, int):
         workers = 2 * batch_size if isinstance(batch_size, int) else 0  # taming's default
-    sets = _sets_of(folder)
+    sets = _sets_of(folder, over)
     logger.info(
         "--data %s in place of the config's data section: %s",
         folder,
@@ -181,8 +205,11 @@ def _data_of(folder: Path, old: Any) -> dict[str, Any]:
     return {"batch_size": batch_size, "num_workers": min(workers, cores or 1), **sets}
 
 
-def _sets_of(folder: Path) -> dict[str, Any]:
-    """Return train, validation and test as `{target, params}`."""
+OF_TRAINING = ("root", "split", "crop", "flip")
+
+
+def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return train, validation and test as `{target, params}`, overrides laid over them."""
     from ..datasets.base import recognize
 
     layout = recognize(folder)
@@ -200,9 +227,12 @@ def _sets_of(folder: Path) -> dict[str, Any]:
         splits.setdefault("train", whole)
     if "train" in splits and ("crop" in known or takes_all):
         splits["train"].setdefault("crop", "random")
+    own = {name: _params_in(over.get(name)) for name in DATA_SETS}
+    shared = {key: value for key, value in own["train"].items() if key not in OF_TRAINING}
+    splits = {name: {**params, **shared, **own[name]} for name, params in splits.items()}
     if whole is not None and "validation" in splits:
         try:
-            resolve("datasets", layout.member)(**splits["validation"])
+            build_dataset({"target": layout.member, "params": splits["validation"]})
         except ConfigError as error:
             logger.warning("--data: no validation: %s", error)
             del splits["validation"]
@@ -217,6 +247,11 @@ def _sets_of(folder: Path) -> dict[str, Any]:
         for name in ("train", "validation", "test")
         if name in as_text
     }
+
+
+def _params_in(section: Any) -> dict[str, Any]:
+    params = section.get("params") if isinstance(section, Mapping) else None
+    return dict(params) if isinstance(params, Mapping) else {}
 
 
 def build_parts(
@@ -261,9 +296,9 @@ def _build_named(name: str, section: Mapping[str, Any]) -> Any:
     try:
         return build_dataset(section)
     except ConfigError as error:
-        is_ours = "." not in str(section["target"])
-        hint = "" if is_ours else "; or give --data FOLDER (images with captions) in its place"
-        raise ConfigError(f"data.{name}: {error}{hint}") from error
+        is_told = "." not in str(section["target"]) or str(error).endswith(OTHER_DATA)
+        hint = "" if is_told else OTHER_DATA
+        raise ConfigError(f"data.{name}: {str(error).removeprefix('data: ')}{hint}") from error
 
 
 def _alignment_block(sections: Sections) -> LGVQConfig | None:
@@ -390,7 +425,11 @@ def check_names(sections: Sections) -> None:
     for section in (data.train, data.validation, data.test):
         if section is not None:
             path_of("datasets", section["target"])
-    parse(lgvq_block(sections.plain))
+    block = lgvq_block(sections.plain)
+    parse(block)
+    guide = block.get("guide") or {}
+    if isinstance(guide, Mapping) and guide.get("use") is not None:
+        path_of("guides", guide["use"])
 
 
 def _check_targets(node: Any, where: str) -> None:

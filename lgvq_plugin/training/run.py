@@ -215,7 +215,7 @@ def _require_resumable(resume: str | Path | None) -> None:
 def _refuse_used(folder: Path) -> None:
     raise ConfigError(
         f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
-        "or choose another --name"
+        "or choose another folder (--name, or -o of `lgvq retrofit`)"
     )
 
 
@@ -375,7 +375,10 @@ def main(argv: list[str]) -> int:
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
     config = with_shortcuts(
-        read_config(given.base, overrides), data=given.data, max_steps=given.max_steps
+        read_config(given.base, overrides),
+        data=given.data,
+        max_steps=given.max_steps,
+        overrides=overrides,
     )
     name, logdir = given.name, Path(given.logdir)
     stem = Path(given.base[0]).stem

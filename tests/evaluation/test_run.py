@@ -174,3 +174,35 @@ def test_a_run_that_cannot_be_written_to_is_evaluated(folder, monkeypatch, tmp_p
     assert lgvq(folder, "--ckpt", checkpoint, "--limit", 8, "--metrics", "psnr") == 0
     assert (here / "lgvq_evaluation" / "step=3" / "results.json").is_file()
     assert [file.name for file in run.iterdir()] == ["step=3.ckpt"]
+
+
+def test_helper_keys_of_the_config_are_resolved(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["width"] = config["model"]["params"]["channels"]
+    config["model"]["params"]["channels"] = "${width}"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--ckpt", folder / "host0.ckpt", "--limit", 4, "--metrics", "psnr", "-o", folder / "o"]
+    assert lgvq(folder, *argv) == 0
+
+
+def test_too_few_training_images_skip_the_probes_alone(folder, capsys):
+    argv = ["--ckpt", folder / "host0.ckpt", "--limit", 2, "--metrics", "psnr,retrieval"]
+    assert lgvq(folder, *argv, "-o", folder / "o") == 0
+    shown = capsys.readouterr().out
+    assert "reconstruction/psnr" in shown
+    assert "retrieval skipped: a probe needs at least 10 training images" in shown
+
+
+def test_one_reason_for_several_metrics_is_told_once(folder, capsys):
+    argv = ["--ckpt", folder / "host0.ckpt", "--metrics", "psnr,ssim", "-o", folder / "o"]
+    words = ["data.validation.target=nowhere.Photos", "data.test.target=nowhere.Photos"]
+    assert lgvq(folder, *argv, *words) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.count("nowhere.Photos") == 1
+    assert "psnr, ssim: " in shown
+    assert "--data FOLDER" in shown
+
+
+def test_an_evaluation_section_that_is_no_mapping_is_named(folder, capsys):
+    assert lgvq(folder, "--ckpt", folder / "host0.ckpt", "-o", folder / "o", "evaluation=5") == 2
+    assert "evaluation: expected a mapping, got 5" in capsys.readouterr().err

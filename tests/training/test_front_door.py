@@ -258,6 +258,29 @@ def test_data_resolves_what_referred_to_the_old_section(photos):
     assert made.model.params.ddconfig.resolution == 16
 
 
+def test_overrides_about_data_apply_to_the_folder(tmp_path):
+    folder = make_photos(tmp_path / "photos", 20)
+    words = ["data.train.params.encoding=latin-1", "data.train.params.size=32"]
+    words += ["data.validation.params.size=${data.train.params.size}", "data.batch_size=3"]
+    config = read_config([], [*words, "data.train.target=folder"])
+    made = with_shortcuts(config, data=folder, overrides=words)
+    assert made.data.batch_size == 3
+    for section in (made.data.train, made.data.validation):
+        assert (section.params.encoding, section.params.size) == ("latin-1", 32)
+    assert (made.data.train.params.crop, made.data.validation.params.get("crop")) == (
+        "random",
+        None,
+    )
+
+
+def test_helper_keys_of_the_root_are_not_told_as_unread(photos, caplog):
+    config = OmegaConf.create({**shipped("custom_vqgan"), "width": 32, "unused": 1})
+    config.model.params.ddconfig.ch = "${width}"
+    Sections.of(with_shortcuts(config, data=photos, max_steps=1))
+    assert "unused: not read" in caplog.text
+    assert "width" not in caplog.text
+
+
 def test_few_images_train_without_validation(tmp_path, caplog):
     folder = make_photos(tmp_path / "few", 2)
     config = with_shortcuts(OmegaConf.create(shipped("vq-f4")), data=folder)

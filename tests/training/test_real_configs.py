@@ -12,6 +12,7 @@ from lgvq_plugin.training.base import (
     Sections,
     build_dataset,
     build_host,
+    check_names,
     lay_over,
     lgvq_block,
     read_config,
@@ -176,3 +177,36 @@ def test_a_data_set_that_cannot_be_built_names_the_key():
         build_dataset(
             {"target": "torchvision.datasets.ImageFolder", "params": {"root": "/no/images"}}
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model=5"], "model: expected a mapping"),
+        (["model.params=5"], "model.params: expected a mapping"),
+        (["data.params=5"], "data.params: expected a mapping"),
+        (["training=5", "seed_everything=3"], "training: expected a mapping, got 5"),
+        (["objectives=5"], "objectives: expected some of global_semantic"),
+    ],
+)
+def test_a_section_that_is_no_mapping_is_named(read, words, told):
+    with pytest.raises(ConfigError, match=told):
+        Sections.of(read(*words))
+
+
+def test_only_what_the_trainer_section_decides_is_told_as_taken(read, caplog):
+    sections = Sections.of(read("training.max_steps=2", "trainer.max_steps=1"))
+    assert sections.training.max_steps == 2
+    assert "trainer.max_steps: not read" in caplog.text
+
+
+def test_an_unknown_guide_is_refused_by_name(read):
+    sections = Sections.of(read(OURS, "lgvq.guide.use=micro_clop"))
+    with pytest.raises(ConfigError, match="did you mean 'micro_clip'"):
+        check_names(sections)
+
+
+def test_an_interpolation_into_a_replaced_data_set_says_what_to_give():
+    config = OmegaConf.create({"data": {"validation": {"root": "${data.train.params.root}"}}})
+    with pytest.raises(ConfigError, match=r"give it: data\.validation\.root=VALUE"):
+        to_plain(config)
