@@ -270,7 +270,7 @@ class Sections:
                 "the `lightning:` section is not read (max_steps, gpus, callbacks, ...); "
                 "`training:` says all of it"
             )
-        scale_lr = (plain.get("model") or {}).get("scale_lr")  # taming's flag; some keep it here
+        scale_lr = _mapping(plain, "model").get("scale_lr")  # taming's flag; some keep it here
         if isinstance(scale_lr, bool):
             plain["training"] = {"scale_lr": scale_lr, **(plain.get("training") or {})}
         found = Problems() if problems is None else problems
