@@ -6,8 +6,9 @@ captions --guide--> Caption ---|--> objectives --> sum of weight * term, and wha
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,7 @@ class Alignment(nn.Module):
         return self.view(codes), Caption(strings, present, features, self.guide, generator)
 
     def _check(self, codes: Codes, captions: Captions) -> None:
+        _check_captions(captions)
         batch, _, width = codes.codes.shape
         if width != self.code_dim:
             raise ConfigError(
@@ -251,6 +253,23 @@ def _objectives(
         for name, own in chosen.items()
         if own.weight > 0
     }
+
+
+def _check_captions(captions: Any) -> None:
+    """Refuse a text or a batch where a list is needed, and entries that are no texts.
+
+    Raises:
+        ConfigError: if `captions` is not a list of texts, of lists of texts, or None.
+    """
+    is_list = hasattr(captions, "__len__") and not isinstance(captions, str | bytes | Mapping)
+    for entry in captions if is_list else [captions]:
+        is_several = hasattr(entry, "__len__") and not isinstance(entry, bytes | Mapping | Tensor)
+        texts = entry if is_several and not isinstance(entry, str) else [entry]
+        if not is_list or not all(text is None or isinstance(text, str) for text in texts):
+            raise ConfigError(
+                "captions must be a list with one entry per image (a string, a list of strings, "
+                f"or None), got {captions!r:.80}"
+            )
 
 
 def _draw(caption: str | Sequence[str] | None, generator: torch.Generator) -> str:

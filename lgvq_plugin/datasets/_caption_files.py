@@ -33,13 +33,18 @@ MAX_KEYWORDS = 12  # a CLIP text tower reads 77 tokens
 MAX_TEXTS = 50  # .txt files in a folder above which only those with a telling name are opened
 TELLING = re.compile(r"caption|token|annotation|metadata|description|prompt|sentence", re.I)
 SPLIT_WORDS = {
-    **dict.fromkeys(("val", "valid", "dev", "validation"), "validation"),
+    **dict.fromkeys(("val", "valid", "dev", "eval", "validation"), "validation"),
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "phase", "fold")
+"""All but the first only where they hold one of SPLIT_WORDS: `set` may be anything."""
+SPLIT_FOLDER = re.compile(r"(.+?)[._-]?(?:images?|imgs?|set|split|\d{4})?", re.I)
+"""Of train, train2017, val_images."""
 SPLIT_LIST = re.compile(
     r"(?:^|[._-])(train|val|valid|validation|dev|test)(?:[._-]?images)?\.\w+$", re.I
 )
+SPLIT_NAMES = frozenset(SPLIT_WORDS.values())
 _NUMBERED = re.compile(r"#\d+$")
 _LINE = re.compile(
     rf"(.+?(?:{'|'.join(map(re.escape, SUFFIXES))}))(?:#\d+)?(?:\s*[|,;]\s*|\s+)(\S.*)", re.I
@@ -164,6 +169,20 @@ def split_name(value: Any) -> str | None:
     """
     text = "" if value is None else str(value).strip()
     return SPLIT_WORDS.get(text.lower(), text) or None
+
+
+def split_of_folders(parts: Sequence[str]) -> str | None:
+    """Return the split that the first folder which names one stands for.
+
+    Example:
+        >>> split_of_folders(["images", "val2017"]), split_of_folders(["dogs"])
+        ('validation', None)
+    """
+    for part in parts:
+        name = SPLIT_FOLDER.fullmatch(part)
+        if name and (split := SPLIT_WORDS.get(name[1].lower())):
+            return split
+    return None
 
 
 def read_split_lists(table: Path) -> dict[str, str]:
@@ -334,8 +353,9 @@ def _as_list(value: Any) -> Any:
 
 
 def _split_of(row: Mapping[str, Any], before: str | None, where: str) -> str | None:
-    key = _key(row, None, ("split",))
-    own = split_name(row[key]) if key is not None else None
+    names = {str(key).strip().lower(): key for key in reversed([*row])}
+    told = [split_name(row[names[name]]) for name in SPLIT_COLUMNS if name in names]
+    own = told[0] if "split" in names else next((s for s in told if s in SPLIT_NAMES), None)
     if before and own and own != before:
         raise ConfigError(f"{where}: the same image is in split {before!r} and in split {own!r}")
     return own or before

@@ -19,7 +19,11 @@ from .base import CONVERTED_FROM, CaptionedFiles, Health
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "all")
-NUMBERS = re.compile(r"[\d\s.,;:+-]*")
+NO_TEXT = re.compile(
+    r"[\d\s.,;:+-]*|n\d{8}|nan|none|null|n/a|\S+\.(jpe?g|png|webp|bmp|gif|tiff?|txt|json|npy|xml)",
+    re.I,
+)
+"""Numbers and boxes, WordNet's classes, empty cells, and paths of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,19 +230,40 @@ def of_split(
     return kept
 
 
+def refuse_other_splits(records: Sequence[Record], split: str | None, where: Any) -> None:
+    """Refuse rows of a split's own folder or shards that say that they are of another split.
+
+    Raises:
+        ConfigError: if there are some.
+    """
+    others = [r for r in records if r.split not in (None, split, "all")]
+    if others:
+        raise ConfigError(
+            f"{where}: {len(others)} of {len(records)} images of split {split!r} say that they are "
+            f"of split {others[0].split!r}, first: {others[0].file}; mend the rows or the names"
+        )
+
+
 def _first_name(record: Record) -> str:
     """The file's name before `lgvq data convert` gave it another, if it did."""
     return str(record.extra.get(CONVERTED_FROM, record.file))
 
 
-def _refuse_numbers(records: Sequence[Record], where: Any) -> None:
+def _kind(text: str) -> str:
+    if text[:1].isdigit() or not text.strip(" .,;:+-"):
+        return "numbers"
+    return "names of files" if "." in text else "class names or empty cells"
+
+
+def _refuse_no_text(records: Sequence[Record], where: Any) -> None:
     captioned = [record for record in records if record.captions]
-    if captioned and all(NUMBERS.fullmatch(c) for r in captioned for c in r.captions):
+    if captioned and all(NO_TEXT.fullmatch(c) for r in captioned for c in r.captions):
         first = captioned[0]
+        kind = _kind(first.captions[0])
         raise ConfigError(
-            f"{where}: all captions are numbers, first: {first.captions[0][:40]!r} of "
-            f"{first.file}; class numbers and boxes are not captions. Give texts instead, or name "
-            "the column that holds them with `caption_key`"
+            f"{where}: all captions are {kind}, first: {first.captions[0][:40]!r} of "
+            f"{first.file}; such are not captions. Give texts instead, or name the column that "
+            "holds them with `caption_key`"
         )
 
 
@@ -255,7 +280,7 @@ class ListedImages(CaptionedFiles):
 
     Raises:
         ConfigError: if there are no records, some files do not exist (without skip_corrupt), or
-            all captions are numbers.
+            no caption is a text.
     """
 
     def __init_subclass__(cls) -> None:
@@ -278,7 +303,7 @@ class ListedImages(CaptionedFiles):
             records = [replace(r, captions=r.captions[:most]) for r in records]
         if not records:
             raise ConfigError(f"{where}: no images; check root and split")
-        _refuse_numbers(records, where)
+        _refuse_no_text(records, where)
         self.records, self.pipeline, self.where = list(records), reading.pipeline, where
         self.image_key, self.encoding = reading.image_key, reading.encoding
         self._warn_of_broken_text()

@@ -24,6 +24,7 @@ from ._caption_files import (
     read_split_lists,
     read_table,
     split_name,
+    split_of_folders,
     unread_files,
 )
 from ._image import SUFFIXES
@@ -37,6 +38,7 @@ from ._listed import (
     image_files,
     of_split,
     records_of,
+    refuse_other_splits,
 )
 
 log = logging.getLogger(__name__)
@@ -88,13 +90,15 @@ class CaptionedFolder(ListedImages):
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=reading.encoding)
         inner = _split_folder(root, split_name(split)) if captions is None else None
         if inner is not None:
-            root, split = inner, "all"
+            root, split, wanted = inner, "all", split_name(split)
         table = find_table(root, captions, columns)
         if table is None:
             records = _records_without_table(root, caption_template, reading.encoding)
         else:
             records = _records_of_table(root, table, columns, caption_template)
         where = table or root
+        if inner is not None:
+            refuse_other_splits(records, wanted, where)
         records = of_split(_not_excluded(records, exclude), split, holdout=holdout, where=where)
         if not records:
             raise ConfigError(f"{where}: no image is left by split {split!r}, exclude {exclude!r}")
@@ -168,10 +172,9 @@ def _records_of_table(
 
 
 def _in_folder(root: Path, path: Path) -> Record:
-    """Return an image without captions, in the split whose folder it is in."""
+    """Return an image without captions, in the split that its folders name."""
     name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-    first = name.parts[0].lower() if len(name.parts) > 1 else ""
-    return Record(name.as_posix(), path, (), split=SPLIT_WORDS.get(first))
+    return Record(name.as_posix(), path, (), split=split_of_folders(name.parts[:-1]))
 
 
 def _records_without_table(root: Path, template: str | None, encoding: str) -> list[Record]:

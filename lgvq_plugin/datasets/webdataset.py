@@ -16,7 +16,15 @@ from typing import Any
 from ..sockets import ConfigError
 from ._caption_files import CAPTION_KEYS, KEPT_KEYS, decode, split_name, texts_of
 from ._image import SUFFIXES
-from ._listed import SPLITS, ListedImages, Reading, Record, declared_splits, of_split
+from ._listed import (
+    SPLITS,
+    ListedImages,
+    Reading,
+    Record,
+    declared_splits,
+    of_split,
+    refuse_other_splits,
+)
 from ._names import SPLIT_ALIASES, choose_split
 from ._shards import ShardSample, expand, samples
 from .base import CONVERTED_FROM
@@ -78,7 +86,9 @@ class WebDataset(ListedImages):
         _tell(root, found, records, list(read.fields))
         if split == "test" and not is_parted and not declared_splits(records):
             raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
-        if not is_parted:
+        if is_parted:
+            refuse_other_splits(records, split, root)
+        else:
             records = of_split(records, given, holdout=holdout, where=root)
         super().__init__(records, reading, where=root)
 

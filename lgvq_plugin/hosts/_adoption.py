@@ -220,7 +220,9 @@ class View(nn.Module):
 def grid_of(host: nn.Module) -> tuple[int, int] | None:
     """Return (h, w) of the codes of a taming-style decoder, which knows it; else None."""
     shape = getattr(getattr(host, "decoder", None), "z_shape", None)
-    return (int(shape[-2]), int(shape[-1])) if shape is not None and len(shape) == 4 else None
+    if shape is None or len(shape) != 4 or min(shape[-2:]) < 1:
+        return None
+    return int(shape[-2]), int(shape[-1])
 
 
 def call_as_declared(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

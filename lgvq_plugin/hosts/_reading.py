@@ -125,7 +125,7 @@ def read_codes(
 
 def vectors_in(output: Any) -> Tensor | None:
     """Return the quantized vectors in what a quantizer returned, as it lays them out."""
-    floats = (t for t in _tensors(output) if t.is_floating_point() and t.ndim in (3, 4))
+    floats = (t for t in tensors_in(output) if t.is_floating_point() and t.ndim in (3, 4))
     return next(floats, None)
 
 
@@ -246,7 +246,7 @@ def _indices(output: Any, batch: int, grid: Sequence[int]) -> Tensor | None:
     count = math.prod(grid)
     whole = [
         t.detach().long()
-        for t in _tensors(output)
+        for t in tensors_in(output)
         if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     ]
     for tensor in whole:
@@ -271,15 +271,16 @@ def _lies_on(tensor: Tensor, batch: int, grid: Sequence[int]) -> bool:
     return shape in ([side for side in grid if side != 1], [math.prod(grid)])
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in what a module takes or returns."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def _attribute(quantizer: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -291,7 +292,7 @@ def _attribute(quantizer: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def _described(output: Any) -> str:
-    shapes = [tuple(t.shape) for t in _tensors(output)]
+    shapes = [tuple(t.shape) for t in tensors_in(output)]
     return (
         f"{type(output).__name__} with tensors of shapes {shapes}" if shapes else repr(output)[:80]
     )

@@ -13,7 +13,7 @@ from ..functional import join_levels
 from ..sockets import ConfigError, suggest
 from ..types import Codes
 from ._balance import GradientBalance
-from ._reading import codebook_of, layout_of, read_codes, vectors_in
+from ._reading import codebook_of, layout_of, read_codes, tensors_in, vectors_in
 
 NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
 LIKELY = ("quantiz", "quantis", "codebook", "bottleneck", "fsq", "lfq", "simvq")
@@ -128,6 +128,24 @@ def is_tapped(quantizer: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), Tap) for hook in hooks)
 
 
+def _reaches(output: Tensor, inputs: Any) -> bool:
+    """Whether a gradient of `output` goes on to what went into the quantizer."""
+    sources = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
+    ends = {tensor.grad_fn for tensor in sources if tensor.grad_fn is not None}
+    leaves = {id(tensor) for tensor in sources if tensor.grad_fn is None}
+    seen, waiting = {output.grad_fn}, [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node in ends or id(getattr(node, "variable", None)) in leaves:
+            return True
+        fresh = {following for following, _ in node.next_functions} - seen
+        seen |= fresh
+        waiting += fresh
+    return False
+
+
 class _Pass:
     """Lives as long as the autograd graph of one forward pass."""
 
@@ -159,6 +177,7 @@ class Tap:
         self._handles: list[Any] = []
         self._layouts: dict[tuple[str, int], str] = {}  # decided once: (path, dimensions)
         self._records: dict[str, tuple[Codes, bool]] = {}  # and whether gradients were on
+        self._reaching: dict[str, bool] = {}  # whether the codes' gradient goes past the quantizer
         self._passes: dict[str, list[weakref.ref[_Pass]]] = {}
 
     def install(
@@ -185,7 +204,7 @@ class Tap:
         """Stop listening, and forget."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.quantizers, self._layouts = [], {}, {}
+        self._handles, self.quantizers, self._layouts, self._reaching = [], {}, {}, {}
         self.forget()
 
     def forget(self) -> None:
@@ -229,6 +248,8 @@ class Tap:
         )
         self._records[path] = (codes, torch.is_grad_enabled())
         if vectors is not None and vectors.grad_fn is not None:
+            if not self._reaching.get(path) and next(tensors_in(args), None) is not None:
+                self._reaching[path] = _reaches(vectors, args)
             one = _Pass()
             node: Any = vectors.grad_fn
             node.metadata[id(one)] = one  # goes when the graph goes
@@ -278,13 +299,20 @@ class Tap:
     def _require_gradient(
         self, host: nn.Module, path: str, codes: Codes, had_gradients: bool
     ) -> None:
-        if codes.codes.requires_grad:
+        if codes.codes.requires_grad and self._reaching.get(path, True):
             return
         inside = {id(p) for q in self.quantizers.values() for p in q.parameters()}
         names = [n for n, p in host.named_parameters() if p.requires_grad and id(p) not in inside]
         names = [n for n in names if not n.startswith(("loss.", "lgvq.", "heads."))]
         if had_gradients:  # a frozen encoder gives such codes, too, whatever the decoder does
             names = [name for name in names if _is_before(name, path)]
+        if names and codes.codes.requires_grad:
+            raise RuntimeError(
+                f"the gradient of the codes ends inside {path or 'the quantizer'}, so the text "
+                f"loss would not train {names[0]}: its straight-through step is outside of it, or "
+                "it got a detached input; let it return z + (codes - z).detach(), or name a "
+                "module that does (lgvq.quantizer)"
+            )
         if names:
             why = (
                 "the host detached them, or ran its encoder under torch.no_grad()"

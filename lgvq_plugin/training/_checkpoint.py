@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .._fields import differing
 from .._files import replacing
-from .._finite import in_groups
+from .._finite import all_finite, in_groups
 from .._safe_load import read_raw
 from ..sockets import ConfigError
 
@@ -36,6 +36,7 @@ EXPECTED: dict[str, Any] = {  # of a checkpoint to resume from
     STATE: {"samples": 0, "generators": ENTRIES, "config": {}},
 }
 OPTIONAL: dict[str, Any] = {"ema_state_dict": TENSORS, "MixedPrecision": {}}
+VERSION = re.compile(r"([2-9]|\d{2,})(\.\d+)+((a|b|rc|\.post|\.?dev)\d+)?")  # of Lightning
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # shaped as the parameter
 
 
@@ -73,11 +74,14 @@ def read(path: Path) -> dict[str, Any]:
         )
     for key, expected in {**EXPECTED, **{k: v for k, v in OPTIONAL.items() if k in raw}}.items():
         require_like(raw.get(key), expected, key, path)
-    if raw[STATE]["samples"] < 0 or not re.match(r"\d+\.\d+", raw["pytorch-lightning_version"]):
+    samples, version = raw[STATE]["samples"], raw["pytorch-lightning_version"]
+    is_count = isinstance(samples, int) and samples >= 0
+    is_known = VERSION.fullmatch(version)
+    if not (is_count and raw[STATE]["generators"] and is_known):
         raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be resumed: {STATE}.samples is "
-            f"{raw[STATE]['samples']!r}, pytorch-lightning_version "
-            f"{raw['pytorch-lightning_version']!r}; the file was changed, resume from another"
+            f"checkpoint {str(path)!r} cannot be resumed: {STATE}.samples is {samples!r}, "
+            f"{STATE}.generators has {len(raw[STATE]['generators'])} entries, "
+            f"pytorch-lightning_version is {version!r}; the file was changed, resume from another"
         )
     bad = [key for key, value in raw["state_dict"].items() if value.isnan().any()]
     if bad:
@@ -86,6 +90,10 @@ def read(path: Path) -> dict[str, Any]:
             "from an older one"
         )
     return dict(raw)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def require_like(given: Any, expected: Any, where: str, path: Path | str) -> None:
@@ -110,7 +118,7 @@ def require_like(given: Any, expected: Any, where: str, path: Path | str) -> Non
     kind: Any = type(expected)
     if expected is TENSORS:
         good = isinstance(given, Mapping) and given and all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in given.items()
+            isinstance(k, str) and isinstance(v, Tensor) and _is_dense(v) for k, v in given.items()
         )  # fmt: skip
     elif expected is ENTRIES:
         good = isinstance(given, list | tuple) and all(isinstance(e, Mapping) for e in given)
@@ -156,6 +164,16 @@ def require_fit(given: Mapping[str, Tensor], host: nn.Module, where: str, path: 
         for key, value in wanted.items()
         if key in given and given[key].shape != value.shape
     ]
+    bad += [
+        f"{key} is of {given[key].dtype}, the host's of {value.dtype}"
+        for key, value in wanted.items()
+        if key in given and given[key].is_floating_point() != value.is_floating_point()
+    ]
+    bad += [
+        f"{key} is infinite"
+        for key, _ in host.named_parameters()
+        if key in given and not all_finite([given[key]])
+    ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ConfigError(
@@ -184,9 +202,10 @@ def require_optimizers(
         groups: Any = state.get("param_groups")
         require_like(groups, ENTRIES, f"{where}.param_groups", path)
         for group in groups:
-            require_like(
-                group, {"params": [0] * len(group["params"])}, f"{where}.param_groups", path
-            )
+            count = len(group["params"]) if hasattr(group.get("params"), "__len__") else 1
+            like = {"params": [0] * count, "lr": 0.0}
+            require_like(group, like, f"{where}.param_groups", path)
+            _require_settings(group, optimizer, f"{where}.param_groups", path)
         for accept in optimizer._optimizer_load_state_dict_pre_hooks.values():
             state = accept(optimizer, dict(state)) or state  # other groups of heads, or none
         groups = state["param_groups"]
@@ -197,13 +216,18 @@ def require_optimizers(
         parameters = [p for group in example for p in group["params"]]
         numbers = [number for group in groups for number in group["params"]]
         shapes = {n: p.shape for n, p in zip(numbers, parameters, strict=False)}
+        kept = {name for moments in state["state"].values() for name in moments}
+        if kept and isinstance(optimizer, torch.optim.Adam):  # AdamW too
+            kept |= {"step", *MOMENTS[:2]}
         for key, moments in state["state"].items():
-            require_like(moments, {}, f"{where}.state[{key}]", path)
+            require_like(moments, dict.fromkeys(kept), f"{where}.state[{key}]", path)
+            missing = sorted(kept - moments.keys())
             shape = shapes.get(key) if isinstance(key, int) else None
-            if shape is None or not all(_is_moment(*m, shape=shape) for m in moments.items()):
+            is_whole, wrong = shape is not None and not missing, "does not fit the host's parameter"
+            if not (is_whole and all(_is_moment(*m, shape=shape) for m in moments.items())):
                 raise ConfigError(
-                    f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] does not fit the "
-                    "host's parameter; resume from another"
+                    f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] "
+                    f"{f'has no {missing[0]}' if missing else wrong}; resume from another"
                 )
     for i, (state, scheduler) in enumerate(zip(saved, schedulers, strict=True)):
         like = _shared(scheduler.state_dict(), state)
@@ -213,13 +237,35 @@ def require_optimizers(
         require_like(state, like, f"lr_schedulers[{i}]", path)
 
 
+def _require_settings(
+    group: Mapping[str, Any], optimizer: Optimizer, where: str, path: str
+) -> None:
+    """Check that one of torch's own optimizers would take a saved group's rate, betas and so on."""
+    own = type(optimizer)
+    if not own.__module__.startswith("torch.optim"):
+        return
+    plain = (bool, int, float, tuple, list)
+    usual = {k: v for k, v in optimizer.defaults.items() if k in group and type(v) in plain}
+    settings = {k: group[k] for k in usual}
+    try:
+        own([nn.Parameter(torch.zeros(1))], **settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"checkpoint {path!r} cannot be resumed: {where}: {error}; the file was changed after "
+            "it was written, resume from another"
+        ) from error
+
+
 def _is_moment(name: str, value: Any, *, shape: torch.Size) -> bool:
     """Whether an optimizer may keep `value` as `name` for a parameter of that shape."""
     if name in MOMENTS:
         is_plain_sgd = name == MOMENTS[-1] and value is None
-        return is_plain_sgd or (isinstance(value, Tensor) and value.shape == shape)
+        is_like = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+        if not (is_like and _is_dense(value)):
+            return is_plain_sgd
+        return bool(all_finite([value]) and (not name.endswith("_sq") or value.ge(0).all()))
     if isinstance(value, Tensor):
-        return bool(name != "step" or value.ge(0).all())
+        return bool(name != "step" or (value.numel() == 1 and value.ge(0).all()))
     return isinstance(value, int | float) and (name != "step" or value >= 0)
 
 

@@ -263,3 +263,45 @@ def test_scenes_have_the_asked_shape_and_a_second_key(channels, first):
     sample = Scenes(size=[16, 32], channels=channels, channel_first=first, image_key="img")[0]
     assert sample["img"].shape == ((channels, 16, 32) if first else (16, 32, channels))
     assert sample["image"] is sample["img"]
+
+
+@pytest.mark.parametrize("line", ["{}.jpg\tmasks/{}.png", "{}.jpg nan", "{}.jpg n01440764"])
+def test_paths_empty_cells_and_class_names_are_no_captions(tmp_path, line):
+    photos(tmp_path, 2)
+    write(tmp_path / "list.txt", "".join(line.format(k, k) + "\n" for k in range(2)))
+    with pytest.raises(ConfigError, match=r"all captions are .*, first: .* of 0\.jpg"):
+        ListFile(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("column", ["Split", "set", "subset", "partition"])
+def test_a_column_of_splits_may_have_another_name(tmp_path, column):
+    photos(tmp_path, 2)
+    table = f"image,caption,{column}\n0.jpg,a dog,train\n1.jpg,a cat,test\n"
+    write(tmp_path / "captions.csv", table)
+    assert told(CaptionedFolder(tmp_path, split="train")) == {"0.jpg": ("a dog",)}
+
+
+def test_a_column_called_set_that_names_no_split_is_none(tmp_path):
+    photos(tmp_path, 2)
+    write(tmp_path / "captions.csv", "image,caption,set\n0.jpg,a dog,A\n1.jpg,a cat,B\n")
+    assert len(CaptionedFolder(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train2017", "test2017"), ("train_images", "test_images"), ("images/train", "images/test")],
+)
+def test_folders_below_a_table_name_the_splits(tmp_path, train, test):
+    photo(tmp_path / train / "a.jpg", 1)
+    photo(tmp_path / test / "b.jpg", 2)
+    write(tmp_path / "captions.csv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n")
+    assert told(CaptionedFolder(tmp_path, split="train")) == {"a.jpg": ("a dog",)}
+
+
+def test_rows_of_another_split_in_the_folder_of_a_split_are_refused(tmp_path):
+    photos(tmp_path / "train", 2)
+    table = rows(*({"file_name": f"{k}.jpg", "text": "a dog", "split": s}
+                   for k, s in enumerate(["train", "test"])))  # fmt: skip
+    write(tmp_path / "train" / "captions.jsonl", table)
+    with pytest.raises(ConfigError, match=r"1 of 2 images of split 'train' say .* 'test'.* 1\.jpg"):
+        CaptionedFolder(tmp_path, split="train")

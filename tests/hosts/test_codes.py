@@ -38,6 +38,52 @@ def test_a_preview_without_gradient_before_the_loss_is_refused():
     assert host.encoder.conv_in.weight.grad is not None
 
 
+class LookUp(nn.Module):
+    """Returns the codebook's rows; the straight-through step is the host's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+
+    def forward(self, z):
+        distance = (z.movedim(1, -1)[..., None, :] - self.embedding.weight).square().sum(-1)
+        indices = distance.argmin(-1)
+        return self.embedding(indices).movedim(-1, 1), indices
+
+
+class StraightThroughOutside(nn.Module):
+    def __init__(self, *, detached):
+        super().__init__()
+        self.encoder, self.quantize = nn.Conv2d(3, 8, 4, 4), LookUp()
+        self.decoder, self.detached = nn.ConvTranspose2d(8, 3, 4, 4), detached
+
+    def forward(self, x):
+        z = self.encoder(x)
+        codes, _ = self.quantize(z.detach() if self.detached else z)
+        return self.decoder(z + (codes - z).detach())
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_codes_whose_gradient_ends_in_the_codebook_are_refused(detached):
+    host = StraightThroughOutside(detached=detached)
+    handle = attach(host, **LGVQ)
+    host(IMAGES)
+    with pytest.raises(RuntimeError, match=r"ends inside quantize.*not train encoder\.weight"):
+        handle.loss(CAPTIONS)
+    host.encoder.requires_grad_(False)  # the codebook alone is to learn
+    host(IMAGES)
+    handle.loss(CAPTIONS)[0].backward()
+
+
+@pytest.mark.parametrize("captions", ["abc", None, [1, 2, 3], [b"a", b"b", b"c"], iter("abc")])
+def test_what_is_no_list_of_texts_is_refused_as_captions(captions):
+    host = model()
+    handle = attach(host, **LGVQ)
+    host(IMAGES)
+    with pytest.raises(ConfigError, match="captions must be a list with one entry per image"):
+        handle.loss(captions)
+
+
 @pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
 def test_evaluation_and_frozen_hosts_need_no_gradient(how):
     host = model()

@@ -252,3 +252,47 @@ def test_the_bar_shows_the_losses_between_two_rows(config, tmp_path, monkeypatch
     train(config("training.log_every=1000", "training.max_steps=3"), name="a", logdir=tmp_path)
     shown = set(re.findall(r"aeloss=([\d.]+)", capsys.readouterr().err))
     assert len(shown) == 3  # one a step; metrics.csv has a row of the first and the last alone
+
+
+def _group(content):
+    return content["optimizer_states"][0]["param_groups"][0]
+
+
+def _moments(content):
+    return content["optimizer_states"][0]["state"][0]
+
+
+def _weights(content, change):
+    key = "encoder.conv_in.weight"
+    content["state_dict"][key] = change(content["state_dict"][key])
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (lambda c: _group(c).update(lr=-1.0), "Invalid learning rate"),
+        (lambda c: _group(c).update(lr=float("nan")), "Invalid learning rate"),
+        (lambda c: _group(c).update(betas=(2.0, 2.0)), "Invalid beta"),
+        (lambda c: _group(c).pop("lr"), "lr is missing"),
+        (lambda c: _group(c).pop("params"), "params is missing"),
+        (lambda c: _moments(c).pop("step"), r"state\[0\] has no step"),
+        (lambda c: _moments(c).pop("exp_avg"), r"state\[0\] has no exp_avg"),
+        (lambda c: _moments(c)["exp_avg"].fill_(torch.nan), r"state\[0\] does not fit"),
+        (lambda c: _moments(c)["exp_avg_sq"].fill_(-1.0), r"state\[0\] does not fit"),
+        (lambda c: _moments(c).update(step=torch.ones(3)), r"state\[0\] does not fit"),
+        (lambda c: c["lgvq_training"].update(samples=1.5), r"samples is 1\.5"),
+        (lambda c: c["lgvq_training"].update(generators=[]), "generators has 0 entries"),
+        (lambda c: c.update({"pytorch-lightning_version": "0.1"}), r"version is '0\.1'"),
+        (lambda c: c.update({"pytorch-lightning_version": "2.0junk!"}), "version is '2.0junk!'"),
+        (lambda c: _weights(c, torch.Tensor.int), "conv_in.weight is of torch.int32"),
+        (lambda c: _weights(c, lambda w: w.to(torch.complex64)), "is of torch.complex64"),
+        (lambda c: _weights(c, torch.Tensor.to_sparse), "state_dict is of type"),
+        (lambda c: _weights(c, lambda w: w.fill_(torch.inf)), "conv_in.weight is infinite"),
+    ],
+)
+def test_a_checkpoint_with_values_that_cannot_be_is_refused(config, good, tmp_path, tamper, told):
+    content = torch.load(good / "checkpoints/last.ckpt", weights_only=True)
+    tamper(content)
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(ConfigError, match=rf"bad\.ckpt'.*{told}"):
+        train(config(), name="b", logdir=tmp_path, resume=tmp_path / "bad.ckpt", progress=False)
