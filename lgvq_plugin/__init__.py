@@ -3,28 +3,29 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .compat import install
+from . import compat, moved
 
 if TYPE_CHECKING:
-    from . import functional as functional
+    from . import functional
     from .guides.base import AbstractGuide as AbstractGuide
-    from .heads.code_vit import CodeViT as CodeViT
-    from .heads.text_decoder import TextDecoder as TextDecoder
-    from .hosts.base import attach as attach
+    from .heads import CodeViT as CodeViT
+    from .heads import TextDecoder as TextDecoder
+    from .host import attach as attach
     from .loss import LGVQLoss as LGVQLoss
-    from .objectives.base import AbstractObjective as AbstractObjective
+    from .objectives import AbstractObjective as AbstractObjective
 
 __version__ = "0.1.0"
 
-install()  # finders that act once taming is imported; nothing is imported here
+compat.install()  # finders that act once taming is imported; nothing is imported here
+moved.install()
 
 _LAZY = {
     "AbstractGuide": "guides.base",
-    "AbstractObjective": "objectives.base",
-    "CodeViT": "heads.code_vit",
+    "AbstractObjective": "objectives",
+    "CodeViT": "heads",
     "LGVQLoss": "loss",
-    "TextDecoder": "heads.text_decoder",
-    "attach": "hosts.base",
+    "TextDecoder": "heads",
+    "attach": "host",
 }
 
 __all__ = [

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._finite import MOST_SKIPPED, all_finite
 from .config import LGVQConfig, ObjectivesConfig
-from .dist import world_size
-from .functional import batch_perplexity, join_levels, seeded
+from .finite import MOST_SKIPPED, all_finite
+from .functional import batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
-from .heads.code_vit import CodeViT
-from .objectives.base import AbstractObjective, Caption
+from .heads import CodeViT
+from .objectives import AbstractObjective, Caption
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term
 

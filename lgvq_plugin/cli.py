@@ -15,16 +15,16 @@ from types import ModuleType
 from .sockets import ConfigError
 
 COMMANDS = {  # name: ("module:function of argv", what it does)
-    "demo": ("demo:main", "a baseline and LG-VQ side by side, on embedded data, in minutes"),
+    "demo": ("bench.demo:main", "a baseline and LG-VQ side by side, on embedded data, in minutes"),
     "train": ("training.run:main", "train a tokenizer from configs"),
-    "ablate": ("ablation:main", "train variants over seeds and report what differs"),
-    "inspect": ("ablation:inspect", "look at a codebook: its patches, words and places"),
-    "eval": ("evaluation.run:main", "measure checkpoints on held-out images, side by side"),
+    "ablate": ("bench.ablate:main", "train variants over seeds and report what differs"),
+    "inspect": ("bench.ablate:inspect", "look at a codebook: its patches, words and places"),
+    "eval": ("bench.evaluate:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
     "doctor": ("doctor:main", "tell what is installed, what is missing, how to mend it"),
-    "data": ("data_tools.data:main", "check a data set, or convert it for fast reading"),
-    "cache": ("data_tools.cache:main", "encode all captions once, so that training needs no guide"),
+    "data": ("datasets.commands:main", "check a data set, or convert it for fast reading"),
+    "cache": ("datasets.cache:main", "encode all captions once, so that training needs no guide"),
 }
 """Resolved below this package, and only when called: `lgvq --help` imports no torch."""
 

@@ -7,9 +7,12 @@ import linecache
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from .moved import new_module
 
 
 class ConfigError(ValueError):
@@ -106,6 +109,10 @@ def import_target(path: str) -> Any:
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ConfigError(f"target {path!r} is no dotted path; expected 'package.module.Class'")
     module_name, attribute = ".".join(parts[:-1]), parts[-1]
+    if (moved := new_module(module_name)) is not None:
+        message = f"{module_name} has moved to {moved}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        module_name = moved
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -8,7 +8,7 @@ from lgvq_plugin import attach
 from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
-from lgvq_plugin.hosts._vector_quantizer import VectorQuantizer
+from lgvq_plugin.hosts.vqvae import VectorQuantizer
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.types import Codes
 

@@ -1,8 +1,9 @@
-"""The house plan: imports flow down, neighbours are strangers, heavy libraries have one home."""
+"""The layout of the package: no import circles, few private files, heavy libraries where needed."""
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -10,84 +11,99 @@ import pytest
 import lgvq_plugin
 
 ROOT = Path(lgvq_plugin.__path__[0])
-FLOORS = [  # top floor first; a module may import only from floors below its own
-    {"__init__", "__main__"},
-    {"cli"},
-    {"demo"},
-    {"ablation"},
-    {"evaluation", "data_tools", "doctor"},
-    {"checkpoints"},
-    {"probes", "training"},
-    {"over"},
-    {"loss"},
-    {"_loss_parts"},
-    {"hosts"},
-    {"alignment"},
-    {"objectives"},
-    {"heads", "guides", "datasets", "metrics"},
-    {"grains"},
-    {"functional"},
-    {"config"},
-    {"compat"},
-    {"_fields", "_device", "_files", "_finite", "_safe_load"},
-    {"types", "sockets", "dist", "_arguments"},
-]
-FLOOR = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
-SOCKETS = {"objectives", "guides", "hosts", "datasets", "probes"}  # members: named by config only
-HOMES = {  # a heavy library is imported in these rooms only
+FILES = sorted(ROOT.rglob("*.py"))
+HOMES = {  # a heavy library is imported in these folders only
     "open_clip": {"guides"},
     "lightning": {"training", "checkpoints"},
-    "torchmetrics": {"metrics"},
-    "torchvision": {"datasets", "metrics"},
-    "transformers": {"guides", "metrics"},
+    "torchmetrics": {"bench"},
+    "torchvision": {"datasets", "bench", "training"},
+    "transformers": {"guides", "bench"},
 }
 LIGHT = ["torch", "numpy", "lightning", "pytorch_lightning", "taming", "open_clip", "torchmetrics"]
-FILES = sorted(ROOT.rglob("*.py"))
+MAX_FUNCTION = 60
+MAX_CHAIN = 8
+
+
+def module_of(file):
+    parts = file.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(file, *, top_level=False):
+    """Yield the dotted names of the imports in a file; `top_level`: outside functions only."""
+    tree = ast.parse(file.read_text())
+    package = file.relative_to(ROOT.parent).parts[:-1]
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in tree.body if top_level else ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            head = ".".join((*base, *((node.module or "").split(".") if node.module else ())))
+            for alias in node.names:
+                name = f"{head}.{alias.name}"
+                yield name if name in MODULES else head
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def graph():
+    """Return module -> modules of ours that it imports when it is imported."""
+    return {
+        module: {name for name in imports_of(file, top_level=True) if name in MODULES} - {module}
+        for module, file in MODULES.items()
+    }
+
+
+def test_there_is_no_import_circle():
+    edges, done, path = graph(), set(), []
+
+    def visit(module):
+        assert module not in path, f"import circle: {' -> '.join([*path, module])}"
+        if module in done:
+            return
+        path.append(module)
+        for other in edges[module]:
+            visit(other)
+        path.pop()
+        done.add(module)
+
+    for module in edges:
+        visit(module)
+
+
+def test_the_chain_of_imports_in_the_core_is_short():
+    edges = graph()
+    core = {module for module in edges if module.count(".") == 1}
+
+    def depth(module):
+        return 1 + max((depth(other) for other in edges[module] & core), default=0)
+
+    deepest = max(core - {"lgvq_plugin.cli"}, key=depth)
+    assert depth(deepest) <= MAX_CHAIN, f"{deepest}: {depth(deepest)} files deep"
+
+
+def test_a_private_file_serves_several_files_of_its_folder():
+    users = defaultdict(set)
+    for file in FILES:
+        for name in imports_of(file):
+            users[name].add(file)
+    for module, file in MODULES.items():
+        if file.stem.startswith("_") and not file.stem.startswith("__"):
+            here = {user for user in users[module] if user.parent == file.parent}
+            assert len(here) > 1, f"{module} is used by {[user.name for user in here]} only"
 
 
 def name_of(file):
     return str(file.relative_to(ROOT))
-
-
-def all_imports(file):
-    """Yield (line, full dotted names) of every import, inside functions too."""
-    package = (ROOT.name, *file.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            head = (*base, *(node.module or "").split(".")) if node.module else base
-            yield from ((node.lineno, (*head, a.name)) for a in node.names)
-        elif isinstance(node, ast.Import):
-            yield from ((node.lineno, tuple(a.name.split("."))) for a in node.names)
-
-
-def own_imports(file):
-    """Yield (line, room, member) of every import of our own package."""
-    for line, name in all_imports(file):
-        if name[0] == ROOT.name:
-            yield line, *(*name[1:], "", "")[:2]
-
-
-@pytest.mark.parametrize(
-    "file", [f for f in FILES if f.parent != ROOT or f.stem != "__init__"], ids=name_of
-)
-def test_imports_flow_down(file):
-    room, *rest = file.relative_to(ROOT).with_suffix("").parts
-    member = rest[0] if rest else ""
-    assert room in FLOOR, f"{room} has no floor: give it one in FLOORS"
-    for line, other, other_member in own_imports(file):
-        where = f"{file.name}:{line}"
-        if other == "" or (other not in FLOOR and room in ("cli", "__main__")):
-            continue  # the bare package: its name, not its content
-        assert other in FLOOR, f"{where} imports {other!r} from the package root; name the module"
-        if other == room:  # neighbours in one room share only base and private files
-            shared = member == "__init__" or other_member in ("", "base") or other_member[0] == "_"
-            is_module = (ROOT / room / f"{other_member}.py").exists()
-            assert shared or not is_module, f"{where} {member} imports its neighbour {other_member}"
-        else:
-            assert FLOOR[other] < FLOOR[room], f"{where} {room} must not import {other}"
-            named = other in SOCKETS and (ROOT / other / f"{other_member}.py").exists()
-            assert not named or other_member == "base", f"{where} names a member of {other}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -95,30 +111,30 @@ def test_functions_stay_small(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
-            told = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
-            assert node.end_lineno - node.lineno + 1 - told <= 60, f"{node.name} is too long"
+            docs = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+            length = node.end_lineno - node.lineno + 1 - docs
+            assert length <= MAX_FUNCTION, f"{node.name}: {length} lines"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_heavy_libraries_have_one_home(file):
-    room = file.relative_to(ROOT).with_suffix("").parts[0]
-    for line, name in all_imports(file):
-        assert room in HOMES.get(name[0], {room}), f"{file.name}:{line} {room} imports {name[0]}"
+    folder = file.relative_to(ROOT).with_suffix("").parts[0]
+    for name in imports_of(file):
+        library = name.partition(".")[0]
+        assert folder in HOMES.get(library, {folder}), f"{folder} imports {library}"
+
+
+def loaded_by(code, names):
+    line = f"import sys; {code}; print([n for n in {names!r} if n in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    return shown.stdout.strip()
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = (
-        f"import sys, lgvq_plugin, lgvq_plugin.cli; print([n for n in {LIGHT} if n in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    assert loaded_by("import lgvq_plugin, lgvq_plugin.cli", LIGHT) == "[]"
 
 
 def test_the_loss_imports_neither_lightning_nor_open_clip_before_it_is_built():
-    code = (
-        "import sys; from lgvq_plugin import LGVQLoss, CodeViT, TextDecoder, attach, functional;"
-        "print([n for n in ('lightning', 'pytorch_lightning', 'taming', 'open_clip') "
-        "if n in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    names = ["lightning", "pytorch_lightning", "taming", "open_clip"]
+    code = "from lgvq_plugin import LGVQLoss, CodeViT, TextDecoder, attach, functional"
+    assert loaded_by(code, names) == "[]"

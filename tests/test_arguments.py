@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from lgvq_plugin._arguments import parse_words
+from lgvq_plugin.arguments import parse_words
 
 
 def parse(*argv):

@@ -252,7 +252,7 @@ def test_a_missing_permission_is_2(monkeypatch, capsys):
     def refuse(argv):
         raise PermissionError(13, "Permission denied", "/runs/a")
 
-    module = importlib.import_module("lgvq_plugin.demo")
+    module = importlib.import_module("lgvq_plugin.bench.demo")
     monkeypatch.setattr(module, "main", refuse)
     assert cli.main(["demo"]) == 2
     assert "'/runs/a': Permission denied" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 from lgvq_plugin import compat
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import build_host
+from lgvq_plugin.training.build import build_host
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import lgvq_plugin
 from lgvq_plugin.config import RECIPES, GlobalSemanticConfig, LGVQConfig, parse
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import build_host
+from lgvq_plugin.training.build import build_host
 
 
 def blocks(cls=LGVQConfig, path="lgvq"):

@@ -11,10 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import lgvq_plugin
-from lgvq_plugin.ablation.plan import read_plan
-from lgvq_plugin.demo import PLAN as DEMO_PLAN
+from lgvq_plugin.bench.demo import PLAN as DEMO_PLAN
+from lgvq_plugin.bench.plan import read_plan
 from lgvq_plugin.sockets import import_target, resolve
-from lgvq_plugin.training.base import Sections, TrainingConfig, read_config
+from lgvq_plugin.training.build import Sections, TrainingConfig, read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = ["guide_micro_clip", "guide_minilm", "recipe", "recipe_pictures"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgvq_plugin.dist import gather_rows, world_size
+from lgvq_plugin.functional import gather_rows, world_size
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from lgvq_plugin.config import GlobalSemanticConfig
-from lgvq_plugin.dist import gather_rows, world_size
-from lgvq_plugin.objectives.base import Caption
-from lgvq_plugin.objectives.global_semantic import GlobalSemantic
+from lgvq_plugin.functional import gather_rows, world_size
+from lgvq_plugin.objectives import Caption
+from lgvq_plugin.objectives import GlobalSemantic
 from lgvq_plugin.types import Codes, CodeView, TextFeatures
 
 rank, store = int(sys.argv[1]), sys.argv[2]

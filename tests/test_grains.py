@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.grains import caption_relationship_loss, pool_phrases, word_semantic_loss
+from lgvq_plugin.functional import caption_relationship_loss, pool_phrases, word_semantic_loss
 
 
 def draw(*shape, seed=0):

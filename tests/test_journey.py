@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lgvq_plugin.datasets.base import collate
-from lgvq_plugin.hosts.base import encode
-from lgvq_plugin.training.base import build_dataset, build_host
+from lgvq_plugin.host import encode
+from lgvq_plugin.training.build import build_dataset, build_host
 
 CONFIG = {
     "model": {

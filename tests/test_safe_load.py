@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lgvq_plugin._safe_load import named_globals, read_raw, stand_in
-from lgvq_plugin.checkpoints.base import load_checkpoint
+from lgvq_plugin.checkpoints.load import load_checkpoint
+from lgvq_plugin.checkpoints.read import named_globals, read_raw, stand_in
 from lgvq_plugin.sockets import ConfigError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}

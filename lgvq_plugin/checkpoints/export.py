@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from .._files import replacing, require_writable
+from ..files import replacing, require_writable
 from ..sockets import ConfigError
-from ..training.base import read_config, to_plain
+from ..training.build import read_config, to_plain
 from . import find_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .base import Checkpoint
+    from .load import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,8 @@ def host_state_dict(
     Raises:
         ConfigError: if the checkpoint does not fit the config's host.
     """
-    from ..hosts.base import is_average_of_heads
-    from ._compare import HEADS
-    from .base import load_host
+    from ..host import is_average_of_heads
+    from .load import HEADS, load_host
 
     tensors = dict(checkpoint.state_dict)
     if averaged:
@@ -72,11 +71,11 @@ def export_host(
     """Write a checkpoint that the unmodified host reads: `{"state_dict": ...}`, or .safetensors."""
     import torch
 
-    from . import _folder
+    from . import pretrained
 
     path = Path(path)
     if path.suffix == ".safetensors":
-        _folder.write_safetensors(tensors, path)
+        pretrained.write_safetensors(tensors, path)
         return path
     own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     with replacing(path) as part:
@@ -98,20 +97,20 @@ def export_diffusers(
     """
     import torch
 
-    from . import _diffusers
-    from .base import load_host
+    from . import diffusers
+    from .load import load_host
 
     tensors = host_state_dict(checkpoint, config, averaged=averaged)
     params = config["model"].get("params") or {}
     resolution = int((params.get("ddconfig") or {}).get("resolution", 256))
-    model = _diffusers.build_diffusers(tensors, resolution)
+    model = diffusers.build_diffusers(tensors, resolution)
     host = load_host(config, checkpoint, averaged=averaged)
     side = min(resolution, 128)
     generator = torch.Generator().manual_seed(0)
     channels = model.config.in_channels
     images = torch.rand(2, channels, side, side, generator=generator) * 2 - 1
-    found = _diffusers.round_trip(host, model, images)
-    if max(found["latents"], found["images"]) >= _diffusers.TOLERANCE:
+    found = diffusers.round_trip(host, model, images)
+    if max(found["latents"], found["images"]) >= diffusers.TOLERANCE:
         raise RuntimeError(f"diffusers' VQModel computes something else: {found}; nothing written")
     model.save_pretrained(str(folder))
     return found
@@ -170,13 +169,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--push uploads folders: --format safetensors or diffusers")
     find_checkpoint(given.ckpt)
     given_config = read_config(given.base) if given.base else None
-    from . import _folder
-    from .base import load_checkpoint
+    from . import pretrained
+    from .load import load_checkpoint
 
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     config = _plain(given_config) if given_config is not None else checkpoint.config
     if given.format == "heads":
-        _folder.save_heads(checkpoint, output)
+        pretrained.save_heads(checkpoint, output)
     elif given.format == "host":
         tensors = host_state_dict(checkpoint, config, averaged=given.averaged)
         export_host(tensors, output, step=checkpoint.step)
@@ -199,8 +198,8 @@ def _check_output(output: Path, form: str, force: bool) -> None:
 def _export_folder(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, output: Path, given: Any
 ) -> None:
-    from . import _folder
-    from .base import load_host
+    from . import pretrained
+    from .load import load_host
 
     if config is None:
         raise ConfigError(
@@ -213,9 +212,9 @@ def _export_folder(
     else:
         host = load_host(config, checkpoint, averaged=given.averaged)
         numbers = _numbers(checkpoint.path)
-        _folder.save_pretrained(host.state_dict(), config, output, numbers=numbers)
+        pretrained.save_pretrained(host.state_dict(), config, output, numbers=numbers)
     if given.push:
-        logger.info("uploaded: %s", _folder.push_to_hub(output, given.push))
+        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

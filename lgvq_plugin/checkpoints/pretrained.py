@@ -1,13 +1,160 @@
-"""A tokenizer's folder, written by `save_pretrained` and read back, also from a hub."""
+"""A tokenizer as a folder: model.safetensors, config.json and a model card; heads as another."""
 
+import json
+import logging
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..files import write_bytes, write_json, write_text
+from ..host import HEADS_CONFIG, HEADS_WEIGHTS
 from ..sockets import ConfigError
-from ._folder import CONFIG, WEIGHTS, push_to_hub, save_heads, save_pretrained
-from .base import load_host
+from ..training.build import lgvq_block, loss_section
+from .load import HEADS, Checkpoint, load_host, sizes_of
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def save_pretrained(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    numbers: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a tokenizer's folder; its loss, discriminator and heads are left out.
+
+    Args:
+        state_dict: of the host.
+        config: with a `model:` section; its `data:` is told in the model card.
+        folder: made if it is not there.
+        numbers: `{metric: {"value": v, "n": n, "unit": u}}` for the model card.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    tensors = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
+    write_safetensors(tensors, folder / WEIGHTS)
+    model = dict(config["model"])
+    model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
+    told = {"model": model, "lgvq_plugin": _version()}
+    write_json(folder / CONFIG, told)
+    write_text(folder / CARD, model_card(tensors, config, numbers))
+    return folder
+
+
+def push_to_hub(folder: Path, repository: str) -> str:
+    """Upload a folder to the Hugging Face hub, with the token that `hf auth login` kept.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ConfigError: if huggingface_hub is not installed, or the upload failed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError("--push needs huggingface_hub: pip install huggingface_hub") from error
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repository))
+    except Exception as error:  # network, rights, names: all of them the hub's own classes
+        raise ConfigError(
+            f"--push {repository!r} failed ({type(error).__name__}: {error}); the folder "
+            f"{str(folder)!r} is whole, try again when the hub can be reached"
+        ) from error
+
+
+def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
+    """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
+
+    Raises:
+        ConfigError: if there are none in it.
+    """
+    tensors = {
+        key.removeprefix(HEADS): value
+        for key, value in checkpoint.state_dict.items()
+        if key.startswith(HEADS)
+    }
+    if not tensors:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is no LG-VQ run's"
+        )
+    folder = Path(folder)
+    write_safetensors(tensors, folder / HEADS_WEIGHTS)
+    write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
+    return folder
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to `path`, whole or not at all."""
+    from safetensors.torch import save
+
+    own = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    write_bytes(path, save(own))  # save_file's files are readable by their owner alone
+
+
+def model_card(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], numbers: Mapping[str, Any] | None
+) -> str:
+    """Return the README of a tokenizer: what it is, what it saw, how to load it."""
+    model = config["model"]
+    count = sum(value.numel() for value in tensors.values())
+    block = _block(config)
+    lines = [
+        "---",
+        "library_name: lgvq_plugin",
+        "tags: [vector-quantization, image-tokenizer, lg-vq]",
+        "---",
+        "",
+        f"# {str(model['target']).rpartition('.')[2]}, a VQ image tokenizer",
+        "",
+        f"- host: `{model['target']}`, {count / 1e6:.2f} M values",
+        *[f"- {name}: {value}" for name, value in sizes_of(tensors).items()],
+        f"- trained with: {'LG-VQ, ' + json.dumps(block) if block is not None else 'no LG-VQ'}",
+    ]
+    train = ((config.get("data") or {}).get("train") or {}).get("target")
+    lines += [f"- data set: `{train}`"] if train else []
+    lines += ["", "```python", "from lgvq_plugin.checkpoints.pretrained import from_pretrained",
+              "host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]",
+              "reconstruction = host(images)[0]", "```"]  # fmt: skip
+    if numbers:
+        lines += ["", "| metric | value | images |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {row['value']:.4g} {row.get('unit') or ''} | {row.get('n', '')} |"
+            for name, row in numbers.items()
+        ]
+    lines += ["", "Licence and intended use: to be filled in by whoever publishes it.", ""]
+    return "\n".join(lines)
+
+
+def _block(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the `lgvq:` block of a loss of ours; None for another's."""
+    loss = loss_section(config or {})
+    target, has_block = str(loss.get("target")), "lgvq" in (loss.get("params") or {})
+    is_ours = target.startswith("lgvq_plugin.")
+    is_ours = is_ours and (has_block or "LGVQ" in target or ".over." in target)
+    return lgvq_block(config or {}) if is_ours else None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("lgvq_plugin")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# -- A tokenizer's folder, written by `save_pretrained` and read back, also from a hub -----------
+
 
 __all__ = ["from_pretrained", "push_to_hub", "save_heads", "save_pretrained"]
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .._arguments import add_shortcuts, parse_words
-from .._files import require_writable, write_json, write_text
+from ..arguments import add_shortcuts, parse_words
 from ..config import parse
+from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, Problems
-from ..training.base import (
+from ..training.build import (
     Sections,
     build_dataset,
     build_parts,
@@ -38,7 +38,7 @@ from . import find_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .base import Checkpoint, LoadReport
+    from .load import Checkpoint, LoadReport
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,14 @@ def retrofit(
     import torch
 
     from ..guides.base import build_guide
-    from ._retrofit_config import gently, over_old_loss, require_steps_for_host, shift_discriminator
-    from ._side_by_side import compare_hosts
-    from .base import load_host
+    from .load import load_host
+    from .side_by_side import (
+        compare_hosts,
+        gently,
+        over_old_loss,
+        require_steps_for_host,
+        shift_discriminator,
+    )
 
     folder = Path(folder)
     require_writable(folder)
@@ -139,7 +144,7 @@ def _require_all(plain: dict[str, Any], lgvq: Any) -> None:
     Raises:
         ConfigError: if weights, data sets, captions or keys are missing.
     """
-    from ._retrofit_config import over_old_loss
+    from .side_by_side import over_old_loss
 
     problems = Problems()
     new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
@@ -166,8 +171,8 @@ class _Start:
         self.report: LoadReport | None = None
 
     def __call__(self, host: Any) -> None:
-        from ..hosts.base import load_heads
-        from .base import load_into
+        from ..host import load_heads
+        from .load import load_into
 
         self.report = load_into(host, self.checkpoint, params=self.params, averaged=self.averaged)
         logger.info("old weights: %s", self.report)
@@ -186,7 +191,7 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
     """
     import torch
 
-    from ..hosts.base import reconstruct
+    from ..host import reconstruct
 
     modes = {part: part.training for part in new.modules()}
     device = next(old.parameters()).device
@@ -230,7 +235,7 @@ def _write_report(
             "unexpected": list(result.loaded.unexpected),
             "mismatched": [list(entry) for entry in result.loaded.mismatched],
         }
-    from ._side_by_side import as_table
+    from .side_by_side import as_table
 
     text = f"# {checkpoint.path.name} and {result.run.steps} steps of LG-VQ later\n\n"
     text += f"On the images of {told['images']}; ± is half the 95 % interval over images.\n\n"
@@ -289,8 +294,8 @@ def main(argv: Sequence[str]) -> int:
         overrides.append("training.max_learning_rate=null")  # a rate chosen for this very run
     find_checkpoint(given.ckpt)
     given_config = read_config(given.base, overrides)
-    from ._side_by_side import as_table
-    from .base import load_checkpoint
+    from .load import load_checkpoint
+    from .side_by_side import as_table
 
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     config = with_shortcuts(

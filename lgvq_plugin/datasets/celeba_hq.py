@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 
 from ..sockets import ConfigError
-from ._listed import ListedImages, Reading, Record
-from ._names import choose_split, read_captions, read_lines, read_name_pickle
+from .listed import (
+    ListedImages,
+    Reading,
+    Record,
+    choose_split,
+    read_captions,
+    read_lines,
+    read_name_pickle,
+)
 
 SPLITS = ("train", "test", "all")
 IMAGE_FOLDERS = ("image", "images", "CelebA-HQ-img", "CelebAMask-HQ/CelebA-HQ-img")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._coco import CocoImages, all_captions
-from ._listed import ListedImages, Reading, Record
-from ._names import choose_split, read_text
+from .coco import CocoImages, all_captions
+from .listed import ListedImages, Reading, Record, choose_split, read_text
 
 TYPES = ("object", "number", "color", "location")
 COLUMNS = ("questions", "answers", "types", "img_ids")

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._listed import ListedImages, Reading, Record
-from ._names import choose_split, read_captions, read_lines, read_name_pickle
+from .listed import (
+    ListedImages,
+    Reading,
+    Record,
+    choose_split,
+    read_captions,
+    read_lines,
+    read_name_pickle,
+)
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import (
+from .captions import (
     EXPECTED,
     SPLIT_WORDS,
     Columns,
@@ -27,8 +27,8 @@ from ._caption_files import (
     split_of_folders,
     unread_files,
 )
-from ._image import SUFFIXES
-from ._listed import (
+from .images import SUFFIXES
+from .listed import (
     SPLITS,
     ImageFinder,
     ListedImages,

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError, suggest
-from ._caption_files import CAPTION_KEYS, texts_of
-from ._listed import ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES
+from .captions import CAPTION_KEYS, texts_of
+from .listed import SPLIT_ALIASES, ListedImages, Reading, Record
 
 CAPTION_COLUMNS = (*CAPTION_KEYS[:-1], "prompt", "caption_str", "sentences")
 

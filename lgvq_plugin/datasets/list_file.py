@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import SPLIT_LIST, find_table, open_text, read_sidecar, split_line
-from ._image import SUFFIXES
-from ._listed import SPLITS, ImageFinder, ListedImages, Reading, Record
-from ._names import SPLIT_ALIASES, choose_split, read_lines
+from .captions import SPLIT_LIST, find_table, open_text, read_sidecar, split_line
+from .images import SUFFIXES
+from .listed import (
+    SPLIT_ALIASES,
+    SPLITS,
+    ImageFinder,
+    ListedImages,
+    Reading,
+    Record,
+    choose_split,
+    read_lines,
+)
 
 
 class ListFile(ListedImages):

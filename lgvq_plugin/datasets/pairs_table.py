@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import TABLE_SUFFIXES, Columns, is_table, read_table, split_name
-from ._listed import (
+from .captions import TABLE_SUFFIXES, Columns, is_table, read_table, split_name
+from .listed import (
+    SPLIT_ALIASES,
     SPLITS,
     ImageFinder,
     ListedImages,
@@ -18,7 +19,6 @@ from ._listed import (
     of_split,
     records_of,
 )
-from ._names import SPLIT_ALIASES
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 

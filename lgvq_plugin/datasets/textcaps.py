@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._caption_files import texts_of
-from ._coco import entries, read_json
-from ._listed import ListedImages, Reading, Record
-from ._names import choose_split, read_captions, read_name_pickle
+from .captions import texts_of
+from .coco import entries, read_json
+from .listed import ListedImages, Reading, Record, choose_split, read_captions, read_name_pickle
 
 PARTS = {"train": "train", "validation": "val", "test": "test"}
 PICKLES = {"train": "train_filenames.pickle", "validation": "valid_filenames.pickle"}

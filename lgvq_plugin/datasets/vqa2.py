@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from ._coco import CocoImages, all_captions, annotation_file, entries, read_json
-from ._listed import ListedImages, Reading, Record
-from ._names import choose_split
+from .coco import CocoImages, all_captions, annotation_file, entries, read_json
+from .listed import ListedImages, Reading, Record, choose_split
 
 PARTS = {"train": "train2014", "validation": "val2014", "test": "test2015"}
 PLACES = (".", "questions", "annotations", "vqa", "VQAv2")

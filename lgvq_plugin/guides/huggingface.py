@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..functional import seeded
 from ..sockets import ConfigError
 from ._hub import cache_folder, reach
-from ._token_guide import AbstractTokenGuide
-from ._words import Row
+from .tokens import AbstractTokenGuide, Row
 
 SENTENCES = ("mean", "first", "pooled")
 

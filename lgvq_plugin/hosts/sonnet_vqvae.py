@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._fields import to_plain
+from ..config import to_plain
 from ..sockets import instantiate
-from ._image_tokenizer import AbstractImageTokenizer
-from ._vector_quantizer import VectorQuantizer
+from .vqvae import AbstractImageTokenizer, VectorQuantizer
 
 FOREIGN = (  # pattern at the start of a foreign name, ours
     (r"_(encoder|decoder)\._conv_(\d)\.", r"\1.conv_\2."),
@@ -93,7 +92,7 @@ class SonnetVQVAE(AbstractImageTokenizer):
         residual_channels: width inside a residual block.
         num_res_blocks: residual blocks in the encoder, and as many in the decoder.
         quantizer, decay, commitment, restart_dead, dead_threshold: see
-            :class:`~lgvq_plugin.hosts._vector_quantizer.VectorQuantizer`; "ema" for files that
+            :class:`~lgvq_plugin.hosts.vqvae.VectorQuantizer`; "ema" for files that
             have moving averages, "gradient" for those that have none.
         image_key: where a batch holds its images.
 

@@ -1,23 +1,399 @@
-"""The baseline of our own: a plain VQ-VAE that is driven like taming's VQModel.
+"""Convolutions of the VQ-VAE: strided ones (van den Oord et al. 2017), or one for each patch.
 
-image --encoder--> quant_conv --quantize--> post_quant_conv --decoder--> reconstruction
-                                   |_ loss of Eq. 2 _|________________________|
+image (3, H, W) --conv 4x4 /2, log2(f) times--> conv 3x3 --residual blocks--> (channels, H/f, W/f)
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._fields import to_plain
-from .._safe_load import read_raw
+from ..checkpoints.read import read_raw
+from ..config import to_plain
+from ..functional import batch_perplexity
 from ..sockets import ConfigError, instantiate, suggest
-from ._image_tokenizer import AbstractImageTokenizer
-from ._vector_quantizer import VectorQuantizer
-from ._vqvae_layers import Decoder, Encoder, PatchDecoder, PatchEncoder
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1(relu(conv3(relu(x)))) with a quarter of the channels inside."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        inner = max(channels // 4, 1)
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, inner, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(inner, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, channels, h, w) to the same shape."""
+        return x + self.body(x)
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) to features (B, channels, H / f, W / f).
+
+    Args:
+        channels: width after the first strided convolution, which has half of it.
+        num_res_blocks: residual blocks at the lowest resolution.
+        num_halvings: log2 of the factor f.
+    """
+
+    def __init__(self, *, channels: int, num_res_blocks: int, num_halvings: int):
+        super().__init__()
+        steps = pairwise([3, channels // 2, *[channels] * (num_halvings - 1)])
+        down: list[nn.Module] = []
+        for before, after in steps:
+            down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        self.down = nn.Sequential(*down)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.blocks = _blocks(channels, num_res_blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, H, W); H and W are multiples of f."""
+        return self.blocks(self.conv_out(self.down(x)))
+
+
+class Decoder(nn.Module):
+    """Quantized grid (B, embed_dim, h, w) to image (B, 3, h * f, w * f), not clamped.
+
+    Attributes:
+        conv_out: the last layer, whose weight an adaptive GAN weight would ask for.
+    """
+
+    def __init__(self, *, embed_dim: int, channels: int, num_res_blocks: int, num_halvings: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        self.blocks = _blocks(channels, num_res_blocks)
+        up: list[nn.Module] = []
+        for before, after in pairwise([*[channels] * (num_halvings - 1), channels // 2]):
+            up += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        self.up = nn.Sequential(*up)
+        self.conv_out = nn.ConvTranspose2d(channels // 2, 3, 4, stride=2, padding=1)
+
+    def forward(self, quant: Tensor) -> Tensor:
+        """Decode (B, embed_dim, h, w)."""
+        return self.conv_out(self.up(self.blocks(self.conv_in(quant))))
+
+
+class PatchEncoder(nn.Module):
+    """Image (B, 3, H, W) to features (B, channels, H / f, W / f): a linear map of each f x f patch.
+
+    Residual blocks follow. The linear path from pixels to codes learns colors in some hundred
+    steps, where :class:`Encoder` takes thousands.
+
+    Args:
+        channels: width of the features.
+        num_res_blocks: residual blocks after the linear map.
+        num_halvings: log2 of the factor f.
+    """
+
+    def __init__(self, *, channels: int, num_res_blocks: int, num_halvings: int):
+        super().__init__()
+        factor = 2**num_halvings
+        self.patch = nn.Conv2d(3, channels, factor, stride=factor)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels) for _ in range(num_res_blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, H, W); H and W are multiples of f."""
+        return self.blocks(self.patch(x))
+
+
+class PatchDecoder(nn.Module):
+    """The way back: quantized grid (B, embed_dim, h, w) to image (B, 3, h * f, w * f).
+
+    Attributes:
+        conv_out: the last layer, as :class:`Decoder`'s.
+    """
+
+    def __init__(self, *, embed_dim: int, channels: int, num_res_blocks: int, num_halvings: int):
+        super().__init__()
+        factor = 2**num_halvings
+        self.conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels) for _ in range(num_res_blocks)])
+        self.conv_out = nn.ConvTranspose2d(channels, 3, factor, stride=factor)
+
+    def forward(self, quant: Tensor) -> Tensor:
+        """Decode (B, embed_dim, h, w)."""
+        return self.conv_out(self.blocks(self.conv_in(quant)))
+
+
+def _blocks(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*[ResidualBlock(channels) for _ in range(count)], nn.ReLU())
+
+
+# -- Vector quantization (Eq. 1 and 2) with an EMA or a gradient codebook and dead-code restart ----
+
+
+MODES = ("ema", "gradient")
+GRACE = 2.0  # a restarted code has this many times the threshold: 70 steps to find users at .99
+EPSILON = 1e-5  # Laplace smoothing of the counts
+
+
+class VectorQuantizer(nn.Module):
+    """Replace each vector by its nearest code.
+
+    In mode "gradient" the loss is Eq. 2 without its first term, codebook + commitment * encoder
+    term; in mode "ema" it is commitment * encoder term, and the codes are moving averages of the
+    vectors assigned to them. The codebook changes in training with gradients enabled only.
+
+    Args:
+        n_embed: K, the number of codes.
+        embed_dim: C, the width of a code.
+        mode: how the codebook learns.
+        decay: of the moving averages.
+        commitment: omega of Eq. 2.
+        restart_dead: draw dead codes again from the batch's vectors; the first training batch
+            draws the whole codebook so.
+        dead_threshold: a code is dead when its average count falls below this share of the
+            mean count, and the batch does not use it.
+        seed: of the draws; they follow from (seed, step), so that a resumed run draws the same.
+
+    Attributes:
+        embedding: `embedding.weight` (K, C); without gradient in mode "ema".
+        cluster_size: moving average of the counts, (K,) float32.
+        embed_avg: moving average of the sums, (K, C) float32; mode "ema" only.
+        steps: updates so far, int64 scalar.
+    """
+
+    layout = "channels_first"  # of what it takes and returns, (B, C, h, w)
+    cluster_size: Tensor
+    embed_avg: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        n_embed: int,
+        embed_dim: int,
+        *,
+        mode: Literal["ema", "gradient"] = "ema",
+        decay: float = 0.99,
+        commitment: float = 0.25,
+        restart_dead: bool = True,
+        dead_threshold: float = 0.05,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if mode not in MODES:
+            raise ConfigError(f"quantizer: no mode {mode!r}{suggest(mode, list(MODES))}")
+        for name, value in (("decay", decay), ("dead_threshold", dead_threshold)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"quantizer: {name} must lie in [0, 1), got {value!r}")
+        self.n_embed, self.embed_dim = n_embed, embed_dim
+        self.mode, self.decay, self.commitment = mode, decay, commitment
+        self.restart_dead, self.dead_threshold, self.seed = restart_dead, dead_threshold, seed
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
+        self.register_buffer("cluster_size", torch.ones(n_embed))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        if mode == "ema":
+            self.embedding.weight.requires_grad_(False)
+            self.register_buffer("embed_avg", self.embedding.weight.detach().clone())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Quantize (B, C, H, W).
+
+        Returns:
+            z_q (B, C, H, W) float32, whose gradient goes straight to `z`; the loss, a scalar;
+            and (perplexity of the batch, None, indices (B * H * W,) int64).
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            vectors = z.movedim(1, -1).reshape(-1, self.embed_dim)
+            indices = nearest_codes(vectors.detach(), self.embedding.weight.detach())
+            z_q = self.embed_code(indices.view(z.shape[0], *z.shape[2:]))
+            loss = self.commitment * F.mse_loss(z, z_q.detach())
+            if self.mode == "gradient":
+                loss = loss + F.mse_loss(z_q, z.detach())
+            counts = _sum_by_code(torch.ones_like(vectors[:, :1]), indices, self.n_embed)[:, 0]
+            if self.training and torch.is_grad_enabled():
+                # Below, the codebook changes in place; the graph holds no view of it.
+                self._update(vectors.detach(), indices)
+            # z - z.detach() is exactly 0: decoding the indices later gives the very same image.
+            return z_q.detach() + (z - z.detach()), loss, (batch_perplexity(counts), None, indices)
+
+    def embed_code(self, indices: Tensor) -> Tensor:
+        """Return the codes (B, C, H, W) of indices (B, H, W)."""
+        return F.embedding(indices, self.embedding.weight).movedim(-1, 1)
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, indices: Tensor) -> None:
+        """Move averages and codes by the statistics of one batch, summed over all ranks."""
+        finite = vectors.isfinite().all(dim=1, keepdim=True)  # an overflow must not stay forever
+        vectors = vectors.where(finite, 0.0)
+        counts = _all_sum(_sum_by_code(finite.float(), indices, self.n_embed)[:, 0])
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        if self.mode == "ema":
+            sums = _all_sum(_sum_by_code(vectors, indices, self.n_embed))
+            self.embed_avg.lerp_(sums, 1 - self.decay)
+            total = self.cluster_size.sum()
+            smooth = (self.cluster_size + EPSILON) / (total + self.n_embed * EPSILON) * total
+            self.embedding.weight.copy_(self.embed_avg / smooth[:, None])
+        if self.restart_dead:
+            self._restart(vectors, finite[:, 0], counts)
+        self.steps += 1
+
+    def _restart(self, vectors: Tensor, finite: Tensor, counts: Tensor) -> None:
+        """Put dead codes where vectors of this batch lie; no synchronization with a GPU."""
+        size = self.dead_threshold * counts.mean()
+        is_dead = ((self.cluster_size < size) & (counts == 0)) | (self.steps == 0)
+        keys = _scrambled(vectors.shape[0], self.seed, self.steps).masked_fill(~finite, 2**62)
+        order = keys.argsort()  # distinct vectors as long as there are enough
+        places = torch.arange(self.n_embed, device=order.device) % vectors.shape[0]
+        fresh = _from_first_rank(vectors[order[places]])
+        weight = self.embedding.weight
+        weight.copy_(fresh.where(is_dead[:, None], weight))
+        self.cluster_size.copy_((GRACE * size).where(is_dead, self.cluster_size))
+        if self.mode == "ema":
+            average = fresh * self.cluster_size[:, None]
+            self.embed_avg.copy_(average.where(is_dead[:, None], self.embed_avg))
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return argmin_k ||vectors_i - codebook_k|| (Eq. 1): (M, C) and (K, C) to (M,) int64.
+
+    Example:
+        >>> nearest_codes(torch.tensor([[0.9], [-2.0]]), torch.tensor([[0.0], [1.0]]))
+        tensor([1, 0])
+    """
+    squares = codebook.square().sum(dim=1)  # ||v||^2 is the same for all codes
+    return torch.addmm(squares, vectors, codebook.mT, alpha=-2).argmin(dim=1)
+
+
+def _sum_by_code(rows: Tensor, indices: Tensor, n_embed: int) -> Tensor:
+    """Sum rows (M, D) by index to (K, D), without an M x K matrix."""
+    return rows.new_zeros(n_embed, rows.shape[1]).index_add_(0, indices, rows)
+
+
+def _scrambled(count: int, seed: int, step: Tensor) -> Tensor:
+    """Return (count,) int64 >= 0 that look random and follow from (seed, step) on any device."""
+    x = torch.arange(1, count + 1, device=step.device) + step * 1_000_003 + seed * 998_244_353
+    for factor in (0x45D9F3B3335B369, 0x3335B36945D9F3B):  # integer hash; products wrap
+        x = (x ^ ((x >> 31) & 0x1FFFFFFFF)) * factor
+    return (x ^ (x >> 29)) & (2**62 - 1)
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _all_sum(x: Tensor) -> Tensor:
+    if _has_ranks():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def _from_first_rank(x: Tensor) -> Tensor:
+    if _has_ranks():
+        torch.distributed.broadcast(x, src=0)
+    return x
+
+
+# -- What hosts of our own share: the attributes and methods of taming's VQModel -----------------
+
+
+class AbstractImageTokenizer(nn.Module, ABC):
+    """A tokenizer that is driven like taming's VQModel; members build the parts.
+
+    Attributes:
+        learning_rate: of Adam; set it before :meth:`configure_optimizers`.
+        betas: of Adam.
+        downsample: f: an image of H x W has H/f x W/f codes.
+        image_key: where a batch holds its images.
+        scheduler_config: `{target, params}` of a learning rate schedule of torch, stepped after
+            every batch, as latent-diffusion's key of that name; None: a constant rate.
+    """
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    downsample: int
+    image_key: str
+    encoder: nn.Module
+    decoder: Any
+    loss: nn.Module
+    quantize: VectorQuantizer
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+    scheduler_config: Mapping[str, Any] | None = None
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Return quant (B, C, h, w), the quantizer's loss and (perplexity, None, indices).
+
+        Raises:
+            ValueError: if x is not (B, 3, H, W) with H and W multiples of `downsample`.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or any(n % self.downsample for n in x.shape[2:]):
+            raise ValueError(
+                f"{type(self).__name__}: expected images (B, 3, H, W) with H and W multiples of "
+                f"{self.downsample}, got {tuple(x.shape)}"
+            )
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Map codes (B, C, h, w) to images (B, 3, H, W) near [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(quant))
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """Map indices (B, h, w) to images (B, 3, H, W)."""
+        return self.decode(self.quantize.embed_code(indices))
+
+    @abstractmethod
+    def get_last_layer(self) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
+        quant, quant_loss, _ = self.encode(x)
+        return self.decode(quant), quant_loss
+
+    def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
+        """Return `batch[key]`, (B, H, W, 3) or (B, 3, H, W), as (B, 3, H, W) float32."""
+        x = batch[key]
+        if x.shape[1] != 3:
+            x = x.movedim(-1, 1)
+        return x.to(memory_format=torch.contiguous_format).float()
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """Return Adam over the tokenizer, a second one if the loss has a discriminator.
+
+        And their schedules, as Lightning takes them: none without `scheduler_config`.
+
+        Raises:
+            ConfigError: if the schedule does not exist or does not take its params.
+        """
+        parts = (part for name, part in self.named_children() if name != "loss")
+        groups = [[p for part in parts for p in part.parameters()]]
+        discriminator = getattr(self.loss, "discriminator", None)
+        if discriminator is not None:
+            groups.append(list(discriminator.parameters()))
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(g, lr=self.learning_rate, betas=self.betas) for g in groups
+        ]
+        if self.scheduler_config is None:
+            return optimizers, []
+        return optimizers, [
+            {"scheduler": instantiate(self.scheduler_config, optimizer=each), "interval": "step"}
+            for each in optimizers
+        ]
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Return `inputs` and `reconstructions` of a batch, (B, 3, H, W) near [-1, 1]."""
+        x = self.get_input(batch, self.image_key).to(next(self.decoder.parameters()).device)
+        return {"inputs": x, "reconstructions": self(x)[0]}
+
+
+# -- The baseline of our own: a plain VQ-VAE that is driven like taming's VQModel ----------------
+
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +450,7 @@ class VQVAE(AbstractImageTokenizer):
             cheaper and learns faster, with seams between patches.
         quantizer: "ema" or "gradient", how the codebook learns.
         decay, commitment, restart_dead, dead_threshold: see
-            :class:`~lgvq_plugin.hosts._vector_quantizer.VectorQuantizer`.
+            :class:`~lgvq_plugin.hosts.vqvae.VectorQuantizer`.
         image_key: where a batch holds its images.
         scheduler_config: `{target, params}` of a learning rate schedule of torch, stepped after
             every batch, such as torch.optim.lr_scheduler.CosineAnnealingLR with T_max, the steps.

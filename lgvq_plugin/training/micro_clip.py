@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..bench.metrics.retrieval import retrieval_recall
 from ..functional import global_semantic_loss, seeded
-from ..metrics.retrieval import retrieval_recall
 from ..sockets import ConfigError, resolve
 
 FOLDER = Path(__file__).parents[1] / "guides" / "_micro_clip"

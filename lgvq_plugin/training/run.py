@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .._arguments import add_shortcuts, parse_words
-from .._files import remove_parts, require_writable, write_text
+from ..arguments import add_shortcuts, parse_words
+from ..files import remove_parts, require_writable, write_text
 from ..sockets import ConfigError, Problems
-from ._quiet import quiet_lightning
-from .base import (
+from .build import (
     Sections,
     build_host,
     build_parts,
@@ -37,14 +36,15 @@ from .base import (
     tell_unknown_words,
     with_shortcuts,
 )
+from .quiet import quiet_lightning
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import nn
     from torch.utils.data import DataLoader
 
-    from ._driver import HostDriver
-    from ._watch import Signals
+    from .callbacks import Signals
+    from .driver import HostDriver
 
 __all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 
@@ -110,7 +110,7 @@ def train(
         _refuse_used(Path(logdir) / name)
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from ._watch import Signals
+    from .callbacks import Signals
 
     with Signals() as signals:
         try:
@@ -143,9 +143,9 @@ def _train(
     prepare: Callable[[nn.Module], None] | None,
     signals: Signals,
 ) -> TrainResult:
-    from . import _checkpoint, _rng
-    from ._driver import HostDriver
-    from ._watch import Stopped, Watch
+    from . import rng, state
+    from .callbacks import Stopped, Watch
+    from .driver import HostDriver
 
     if problems:
         build_parts(config, sections, problems)  # says what else is missing, and raises
@@ -153,8 +153,8 @@ def _train(
     folder = _run_folder(name, found, logdir, sections)
     require_writable(folder)
     if found:
-        _checkpoint.check_config(checkpoint, sections.plain, found)
-    _rng.seed_all(sections.training.seed)
+        state.check_config(checkpoint, sections.plain, found)
+    rng.seed_all(sections.training.seed)
     host, dataset, validation = build_parts(config, sections, problems)
     _look_at_data(host, dataset, validation, sections)
     if prepare is not None and found is None:
@@ -187,10 +187,10 @@ def _train(
     except (ConfigError, FloatingPointError) as error:
         if not driver.latest:  # it has not begun
             raise
-        last = _checkpoint.newest(folder)
+        last = state.newest(folder)
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         raise type(error)(f"{error}; {kept}") from error
-    last = _checkpoint.newest(folder) or found or folder
+    last = state.newest(folder) or found or folder
     return TrainResult(folder, trainer.global_step, watch.metrics, last, host)
 
 
@@ -225,19 +225,19 @@ def _find_checkpoint(
     """Return the checkpoint to resume from, read and checked."""
     if resume is None:
         return None
-    from . import _checkpoint
+    from . import state
 
     if str(resume) == "auto":
         if not name:
             raise ConfigError("--resume auto needs --name: the run folder to go on in")
-        return _checkpoint.newest_whole(logdir / name)
+        return state.newest_whole(logdir / name)
     path = Path(resume)
     if path.is_dir():
-        found = _checkpoint.newest_whole(path)
+        found = state.newest_whole(path)
         if found is None:
             raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
         return found
-    return path, _checkpoint.read(path)
+    return path, state.read(path)
 
 
 def _run_folder(
@@ -275,8 +275,8 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
     import lightning.pytorch as pl
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from ._checkpoint import AtomicCheckpointIO
-    from ._csv import MetricsFile
+    from .callbacks import MetricsFile
+    from .state import AtomicCheckpointIO
 
     settings = sections.training
     machine: dict[str, Any] = {
@@ -320,7 +320,7 @@ def _validation(
     data, settings = sections.data, sections.training
     if dataset is None or not (settings.val_every or settings.images_every):
         return None
-    from ._data import validation_loader
+    from .data import validation_loader
 
     return lambda: validation_loader(
         dataset,
@@ -383,9 +383,9 @@ def main(argv: list[str]) -> int:
     name, logdir = given.name, Path(given.logdir)
     stem = Path(given.base[0]).stem
     if given.resume == "auto" and not name:
-        from . import _checkpoint
+        from . import state
 
-        runs = sorted(run for run in logdir.glob(f"*_{stem}") if _checkpoint.newest(run))
+        runs = sorted(run for run in logdir.glob(f"*_{stem}") if state.newest(run))
         name = runs[-1].name if runs else None
     is_child = os.environ.get("LOCAL_RANK", "0") != "0"
     if not name and given.resume in (None, "auto") and not is_child:

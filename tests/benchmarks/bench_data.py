@@ -23,11 +23,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lgvq_plugin import compat
-from lgvq_plugin.data_tools._convert import Settings, convert
 from lgvq_plugin.datasets.base import collate, recognize
+from lgvq_plugin.datasets.convert import Settings, convert
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
-from lgvq_plugin.training.base import build_host, read_config
+from lgvq_plugin.training.build import build_host, read_config
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, SIZE, BATCH = 10, 256, 8

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lgvq_plugin.training.base import build_host
+from lgvq_plugin.training.build import build_host
 
 TAMING = {
     "target": "taming.models.vqgan.VQModel",

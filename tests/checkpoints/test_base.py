@@ -7,11 +7,10 @@ import torch
 from omegaconf import OmegaConf
 
 from lgvq_plugin import cli
-from lgvq_plugin.checkpoints._compare import sizes_of
-from lgvq_plugin.checkpoints.base import load_checkpoint, load_host, load_into
-from lgvq_plugin.hosts.base import encode, reconstruct
+from lgvq_plugin.checkpoints.load import load_checkpoint, load_host, load_into, sizes_of
+from lgvq_plugin.host import encode, reconstruct
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import build_host
+from lgvq_plugin.training.build import build_host
 from lgvq_plugin.training.run import train
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -214,7 +213,7 @@ def test_the_path_of_a_yaml_file_is_a_config_too(old, tmp_path):
 def test_foreign_files_on_real_photos(shared, name, quantizer, codes, psnr):
     """SOURCE.txt: 24.56 dB and all 512 codes on CIFAR's own images; 20.34 dB and 85 codes."""
     from lgvq_plugin.datasets.base import collate
-    from lgvq_plugin.training.base import build_dataset
+    from lgvq_plugin.training.build import build_dataset
 
     loss = {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss"}
     model = {

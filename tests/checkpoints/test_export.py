@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lgvq_plugin.checkpoints import _diffusers, export, pretrained
-from lgvq_plugin.checkpoints._retrofit_config import over_old_loss
-from lgvq_plugin.checkpoints.base import load_checkpoint, load_host
-from lgvq_plugin.hosts.base import encode, reconstruct
+from lgvq_plugin.checkpoints import diffusers, export, pretrained
+from lgvq_plugin.checkpoints.load import load_checkpoint, load_host
+from lgvq_plugin.checkpoints.side_by_side import over_old_loss
+from lgvq_plugin.host import encode, reconstruct
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import build_host
+from lgvq_plugin.training.build import build_host
 from lgvq_plugin.training.run import train
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -135,14 +135,14 @@ def test_diffusers_refuses_another_architecture(old):
 def test_a_wrong_diffusers_model_is_not_written(old, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
     whole, _, path = old("taming")
-    right = _diffusers.build_diffusers
+    right = diffusers.build_diffusers
 
     def wrong(*args):
         model = right(*args)
         torch.nn.init.ones_(model.decoder.conv_out.bias)
         return model
 
-    monkeypatch.setattr(_diffusers, "build_diffusers", wrong)
+    monkeypatch.setattr(diffusers, "build_diffusers", wrong)
     with pytest.raises(RuntimeError, match="nothing written"):
         export.export_diffusers(load_checkpoint(path), whole, tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -157,7 +157,7 @@ def test_heads_alone_go_to_another_run(config, tmp_path):
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert json.loads((out / "lgvq_config.json").read_text())["lgvq"] == MICRO
-    from lgvq_plugin.hosts.base import attach
+    from lgvq_plugin.host import attach
 
     other = build_host(config())
     handle = attach(other, **MICRO)

@@ -9,15 +9,14 @@ import torch
 from omegaconf import OmegaConf
 
 from lgvq_plugin import cli
-from lgvq_plugin.checkpoints._retrofit_config import over_old_loss, shift_discriminator
-from lgvq_plugin.checkpoints._side_by_side import compare_hosts
-from lgvq_plugin.checkpoints.base import load_checkpoint
+from lgvq_plugin.checkpoints.load import load_checkpoint
 from lgvq_plugin.checkpoints.retrofit import require_same, retrofit, warnings_of
-from lgvq_plugin.hosts.base import reconstruct
+from lgvq_plugin.checkpoints.side_by_side import compare_hosts, over_old_loss, shift_discriminator
+from lgvq_plugin.host import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
-from lgvq_plugin.training._driver import HostDriver
-from lgvq_plugin.training.base import build_dataset, build_host
+from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.driver import HostDriver
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
 MICRO = {"guide": {"use": "micro_clip"}}

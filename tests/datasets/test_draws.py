@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from lgvq_plugin.datasets._draws import HashedDraws
+from lgvq_plugin.datasets.images import HashedDraws
 
 
 def test_hashed_draws_are_uniform_and_unlike_each_other():

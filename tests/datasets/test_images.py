@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lgvq_plugin.datasets._draws import HashedDraws
-from lgvq_plugin.datasets._image import Pipeline, UnreadableImage, open_image, shrink
 from lgvq_plugin.datasets.folder import CaptionedFolder
+from lgvq_plugin.datasets.images import HashedDraws, Pipeline, UnreadableImage, open_image, shrink
 from lgvq_plugin.sockets import ConfigError
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from lgvq_plugin.datasets._names import choose_split, read_captions, read_lines, read_name_pickle
+from lgvq_plugin.datasets.listed import choose_split, read_captions, read_lines, read_name_pickle
 from lgvq_plugin.sockets import ConfigError
 
 

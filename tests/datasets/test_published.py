@@ -6,9 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
-from disk_trees import COCO_IDS, COUNT, captions, coco, photo, write
+from disk_trees import COCO_IDS, COUNT, captions, photo, write
+from disk_trees import coco as coco_tree
 
-from lgvq_plugin.datasets import _coco
+from lgvq_plugin.datasets import coco
 from lgvq_plugin.datasets.celeba_hq import CelebAHQ
 from lgvq_plugin.datasets.coco import Coco
 from lgvq_plugin.datasets.cocoqa import CocoQA
@@ -28,14 +29,14 @@ def edit(path, change):
 
 
 def test_coco_finds_images_of_short_ids_and_trims_captions(tmp_path):
-    dataset = Coco(**coco(tmp_path, year=2014))
+    dataset = Coco(**coco_tree(tmp_path, year=2014))
     assert [dataset[i]["image_id"] for i in range(COUNT)] == list(COCO_IDS)
     assert dataset[0]["file"] == "COCO_train2014_000000000009.jpg"
     assert dataset[0]["captions"] == captions(0)
 
 
 def test_coco_reads_2014_captions_over_2017_folders(tmp_path):
-    coco(tmp_path, year=2014)
+    coco_tree(tmp_path, year=2014)
     (tmp_path / "train2014").rename(tmp_path / "gone")
     for k, number in enumerate(COCO_IDS):
         photo(tmp_path / f"val2017/{number:012d}.jpg", k)
@@ -43,15 +44,15 @@ def test_coco_reads_2014_captions_over_2017_folders(tmp_path):
 
 
 def test_coco_of_both_years_wants_a_year(tmp_path):
-    coco(tmp_path, year=2014)
-    coco(tmp_path, year=2017)
+    coco_tree(tmp_path, year=2014)
+    coco_tree(tmp_path, year=2017)
     with pytest.raises(ConfigError, match="year: 2014"):
         Coco(tmp_path)
     assert Coco(tmp_path, year=2017)[0]["file"] == "000000000009.jpg"
 
 
 def test_coco_image_without_caption_stays(tmp_path):
-    coco(tmp_path)
+    coco_tree(tmp_path)
     path = tmp_path / "annotations/captions_train2017.json"
 
     def change(content):
@@ -66,7 +67,7 @@ def test_coco_image_without_caption_stays(tmp_path):
 
 
 def test_coco_missing_images_are_counted_and_named(tmp_path):
-    coco(tmp_path)
+    coco_tree(tmp_path)
     (tmp_path / "train2017/000000000025.jpg").unlink()
     with pytest.raises(ConfigError, match=r"1 of 6 images.*000000000025\.jpg.*skip_corrupt"):
         Coco(tmp_path)
@@ -88,7 +89,7 @@ def test_coco_file_of_another_kind_is_told(tmp_path, content, told):
 
 
 def test_coco_karpathy_split(tmp_path):
-    coco(tmp_path, year=2014)
+    coco_tree(tmp_path, year=2014)
     splits = ["train", "restval", "val", "test", "train", "restval"]
     images = [
         {
@@ -113,7 +114,7 @@ def test_coco_karpathy_split(tmp_path):
 
 
 def test_coco_instances_tell_objects_and_labels(tmp_path):
-    coco(tmp_path)
+    coco_tree(tmp_path)
     notes = [
         {"image_id": 9, "category_id": 18, "bbox": [1.5, 2, 3, 4], "iscrowd": 0, "id": 1},
         {"image_id": 9, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1, "id": 2},
@@ -159,8 +160,8 @@ def test_cocoqa_questions_stand_with_their_image(tmp_path, trees):
 
 
 def test_cocoqa_reads_a_captions_file_once(tmp_path, trees, monkeypatch):
-    params, read, plain = trees["cocoqa"](tmp_path), [], _coco.read_json
-    monkeypatch.setattr(_coco, "read_json", lambda path: (read.append(path), plain(path))[1])
+    params, read, plain = trees["cocoqa"](tmp_path), [], coco.read_json
+    monkeypatch.setattr(coco, "read_json", lambda path: (read.append(path), plain(path))[1])
     assert CocoQA(**params)[0]["captions"] == captions(0)
     assert len(read) == len(set(read)) == 1
 

@@ -17,9 +17,8 @@ from safetensors.numpy import load_file, save
 
 from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
-from lgvq_plugin.guides._cache_file import CacheFacts, Shards, caption_key
 from lgvq_plugin.guides.base import build_guide
-from lgvq_plugin.guides.cached import CachedGuide
+from lgvq_plugin.guides.cached import CachedGuide, CacheFacts, Shards, caption_key
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.types import Codes
 
@@ -122,7 +121,7 @@ def test_order_and_repeats_change_no_bit(tmp_path):
 
 
 def test_features_lie_in_many_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("lgvq_plugin.guides._cache_writer.SHARD_BYTES", 1)
+    monkeypatch.setattr("lgvq_plugin.guides.cached.SHARD_BYTES", 1)
     captions = [f"caption number {i}" for i in range(23)]
     guide = fill(tmp_path / "c", TOY, captions, batch_size=4)
     assert len(list((tmp_path / "c").glob("shard-*"))) == 6
@@ -340,7 +339,7 @@ def _read(folder, captions, queue):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_many_processes_read_while_one_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("lgvq_plugin.guides._cache_writer.SHARD_BYTES", 1)
+    monkeypatch.setattr("lgvq_plugin.guides.cached.SHARD_BYTES", 1)
     captions = [f"caption number {i}" for i in range(20)]
     guide = fill(tmp_path / "c", TOY, captions)
     expected = float(CachedGuide(str(tmp_path / "c")).encode(captions).tokens.double().sum())

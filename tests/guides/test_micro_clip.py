@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lgvq_plugin.datasets.scenes import Scenes
-from lgvq_plugin.guides import _micro_clip_network as micro
+from lgvq_plugin.guides import micro_clip as micro
 from lgvq_plugin.guides.micro_clip import FOLDER, MicroCLIPGuide, read_weights
 from lgvq_plugin.guides.open_clip import OpenCLIPGuide
 from lgvq_plugin.sockets import ConfigError

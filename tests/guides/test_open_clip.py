@@ -7,7 +7,8 @@ import pytest
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 
-from lgvq_plugin.guides import _hub, _open_clip_source
+from lgvq_plugin.guides import _hub
+from lgvq_plugin.guides import open_clip as ours
 from lgvq_plugin.guides.open_clip import OpenCLIPGuide
 from lgvq_plugin.sockets import ConfigError
 
@@ -165,7 +166,7 @@ def test_a_cached_tag_needs_no_network(network, offline, tmp_path, monkeypatch):
     """Weights in the hub's cache layout are found; the tag's activation goes with them."""
     tag = get_pretrained_cfg("ViT-B-32", "openai")
     repository, _, _ = tag["hf_hub"].rpartition("/")
-    monkeypatch.setattr(_open_clip_source, "get_pretrained_cfg", lambda *_: tag)
+    monkeypatch.setattr(ours, "get_pretrained_cfg", lambda *_: tag)
     home = tmp_path / f"models--{repository.replace('/', '--')}"
     folder = home / "snapshots" / "abc"
     folder.mkdir(parents=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgvq_plugin.heads.code_vit import CodeViT
+from lgvq_plugin.heads import CodeViT
 from lgvq_plugin.sockets import ConfigError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgvq_plugin.heads.text_decoder import TextDecoder
+from lgvq_plugin.heads import TextDecoder
 from lgvq_plugin.sockets import ConfigError
 
 

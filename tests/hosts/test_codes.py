@@ -8,8 +8,8 @@ from lookalikes.parts import VectorQuantizer, from_config
 from torch import nn
 
 from lgvq_plugin import attach
-from lgvq_plugin.hosts._reading import read_codes
-from lgvq_plugin.hosts.base import encode
+from lgvq_plugin.host import encode
+from lgvq_plugin.quantizer_hook import read_codes
 from lgvq_plugin.sockets import ConfigError
 
 BY_NAME = {case.name: case for case in CASES}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lookalikes.cases import CASES, LGVQ, OFF, ROM1504, WEIGHTS, heads_of, missing
 
-from lgvq_plugin.hosts.base import encode
-from lgvq_plugin.objectives.base import Caption
+from lgvq_plugin.host import encode
+from lgvq_plugin.objectives import Caption
 from lgvq_plugin.types import Codes
 
 # tests/hosts/test_rom1504.py runs this file with the other package called taming.

@@ -8,8 +8,8 @@ from lookalikes.parts import VectorQuantizer, from_config
 from torch import nn
 
 from lgvq_plugin import attach
-from lgvq_plugin.hosts._reading import read_codes
-from lgvq_plugin.hosts.base import code_width, codebook_of, find_quantizer
+from lgvq_plugin.host import code_width, codebook_of, find_quantizer
+from lgvq_plugin.quantizer_hook import read_codes
 from lgvq_plugin.sockets import ConfigError
 
 

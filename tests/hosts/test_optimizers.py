@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from lgvq_plugin.hosts._optimizers import remove_heads
-from lgvq_plugin.hosts.base import add_heads, undecayed_parameters
+from lgvq_plugin.host import add_heads, remove_heads, undecayed_parameters
 from lgvq_plugin.sockets import ConfigError
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lgvq_plugin import attach
-from lgvq_plugin.hosts.base import decode, encode, reconstruct
+from lgvq_plugin.host import decode, encode, reconstruct
 from lgvq_plugin.sockets import ConfigError
 
 BY_NAME = {case.name: case for case in CASES}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.hosts._vector_quantizer import VectorQuantizer
+from lgvq_plugin.hosts.vqvae import VectorQuantizer
 from lgvq_plugin.sockets import ConfigError
 
 K, C = 6, 3

@@ -8,7 +8,7 @@ import torch
 
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import AbstractGuide
-from lgvq_plugin.objectives.base import Caption
+from lgvq_plugin.objectives import Caption
 from lgvq_plugin.sockets import resolve
 from lgvq_plugin.types import Codes, CodeView, TextFeatures, TextTokens
 

@@ -6,8 +6,7 @@ import pickle
 import pytest
 import torch
 
-from lgvq_plugin.objectives import MEMBERS
-from lgvq_plugin.objectives.base import AbstractObjective
+from lgvq_plugin.objectives import MEMBERS, AbstractObjective
 
 RECIPES = ["paper", "corrected"]
 CORNERS = {

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.functional import global_semantic_loss, pool_words
-from lgvq_plugin.grains import pool_phrases, word_semantic_loss
-from lgvq_plugin.objectives.global_semantic import PairMemory
+from lgvq_plugin.functional import (
+    global_semantic_loss,
+    pool_phrases,
+    pool_words,
+    word_semantic_loss,
+)
+from lgvq_plugin.objectives import PairMemory
 
 
 def double(tensor):

@@ -10,7 +10,7 @@ import torch
 
 from lgvq_plugin.config import RelationshipConfig
 from lgvq_plugin.functional import relationship_loss
-from lgvq_plugin.objectives.relationship import Relationship
+from lgvq_plugin.objectives import Relationship
 from lgvq_plugin.sockets import ConfigError
 
 

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import (
+from lgvq_plugin.training.build import (
     Sections,
     TrainingConfig,
     build_dataset,

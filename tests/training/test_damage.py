@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lgvq_plugin import cli
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training import _watch
+from lgvq_plugin.training import callbacks
 from lgvq_plugin.training.run import Interrupted, train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,7 +30,7 @@ SKIP = [*LGVQ, "model.params.lossconfig.params.lgvq.on_nonfinite=skip"]
 
 def poison(monkeypatch, part, value, since, until=10**6):
     """From step `since` on, one gradient value of `part` is `value`."""
-    from lgvq_plugin.training._driver import HostDriver
+    from lgvq_plugin.training.driver import HostDriver
 
     inner = HostDriver.manual_backward
 
@@ -85,7 +85,7 @@ def test_skipping_leaves_an_update_out_but_not_for_ever(config, tmp_path, monkey
     key = "decoder.conv_out.weight"
     assert torch.equal(before["state_dict"][key], after["state_dict"][key])
     assert finite(run.checkpoint)
-    monkeypatch.setattr("lgvq_plugin.training._driver.MOST_SKIPPED", 3)
+    monkeypatch.setattr("lgvq_plugin.training.driver.MOST_SKIPPED", 3)
     poison(monkeypatch, "encoder", float("nan"), since=1)
     with pytest.raises(FloatingPointError, match=r"step 3: .*3th update in a row"):
         train(config(*SKIP, "training.max_steps=9"), name="b", logdir=tmp_path, progress=False)
@@ -102,7 +102,7 @@ def test_a_head_that_is_nan_ends_the_run_also_when_terms_are_skipped(config, tmp
 
 
 def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch):
-    from lgvq_plugin.training._driver import HostDriver
+    from lgvq_plugin.training.driver import HostDriver
 
     inner = HostDriver._schedule
 
@@ -248,7 +248,7 @@ def test_a_signal_whose_exception_is_dropped_still_stops_the_run(config, tmp_pat
 
 
 def test_the_bar_shows_the_losses_between_two_rows(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_watch, "SECONDS", 0.0)
+    monkeypatch.setattr(callbacks, "SECONDS", 0.0)
     train(config("training.log_every=1000", "training.max_steps=3"), name="a", logdir=tmp_path)
     shown = set(re.findall(r"aeloss=([\d.]+)", capsys.readouterr().err))
     assert len(shown) == 3  # one a step; metrics.csv has a row of the first and the last alone

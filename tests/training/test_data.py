@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import Ones, Random
 
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training._data import Stream, train_loader, validation_loader
+from lgvq_plugin.training.data import Stream, train_loader, validation_loader
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy import Ones, Random
 
 
 def draws(count, **given):

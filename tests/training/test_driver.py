@@ -11,8 +11,8 @@ import torch
 from lgvq_plugin.datasets.base import collate
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training._driver import HostDriver
-from lgvq_plugin.training.base import TrainingConfig, build_host
+from lgvq_plugin.training.build import TrainingConfig, build_host
+from lgvq_plugin.training.driver import HostDriver
 from lgvq_plugin.training.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lgvq_plugin.checkpoints.base import load_checkpoint
+from lgvq_plugin.checkpoints.load import load_checkpoint
 from lgvq_plugin.cli import main
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import Sections, read_config, with_shortcuts
+from lgvq_plugin.training.build import Sections, read_config, with_shortcuts
 
 LOSS = "model.params.lossconfig.params"
 OFFLINE = [f"{LOSS}.perceptual_weight=0", f"{LOSS}.lgvq.guide.use=micro_clip"]
@@ -447,7 +447,7 @@ def test_max_steps_is_a_number_of_the_section():
 
 def test_batches_are_as_they_were(photos):
     """The size that is filled in is what the data set gives."""
-    from lgvq_plugin.training.base import build_dataset
+    from lgvq_plugin.training.build import build_dataset
 
     config = with_shortcuts(OmegaConf.create(shipped("vq-f4")), data=photos, max_steps=1)
     sample = build_dataset(Sections.of(config).data.train)[0]

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lgvq_plugin.training import _png, _rng
-from lgvq_plugin.training._csv import MetricsFile
-from lgvq_plugin.training._ema import Average
+from lgvq_plugin.training import callbacks, rng
+from lgvq_plugin.training.callbacks import Average, MetricsFile
 from lgvq_plugin.training.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +37,7 @@ def test_the_average_follows_its_closed_form():
 def test_grids_are_what_another_library_reads(tmp_path):
     top, bottom = torch.full((2, 3, 4, 5), -1.0), torch.full((2, 3, 4, 5), 7.0)
     top[0, 0] = 1.0
-    _png.write_grid(tmp_path / "a" / "grid.png", [top, bottom], gap=1)
+    callbacks.write_grid(tmp_path / "a" / "grid.png", [top, bottom], gap=1)
     pixels = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
     assert pixels.shape == (1 + 2 * 5, 1 + 2 * 6, 3)
     assert (pixels[1:5, 1:6] == (255, 0, 0)).all()
@@ -53,13 +52,13 @@ def test_generators_come_back_as_they_were():
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item(), np.random.randn()
 
-    _rng.seed_all(5)
+    rng.seed_all(5)
     np.random.randn()  # leaves half a pair in NumPy's state
     buffer = io.BytesIO()
-    torch.save(_rng.state(), buffer)
+    torch.save(rng.state(), buffer)
     expected = draw()
     buffer.seek(0)
-    _rng.restore(torch.load(buffer, weights_only=True))
+    rng.restore(torch.load(buffer, weights_only=True))
     assert draw() == expected
 
 

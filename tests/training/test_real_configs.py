@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.base import (
+from lgvq_plugin.training.build import (
     Sections,
     build_dataset,
     build_host,

@@ -1,0 +1,1 @@
+"""Measuring: metrics, probes on frozen codes, evaluation, ablations, reports and the demo."""

@@ -1,0 +1,539 @@
+"""A scene as symbols: what :mod:`_scene_drawing` draws and :mod:`_scene_language` tells.
+
+Coordinates are fractions of the picture: x to the right, y downwards, both in [0, 1].
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .images import Draws
+
+COLORS = {
+    "red": (220, 35, 40),
+    "orange": (245, 140, 20),
+    "yellow": (250, 220, 40),
+    "green": (35, 150, 60),
+    "cyan": (25, 195, 215),
+    "blue": (35, 80, 215),
+    "purple": (130, 45, 170),
+    "pink": (250, 130, 195),
+    "brown": (120, 70, 30),
+    "black": (15, 15, 15),
+}
+"""Colors of objects, RGB."""
+
+TONES = {
+    "white": (246, 246, 246),
+    "gray": (165, 165, 165),
+    "beige": (232, 216, 180),
+    "lavender": (205, 195, 235),
+    "mint": (190, 230, 205),
+    "navy": (28, 34, 72),
+}
+"""Colors of backgrounds, RGB; no object has one of these."""
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
+SIZES = {"small": (0.09, 0.115), "large": (0.17, 0.21)}  # range of the radius
+TEXTURES = ("plain", "striped", "dotted")
+BACKGROUNDS = ("plain", "gradient", "checkered", "noisy")
+MAX_OBJECTS = 4
+SIMPLE_SCALE = 1.5  # of the radii of simple scenes
+
+MARGIN = 0.02  # free border of the picture, so that no object is clipped
+OBJECT_CONTRAST = 95.0  # least RGB distance of an object to its background
+TONE_CONTRAST = 60.0  # the same between the two tones of one background
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One figure: its words (shape, color, size, texture) and its place."""
+
+    shape: str
+    color: str
+    size: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Its kind, one tone (plain, noisy) or two (gradient, checkered), and how it is laid."""
+
+    kind: str
+    tones: tuple[str, ...]
+    vertical: bool
+    cells: int
+    noise_seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One to four objects that hide nothing of one another but touching rims."""
+
+    objects: tuple[SceneObject, ...]
+    background: Background
+
+    @property
+    def main(self) -> SceneObject:
+        """The object with the largest radius."""
+        return max(self.objects, key=lambda thing: thing.radius)
+
+
+def compose(draws: Draws, *, simple: bool = False) -> Scene:
+    """Return a random scene.
+
+    Args:
+        draws: the random choices.
+        simple: one or two objects, half as large again, on a plain or shaded background.
+
+    Example:
+        >>> scene = compose(Draws(0))
+        >>> 1 <= len(scene.objects) <= 4
+        True
+    """
+    kinds = ("plain", "plain", "gradient", "checkered", "noisy")
+    background = _draw_background(draws, kinds[:3] if simple else kinds)
+    colors = [name for name, rgb in COLORS.items() if _stands_out(rgb, background)]
+    count = 1 + draws.pick((0, 1) if simple else (0, 1, 1, 2, 2, 3))
+    scale = SIMPLE_SCALE if simple else 1.0
+    while True:
+        objects: list[SceneObject] = []
+        for _ in range(count):
+            placed = _place(objects, colors, scale, draws)
+            if placed is None:
+                break
+            objects.append(placed)
+        else:
+            return Scene(tuple(objects), background)
+
+
+def _draw_background(draws: Draws, kinds: tuple[str, ...]) -> Background:
+    kind = draws.pick(kinds)
+    first = draws.pick(tuple(TONES))
+    tones: tuple[str, ...] = (first,)
+    if kind in ("gradient", "checkered"):
+        far = [t for t in TONES if _distance(TONES[t], TONES[first]) >= TONE_CONTRAST]
+        tones = (first, draws.pick(far))
+    vertical, cells = draws.chance(0.5), draws.pick((5, 6, 7, 8))
+    return Background(kind, tones, vertical, cells, int(draws.unit() * 2**31))
+
+
+def _place(
+    others: list[SceneObject], colors: list[str], scale: float, draws: Draws
+) -> SceneObject | None:
+    shape, color = draws.pick(SHAPES), draws.pick(colors)
+    if others and draws.chance(0.4):  # else "two red circles" would be rare
+        shape = draws.pick(others).shape
+    if others and draws.chance(0.35):
+        color = draws.pick(others).color
+    size = draws.pick(tuple(SIZES))
+    texture = draws.pick(("plain", "plain", "plain", *TEXTURES[1:]))
+    radius = scale * draws.between(*SIZES[size])
+    low = radius + MARGIN
+    for _ in range(20):
+        x, y = draws.between(low, 1 - low), draws.between(low, 1 - low)
+        if all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius) ** 2 for o in others):
+            return SceneObject(shape, color, size, texture, x, y, radius, draws.between(-12, 12))
+    return None
+
+
+def _stands_out(rgb: tuple[int, ...], background: Background) -> bool:
+    ends = [TONES[tone] for tone in background.tones]
+    if background.kind == "gradient":
+        ends += [tuple((a + b) // 2 for a, b in zip(*ends, strict=True))]
+    return all(_distance(rgb, end) >= OBJECT_CONTRAST for end in ends)
+
+
+def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    return sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) ** 0.5
+
+
+# -- Captions of a scene, every one true of the drawing ------------------------------------------
+
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+LEVEL = 0.12  # objects nearer than this along an axis are called neither left nor right
+MIN_WORDS, MAX_WORDS = 3, 25
+
+LISTS = (
+    "{things}",
+    "a picture of {things}",
+    "a drawing with {things}",
+    "this picture shows {things}",
+    "we see {things}",
+    "there {be} {things}",
+    "in this image there {be} {things}",
+    "{things} {are} shown",
+)
+SCENERY = ("on {ground}", "against {ground}", "in front of {ground}")
+RELATED = (
+    "{a} {relation} {b}",
+    "{a} {relation} {b}",
+    "{a} is {relation} {b}",
+    "{a} sits {relation} {b}",
+    "there is {a} {relation} {b}",
+    "a picture with {a} {relation} {b}",
+)
+RELATIONS = {
+    "left": ("to the left of", "left of"),
+    "right": ("to the right of", "right of"),
+    "above": ("above", "higher than"),
+    "below": ("below", "under", "lower than"),
+}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+PLACED = (
+    "{a} {place}",
+    "{a} is {place}",
+    "{a} lies {place}",
+    "{place} there is {a}",
+    "{place} we see {a}",
+    "a picture of {a} {place}",
+)
+CORNER = ("in the {v} {h} corner", "near the {v} {h} corner")
+VERTICAL = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
+MIDDLE = ("in the middle", "in the center of the picture")
+HALVES = {
+    "left": ("in the left half", "on the left side"),
+    "right": ("in the right half", "on the right side"),
+    "top": ("in the upper half", "at the top"),
+    "bottom": ("in the lower half", "at the bottom"),
+}
+COUNTED = ("there {be} exactly {group}", "this image has {group}", "{group} can be seen")
+COMPARED = {
+    "large": ("{a} is larger than {b}", "{a} is bigger than {b}", "{b} and a larger {c}"),
+    "small": ("{a} is smaller than {b}", "{b} and a smaller {c}"),
+}
+SHARED = (
+    "{all} shapes are {what}",
+    "{all} objects are {what}",
+    "{all} shapes in the image are {what}",
+)
+ALL = {2: ("both",), 3: ("all", "all three"), 4: ("all", "all four")}
+GROUNDED = ("the background is {tone}", "behind {a} there is {ground}", "{ground} with {a}")
+GROUND = {
+    "plain": ("a plain {0} background", "a {0} background"),
+    "gradient": ("a background that fades from {0} to {1}", "a gradient from {0} to {1}"),
+    "checkered": ("a {0} and {1} checkered background", "a checkerboard of {0} and {1}"),
+    "noisy": ("a noisy {0} background", "a grainy {0} background"),
+}
+TONE = {
+    "plain": ("plain {0}", "{0}"),
+    "gradient": ("a gradient from {0} to {1}",),
+    "checkered": ("checkered in {0} and {1}",),
+    "noisy": ("noisy and {0}",),
+}
+
+
+def captions(scene: Scene, draws: Draws, count: int = 5) -> list[str]:
+    """Return `count` different captions, 3 to 25 words each; the first tells of all objects."""
+    told: dict[str, str] = {}
+    makers = [_everything]
+    while len(told) < count:
+        makers = makers or draws.shuffled(_MAKERS)
+        sentence = makers[-1](scene, draws)
+        is_short = MIN_WORDS <= len(sentence.split()) <= MAX_WORDS
+        if is_short:
+            told.setdefault(sentence, _finished(sentence, draws))
+        if is_short or makers != [_everything]:
+            makers = makers[:-1]
+    return list(told.values())
+
+
+def words(sentences: Iterable[str]) -> set[str]:
+    """Return the lower-case words, without the `{placeholders}` of a template."""
+    return {w for s in sentences for w in re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", s.lower()))}
+
+
+def plural(noun: str, count: int) -> str:
+    """Return the noun's form for this count.
+
+    Example:
+        >>> plural("cross", 2), plural("ring", 1)
+        ('crosses', 'ring')
+    """
+    return noun if count == 1 else noun + ("es" if noun.endswith("s") else "s")
+
+
+def article(phrase: str) -> str:
+    """Return the phrase behind "a" or "an".
+
+    Example:
+        >>> article("orange star")
+        'an orange star'
+    """
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def relations(a: SceneObject, b: SceneObject) -> list[str]:
+    """Return what holds of a seen from b: of left, right, above, below."""
+    held = {"left": b.x - a.x, "right": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+    return [name for name, gap in held.items() if gap > LEVEL]
+
+
+def ground(background: Background, draws: Draws) -> str:
+    """Return a noun phrase with article for the background."""
+    phrase = draws.pick(GROUND[background.kind]).format(*background.tones)
+    return article(phrase.removeprefix("a "))
+
+
+def _phrase(thing: SceneObject, draws: Draws, *, sized: bool = True) -> str:
+    """Return a true noun phrase without article, such as "small striped red circle"."""
+    parts = [draws.pick(SIZE_WORDS[thing.size])] if sized and draws.chance(0.45) else []
+    if draws.chance(0.6 if thing.texture != "plain" else 0.05):
+        parts.append(thing.texture)
+    if draws.chance(0.9):
+        parts.append(thing.color)
+    noun = draws.pick(("shape", "object")) if parts and draws.chance(0.08) else thing.shape
+    return " ".join([*parts, noun])
+
+
+def _groups(scene: Scene, draws: Draws, by: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Return (count, "two red circles") of all objects, alike in `by` taken together."""
+    alike: dict[tuple[str, ...], list[SceneObject]] = {}
+    for thing in draws.shuffled(scene.objects):
+        alike.setdefault(tuple(getattr(thing, name) for name in by), []).append(thing)
+    found = []
+    for key, things in alike.items():
+        noun = key[-1] if by[-1] == "shape" else f"{key[-1]} shape"
+        words = " ".join([*key[:-1], plural(noun, len(things))])
+        found.append((len(things), f"{NUMBERS[len(things)]} {words}"))
+    return found
+
+
+def _joined(phrases: list[str]) -> str:
+    return " and ".join([*([", ".join(phrases[:-1])] if phrases[1:] else []), phrases[-1]])
+
+
+def _listed(groups: list[tuple[int, str]], scene: Scene, draws: Draws, backed: float) -> str:
+    phrases = [article(text.removeprefix("one ")) if n == 1 else text for n, text in groups]
+    be = "is" if groups[0][0] == 1 else "are"
+    are = "is" if groups[0][0] == len(groups) == 1 else "are"
+    sentence = draws.pick(LISTS).format(things=_joined(phrases), be=be, are=are)
+    return sentence + (_behind(scene, draws) if draws.chance(backed) else "")
+
+
+def _behind(scene: Scene, draws: Draws) -> str:
+    return " " + draws.pick(SCENERY).format(ground=ground(scene.background, draws))
+
+
+def _everything(scene: Scene, draws: Draws) -> str:
+    by: tuple[str, ...] = ("color", "shape")
+    if len(scene.objects) <= 2 and draws.chance(0.5):
+        by = ("size", "color", "shape")
+    return _listed(_groups(scene, draws, by), scene, draws, backed=0.5)
+
+
+def _single(scene: Scene, draws: Draws) -> str:
+    group = (1, "one " + _phrase(draws.pick(scene.objects), draws))
+    return _listed([group], scene, draws, backed=0.25)
+
+
+def _couple(scene: Scene, draws: Draws) -> str:
+    a, b = _two(scene, draws)
+    first, second = _phrase(a, draws), _phrase(b, draws)
+    if a is b or first == second:
+        return ""
+    return _listed([(1, first), (1, second)], scene, draws, backed=0.2)
+
+
+def _counted(scene: Scene, draws: Draws) -> str:
+    by = draws.pick((("color", "shape"), ("shape",), ("color",), ()))
+    total = len(scene.objects)
+    noun = draws.pick(("shape", "object"))
+    whole = [(total, f"{NUMBERS[total]} {plural(noun, total)}")]
+    count, text = max(_groups(scene, draws, by) if by else whole)
+    return draws.pick(COUNTED).format(group=text, be="is" if count == 1 else "are")
+
+
+def _related(scene: Scene, draws: Draws) -> str:
+    a, b = _two(scene, draws)
+    held = relations(a, b)
+    first, second = _phrase(a, draws), _phrase(b, draws)
+    if not held or first == second:
+        return ""
+    words = draws.pick(RELATIONS[draws.pick(held)])
+    names = {"a": article(first), "b": article(second), "relation": words}
+    sentence = draws.pick(RELATED).format(**names)
+    return sentence + (_behind(scene, draws) if draws.chance(0.15) else "")
+
+
+def _placed(scene: Scene, draws: Draws) -> str:
+    thing = draws.pick(scene.objects)
+    places = _places(thing, draws)
+    if not places:
+        return ""
+    name = article(_phrase(thing, draws))
+    return draws.pick(PLACED).format(a=name, place=draws.pick(places))
+
+
+def _places(thing: SceneObject, draws: Draws) -> list[str]:
+    h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
+    v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
+    if h and v:
+        return [draws.pick(CORNER).format(h=h, v=draws.pick(VERTICAL[v]))] * 2 + [
+            draws.pick(HALVES[draws.pick((h, v))])
+        ]
+    if h or v:
+        return [draws.pick(HALVES[h or v])]
+    near = max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
+    return [draws.pick(MIDDLE)] if near else []
+
+
+def _compared(scene: Scene, draws: Draws) -> str:
+    a, b = _two(scene, draws)
+    first, second = _phrase(a, draws, sized=False), _phrase(b, draws, sized=False)
+    if a.size == b.size or first == second:
+        return ""
+    template = draws.pick(COMPARED[a.size])
+    return template.format(a=article(first), b=article(second), c=first)
+
+
+def _shared(scene: Scene, draws: Draws) -> str:
+    total = len(scene.objects)
+    told = []
+    for name in ("color", "shape", "size", "texture"):
+        values = {getattr(thing, name) for thing in scene.objects}
+        if total > 1 and len(values) == 1 and values != {"plain"}:
+            told.append(plural(values.pop(), total) if name == "shape" else values.pop())
+    if not told:
+        return ""
+    return draws.pick(SHARED).format(all=draws.pick(ALL[total]), what=draws.pick(told))
+
+
+def _grounded(scene: Scene, draws: Draws) -> str:
+    background = scene.background
+    return draws.pick(GROUNDED).format(
+        tone=draws.pick(TONE[background.kind]).format(*background.tones),
+        ground=ground(background, draws),
+        a=article(_phrase(draws.pick(scene.objects), draws)),
+    )
+
+
+def _two(scene: Scene, draws: Draws) -> tuple[SceneObject, SceneObject]:
+    a, b = (draws.shuffled(scene.objects) * 2)[:2]
+    return a, b
+
+
+def _finished(sentence: str, draws: Draws) -> str:
+    """Return the sentence as people type it: now with capital and full stop, now without."""
+    style = draws.unit()
+    if style < 0.35:
+        return sentence[0].upper() + sentence[1:] + "."
+    return sentence + "." if style < 0.45 else sentence
+
+
+_MAKERS = (
+    *(_single, _couple, _counted, _related, _related, _placed, _compared, _shared, _grounded),
+)
+
+
+# -- Questions about a scene, each with one true answer of one word ------------------------------
+
+
+COLOR = ("what color is the {noun}?", "which color does the {noun} have?")
+SHAPE = ("what shape is the {color} object?", "what is the {color} shape?")
+COUNT = ("how many {nouns} are there?", "how many {nouns} do you see?")
+EXISTS = ("is there {a}?", "do you see {a}?")
+WHERE = ("is the {a} {one} or {other} the {b}?",)
+SIDES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+KIND = (
+    "what kind of background is it?",
+    "is the background " + ", ".join(BACKGROUNDS[:-1]) + " or noisy?",
+)
+TONED = ("what color is the background?",)
+TYPES = ("color", "shape", "count", "yes-no", "relation", "background")
+
+
+def questions(scene: Scene, draws: Draws) -> list[dict[str, str]]:
+    """Return up to one question of each type, as dicts of question, answer and type."""
+    asked = (_color, _shape, _count, _exists, _where, _background)
+    found = [(kind, make(scene, draws)) for kind, make in zip(TYPES, asked, strict=True)]
+    return [{"question": qa[0], "answer": qa[1], "type": kind} for kind, qa in found if qa]
+
+
+def vocabulary() -> list[str]:
+    """Return all words of captions, questions and answers, lower-case and sorted.
+
+    Example:
+        >>> words = vocabulary()
+        >>> "circles" in words, "an" in words, "elephant" in words
+        (True, True, False)
+    """
+    nouns = (*SHAPES, "shape", "object")
+    lists: tuple[tuple[str, ...], ...]
+    lists = (LISTS, SCENERY, RELATED, PLACED, CORNER, MIDDLE, COUNTED, SHARED, GROUNDED)
+    lists += (COLOR, SHAPE, COUNT, EXISTS, WHERE, KIND, TONED, NUMBERS, BACKGROUNDS)
+    lists += (tuple(COLORS), tuple(TONES), tuple(SIZES), TEXTURES, nouns)
+    lists += (tuple(plural(noun, 2) for noun in nouns), tuple(SIDES.values()))
+    tables = (RELATIONS, VERTICAL, HALVES, COMPARED, ALL, GROUND, TONE, SIZE_WORDS)
+    lists += tuple(entry for table in tables for entry in table.values())
+    rest = ("a an and is are yes no",)
+    return sorted(words(text for entries in (*lists, rest) for text in entries))
+
+
+def _color(scene: Scene, draws: Draws) -> tuple[str, str] | None:
+    thing = _unique(scene, draws, "shape")
+    return (draws.pick(COLOR).format(noun=thing.shape), thing.color) if thing else None
+
+
+def _shape(scene: Scene, draws: Draws) -> tuple[str, str] | None:
+    thing = _unique(scene, draws, "color")
+    return (draws.pick(SHAPE).format(color=thing.color), thing.shape) if thing else None
+
+
+def _unique(scene: Scene, draws: Draws, name: str) -> SceneObject | None:
+    counts = Counter(getattr(thing, name) for thing in scene.objects)
+    single = [thing for thing in scene.objects if counts[getattr(thing, name)] == 1]
+    return draws.pick(single) if single else None
+
+
+def _count(scene: Scene, draws: Draws) -> tuple[str, str]:
+    thing = draws.pick(scene.objects)
+    name = draws.pick(("shape", "color", "all"))
+    chosen = draws.pick(SHAPES) if draws.chance(0.15) else thing.shape
+    if name == "shape":
+        count = sum(other.shape == chosen for other in scene.objects)
+        nouns = plural(chosen, 2)
+    elif name == "color":
+        count = sum(other.color == thing.color for other in scene.objects)
+        nouns = f"{thing.color} shapes"
+    else:
+        count, nouns = len(scene.objects), draws.pick(("shapes", "objects"))
+    return draws.pick(COUNT).format(nouns=nouns), NUMBERS[count]
+
+
+def _exists(scene: Scene, draws: Draws) -> tuple[str, str]:
+    thing = draws.pick(scene.objects)
+    color, shape = thing.color, thing.shape
+    if draws.chance(0.5):  # a near miss: only one of the two words is wrong
+        if draws.chance(0.5):
+            color = draws.pick(tuple(COLORS))
+        else:
+            shape = draws.pick(SHAPES)
+    there = any((other.color, other.shape) == (color, shape) for other in scene.objects)
+    return draws.pick(EXISTS).format(a=article(f"{color} {shape}")), "yes" if there else "no"
+
+
+def _where(scene: Scene, draws: Draws) -> tuple[str, str] | None:
+    counts = Counter((thing.color, thing.shape) for thing in scene.objects)
+    single = [o for o in draws.shuffled(scene.objects) if counts[o.color, o.shape] == 1]
+    if len(single) < 2 or not (held := relations(*single[:2])):
+        return None
+    answer = draws.pick(held)
+    first, second = draws.shuffled((answer, OPPOSITE[answer]))
+    a, b = (f"{thing.color} {thing.shape}" for thing in single[:2])
+    sides = {"one": SIDES[first], "other": SIDES[second]}
+    return draws.pick(WHERE).format(a=a, b=b, **sides), answer
+
+
+def _background(scene: Scene, draws: Draws) -> tuple[str, str]:
+    background = scene.background
+    if len(background.tones) == 1 and draws.chance(0.5):
+        return draws.pick(TONED), background.tones[0]
+    return draws.pick(KIND), background.kind

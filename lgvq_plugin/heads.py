@@ -1,0 +1,224 @@
+"""Trained modules of ours on top of the host's codes; none is needed at inference."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sockets import ConfigError
+
+# -- Whether attention heads fit a width ---------------------------------------------------------
+
+
+def check_heads(width: int, heads: int, *, of: str) -> None:
+    """Refuse heads that do not share out the width.
+
+    Raises:
+        ConfigError: naming the numbers of heads that do.
+
+    Example:
+        >>> check_heads(8, 3, of="code-ViT")
+        Traceback (most recent call last):
+        lgvq_plugin.sockets.ConfigError: heads of the code-ViT: 3 does not divide its width 8; ...
+    """
+    if heads < 1 or width % heads:
+        fitting = ", ".join(str(n) for n in range(1, min(width, 16) + 1) if width % n == 0)
+        raise ConfigError(
+            f"heads of the {of}: {heads} does not divide its width {width}; take one of {fitting}"
+        )
+
+
+# -- CodeViT: a small vision transformer over quantized codes (paper section 3.2, Eq. 4) ---------
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation, x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CodeViT(nn.Module):
+    """Turn a grid of codes into one summary and N patch tokens in the text space.
+
+    Args:
+        code_dim: C, width of a code.
+        width: of the transformer; C if None (256 in the paper).
+        depth: number of blocks (2 in the released code).
+        heads: of the attention (1 in the released code); must divide the width.
+        out_dim: D, width of the text features.
+        grid: (h, w) that the positions are trained for; other grids interpolate them.
+
+    Raises:
+        ConfigError: if the heads do not divide the width.
+
+    Example:
+        >>> CodeViT(8, out_dim=6, grid=(2, 2))(torch.zeros(3, 8, 2, 2)).shape
+        torch.Size([3, 5, 6])
+    """
+
+    def __init__(
+        self,
+        code_dim: int,
+        width: int | None = None,
+        depth: int = 2,
+        heads: int = 1,
+        out_dim: int = 512,
+        grid: tuple[int, int] = (16, 16),
+    ) -> None:
+        super().__init__()
+        width = width or code_dim
+        check_heads(width, heads, of="code-ViT")
+        self.code_dim, self.grid = code_dim, (int(grid[0]), int(grid[1]))
+        self.enter = nn.Identity() if width == code_dim else nn.Linear(code_dim, width)
+        self.cls = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.01))
+        cells = 1 + self.grid[0] * self.grid[1]
+        self.positions = nn.Parameter(torch.empty(1, cells, width).normal_(std=0.01))
+        self.enter_norm = nn.LayerNorm(width)  # codes may be tiny: 1/K at first
+        self.blocks = nn.ModuleList(_block(width, heads, depth=depth) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Parameter(torch.empty(width, out_dim).normal_(std=0.01))
+
+    def forward(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Return (B, 1 + N, D); row 0 is [CLS].
+
+        Args:
+            codes: (B, C, h, w), or (B, N, C) with `grid` (the trained grid if None).
+            grid: (h, w) of the codes.
+
+        Raises:
+            ValueError: if the codes do not fit `code_dim` or the grid.
+        """
+        if codes.ndim == 4:
+            grid = (codes.shape[2], codes.shape[3])
+            codes = codes.flatten(2).mT
+        grid = grid or self.grid
+        if codes.shape[-1] != self.code_dim or codes.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"expected codes of {grid[0]}x{grid[1]} positions and width {self.code_dim}, "
+                f"got (N, C) = {tuple(codes.shape[1:])}"
+            )
+        cells = torch.cat([self.cls.expand(len(codes), -1, -1), self.enter(codes)], dim=1)
+        cells = self.enter_norm(cells + self._positions_on(grid))
+        for block in self.blocks:
+            cells = block(cells)
+        return self.norm(cells) @ self.project
+
+    def _positions_on(self, grid: tuple[int, int]) -> Tensor:
+        if tuple(grid) == self.grid:
+            return self.positions
+        cls, cells = self.positions[:, :1], self.positions[:, 1:]
+        plane = cells.mT.unflatten(-1, self.grid)
+        plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
+        return torch.cat([cls, plane.flatten(2).mT], dim=1)
+
+
+def _block(width: int, heads: int, *, depth: int) -> nn.TransformerEncoderLayer:
+    block = nn.TransformerEncoderLayer(
+        width,
+        heads,
+        4 * width,
+        dropout=0.0,
+        activation=quick_gelu,
+        batch_first=True,
+        norm_first=True,
+    )
+    leaving = (2 * depth * width) ** -0.5  # the sum over all branches keeps its size
+    nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
+    nn.init.normal_(block.self_attn.out_proj.weight, std=leaving)
+    nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(block.linear2.weight, std=leaving)
+    return block
+
+
+# -- TextDecoder: fill the masked words of a caption from the image's codes (paper section 3.3) ----
+
+
+class TextDecoder(nn.Module):
+    """Predict masked words; the output matrix is the guide's own token embedding, frozen.
+
+    Args:
+        width: Dt, of the text features and the vocabulary.
+        memory_dim: D, of the code-ViT's tokens.
+        vocabulary_size: V.
+        max_length: T, longest caption in tokens.
+        depth, heads, dropout: of the decoder (2, 1 and 0.1 in the released code); the heads must
+            divide the width.
+
+    Raises:
+        ConfigError: if they do not.
+
+    Example:
+        >>> decoder = TextDecoder(8, memory_dim=6, vocabulary_size=11, max_length=5)
+        >>> text, memory = torch.zeros(2, 5, 8), torch.zeros(2, 4, 6)
+        >>> mask = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+        >>> decoder(text, mask, memory, torch.zeros(11, 8)).shape
+        torch.Size([3, 11])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        memory_dim: int,
+        vocabulary_size: int,
+        max_length: int = 30,
+        depth: int = 2,
+        heads: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_heads(width, heads, of="text decoder")
+        # One learned vector a position stands for a masked word; position-specific in the paper.
+        self.mask_tokens = nn.Parameter(torch.empty(1, max_length, width).normal_(std=0.01))
+        self.enter = nn.Identity() if memory_dim == width else nn.Linear(memory_dim, width)
+        self.blocks = nn.ModuleList(
+            _decoder_block(width, heads, dropout=dropout) for _ in range(depth)
+        )
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    def forward(
+        self,
+        text: Tensor,
+        mask: Tensor,
+        memory: Tensor,
+        vocabulary: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of the M masked positions only, (M, V), in row-major order.
+
+        Args:
+            text: token features, (B, T, Dt); those under the mask are never read.
+            mask: True at masked tokens, (B, T) bool.
+            memory: code-ViT tokens, (B, N, D).
+            vocabulary: the guide's token embedding, (V, Dt); detached.
+            attention_mask: True at real tokens, (B, T) bool; None attends to padding too, as the
+                released code does. A row without a real token attends to all of it: attention
+                over nothing is no number.
+
+        Raises:
+            ValueError: for captions longer than `max_length`.
+        """
+        length, longest = text.shape[1], self.mask_tokens.shape[1]
+        if length > longest:
+            raise ValueError(f"captions of {length} tokens, but max_length is {longest}")
+        hidden = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
+        padding = None
+        if attention_mask is not None:
+            padding = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
+        memory = self.enter(memory)
+        for block in self.blocks:
+            hidden = block(hidden, memory, tgt_key_padding_mask=padding)
+        hidden = self.head(hidden[mask])
+        return hidden @ vocabulary.detach().to(hidden.dtype).mT + self.bias
+
+
+def _decoder_block(width: int, heads: int, *, dropout: float) -> nn.TransformerDecoderLayer:
+    block = nn.TransformerDecoderLayer(
+        width, heads, width, dropout=dropout, layer_norm_eps=1e-12, batch_first=True
+    )
+    for attention in (block.self_attn, block.multihead_attn):
+        attention.dropout = 0.0
+        nn.init.normal_(attention.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(attention.out_proj.weight, std=width**-0.5)
+    for linear in (block.linear1, block.linear2):
+        nn.init.normal_(linear.weight, std=width**-0.5)
+    return block

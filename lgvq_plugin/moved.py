@@ -1,0 +1,83 @@
+"""Modules that have moved: their old dotted paths still work, with a DeprecationWarning."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+MOVED = {
+    "ablation": "bench.ablate",
+    "ablation.base": "bench.records",
+    "ablation.run": "bench.jobs",
+    "checkpoints.base": "checkpoints.load",
+    "data_tools": "datasets.commands",
+    "data_tools.cache": "datasets.cache",
+    "data_tools.data": "datasets.commands",
+    "demo": "bench.demo",
+    "dist": "functional",
+    "evaluation": "bench.evaluation",
+    "evaluation.base": "bench.evaluation",
+    "evaluation.run": "bench.evaluate",
+    "grains": "functional",
+    "heads.code_vit": "heads",
+    "heads.text_decoder": "heads",
+    "hosts.base": "host",
+    "metrics": "bench.metrics",
+    "metrics.code_geometry": "bench.metrics.codebook",
+    "objectives.base": "objectives",
+    "objectives.global_semantic": "objectives",
+    "objectives.masked_text": "objectives",
+    "objectives.relationship": "objectives",
+    "probes": "bench.probes",
+    "probes.questions": "bench.probes.vqa",
+    "training.base": "training.build",
+}
+"""Old module: new one, below this package; a package's other modules kept their names in it."""
+
+
+def new_module(name: str) -> str | None:
+    """Return where the module `name` is now, None if it has not moved.
+
+    >>> new_module("lgvq_plugin.metrics.retrieval")
+    'lgvq_plugin.bench.metrics.retrieval'
+    """
+    package, _, old = name.partition(".")
+    if package != __package__ or not old:
+        return None
+    if old in MOVED:
+        return f"{package}.{MOVED[old]}"
+    folder, _, module = old.partition(".")
+    if module and folder in ("ablation", "metrics", "probes"):
+        return f"{package}.bench.{'' if folder == 'ablation' else folder + '.'}{module}"
+    return None
+
+
+class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last finder: an old module forwards every attribute to the new one."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if new_module(name) is None:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        new = str(new_module(spec.name))
+        warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
+        module, moved = types.ModuleType(spec.name), importlib.import_module(new)
+        module.__dict__["__getattr__"] = lambda name: getattr(moved, name)
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+def install() -> None:
+    """Install the finder; idempotent. `import lgvq_plugin` calls it."""
+    if not any(type(finder).__name__ == "_OldPaths" for finder in sys.meta_path):
+        sys.meta_path.append(_OldPaths())

@@ -1,0 +1,143 @@
+"""Loaders whose samples depend on (seed, position) alone: not on workers, nor on a resume.
+
+position in the stream -> (epoch, index) -> worker: set_epoch(epoch), dataset[index] -> batch
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..datasets.base import collate
+from ..sockets import ConfigError
+from . import rng
+
+Draw = tuple[int, int]
+
+
+class Stream(Sampler[list[Draw]]):
+    """Endless batches of (epoch, index), in the order that (seed, epoch) gives.
+
+    Args:
+        length: samples in the data set.
+        batch_size: samples of one process in a batch.
+        seed: of the order.
+        start: samples that all processes together have taken already.
+        rank, world_size: this process, and how many there are; each takes its part.
+
+    Example:
+        >>> batches = iter(Stream(length=5, batch_size=2, seed=0))
+        >>> [[epoch for epoch, _ in next(batches)] for _ in range(3)]
+        [[0, 0], [0, 0], [1, 1]]
+    """
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.rank, self.world_size = rank, world_size
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f"the data set has {length} samples, fewer than a batch of {batch_size} "
+                f"on {world_size} process(es); lower data.batch_size"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        """Samples that all processes together take in an epoch; the rest is dropped."""
+        step = self.batch_size * self.world_size
+        return self.length // step * step
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield the batches of this process, for ever."""
+        step = self.batch_size * self.world_size
+        epoch, begin = divmod(self.start, self.per_epoch)
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            for at in range(begin, self.per_epoch - step + 1, step):
+                mine = order[at : at + step][self.rank :: self.world_size]
+                yield [(epoch, int(index)) for index in mine]
+            epoch, begin = epoch + 1, 0
+
+
+class AtEpoch(Dataset):
+    """A data set that is asked for (epoch, index).
+
+    One that has `set_epoch` is told the epoch. Any other may draw from the global generators
+    (as torchvision's transforms do): they are seeded by (seed, epoch, index) for the sample.
+    """
+
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self._set_epoch = getattr(dataset, "set_epoch", None)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """Return the sample at (epoch, index)."""
+        epoch, index = draw
+        if self._set_epoch is not None:
+            self._set_epoch(epoch)
+            return self.dataset[index]
+        with rng.preserved(cuda=False):
+            words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3)
+            random.seed(int(words[0]))
+            np.random.seed(words[1])
+            torch.manual_seed(int(words[2]))
+            return self.dataset[index]
+
+
+def train_loader(
+    dataset: Any, stream: Stream, *, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """Return the endless loader of one training process; draws nothing from global generators."""
+    return DataLoader(
+        AtEpoch(dataset, stream.seed),
+        batch_sampler=stream,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(stream.seed),
+    )
+
+
+def validation_loader(
+    dataset: Any,
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    max_batches: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Return a loader of the first samples, in order, as they are in epoch 0.
+
+    Every process has the same number of samples, so that none waits for another in a collective
+    operation; at most world_size - 1 are left out.
+    """
+    each = len(dataset) // world_size
+    if each == 0:
+        raise ConfigError(f"{len(dataset)} validation samples for {world_size} processes")
+    count = each if max_batches is None else min(each, max_batches * batch_size)
+    draws = [(0, rank + i * world_size) for i in range(count)]
+    batches = [draws[i : i + batch_size] for i in range(0, count, batch_size)]
+    return DataLoader(
+        AtEpoch(dataset, seed),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,53 @@
+"""Every overlay of configs/eval is taken, and every option is read and told."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from lgvq_plugin.evaluation import EvaluationConfig
+from omegaconf import OmegaConf
+
+import lgvq_plugin
+from lgvq_plugin.bench import evaluate as options
+from lgvq_plugin.sockets import resolve
+
+FILES = sorted((Path(__file__).parents[3] / "configs" / "eval").glob("*.yaml"))
+PROBES = {
+    "masked_words": "masked_words",
+    "caption": "captioning",
+    "vqa": "questions",
+    "t2i": "text_to_image",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_overlay_is_taken_whole(path):
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert set(content) == {"evaluation"}
+    block = EvaluationConfig.of(content["evaluation"])
+    for key, member in PROBES.items():
+        assert block.probe(key)[0] is resolve("bench.probes", member)
+
+
+def test_there_are_overlays():
+    assert {path.stem for path in FILES} == {"photos", "scenes"}
+
+
+def classes():
+    found = [EvaluationConfig, options.LPIPSConfig, options.FIDConfig, options.FDConfig]
+    found += [resolve("bench.probes", member).Config for member in PROBES.values()]
+    return [*found, resolve("bench.probes", "text_to_image").Config().sampling.__class__]
+
+
+@pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
+def test_every_option_is_told_and_read(cls):
+    package = Path(lgvq_plugin.__path__[0])
+    rooms = [package / "evaluation", package / "probes"]
+    code = "\n".join(path.read_text() for room in rooms for path in room.glob("*.py"))
+    told = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
+    for field in fields(cls):
+        assert re.search(rf'\n    {field.name}: [^\n]*\n    """', told), field.name
+        read = rf"(config|options|sampling)\.{field.name}\b|\.probe\(.{field.name}.\)"
+        assert re.search(read, code), field.name

@@ -1,0 +1,68 @@
+"""The probes' network: a cache changes nothing, and no token sees what it must not."""
+
+import pytest
+import torch
+
+from lgvq_plugin.bench.probes.transformer import (
+    UNKNOWN,
+    Cache,
+    CodeMemory,
+    ProbeConfig,
+    ProbeTransformer,
+    Words,
+    trim,
+)
+
+CONFIG = ProbeConfig(width=16, heads=2, depth=2, dropout=0.0)
+
+
+@pytest.fixture
+def parts():
+    network = ProbeTransformer(CONFIG, vocabulary_size=11, length=7, causal=True).eval()
+    return network, torch.randint(11, (3, 7)), torch.randn(3, 5, 16)
+
+
+def test_one_by_one_with_a_cache_equals_all_at_once(parts):
+    network, tokens, memory = parts
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    whole = network(tokens, memory, memory_mask=mask)
+    cache = Cache()
+    steps = [network(tokens[:, i : i + 1], memory, memory_mask=mask, cache=cache) for i in range(7)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_causal_token_does_not_see_later_ones(parts):
+    network, tokens, memory = parts
+    other = tokens.clone()
+    other[:, 4:] = (other[:, 4:] + 1) % 11
+    torch.testing.assert_close(network(tokens, memory)[:, :4], network(other, memory)[:, :4])
+
+
+def test_masked_memory_and_padding_do_not_matter():
+    network = ProbeTransformer(CONFIG, vocabulary_size=11, length=7, causal=False).eval()
+    tokens, memory = torch.randint(1, 11, (1, 7)), torch.randn(1, 5, 16)
+    token_mask, memory_mask = torch.ones(1, 7).bool(), torch.ones(1, 5).bool()
+    token_mask[:, 5:], memory_mask[:, 3:] = False, False
+    masks = {"token_mask": token_mask, "memory_mask": memory_mask}
+    first = network(tokens, memory, **masks)
+    tokens[:, 5:], memory[:, 3:] = 0, 9.0
+    torch.testing.assert_close(network(tokens, memory, **masks)[:, :5], first[:, :5])
+
+
+def test_the_memory_does_not_depend_on_the_codes_scale():
+    codes = torch.randn(40, 4, 6)
+    torch.manual_seed(1)
+    plain = CodeMemory(codes, 16)
+    torch.manual_seed(1)
+    large = CodeMemory(codes * 50 + 3, 16)
+    torch.testing.assert_close(plain(codes), large(codes * 50 + 3), atol=1e-3, rtol=1e-3)
+
+
+def test_words_that_training_never_had_are_unknown():
+    words = Words(["a red star", "a red ring"], least=2)
+    rows = words.encode(["a red star star star", ""], length=5)
+    assert len(words) == 6
+    assert rows.tolist()[0][3] == UNKNOWN
+    assert words.decode(rows[0, 1:].tolist()) == "a red"
+    assert trim(rows[1:]).tolist() == [[1, 2]]
