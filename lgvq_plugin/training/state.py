@@ -249,10 +249,10 @@ def _require_settings(
     settings = {k: group[k] for k in usual}
     try:
         own([nn.Parameter(torch.zeros(1))], **settings)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever the optimizer makes of them
         raise ConfigError(
-            f"checkpoint {path!r} cannot be resumed: {where}: {error}; the file was changed after "
-            "it was written, resume from another"
+            f"checkpoint {path!r} cannot be resumed: {where}: {type(error).__name__}: "
+            f"{error}; the file was changed after it was written, resume from another"
         ) from error
 
 
