@@ -256,7 +256,7 @@ def _require_settings(
         ) from error
 
 
-def _is_moment(name: str, value: Any, *, shape: torch.Size) -> bool:
+def _is_moment(name: str, value: Any, *, shape: torch.Size | None) -> bool:
     """Whether an optimizer may keep `value` as `name` for a parameter of that shape."""
     if name in MOMENTS:
         is_plain_sgd = name == MOMENTS[-1] and value is None
