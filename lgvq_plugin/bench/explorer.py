@@ -1,6 +1,6 @@
-"""What a codebook shows on captioned images: patches, words, similarities. Tensors in and out.
+"""The codebook explorer: one HTML page with the codes of one or two checkpoints.
 
-M images with h x w codes each, K codes of width C, W words, patches of p x q pixels.
+Shapes: M images of h x w codes, K codes of width C, W words, patches of p x q pixels.
 """
 
 import re
@@ -14,36 +14,140 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+from torchmetrics.functional import pairwise_cosine_similarity
 from tqdm import tqdm
 
 from ..files import write_text
 from ..guides.base import AbstractGuide
 from ..host import decode, encode
 from ..sockets import ConfigError
-from ..training.build import build_dataset
+from ..training.build import Sections, build_dataset
 from .metrics.codebook import STRONG, word_code_association
 from .page import counted, data_uri, finite, page, png_bytes
 
+PAGE = "codebook.html"
+SECTIONS = {
+    "overview": "Overview",
+    "codes": "Codes",
+    "words": "Words",
+    "maps": "Similarity maps",
+    "usage": "Usage",
+    "settings": "Settings",
+}
+COLUMNS = 32  # patches per row of a sheet
+TOP_WORDS, TOP_CODES, MAP_WORDS = 8, 16, 28
+MAX_THUMBNAIL, MAX_PATCH = 128, 16  # pixels per side
+MIN_IMAGES = 3  # with both a code and a word
 _ENGLISH = (
     "a an and are as at be by for from has have in into is it its of on or other over some that "
     "than the their them there these they this to up very was we were which while with you"
 )
-COMMON = frozenset(_ENGLISH.split())
-LARGEST_PATCH = 16  # pixels a side, on the page
-LEAST = 3  # images in which a code and a word meet
+STOP_WORDS = frozenset(_ENGLISH.split())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Captioned images that the codes are shown on.
+
+    Args:
+        images: (M, 3, H, W) in [-1, 1].
+        captions: captions of each image.
+        source: data section that they come from.
+    """
+
+    images: Tensor
+    captions: list[list[str]]
+    source: dict[str, Any]
+
+
+def read_samples(config: Any, limit: int, *, progress: bool = True) -> Samples:
+    """Read the first `limit` samples of the test, else validation, else training data."""
+    data = Sections.of(config).data
+    section = data.test or data.validation or data.train
+    dataset = build_dataset(section)
+    images, captions = [], []
+    count = min(limit, len(dataset))
+    for i in tqdm(range(count), unit="image", leave=False, disable=not progress):
+        sample = dataset[i]
+        image = torch.as_tensor(sample["image"]).float()
+        images.append(image if image.shape[0] == 3 else image.movedim(-1, 0))
+        own = sample.get("captions") or [sample.get("caption") or ""]
+        captions.append([str(caption) for caption in own])
+    return Samples(torch.stack(images).contiguous(), captions, dict(section))
+
+
+def write_explorer(
+    hosts: Mapping[str, nn.Module],
+    samples: Samples,
+    folder: Path,
+    *,
+    guide: AbstractGuide | None = None,
+    shown: int = 48,
+    progress: bool = True,
+) -> Path:
+    """Write codebook.html to `folder`; return its path.
+
+    Args:
+        hosts: name -> host in evaluation mode; one, or two to compare.
+        samples: images to encode.
+        folder: output folder.
+        guide: text model of the word similarity map; without one there are no maps.
+        shown: number of images on the page; statistics use all samples.
+        progress: show a progress bar.
+    """
+    words = caption_words(samples.captions)
+    vocabulary = caption_vocabulary(words)
+    has_word = torch.tensor([[word in own for word in vocabulary] for own in words])
+    has_word = has_word.reshape(len(words), len(vocabulary))
+    panels, vectors = [], []
+    for name, host in tqdm(hosts.items(), unit="checkpoint", disable=not progress):
+        gathered = gather(host, samples.images)
+        has_code = torch.zeros(len(words), len(gathered.counts), dtype=torch.bool)
+        has_code.scatter_(1, gathered.indices.flatten(1), True)
+        association = associate(has_code, has_word)
+        vectors.append(word_vectors(gathered.vectors, association, gathered.counts > 0))
+        panels.append(_panel(name, gathered, association, shown))
+    maps = _similarity_maps(vocabulary, vectors, guide)
+    images = _thumbnails(samples, words, shown)
+    names = " and ".join(hosts)
+    settings = {"data": samples.source, "images": len(words), "words": len(vocabulary)}
+    if maps is not None:
+        settings["guide"] = maps["guide"]
+    text = page(
+        f"Codebook of {names}",
+        "explorer.html",
+        SECTIONS,
+        lead=f"{names}, on {counted(len(words), 'captioned image')}; the page shows "
+        f"the first {len(images)}.",
+        data={
+            "panels": panels,
+            "words": vocabulary,
+            "documents": has_word.sum(dim=0).tolist(),
+            "samples": len(words),
+            "images": images,
+            "maps": maps,
+        },
+        scripts=["explorer.js"],
+        panels=panels,
+        maps=maps,
+        samples=len(words),
+        settings=yaml.safe_dump(finite(settings), sort_keys=False, allow_unicode=True, width=88),
+    )
+    write_text(folder / PAGE, text)
+    return folder / PAGE
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """One checkpoint's codes on M images.
+    """The codes of one checkpoint on M images.
 
     Args:
-        indices: the code at each place, (M, h, w) int64.
-        vectors: of the codes, (K, C); of a host without a codebook the mean of what was seen.
+        indices: code at each position, (M, h, w) int64.
+        vectors: code vectors, (K, C); without a codebook, the mean of the codes seen.
         counts: how often each code was chosen, (K,) int64.
-        mean_patches: mean of the patches where a code fires, (K, 3, p, q) in [-1, 1]; gray if dead.
-        examples: patches from different images, (K, E, 3, p, q); gray where there are fewer.
-        decoded: middle of the decoded image that is filled with the code, (K, 3, p, q), or None.
+        mean_patches: mean image patch of each code, (K, 3, p, q) in [-1, 1]; gray if dead.
+        examples: patches from different images, (K, E, 3, p, q); padded with gray.
+        decoded: center of a decoded image filled with the code, (K, 3, p, q), or None.
     """
 
     indices: Tensor
@@ -56,82 +160,73 @@ class Gathered:
 
 @torch.no_grad()
 def gather(host: nn.Module, images: Tensor, *, examples: int = 6, batch_size: int = 32) -> Gathered:
-    """Encode images and cut out what each code stands for.
+    """Encode images and cut out the patches of each code.
 
     Args:
-        host: in evaluation mode.
+        host: host in evaluation mode.
         images: (M, 3, H, W) float32 in [-1, 1], on the CPU.
-        examples: patches kept of each code.
-        batch_size: images encoded at a time.
+        examples: number of patches kept per code.
+        batch_size: images per forward pass.
 
     Raises:
-        ConfigError: if the host tells no indices.
+        ConfigError: if the host returns no indices.
     """
     device = next(host.parameters()).device
-    indices, codes, codebook, grid = [], [], None, (1, 1)
-    for some in images.split(batch_size):
-        found = encode(host, some.to(device))
-        if found.indices is None:
-            raise ConfigError(f"{type(host).__name__} tells no indices, so its codes have no names")
-        indices.append(found.indices.cpu())
-        codes.append(found.codes.float().cpu())
-        codebook, grid = found.codebook, found.grid
-    index, code = torch.cat(indices), torch.cat(codes)
+    batches = [encode(host, batch.to(device)) for batch in images.split(batch_size)]
+    if any(batch.indices is None for batch in batches):
+        raise ConfigError(
+            f"{type(host).__name__} returns no indices, so its codes cannot be identified"
+        )
+    index = torch.cat([batch.indices.cpu() for batch in batches])  # type: ignore[union-attr]
+    codebook, grid = batches[-1].codebook, batches[-1].grid
     size = int(index.max()) + 1 if codebook is None else len(codebook)
-    counts = torch.bincount(index.flatten(), minlength=size)
-    vectors = codebook.detach().float().cpu() if codebook is not None else _means(code, index, size)
     patches = cut_patches(images, grid)
+    decoded = None
+    if codebook is not None:
+        vectors = codebook.detach().float().cpu()
+        decoded = _decoded(host, vectors.to(device), grid, batch_size)
+    else:
+        vectors = _means(torch.cat([batch.codes.float().cpu() for batch in batches]), index, size)
     return Gathered(
         indices=index.reshape(len(index), *grid),
         vectors=vectors,
-        counts=counts,
-        mean_patches=_means(patches.flatten(2), index, size).reshape(size, *patches.shape[2:]),
+        counts=torch.bincount(index.flatten(), minlength=size),
+        mean_patches=_means(patches.flatten(2), index, size).unflatten(1, patches.shape[2:]),
         examples=_examples(patches, index, size, examples),
-        decoded=_decoded(host, vectors.to(device), grid, batch_size)
-        if codebook is not None
-        else None,
+        decoded=decoded,
     )
 
 
 def cut_patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cut (M, 3, H, W) images into the patches under each code, (M, h * w, 3, p, q).
-
-    Example:
-        >>> cut_patches(torch.arange(16.0).reshape(1, 1, 4, 4), (2, 2))[0, 1]
-        tensor([[[2., 3.],
-                 [6., 7.]]])
-    """
-    (high, wide), (h, w) = images.shape[2:], grid
-    p, q = max(1, high // h), max(1, wide // w)
-    images = (
-        F.interpolate(images, (h * p, w * q), mode="area")
-        if (high, wide) != (h * p, w * q)
-        else images
-    )
-    cells = images.reshape(len(images), -1, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
-    cells = cells.reshape(len(images), h * w, -1, p, q)
-    if max(p, q) > LARGEST_PATCH:
-        small = (min(p, LARGEST_PATCH), min(q, LARGEST_PATCH))
-        cells = F.interpolate(cells.flatten(0, 1), small, mode="area").unflatten(0, cells.shape[:2])
-    return cells
+    """Cut (M, 3, H, W) images into the patches of their codes, (M, h * w, 3, p, q)."""
+    (height, width), (h, w) = images.shape[2:], grid
+    p, q = max(1, height // h), max(1, width // w)
+    if (height, width) != (h * p, w * q):
+        images = F.interpolate(images, (h * p, w * q), mode="area")
+    patches = images.unflatten(3, (w, q)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.flatten(1, 2)
+    if max(p, q) > MAX_PATCH:
+        small = min(p, MAX_PATCH), min(q, MAX_PATCH)
+        shrunk = F.interpolate(patches.flatten(0, 1), small, mode="area")
+        patches = shrunk.unflatten(0, patches.shape[:2])
+    return patches
 
 
 def _means(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Mean of values (M, N, D) over the places of each code: (K, D); 0 for a dead code."""
+    """Mean of the values (M, N, D) at the positions of each code, (K, D); 0 if dead."""
     flat = values.flatten(0, 1)
     sums = torch.zeros(size, flat.shape[1]).index_add_(0, index.flatten(), flat)
-    counts = torch.bincount(index.flatten(), minlength=size)
-    return sums / counts.clamp(min=1)[:, None]
+    return sums / torch.bincount(index.flatten(), minlength=size).clamp(min=1)[:, None]
 
 
 def _examples(patches: Tensor, index: Tensor, size: int, count: int) -> Tensor:
-    """Take the first place in each of the first `count` images that have the code."""
+    """Patch at the first position of each code in the first `count` images that contain it."""
     chosen = torch.zeros(size, count, *patches.shape[2:])
     filled = [0] * size
-    for image, row in enumerate(index.tolist()):
-        for code, place in {code: place for place, code in reversed([*enumerate(row)])}.items():
+    for image, codes in enumerate(index.tolist()):
+        for code in set(codes):
             if filled[code] < count:
-                chosen[code, filled[code]] = patches[image, place]
+                chosen[code, filled[code]] = patches[image, codes.index(code)]
                 filled[code] += 1
     return chosen
 
@@ -139,58 +234,46 @@ def _examples(patches: Tensor, index: Tensor, size: int, count: int) -> Tensor:
 def _decoded(
     host: nn.Module, vectors: Tensor, grid: tuple[int, int], batch_size: int
 ) -> Tensor | None:
-    middle = (grid[0] // 2) * grid[1] + grid[1] // 2
-    cut = []
+    center = (grid[0] // 2) * grid[1] + grid[1] // 2
+    patches = []
     try:
-        for some in vectors.split(batch_size):
-            filled = some[:, :, None, None].expand(-1, -1, *grid).contiguous()
-            cut.append(cut_patches(decode(host, filled).float().cpu(), grid)[:, middle])
+        for batch in vectors.split(batch_size):
+            filled = batch[:, :, None, None].expand(-1, -1, *grid).contiguous()
+            patches.append(cut_patches(decode(host, filled).float().cpu(), grid)[:, center])
     except (ConfigError, RuntimeError, TypeError):
-        return None  # no decode, or one that takes something else than code vectors
-    return torch.cat(cut)
+        return None  # no decoder, or one that does not take code vectors
+    return torch.cat(patches)
 
 
-def words_of(captions: Iterable[Iterable[str]]) -> list[set[str]]:
-    """Return the words of each image's captions, without the commonest of English.
+def caption_words(captions: Iterable[Iterable[str]]) -> list[set[str]]:
+    """Return the words of each image's captions, without stop words.
 
     Example:
-        >>> sorted(words_of([["A red dog.", "the dog's ball"]])[0])
+        >>> sorted(caption_words([["A red dog.", "the dog's ball"]])[0])
         ['ball', 'dog', 'red']
     """
+    pattern = re.compile(r"[^\W\d_]{2,}(?=['’]|\b)")
     return [
-        {
-            word
-            for caption in of_image
-            for word in re.findall(r"[^\W\d_]+(?=['’]|\b)", caption.lower())
-            if word not in COMMON and len(word) > 1
-        }
-        for of_image in captions
+        {word for caption in own for word in pattern.findall(caption.lower())} - STOP_WORDS
+        for own in captions
     ]
 
 
 def caption_vocabulary(words: Sequence[set[str]], *, limit: int = 400) -> list[str]:
-    """Return the words of at least three images and not of nearly all, the commonest first."""
-    counts = Counter(word for some in words for word in some)
-    most = 0.9 * len(words)
-    kept = [(n, word) for word, n in counts.items() if LEAST <= n <= most]
-    return [word for _, word in sorted(kept, key=lambda pair: (-pair[0], pair[1]))[:limit]]
-
-
-def presence(indices: Tensor, size: int) -> Tensor:
-    """Return whether each code is in each image: (M, h, w) to (M, K) bool."""
-    flat = indices.flatten(1)
-    found = torch.zeros(len(flat), size, dtype=torch.bool)
-    return found.scatter_(1, flat, True)
+    """Return the words of at least three and at most 90 % of the images, by frequency."""
+    counts = Counter(word for own in words for word in own)
+    kept = [(-n, word) for word, n in counts.items() if MIN_IMAGES <= n <= 0.9 * len(words)]
+    return [word for _, word in sorted(kept)[:limit]]
 
 
 @dataclass(frozen=True)
 class Association:
-    """How codes and words meet in images, each (K, W).
+    """Co-occurrence of codes and words in images, each (K, W).
 
     Args:
-        pmi: log2 of (images with both) / (as many as chance gives); -inf where they never meet.
-        strength: signed root of the likelihood ratio of the 2 x 2 table, 0 if independent.
-        joint: images with both.
+        pmi: log2 of (images with both) / (expected by chance); -inf if they never co-occur.
+        strength: signed root of the likelihood ratio of the 2 x 2 table; 0 if independent.
+        joint: number of images with both.
     """
 
     pmi: Tensor
@@ -199,36 +282,28 @@ class Association:
 
     @property
     def is_sure(self) -> Tensor:
-        """Whether the code is used more with the word, more than chance gives, (K, W) bool."""
-        return (self.strength > STRONG) & (self.joint >= LEAST)
+        """Whether code and word co-occur significantly more often than by chance, (K, W) bool."""
+        return (self.strength > STRONG) & (self.joint >= MIN_IMAGES)
 
 
 def associate(has_code: Tensor, has_word: Tensor) -> Association:
-    """Compare presence of codes (M, K) and words (M, W), both bool.
-
-    Example:
-        >>> both = torch.tensor([[True], [True], [False], [False]])
-        >>> associate(both, both).pmi
-        tensor([[1.]], dtype=torch.float64)
-    """
+    """Relate the presence of codes (M, K) and words (M, W), both bool."""
     code, word = has_code.double(), has_word.double()
-    images = float(len(code))
     joint = code.T @ word
-    codes, words = code.sum(0)[:, None], word.sum(0)[None, :]
-    pmi = torch.log2(joint * images / (codes * words).clamp(min=1))
+    pmi = torch.log2(joint * len(code) / torch.outer(code.sum(0), word.sum(0)).clamp(min=1))
     return Association(pmi, word_code_association(has_word, has_code, least=1).T, joint.long())
 
 
 def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> Tensor:
-    """Return the mean code of each word, by PMI, about the mean of all used codes.
+    """Return the PMI-weighted mean code of each word, relative to the mean of all used codes.
 
     Args:
-        vectors: of the codes, (K, C).
-        association: of codes and words.
-        is_used: whether a code is not dead, (K,) bool.
+        vectors: code vectors, (K, C).
+        association: co-occurrence of codes and words.
+        is_used: whether a code was ever chosen, (K,) bool.
 
     Returns:
-        (W, C); rows of nan for words that no code stands for.
+        (W, C); rows of nan for words without an associated code.
     """
     weight = association.pmi.clamp(min=0).nan_to_num(posinf=0) * association.is_sure
     centered = vectors.double() - vectors[is_used].double().mean(dim=0)
@@ -236,20 +311,8 @@ def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> 
     return torch.where(total > 0, (weight.T @ centered) / total.clamp(min=1e-12), torch.nan)
 
 
-def cosines(rows: Tensor) -> Tensor:
-    """Return all cosines of the rows, (W, W)."""
-    rows = F.normalize(rows.double(), dim=-1)
-    return rows @ rows.T
-
-
 def agreement(first: Tensor, second: Tensor) -> float | None:
-    """Correlate two similarity maps (W, W) over pairs of distinct words; None for fewer than 3.
-
-    Example:
-        >>> some = torch.tensor([[1.0, 0.2, 0.5], [0.2, 1.0, 0.1], [0.5, 0.1, 1.0]])
-        >>> round(agreement(some, 2 * some), 6)
-        1.0
-    """
+    """Correlate two similarity maps (W, W) over pairs of distinct words; None for fewer than 3."""
     upper = torch.triu(torch.ones_like(first, dtype=torch.bool), diagonal=1)
     pairs = torch.stack([first[upper].double(), second[upper].double()])
     pairs = pairs[:, pairs.isfinite().all(dim=0)]
@@ -259,123 +322,19 @@ def agreement(first: Tensor, second: Tensor) -> float | None:
 
 
 def tile(patches: Tensor, columns: int) -> Tensor:
-    """Lay patches (K, 3, p, q) out as one image, (3, rows * p, columns * q)."""
-    count, _, p, q = patches.shape
-    rows = -(-count // columns)
-    missing = patches.new_zeros(rows * columns - count, *patches.shape[1:])
-    grid = torch.cat([patches, missing]).reshape(rows, columns, -1, p, q)
-    return grid.permute(2, 0, 3, 1, 4).reshape(-1, rows * p, columns * q)
-
-
-# -- `lgvq inspect`: a page on which a codebook can be looked at, one or two checkpoints of it ----
-
-
-PAGE = "codebook.html"
-COLUMNS = 32  # tiles in a row of a sheet
-THUMBNAIL = 128  # pixels a side, at most
-SECTIONS = {
-    "overview": "Overview",
-    "codes": "Codes",
-    "words": "Words",
-    "maps": "Similarity maps",
-    "usage": "Usage",
-    "settings": "Settings",
-}
-TOP_WORDS, TOP_CODES, MAP_WORDS = 8, 16, 28
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The images that codes are looked at on.
-
-    Args:
-        images: (M, 3, H, W) in [-1, 1].
-        captions: of each image.
-        source: the data section that they came from.
-    """
-
-    images: Tensor
-    captions: list[list[str]]
-    source: dict[str, Any]
-
-
-def write_explorer(
-    hosts: Mapping[str, torch.nn.Module],
-    samples: Samples,
-    folder: Path,
-    *,
-    guide: AbstractGuide | None = None,
-    shown: int = 48,
-    progress: bool = True,
-) -> Path:
-    """Write the page.
-
-    Args:
-        hosts: name -> host in evaluation mode; one, or two side by side.
-        samples: what they encode.
-        folder: gets codebook.html.
-        guide: text model for the word-word map; without it there are no maps.
-        shown: images on the page; all samples are counted.
-        progress: whether to show a bar.
-
-    Returns:
-        The path of the page.
-    """
-    words = words_of(samples.captions)
-    vocabulary = caption_vocabulary(words)
-    has_word = torch.tensor([[word in some for word in vocabulary] for some in words])
-    has_word = has_word.reshape(len(words), len(vocabulary))
-    panels, vectors = [], []
-    for name, host in tqdm(hosts.items(), unit="checkpoint", disable=not progress):
-        gathered = gather(host, samples.images)
-        has_code = presence(gathered.indices, len(gathered.counts))
-        association = associate(has_code, has_word)
-        vectors.append(word_vectors(gathered.vectors, association, gathered.counts > 0))
-        panels.append(_panel(name, gathered, association, shown))
-    data = {
-        "panels": panels,
-        "words": vocabulary,
-        "documents": has_word.sum(dim=0).tolist(),
-        "samples": len(samples.images),
-        "images": _thumbnails(samples, words, shown),
-        "maps": _code_maps(vocabulary, vectors, guide),
-    }
-    path = folder / PAGE
-    write_text(path, _page_of(data, samples.source))
-    return path
-
-
-def _page_of(data: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    """Return the page's frame around the data; explorer.js fills it."""
-    names = " and ".join(panel["name"] for panel in data["panels"])
-    told: dict[str, Any] = {"data": finite(dict(source)), "images": data["samples"]}
-    told["words"] = len(data["words"])
-    if data["maps"] is not None:
-        told["guide"] = data["maps"]["guide"]
-    lead = (
-        f"{names}, on {counted(data['samples'], 'captioned image')}; the page shows "
-        f"the first {len(data['images'])}."
-    )
-    return page(
-        f"Codebook of {names}",
-        "explorer.html",
-        SECTIONS,
-        lead=lead,
-        data=data,
-        scripts=["explorer.js"],
-        panels=data["panels"],
-        maps=data["maps"],
-        samples=data["samples"],
-        settings=yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=88),
-    )
+    """Arrange patches (K, 3, p, q) in one image, (3, rows * p, columns * q)."""
+    padding = -len(patches) % columns
+    grid = F.pad(patches, (0, 0, 0, 0, 0, 0, 0, padding)).unflatten(0, (-1, columns))
+    return grid.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def _panel(name: str, gathered: Gathered, association: Association, shown: int) -> dict[str, Any]:
-    counts = gathered.counts
+    counts, examples = gathered.counts, gathered.examples
     share = counts.double() / counts.sum()
-    sheets = {"mean": gathered.mean_patches, "examples": gathered.examples.flatten(0, 1)}
+    sheets = {"mean": gathered.mean_patches, "examples": examples.flatten(0, 1)}
     if gathered.decoded is not None:
         sheets["decoded"] = gathered.decoded
+    by_word = Association(association.pmi.T, association.strength.T, association.joint.T)
     return {
         "name": name,
         "size": len(counts),
@@ -385,60 +344,52 @@ def _panel(name: str, gathered: Gathered, association: Association, shown: int) 
         "grid": list(gathered.indices.shape[1:]),
         "patch": list(gathered.mean_patches.shape[2:]),
         "columns": COLUMNS,
-        "examples": gathered.examples.shape[1],
-        "sheets": {kind: _sheet(patches) for kind, patches in sheets.items()},
+        "examples": examples.shape[1],
+        "sheets": {
+            kind: data_uri(png_bytes(tile(patches, COLUMNS)), "image/png")
+            for kind, patches in sheets.items()
+        },
         "codes": _top(association, TOP_WORDS),
-        "words": _top(
-            Association(association.pmi.T, association.strength.T, association.joint.T),
-            TOP_CODES,
-        ),
+        "words": _top(by_word, TOP_CODES),
         "fires": gathered.indices[:shown].flatten(1).tolist(),
     }
 
 
-def _sheet(patches: Tensor) -> str:
-    return data_uri(png_bytes(tile(patches, COLUMNS)), "image/png")
-
-
 def _top(association: Association, count: int) -> list[list[list[float]]]:
-    """For each row the surest columns: [column, pmi, images with both]."""
+    """Return the strongest columns of each row: [column, pmi, images with both]."""
     score = association.strength.masked_fill(~association.is_sure, -1)
     best = score.topk(min(count, score.shape[1]), dim=1)
+    pmi, joint = association.pmi.gather(1, best.indices), association.joint.gather(1, best.indices)
+    rows = torch.stack([best.indices.double(), pmi, joint.double()], dim=2)
     return [
         [
-            [
-                column,
-                round(float(association.pmi[row, column]), 3),
-                int(association.joint[row, column]),
-            ]
-            for column, value in zip(columns, values, strict=True)
+            [int(column), round(pmi, 3), int(joint)]
+            for (column, pmi, joint), value in zip(row, values, strict=True)
             if value > 0
         ]
-        for row, (columns, values) in enumerate(
-            zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
+        for row, values in zip(rows.tolist(), best.values.tolist(), strict=True)
     ]
 
 
 def _thumbnails(samples: Samples, words: Sequence[set[str]], shown: int) -> list[dict[str, Any]]:
     images = samples.images[:shown]
-    if max(images.shape[2:]) > THUMBNAIL:
-        factor = THUMBNAIL / max(images.shape[2:])
+    if max(images.shape[2:]) > MAX_THUMBNAIL:
+        factor = MAX_THUMBNAIL / max(images.shape[2:])
         images = F.interpolate(images, scale_factor=factor, mode="area")
     return [
         {
             "uri": data_uri(png_bytes(image), "image/png"),
             "caption": (captions or [""])[0],
-            "words": sorted(some),
+            "words": sorted(own),
         }
-        for image, captions, some in zip(images, samples.captions, words, strict=False)
+        for image, captions, own in zip(images, samples.captions, words, strict=False)
     ]
 
 
-def _code_maps(
+def _similarity_maps(
     vocabulary: Sequence[str], vectors: Sequence[Tensor], guide: AbstractGuide | None
 ) -> dict[str, Any] | None:
-    """Cosines of the commonest words that codes stand for, by the guide and by each codebook."""
+    """Cosines of the most frequent words that have codes: by the guide and by each codebook."""
     if guide is None or not vocabulary:
         return None
     has_codes = torch.stack([rows.isfinite().all(dim=1) for rows in vectors]).all(dim=0)
@@ -446,8 +397,10 @@ def _code_maps(
     if len(chosen) < 3:
         return None
     words = [vocabulary[i] for i in chosen.tolist()]
-    of_words = cosines(guide.encode(words).sentence.float().cpu())
-    of_codes = [cosines(rows[chosen]) for rows in vectors]
+    of_words, *of_codes = (
+        pairwise_cosine_similarity(rows.double().cpu(), zero_diagonal=False)
+        for rows in (guide.encode(words).sentence.float(), *(rows[chosen] for rows in vectors))
+    )
     return {
         "words": words,
         "guide": {"class": type(guide).__name__, **finite(guide.config)},
@@ -455,16 +408,3 @@ def _code_maps(
         "codes": [finite(one.round(decimals=3).tolist()) for one in of_codes],
         "agreement": [agreement(of_words, one) for one in of_codes],
     }
-
-
-def read_samples(section: Mapping[str, Any], limit: int) -> Samples:
-    """Read the first `limit` samples of a data section `{target, params}`."""
-    dataset = build_dataset(section)
-    images, captions = [], []
-    for i in tqdm(range(min(limit, len(dataset))), unit="image", leave=False):
-        sample = dataset[i]
-        image = torch.as_tensor(sample["image"]).float()
-        images.append(image if image.shape[0] == 3 else image.movedim(-1, 0))
-        of_image = sample.get("captions") or [sample.get("caption") or ""]
-        captions.append([str(caption) for caption in of_image])
-    return Samples(torch.stack(images).contiguous(), captions, dict(section))

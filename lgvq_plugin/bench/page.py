@@ -1,8 +1,7 @@
-"""Building blocks of self-contained pages: one HTML file, no request to anywhere.
+"""Self-contained HTML pages: style, script, images and numbers in one file, no requests.
 
-page(title, template, ...) --> HTML with style, script, images and numbers inside
-
-Templates are Jinja's and escape every value; the policy runs no script and no style sheet but ours.
+Templates are Jinja's and escape every value; a Content-Security-Policy allows only the page's own
+script and style sheet.
 """
 
 import base64
@@ -12,13 +11,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 from torch import Tensor
+
+from ..config import require
+from ..sockets import ConfigError
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(
@@ -34,25 +37,19 @@ def page(
     """Return a whole page.
 
     Args:
-        title, lead: plain text, the latter below the title.
-        template: file in `page/` that makes the content.
-        sections: anchor -> heading of each, also given to the template.
-        data: what the scripts read, as JSON; values that are not finite become null.
-        scripts: names of files in `page/` after page.js.
-        values: of the template's variables; everything but a `Markup` is escaped.
-
-    Example:
-        >>> names = ["overview", "codes", "words", "maps", "usage", "settings"]
-        >>> sections = dict.fromkeys(names, "")
-        >>> text = page("A & B", "explorer.html", sections, panels=[], maps=None, samples=0,
-        ...     settings="<b>")
-        >>> "<title>A &amp; B</title>" in text, "<pre>&lt;b&gt;</pre>" in text
-        (True, True)
+        title, lead: plain text; the lead is shown below the title.
+        template: file in `templates/` that renders the content.
+        sections: anchor -> heading, also passed to the template.
+        data: JSON data for the scripts; non-finite values become null.
+        scripts: files in `templates/` that follow page.js.
+        values: variables of the template; everything but a `Markup` is escaped.
     """
     environment = _environment()
     content = environment.get_template(template).render(sections=sections, **values)
-    style = _asset("page.css")
-    script = "\n".join(_asset(name) for name in ("page.js", *scripts))
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    script = "\n".join(
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", *scripts)
+    )
     return environment.get_template("base.html").render(
         title=title,
         lead=lead,
@@ -61,19 +58,19 @@ def page(
         data=finite(data or {}),
         style=Markup(style),
         script=Markup(script),
-        policy=policy(style, script),
+        policy=_policy(style, script),
     )
 
 
-def policy(style: str, script: str) -> str:
-    """Return a Content-Security-Policy under which only these run and nothing leaves the file."""
-    sheet, code = (
+def _policy(style: str, script: str) -> str:
+    """Return a Content-Security-Policy that allows only these two and no network access."""
+    style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for text in (style, script)
     )
     return (
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
-        f"script-src 'sha256-{code}'; style-src-elem 'sha256-{sheet}'; "
+        f"script-src 'sha256-{script_hash}'; style-src-elem 'sha256-{style_hash}'; "
         "style-src-attr 'unsafe-inline'"
     )
 
@@ -81,7 +78,7 @@ def policy(style: str, script: str) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(str(resources.files(__package__) / "templates"))),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
@@ -90,18 +87,14 @@ def _environment() -> jinja2.Environment:
         "number": number,
         "counted": counted,
         "is_finite": math.isfinite,
-        "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # a line may break between
+        "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # line breaks in between
         "place": lambda value, reach: f"{120 + 110 * value / (reach or 1):.1f}",  # in a whisker
     }
     return environment
 
 
-def _asset(name: str) -> str:
-    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
-
-
 def finite(value: Any) -> Any:
-    """Return `value` with None for every float that is not finite, which JSON cannot hold."""
+    """Return `value` with None for every non-finite float, which JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -112,7 +105,7 @@ def finite(value: Any) -> Any:
 
 
 def number(value: float | None, *, signed: bool = False, digits: int = 4) -> str:
-    """Return a number to read: `digits` significant ones, a true minus sign, no exponent if short.
+    """Format a number with `digits` significant digits and a minus sign, "–" for none.
 
     Example:
         >>> number(0.123456), number(-1.5, signed=True), number(21.4567), number(None)
@@ -120,7 +113,6 @@ def number(value: float | None, *, signed: bool = False, digits: int = 4) -> str
     """
     if value is None or not math.isfinite(value):
         return "–"
-    sign = "+" if signed and value > 0 else ""
     size = abs(value)
     if value == 0:
         text = "0"
@@ -131,16 +123,11 @@ def number(value: float | None, *, signed: bool = False, digits: int = 4) -> str
         text = f"{value:.{min(places, 6 if size < 0.01 else digits)}f}"
     else:
         text = f"{value:.{digits - 2}e}"
-    return sign + text.replace("-", "−")
+    return ("+" if signed and value > 0 else "") + text.replace("-", "−")
 
 
 def counted(count: int, noun: str) -> str:
-    """Return "1 seed", "3 seeds".
-
-    Example:
-        >>> counted(1, "seed"), counted(0, "image")
-        ('1 seed', '0 images')
-    """
+    """Return "1 seed", "3 seeds"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -150,20 +137,30 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """Encode an image, (3, H, W) in [-1, 1] (clamped), or (H, W) or (3, H, W) uint8."""
-    import numpy as np
-    from PIL import Image
+    """Encode an image, (3, H, W) float in [-1, 1] (clamped) or uint8."""
+    from torchvision.transforms.functional import to_pil_image
 
     if image.is_floating_point():
-        image = ((image.clamp(-1, 1) + 1) * 127.5).round()
-    pixels = np.asarray(image.detach().cpu()).astype(np.uint8)
-    pixels = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
+        image = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
+    to_pil_image(image).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
-def write_png(path: Path, image: Tensor) -> None:
-    """Write what :func:`png_bytes` encodes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(image))
+def example_file(root: Path, path: str) -> Path:
+    """Return the PNG file of an example.
+
+    Raises:
+        ConfigError: if it is outside `root` or not a PNG file.
+    """
+    from PIL import Image
+
+    file, key = root / path, f"examples: {path!r}"
+    is_inside = "\0" not in path and file.resolve().is_relative_to(root.resolve())
+    require(is_inside, key, f"a path below {str(root)!r}", path)
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{key}: cannot be read as a PNG file: {error}") from error
+    return file

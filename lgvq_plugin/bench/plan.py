@@ -1,6 +1,7 @@
-"""What a variant changes: nested or dotted keys, and the short forms of a plan."""
+"""Plans of ablations: a YAML file that lists only what differs between variants -> Plan of Jobs."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import ObjectivesConfig, parse
+from ..config import ObjectivesConfig, laid_over, parse
 from ..sockets import ConfigError, suggest
 from ..training.build import (
     Sections,
@@ -25,6 +26,72 @@ from .records import Job, Plan
 
 OBJECTIVES = [field.name for field in fields(ObjectivesConfig)]
 LGVQ = "model.params.lossconfig.params.lgvq"
+PLAN_KEYS = [
+    *("extends", "title", "base", "config", "seeds", "baseline", "against"),
+    *("data", "variants", "evaluation", "examples"),
+]
+VARIANT_KEYS = ["model", "data", "training", "lgvq", "recipe", "objectives", "note", "base"]
+
+
+def read_plan(
+    path: str | Path,
+    *,
+    seeds: int | Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """Read a plan and check the config of every job.
+
+    Args:
+        path: path of the YAML file.
+        seeds: replaces the seeds of the plan: a list, or a number n for 0, ..., n - 1.
+        overrides: `key=value` of the training config, applied last to every run.
+
+    Raises:
+        ConfigError: if the file, a key or a value is wrong, or the variants are not comparable.
+    """
+    path = Path(path)
+    given = _read(path)
+    variants = _names_to_changes(given.get("variants"), f"{path}: variants")
+    has_datasets = bool(given.get("data"))
+    datasets = _names_to_changes(given["data"], f"{path}: data") if has_datasets else {"": {}}
+    references = _references(given, list(variants), path)
+    evaluation = _evaluation(given.get("evaluation") or {}, path)
+    chosen = _seeds(given.get("seeds", 3) if seeds is None else seeds, path)
+    examples = int(given.get("examples", 8))
+    shared: dict[str, DictConfig] = {}
+    jobs = []
+    for data, data_changes in datasets.items():
+        for variant, changes in variants.items():
+            where = f"{path}: {'/'.join(part for part in (data, variant) if part)}"
+            own = dict(changes) if isinstance(changes, Mapping) else changes
+            bases = given.get("base")
+            if isinstance(own, dict):
+                own.pop("note", None)
+                bases = own.pop("base", None) or bases
+            if not bases:
+                raise ConfigError(f"{where}: no `base:`; list the configs to start from")
+            key = str((data, bases))
+            if key not in shared:
+                below = read_config(_bases(bases, path))
+                for part in (given.get("config") or {}, data_changes):
+                    below = apply_changes(below, part, where)
+                shared[key] = below
+            config = apply_changes(shared[key], own, where)
+            for seed in chosen:
+                plain = _seeded(config, seed, overrides, where)
+                job = Job(data=data, variant=variant, seed=seed, config=plain,
+                          evaluation=evaluation, examples=examples)  # fmt: skip
+                jobs.append(job)
+    _check_comparable(jobs, path)
+    guides = [guide for job in jobs if (guide := lgvq_block(job.config).get("guide"))]
+    if guides and "guide" not in evaluation:
+        jobs = [replace(job, evaluation={**evaluation, "guide": guides[0]}) for job in jobs]
+    return Plan(
+        title=str(given.get("title") or path.stem),
+        references=references,
+        variants={name: _described(changes) for name, changes in variants.items()},
+        jobs=tuple(jobs),
+    )
 
 
 def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> DictConfig:
@@ -32,9 +99,9 @@ def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> D
 
     Args:
         config: sections model, data, training.
-        changes: a mapping with keys of the config, nested or dotted, and the short forms
-            `recipe`, `objectives` and `lgvq`; or a list of "key=value".
-        where: for messages.
+        changes: a mapping of config keys, nested or dotted, and of the short forms `recipe`,
+            `objectives` and `lgvq`; or a list of "key=value".
+        where: start of error messages.
 
     Example:
         >>> short = apply_changes(OmegaConf.create({}), {"recipe": "paper", "training.seed": 3})
@@ -46,12 +113,13 @@ def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> D
     try:
         if not isinstance(changes, Mapping):
             return lay_over(config, read_config([], [str(change) for change in changes]))
-        change = OmegaConf.create({})
-        for key, value in changes.items():
-            for full, part in _in_full(str(key), value, where):
-                full = full.replace(".lossconfig.", f".{loss_key(config) or 'lossconfig'}.", 1)
-                OmegaConf.update(change, full, _nested(part), merge=True, force_add=True)
-        return lay_over(config, change)
+        key_of_loss = loss_key(config) or "lossconfig"
+        expanded = {
+            full.replace(".lossconfig.", f".{key_of_loss}.", 1): part
+            for key, value in changes.items()
+            for full, part in _expanded(str(key), value, where)
+        }
+        return lay_over(config, _nested(expanded))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -59,7 +127,7 @@ def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> D
 
 
 def _nested(value: Any) -> Any:
-    """Write out dotted keys at any depth: {"a.b": 1} as {"a": {"b": 1}}."""
+    """Expand dotted keys at any depth: {"a.b": 1} -> {"a": {"b": 1}}."""
     if not isinstance(value, Mapping):
         return value
     whole = OmegaConf.create({})
@@ -68,8 +136,8 @@ def _nested(value: Any) -> Any:
     return whole
 
 
-def _in_full(key: str, value: Any, where: str) -> Iterable[tuple[str, Any]]:
-    """Yield (key of the config, value) for one key of a variant."""
+def _expanded(key: str, value: Any, where: str) -> Iterable[tuple[str, Any]]:
+    """Yield the (dotted config key, value) pairs that a key of a variant abbreviates."""
     head, dot, rest = key.partition(".")
     if head == "recipe":
         yield f"{LGVQ}.recipe", value
@@ -86,82 +154,18 @@ def _in_full(key: str, value: Any, where: str) -> Iterable[tuple[str, Any]]:
     elif head in ("model", "data", "training"):
         yield key, value
     else:
-        known = ["model", "data", "training", "lgvq", "recipe", "objectives", "note", "base"]
-        raise ConfigError(f"{where}: no key {key!r} in a variant{suggest(head, known)}")
-
-
-# -- From one YAML that lists only what differs to the jobs of an ablation -----------------------
-
-
-KEYS = [
-    *("extends", "title", "base", "config", "seeds", "baseline", "against"),
-    *("data", "variants", "evaluation", "examples"),
-]
-NAME = "letters, digits, dots, + and _"
-
-
-def read_plan(
-    path: str | Path,
-    *,
-    seeds: int | Sequence[int] | None = None,
-    overrides: Sequence[str] = (),
-) -> Plan:
-    """Read a plan and check every job's config.
-
-    Args:
-        path: of the YAML.
-        seeds: instead of the plan's own: a list, or a number n for 0, ..., n - 1.
-        overrides: `key=value` of the training config, over everything else, for every run.
-
-    Raises:
-        ConfigError: if the file, a key or a value is wrong, or variants are not comparable.
-    """
-    path = Path(path)
-    given = _read(path)
-    variants = _named(given.get("variants"), path, "variants")
-    datasets = _named(given["data"], path, "data") if given.get("data") else {"": {}}
-    references = _references(given, list(variants), path)
-    evaluation = _evaluation(given.get("evaluation"), path)
-    chosen = _seeds(given.get("seeds", 3) if seeds is None else seeds, path)
-    jobs = []
-    for data, data_changes in datasets.items():
-        for variant, changes in variants.items():
-            where = f"{path}: {'/'.join(part for part in (data, variant) if part)}"
-            config = _config(given, data_changes, changes, path, where)
-            jobs += [
-                Job(
-                    data=data,
-                    variant=variant,
-                    seed=seed,
-                    config=_seeded(config, seed, overrides, where),
-                    evaluation=evaluation,
-                    examples=int(given.get("examples", 8)),
-                )
-                for seed in chosen
-            ]
-    _check_comparable(jobs, path)
-    guides = [guide for job in jobs if (guide := lgvq_block(job.config).get("guide"))]
-    if guides and "guide" not in evaluation:
-        jobs = [replace(job, evaluation={**evaluation, "guide": guides[0]}) for job in jobs]
-    return Plan(
-        title=str(given.get("title") or path.stem),
-        references=references,
-        variants={name: _told(changes) for name, changes in variants.items()},
-        jobs=tuple(jobs),
-    )
+        raise ConfigError(f"{where}: no key {key!r} in a variant{suggest(head, VARIANT_KEYS)}")
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the keys of the plan at `path`, merged over the plan that it extends."""
-    plain = OmegaConf.to_container(read_config([path]), resolve=False)
-    assert isinstance(plain, dict)
-    given = {str(key): value for key, value in plain.items()}
+    """Return the keys of a plan, merged over those of the plan that it extends."""
+    given: Any = OmegaConf.to_container(read_config([path]), resolve=False)
     for key in given:
-        if key not in KEYS:
-            raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(key, KEYS)}")
+        if key not in PLAN_KEYS:
+            raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(key, PLAN_KEYS)}")
     name = given.pop("extends", None)
     if name is None:
-        return given
+        return given  # type: ignore[no-any-return]
     if not isinstance(name, str):
         raise ConfigError(f"{path}: extends: expected the path of one plan, got {name!r}")
     parent, extending = path.parent / name, (*extending, path.resolve())
@@ -173,31 +177,25 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         if isinstance(part, dict) and part.get("base"):
             bases = _bases(part["base"], parent)
             part["base"] = [os.path.relpath(base, path.parent) for base in bases]
-    return _deep_merged(below, given)
+    return laid_over(below, given)
 
 
-def _deep_merged(below: Any, above: Any) -> Any:
-    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-        return above
-    both = {key: _deep_merged(below[key], above[key]) for key in below if key in above}
-    return {**below, **above, **both}
-
-
-def _told(changes: Any) -> dict[str, Any]:
-    """What the report says of a variant."""
+def _described(changes: Any) -> dict[str, Any]:
+    """Return what the report shows of a variant."""
     if not isinstance(changes, Mapping):
         return {"note": "", "changes": list(changes)}
     rest = {key: value for key, value in changes.items() if key != "note"}
     return {"note": str(changes.get("note") or ""), "changes": rest}
 
 
-def _named(given: Any, path: Path, key: str) -> dict[str, Any]:
-    """Return `given` as a mapping whose keys can be names of folders."""
+def _names_to_changes(given: Any, where: str) -> dict[str, Any]:
+    """Check a mapping whose keys become names of folders."""
     if not isinstance(given, Mapping) or not given:
-        raise ConfigError(f"{path}: {key}: expected a mapping of names to changes, got {given!r}")
+        raise ConfigError(f"{where}: expected a mapping of names to changes, got {given!r}")
     for name in given:
-        if not str(name).replace("_", "a").replace("+", "a").replace(".", "a").isalnum():
-            raise ConfigError(f"{path}: {key}.{name}: a name is made of {NAME}")
+        if not re.fullmatch(r"[\w.+]+", str(name)):
+            allowed = "letters, digits, dots, + and _"
+            raise ConfigError(f"{where}.{name}: a name may contain only {allowed}")
     return {str(name): {} if changes is None else changes for name, changes in given.items()}
 
 
@@ -211,87 +209,70 @@ def _references(given: Mapping[str, Any], variants: list[str], path: Path) -> tu
 
 def _seeds(given: Any, path: Path) -> list[int]:
     seeds = list(range(given)) if isinstance(given, int) else given
-    seeds = list(seeds) if isinstance(seeds, tuple | range) else seeds
-    good = isinstance(seeds, list) and seeds and all(isinstance(s, int) and s >= 0 for s in seeds)
-    if not good or len({*seeds}) < len(seeds):
+    is_list = isinstance(seeds, Sequence) and len(seeds) > 0
+    is_valid = is_list and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not is_valid or len({*seeds}) < len(seeds):
         raise ConfigError(f"{path}: seeds: expected a number > 0 or a list of seeds, got {given!r}")
-    return seeds
+    return [*seeds]
 
 
 def _evaluation(given: Any, path: Path) -> dict[str, Any]:
-    """Check the plan's `evaluation:`: `metrics`, and keys of an evaluation block."""
-    if not isinstance(given or {}, Mapping):
+    """Check `evaluation:`, an evaluation block plus `metrics`."""
+    if not isinstance(given, Mapping):
         raise ConfigError(f"{path}: evaluation: expected a mapping, got {given!r}")
-    evaluation = to_plain(given or {})
+    evaluation = to_plain(given)
     metrics = evaluation.get("metrics")
-    for name in metrics if isinstance(metrics, list) else [metrics] * (metrics is not None):
+    if metrics is not None and not isinstance(metrics, list):
+        evaluation["metrics"] = metrics = [metrics]
+    for name in metrics or ():
         if name not in NAMES:
             raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), NAMES)}")
     try:
         EvaluationConfig.of({key: v for key, v in evaluation.items() if key != "metrics"})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return evaluation | ({"metrics": [metrics]} if isinstance(metrics, str) else {})
-
-
-def _config(
-    given: Mapping[str, Any], data_changes: Any, changes: Any, path: Path, where: str
-) -> DictConfig:
-    """Merge base, common config, and the changes of the data set and of the variant."""
-    own = dict(changes) if isinstance(changes, Mapping) else changes
-    bases = given.get("base") or []
-    if isinstance(own, dict):
-        own.pop("note", None)
-        bases = own.pop("base", None) or bases
-    if not bases:
-        raise ConfigError(f"{where}: no `base:`: name the configs to start from")
-    config = read_config(_bases(bases, path))
-    for part in (given.get("config") or {}, data_changes, own):
-        config = apply_changes(config, part, where)
-    return config
+    return evaluation
 
 
 def _bases(given: Any, path: Path) -> list[Path]:
-    """Return the configs that a `base:` lists: next to the plan, else in the working directory."""
+    """Return the configs of a `base:`, relative to the plan or else to the working directory."""
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: base: expected the path of a config or a list, got {given!r}")
     return [
-        beside if (beside := path.parent / name).exists() or not Path(name).exists() else Path(name)
+        near if (near := path.parent / name).exists() or not Path(name).exists() else Path(name)
         for name in names
     ]
 
 
 def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str) -> dict[str, Any]:
-    """Return the plain config of one seed, checked; the heads get the seed too."""
+    """Return the checked, plain config of one seed; the heads get the seed, too."""
     given = read_config([], overrides)
     if OmegaConf.select(given, "training.seed") is not None:
-        raise ConfigError("training.seed is the plan's: give --seeds, or `seeds:` in the plan")
-    changed = lay_over(lay_over(config, given), {"training": {"seed": seed}})
+        raise ConfigError("training.seed comes from the plan: use --seeds, or `seeds:` in the plan")
+    changed = lay_over(
+        lay_over(config, given) if overrides else config, {"training": {"seed": seed}}
+    )
     try:
         plain = Sections.of(changed).plain
+        loss, block = loss_section(plain), lgvq_block(plain)
+        target = str(loss.get("target", ""))
+        if target == "lgvq_plugin.LGVQLoss" or target.startswith("lgvq_plugin.over."):
+            parse(block)
+            own = {**(loss.get("params") or {}), "lgvq": {"seed": seed, **block}}
+            plain["model"]["params"] |= {loss_key(plain): {**loss, "params": own}}
+        elif block:
+            raise ConfigError(
+                f"changes of `lgvq`, but the loss {target!r} takes none; "
+                "base: a config whose loss is LG-VQ's (*_lgvq.yaml)"
+            )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    loss, block = loss_section(plain), lgvq_block(plain)
-    target = str(loss.get("target", ""))
-    has_heads = target == "lgvq_plugin.LGVQLoss" or target.startswith("lgvq_plugin.over.")
-    if block and not has_heads:
-        raise ConfigError(
-            f"{where}: changes of `lgvq`, but the loss {target!r} takes none; "
-            "base: a config whose loss is LG-VQ's (*_lgvq.yaml)"
-        )
-    if has_heads:
-        try:
-            parse(block)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
-        own = {**(loss.get("params") or {}), "lgvq": {"seed": seed, **block}}
-        plain["model"]["params"] |= {loss_key(plain): {**loss, "params": own}}
     return plain
 
 
 def _check_comparable(jobs: Sequence[Job], path: Path) -> None:
-    """Refuse variants of one data set and seed that do not see the same batches."""
+    """Refuse variants that do not see the same batches as others with their data set and seed."""
     first: dict[tuple[str, int], Job] = {}
     for job in jobs:
         other = first.setdefault((job.data, job.seed), job)
@@ -306,7 +287,7 @@ def _check_comparable(jobs: Sequence[Job], path: Path) -> None:
 
 
 def _batches(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What fixes the batches of a run, and how many there are."""
+    """Return the settings that determine the batches of a run and their number."""
     data = config["data"].get("params") or config["data"]
     training = config["training"]
     return {

@@ -1,11 +1,10 @@
-"""What flows through an ablation; every record is written once, here.
+"""The records of an ablation, and the files that hold them.
 
-YAML --plan--> Plan of Jobs --run--> Results of Runs --statistics--> Cells --report--> one page
+plan.py: YAML -> Plan of Jobs; jobs.py: Plan -> Results of Runs; statistics.py: Results -> Cells;
+report.py: Results and Cells -> report.html, report.md and tables
 """
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -18,8 +17,9 @@ from ..sockets import ConfigError
 RESULTS, SUMMARY, REPORT = "results.json", "summary.json", "report.html"
 VALUES, DIFFERENCES = "values.csv", "differences.csv"
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
-EVALUATING = "evaluating {}"  # in the log of a job, when its training is done
+EVALUATING = "evaluating {}"  # in the log of a job, once its training is done
 CONFIDENCE = 0.95
+MARKS = {"better": " ▲", "worse": " ▼", "": ""}  # verdicts in tables
 T = TypeVar("T")
 
 
@@ -28,11 +28,11 @@ class Job:
     """One training and its evaluation.
 
     Args:
-        data: name of the data set, "" where the plan has only one.
+        data: name of the data set; "" if the plan has only one.
         variant: name of the variant.
-        seed: of the training; it gives the weights and the order of the samples.
-        config: what `lgvq train` reads, in plain containers.
-        evaluation: keywords of the evaluation.
+        seed: seed of the training (initialization and sample order).
+        config: training config, in plain containers.
+        evaluation: keyword arguments of the evaluation.
         examples: number of images whose reconstructions are kept.
     """
 
@@ -45,12 +45,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Folder below the ablation's.
-
-        Example:
-            >>> Job(data="", variant="all", seed=1, config={}).name
-            'all/seed_1'
-        """
+        """Folder of the job, relative to the ablation's: `[DATA/]VARIANT/seed_N`."""
         return "/".join(part for part in (self.data, self.variant, f"seed_{self.seed}") if part)
 
 
@@ -59,9 +54,9 @@ class Plan:
     """A whole ablation.
 
     Args:
-        title: of the report.
-        references: variants that the others are compared to; the first is *the* baseline.
-        variants: name -> {"note": str, "changes": plain overrides}.
+        title: title of the report.
+        references: variants that the others are compared to; the first one is the baseline.
+        variants: name -> {"note": str, "changes": overrides}.
         jobs: every combination of data set, variant and seed.
     """
 
@@ -71,12 +66,12 @@ class Plan:
     jobs: tuple[Job, ...]
 
 
-class _Number(TypedDict):
+class _Value(TypedDict):
     value: float | None
 
 
-class Metric(_Number, total=False):
-    """A row of an evaluation: the mean of `per_image`, where it is one, over `n` things."""
+class Metric(_Value, total=False):
+    """A row of an evaluation; `per_image` is given where `value` is the mean over `n` images."""
 
     n: int | None
     unit: str | None
@@ -86,7 +81,7 @@ class Metric(_Number, total=False):
 
 
 class Evaluation(TypedDict, total=False):
-    """What `evaluate` returned."""
+    """The return value of `evaluate`."""
 
     settings: dict[str, Any]
     environment: dict[str, Any] | None
@@ -95,7 +90,7 @@ class Evaluation(TypedDict, total=False):
 
 
 class Cost(TypedDict, total=False):
-    """What a training took; the step's time and the memory are None where they were not taken."""
+    """Cost of a training; step time and memory are None if they were not measured."""
 
     steps: int
     seconds_per_step: float | None
@@ -110,13 +105,13 @@ class _Pictures(TypedDict):
 
 
 class Example(_Pictures, total=False):
-    """PNG paths below the ablation's folder, and what the image shows."""
+    """Paths of two PNG files, relative to the ablation's folder, and the image's caption."""
 
     caption: str
 
 
 class Variant(TypedDict, total=False):
-    """What the report says of a variant."""
+    """What the report shows of a variant."""
 
     note: str
     changes: Any
@@ -125,14 +120,14 @@ class Variant(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What became of one job.
+    """The outcome of one job.
 
     Args:
-        status: done, failed or missing (not run yet).
-        reason: why it is not done; "" if it is.
-        evaluation: what `evaluate` returned.
-        curves: log key -> list of (step, value).
-        cost: of the training.
+        status: "done", "failed" or "missing" (not run yet).
+        reason: why the job is not done, or "".
+        evaluation: return value of `evaluate`.
+        curves: log key -> list of [step, value].
+        cost: time and memory of the training.
         examples: images and their reconstructions.
     """
 
@@ -153,13 +148,13 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The metrics of a run that is done."""
+        """The metrics; {} unless the run is done."""
         return self.evaluation.get("metrics", {}) if self.status == "done" else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All runs of a plan; `results.json` holds it."""
+    """All runs of a plan, stored in results.json."""
 
     title: str
     references: tuple[str, ...]
@@ -171,8 +166,16 @@ class Results:
         """Names of the data sets, in the order of the plan."""
         return list(dict.fromkeys(run.data for run in self.runs))
 
+    def example_runs(self, data: str) -> dict[str, Run]:
+        """Return the first run with examples of each variant on a data set."""
+        found: dict[str, Run] = {}
+        for run in self.runs:
+            if run.data == data and run.examples:
+                found.setdefault(run.variant, run)
+        return {name: found[name] for name in self.variants if name in found}
+
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the results atomically."""
         write_json(path, asdict(self))
 
     @classmethod
@@ -180,40 +183,37 @@ class Results:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ConfigError: if there is no such file or it holds something else, by its key.
+            ConfigError: if the file is missing or a value is wrong; the message names its key.
         """
         found = read_record(path, cls)
-        runs = tuple(
-            _built(Run, run, f"{path}: runs[{i}].")  # type: ignore[arg-type]
-            for i, run in enumerate(found.runs)
-        )
-        results = replace(found, references=tuple(found.references), runs=runs)
-        known = f"one of {', '.join(results.variants)}"
-        require(bool(results.references), f"{path}: references", known, [])
-        for i, name in enumerate(results.references):
-            require(name in results.variants, f"{path}: references[{i}]", known, name)
+        runs: list[Run] = []
+        for i, run in enumerate(found.runs):
+            runs.append(_build(Run, run, f"{path}: runs[{i}]."))  # type: ignore[arg-type]
+        known = f"one of {', '.join(found.variants)}"
+        require(bool(found.references), f"{path}: references", known, [])
+        for i, name in enumerate(found.references):
+            require(name in found.variants, f"{path}: references[{i}]", known, name)
         places = set()
         for i, run in enumerate(runs):
-            require(
-                run.variant in results.variants, f"{path}: runs[{i}].variant", known, run.variant
-            )
+            at = f"{path}: runs[{i}]"
+            require(run.variant in found.variants, f"{at}.variant", known, run.variant)
             place = run.data, run.variant, run.seed
-            once = "one run of each data set, variant and seed"
-            require(place not in places, f"{path}: runs[{i}]", once, place)
+            require(place not in places, at, "one run per data set, variant and seed", place)
             places.add(place)
-        return results
+        return replace(found, references=tuple(found.references), runs=tuple(runs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A variant minus its reference, paired.
+    """Paired difference of a variant and a reference.
 
     Args:
-        value: mean difference over the seeds that both have.
-        low, high: ends of the 95 % interval; None where there is nothing to resample.
+        reference: name of the reference.
+        value: mean of variant - reference over the seeds that both have.
+        low, high: ends of the 95 % interval; None if there is nothing to resample.
         paired_by: "images and seeds", "images" (one seed) or "seeds".
-        seeds, images: how many of each were paired; images is None for pairing by seeds.
-        verdict: better or worse where the interval excludes zero, else "".
+        seeds, images: number of pairs; images is None if paired by seeds.
+        verdict: "better" or "worse" if the interval excludes zero, else "".
     """
 
     reference: str
@@ -226,19 +226,18 @@ class Difference:
     verdict: Literal["better", "worse", ""]
 
 
-MARKS = {"better": " ▲", "worse": " ▼", "": ""}
-"""How a table shows a verdict."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One metric of one variant on one data set.
 
     Args:
-        values: of every seed that is done.
-        mean, sd: over the seeds; sd is None for fewer than two, mean for none.
-        images: that the metric was computed on.
-        differences: to every reference but itself.
+        data, variant, metric: names.
+        unit: unit of the metric, or "".
+        higher_is_better: None if the metric is a control.
+        values: seed -> value, for every seed that is done.
+        mean, sd: over the seeds; mean is None without seeds, sd for fewer than two.
+        images: number of images that the metric was computed on.
+        differences: one per reference other than the variant.
     """
 
     data: str
@@ -253,32 +252,16 @@ class Cell:
     differences: tuple[Difference, ...] = ()
 
     def to(self, reference: str) -> Difference | None:
-        """Return the difference to `reference`, if there is one."""
+        """Return the difference to `reference`, or None."""
         return next((d for d in self.differences if d.reference == reference), None)
 
 
-def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the mean, and the standard deviation of a sample (None for fewer than two values).
-
-    Example:
-        >>> mean_and_sd([1.0, 3.0])
-        (2.0, 1.4142135623730951)
-        >>> mean_and_sd([])
-        (None, None)
-    """
-    if not len(values):
-        return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2 or min(values) == max(values):
-        return mean, None if len(values) < 2 else 0.0
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping.
+def read_record(path: Path, cls: type[T]) -> T:
+    """Read a dataclass or TypedDict from a JSON file.
 
     Raises:
-        ConfigError: if there is no such file or it is no JSON mapping.
+        ConfigError: if the file is missing or not JSON, or a key is missing, unknown or of the
+            wrong type.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -288,16 +271,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON mapping, got {type(value).__name__}")
-    return value
-
-
-def read_record(path: Path, cls: type[T]) -> T:
-    """Read a JSON file that holds a dataclass.
-
-    Raises:
-        ConfigError: if there is no such file, or a key is missing, unknown or of another type.
-    """
-    value = read_json(path)
     try:
         verify(value, cls, "")
     except ConfigError as error:
@@ -305,65 +278,11 @@ def read_record(path: Path, cls: type[T]) -> T:
             f"{path}: {str(error).removeprefix(': ')}; the file was changed, or written by "
             "another version"
         ) from error
-    return _built(cls, value, f"{path}: ")
+    return _build(cls, value, f"{path}: ")
 
 
-def _built(cls: type[T], value: dict[str, Any], where: str) -> T:
+def _build(cls: type[T], value: dict[str, Any], where: str) -> T:
     try:
         return cls(**value)
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
-
-
-def example_file(root: Path, path: str) -> Path:
-    """Return the file of an example, which is a picture below `root`.
-
-    Raises:
-        ConfigError: if it is not.
-    """
-    from PIL import Image
-
-    file = root / path
-    key = f"examples: {path!r}"
-    inside = "\0" not in path and file.resolve().is_relative_to(root.resolve())
-    require(inside, key, f"a path below {str(root)!r}", path)
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{key}: cannot be read as a PNG file: {error}") from error
-    return file
-
-
-def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return results and differences without values by image and curves: small enough to commit.
-
-    Args:
-        results: of all runs.
-        cells: what `statistics.compare` says of them.
-    """
-    runs = []
-    for run in results.runs:
-        metrics = {
-            name: {key: row.get(key) for key in ("value", "n", "unit", "higher_is_better")}
-            for name, row in run.metrics.items()
-        }
-        told = {key: getattr(run, key) for key in ("data", "variant", "seed", "status", "reason")}
-        runs.append({**told, "cost": run.cost, "metrics": metrics})
-    done = next((run for run in results.runs if run.status == "done"), None)
-    differences = [
-        {"data": cell.data, "variant": cell.variant, "metric": cell.metric, **asdict(one)}
-        for cell in cells
-        for one in cell.differences
-    ]
-    return {
-        "title": results.title,
-        "references": list(results.references),
-        "variants": {
-            name: {key: told.get(key) for key in ("note", "changes")}
-            for name, told in results.variants.items()
-        },
-        "environment": done.evaluation.get("environment") if done else None,
-        "runs": runs,
-        "differences": differences,
-    }

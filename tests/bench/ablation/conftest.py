@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.bench.page import write_png
+from lgvq_plugin.bench.page import png_bytes
 from lgvq_plugin.bench.records import Results, Run
 
 GAINS = {"baseline": 0.0, "paper": 0.05, "all": 0.4}  # added to every image's PSNR
@@ -42,7 +42,9 @@ def invented_run(root, variant, seed):
         paths = {}
         for kind in ("original", "reconstruction"):
             path = root / variant / f"{kind}_{i}.png"
-            write_png(path, torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)) * 2 - 1)
+            image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)) * 2 - 1
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png_bytes(image))
             paths[kind] = str(path.relative_to(root))
         examples.append({"caption": f"scene <{i}>", **paths})
     steps = range(0, 101, 20)
@@ -69,11 +71,20 @@ def invented_run(root, variant, seed):
 
 
 @pytest.fixture
-def results(tmp_path):
-    """Three variants, two of them good for something, and one that failed."""
-    runs = [invented_run(tmp_path, variant, seed) for variant in GAINS for seed in range(3)]
+def results(invented, tmp_path):
+    """Invented results, whose examples are in `tmp_path`."""
+    found, folder = invented
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def invented(tmp_path_factory):
+    """Three variants, two of them better at something, and one that failed; and their folder."""
+    folder = tmp_path_factory.mktemp("ablation")
+    runs = [invented_run(folder, variant, seed) for variant in GAINS for seed in range(3)]
     failed = Run(data="", variant="broken", seed=0, status="failed", reason="boom <b>bold</b>")
-    return Results(
+    results = Results(
         title="Invented & tested",
         references=("baseline", "paper"),
         variants={
@@ -84,6 +95,7 @@ def results(tmp_path):
         },
         runs=(*runs, failed),
     )
+    return results, folder
 
 
 class Browser:

@@ -97,7 +97,7 @@ def test_a_planted_word_is_found_and_chance_is_not():
 
 def test_rare_words_are_left_out():
     words = [{"red", "image"}] * 3 + [{"image"}] * 7 + [{"odd"}]
-    assert explorer.vocabulary(words) == ["red"]
+    assert explorer.caption_vocabulary(words) == ["red"]
 
 
 def test_word_vectors_are_the_mean_of_their_codes():

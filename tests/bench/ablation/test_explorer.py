@@ -54,7 +54,7 @@ class Guide:
         return type("Features", (), {"sentence": sentence})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def samples():
     """Fifty images of four patches in two shades, whose captions name the shades."""
     generator = torch.Generator().manual_seed(0)
@@ -67,10 +67,11 @@ def samples():
     return Samples(torch.stack(images), captions, {"target": "here"})
 
 
-@pytest.fixture
-def page(samples, tmp_path):
+@pytest.fixture(scope="module")
+def page(samples, tmp_path_factory):
     hosts = {"baseline": Gray(), "ours": Gray(0.01)}
-    return write_explorer(hosts, samples, tmp_path, guide=Guide(), shown=20, progress=False)
+    folder = tmp_path_factory.mktemp("explorer")
+    return write_explorer(hosts, samples, folder, guide=Guide(), shown=20, progress=False)
 
 
 def test_it_is_one_file_with_both_checkpoints(page):

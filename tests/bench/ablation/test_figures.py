@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lgvq_plugin.bench.ablate import publish
-from lgvq_plugin.bench.page import write_png
+from lgvq_plugin.bench.page import png_bytes
 
 GREEN, RED, MAGENTA = (7, 133, 90), (179, 38, 63), (255, 0, 255)
 
@@ -66,7 +66,7 @@ def test_reconstructions_stand_in_the_row_of_their_variant(results, tmp_path):
         if run.variant == "all":
             for example in run.examples:
                 pink = torch.tensor(MAGENTA)[:, None, None].expand(3, 8, 8).to(torch.uint8)
-                write_png(tmp_path / example["reconstruction"], pink)
+                (tmp_path / example["reconstruction"]).write_bytes(png_bytes(pink))
     publish(results, tmp_path)
     down, across = places(tmp_path / "images.png", MAGENTA)
     assert down.min() > 0.55  # original, baseline, paper, all: the last of four rows

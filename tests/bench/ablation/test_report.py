@@ -5,22 +5,34 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from lgvq_plugin.bench import figures
 from lgvq_plugin.bench.ablate import main as ablate_main
 from lgvq_plugin.bench.ablate import publish
+from lgvq_plugin.bench.figures import write_figures as draw
 from lgvq_plugin.bench.page import finite, number
 from lgvq_plugin.bench.records import Results
 from lgvq_plugin.bench.statistics import compare
 from lgvq_plugin.cli import main as cli
 
 
-@pytest.fixture
-def page(results, tmp_path):
-    return publish(results, tmp_path)
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Drawing takes seconds; see test_figures.py."""
+    monkeypatch.setattr(figures, "write_figures", lambda *args: [])
+
+
+@pytest.fixture(scope="module")
+def page(invented, tmp_path_factory):
+    results, examples = invented
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copytree(examples, folder, dirs_exist_ok=True)
+    return publish(results, folder)
 
 
 class Text(HTMLParser):
@@ -47,13 +59,13 @@ def test_nothing_is_outside_the_file(page):
 def test_the_summary_is_made_of_the_numbers(page):
     text = re.sub(r"\s+", " ", "".join(Text(page.read_text()).words))
     # psnr is 0.4 dB up on every image of all; fid 4.00, 4.04, 4.08 down.
-    assert "all against baseline: better on 2 metrics" in text
+    assert "all vs. baseline: better on 2 metrics" in text
     assert "reconstruction/psnr +0.4000 dB [+0.4000, +0.4000]" in text
     assert "reconstruction/fid −4.040 dB" not in text
     assert "reconstruction/fid −4.040 [−4.1" in text
     assert "Failed: broken (1 run)." in text
-    assert "9 comparisons at 95 %: 4 marked, where about 0.45 would be" in text
-    assert "Time of a step, baseline = 1: paper 1.05 ×, all 1.40 ×." in text
+    assert "4 of 9 comparisons at 95 % are significant; about 0.45 expected by chance" in text
+    assert "Step time relative to baseline: paper 1.05 ×, all 1.40 ×." in text
 
 
 def test_captions_count_seeds_and_images(page):
@@ -106,6 +118,7 @@ def hostile(results):
 
 def test_no_value_becomes_markup(results, tmp_path):
     page = publish(hostile(results), tmp_path)
+    assert draw(hostile(results), compare(hostile(results)), tmp_path)
     html = page.read_text()
     assert "<img src=x" not in html
     assert html.count("<script") == 2  # the data, and our own
@@ -154,7 +167,7 @@ PSNR = ("runs", 0, "evaluation", "metrics", "reconstruction/psnr")
         (("variants", "paper", "note"), 3, r"variants\.paper\.note: expected a string"),
         (("runs",), {"a": 1}, "runs: expected a list"),
         (("runs", 1, "variant"), "nobody", r"runs\[1\]\.variant: expected one of baseline"),
-        (("runs", 1, "seed"), 0, r"runs\[1\]: expected one run of each"),
+        (("runs", 1, "seed"), 0, r"runs\[1\]: expected one run per"),
         ((*PSNR, "value"), "20", r"reconstruction/psnr\.value: expected a number, got '20'"),
         ((*PSNR, "value"), True, r"reconstruction/psnr\.value: expected a number"),
         ((*PSNR, "value"), 10**400, r"reconstruction/psnr\.value: expected a number"),
@@ -246,7 +259,7 @@ def test_the_markdown_table_has_the_same_marks(page):
     (line,) = [line for line in text.splitlines() if line.startswith("| reconstruction/fid")]
     assert re.fullmatch(r"\| reconstruction/fid ↓ \| 30.10 ± 0.10 \|.* ▲ \|.* ▲ \| – \|", line)
     assert "over up to 3 seeds, on 40 images" in text
-    before, after = text.split("Controls, of which")
+    before, after = text.split("Controls (neither")
     assert "codebook/entropy" in after
     assert "codebook/entropy" not in before
     assert "<" not in text.replace("scene <", "")
@@ -257,7 +270,7 @@ def test_the_command_writes_the_report_again(page, capsys):
     arguments = ["-b", "plan.yaml", "-o", str(page.parent), "--report"]
     assert ablate_main(arguments) == 1  # one run failed
     assert page.exists()
-    assert "all against baseline: better on 2 metrics" in capsys.readouterr().out
+    assert "all vs. baseline: better on 2 metrics" in capsys.readouterr().out
 
 
 def test_results_come_back_from_their_file(results, tmp_path):
@@ -418,7 +431,7 @@ def test_two_data_sets_are_kept_apart(results, tmp_path, browser):
     page = publish(replace(results, runs=(*first, *other[:3])), tmp_path)
     browser.open(page)
     assert "4 variants × 3 seeds × 2 data sets; 12 of 13 runs done" in browser.one("header").text
-    assert "all on scenes against baseline" in browser.one("#summary").text
+    assert "all on scenes vs. baseline" in browser.one("#summary").text
     assert "all on emoji" not in browser.one("#summary").text  # nothing there
     assert len(browser.shown("#numbers tbody tr")) == 8
     browser.run(

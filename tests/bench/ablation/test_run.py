@@ -32,12 +32,14 @@ if job["variant"].startswith("together"):  # ends only if four of them run at on
         time.sleep(0.1)
     else:
         raise TimeoutError("the others did not begin")
-if job["variant"] == "broken" and not os.path.exists(folder + "/mended"):
+if job["variant"] == "broken" and not os.path.exists(folder + "/fixed"):
     raise FloatingPointError("step 7: the loss is not finite")
 metrics = {"usage": {"value": job["seed"], "n": 1, "unit": "", "higher_is_better": True}}
 run = {key: job[key] for key in ("data", "variant", "seed")} | {"evaluation": {"metrics": metrics}}
 time.sleep(0.3)
-json.dump(run, open(folder + "/run.json", "w"))
+with open(folder + "/run.part", "w") as file:
+    json.dump(run, file)
+os.replace(folder + "/run.part", folder + "/run.json")
 """
 
 
@@ -88,7 +90,7 @@ def test_a_guide_that_only_the_evaluation_needs_is_tried_before_the_first_job(tm
 
 def test_resume_runs_only_what_is_not_done(tmp_path):
     go(plan("a", "broken", seeds=1), tmp_path)
-    (tmp_path / "broken/seed_0/mended").touch()
+    (tmp_path / "broken/seed_0/fixed").touch()
     results = go(plan("a", "broken", seeds=1), tmp_path, resume=True)
     assert [run.status for run in results.runs] == ["done", "done"]
     begun = [(tmp_path / v / "seed_0/begun").read_text().count("\n") for v in ("a", "broken")]
