@@ -1,4 +1,4 @@
-// The codebook explorer: tiles from sheets, words, places in images, maps, usage.
+// The codebook explorer: code tiles, words, occurrences in images, similarity maps, usage.
 const FIRST = 400; // tiles of a gallery before "more"
 const color = (panel) => `var(--s${data.panels.indexOf(panel) + 1})`;
 const swatch = (panel) => make("span", { class: "swatch", style: `background:${color(panel)}` });
@@ -19,7 +19,7 @@ for (const [i, panel] of data.panels.entries())
   for (const [kind, uri] of Object.entries(panel.sheets))
     document.documentElement.style.setProperty(`--${kind}-${i}`, `url(${uri})`);
 
-/** An image with every place darkened where none of the codes fires. */
+/** An image, darkened at all positions without one of the codes. */
 function shot(panel, image, codes) {
   const [h, w] = panel.grid, fires = panel.fires[image];
   const dark = fires.map((code, at) => codes.has(code) ? "" : `M${at % w} ${Math.floor(at / w)}h1v1h-1z`).join("");
@@ -29,12 +29,12 @@ function shot(panel, image, codes) {
   return make("figure", { class: "shot", title: caption }, make("img", { src: uri, alt: caption }), svg);
 }
 
-/** The images where the codes fire most, `count` at most. */
+/** The images with most occurrences of the codes, at most `count`. */
 function shots(panel, codes, count, allowed = () => true) {
   const wanted = new Set(codes);
   const ranked = data.images.map((image, i) => [i, panel.fires[i].filter((code) => wanted.has(code)).length])
     .filter(([i, fires]) => fires && allowed(data.images[i])).sort((a, b) => b[1] - a[1]).slice(0, count);
-  if (!ranked.length) return make("p", { class: "note" }, "In none of the images on this page.");
+  if (!ranked.length) return make("p", { class: "note" }, "Not in the images on this page.");
   return make("div", { class: "shots" }, ...ranked.map(([i]) => shot(panel, i, wanted)));
 }
 
@@ -49,14 +49,14 @@ function showCode(panel, code, scroll = true) {
     .map(([kind, index, name]) => make("figure", {}, tile(panel, kind, index, 88), make("figcaption", {}, name)));
   const found = Math.min(panel.examples, panel.counts[code]);
   const examples = Array.from({ length: found }, (_, i) => tile(panel, "examples", code * panel.examples + i, 56));
-  const words = panel.codes[code].map(([word, pmi, joint]) => wordChip(word, `${told(+(2 ** pmi).toPrecision(2))} × · ${joint}`));
+  const words = panel.codes[code].map(([word, pmi, joint]) => wordChip(word, `${format(+(2 ** pmi).toPrecision(2))} × · ${joint}`));
   const card = make("div", { class: "card", "data-code": code }, make("h3", {}, swatch(panel), `${panel.name}, code ${code}`),
-    make("p", { class: "note" }, panel.counts[code] ? `Chosen ${panel.counts[code].toLocaleString()} times.` : "Dead: no image chose it."),
+    make("p", { class: "note" }, panel.counts[code] ? `Used ${panel.counts[code].toLocaleString()} times.` : "Dead: not used in any image."),
     make("div", { class: "pictures" }, ...pictures, make("figure", {}, make("div", { class: "pictures tight" }, ...examples),
       make("figcaption", {}, examples.length ? "from different images" : ""))),
-    make("h4", {}, "Words"), words.length ? make("div", { class: "chips" }, ...words) : make("p", { class: "note" }, "None that chance would not give."),
-    ...(words.length ? [make("p", { class: "note" }, "× = how many times more images with both than chance gives; then how many.")] : []),
-    make("h4", {}, "Where it fires"), shots(panel, [code], 12));
+    make("h4", {}, "Words"), words.length ? make("div", { class: "chips" }, ...words) : make("p", { class: "note" }, "No significant association."),
+    ...(words.length ? [make("p", { class: "note" }, "×: images with both, relative to chance; then their number.")] : []),
+    make("h4", {}, "Occurrences"), shots(panel, [code], 12));
   one("#detail").replaceChildren(card);
   all("#galleries .code").forEach((button) => button.classList.remove("chosen"));
   const button = one(`#galleries [data-panel="${data.panels.indexOf(panel)}"] [data-code="${code}"]`);
@@ -64,10 +64,10 @@ function showCode(panel, code, scroll = true) {
   if (scroll) one("#detail").scrollIntoView({ block: "nearest" });
 }
 
-/** How surely a code stands for a word; -1 for none. */
+/** Strength of a code's best word; -1 for none. */
 const sure = (panel, code) => panel.codes[code].length ? panel.codes[code][0][1] * panel.codes[code][0][2] : -1;
 
-/** Whether a caption word is the wanted one; "check*" wants every word that begins so. */
+/** Whether a caption word matches; "check*" matches every word with that prefix. */
 const isWord = (word, wanted) => wanted.endsWith("*") ? word.startsWith(wanted.slice(0, -1)) : word === wanted;
 
 // -- galleries -------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ function drawGalleries() {
 }
 ["#order", "#code-word", "#show-dead"].forEach((id) => one(id).addEventListener("input", drawGalleries));
 
-/** Words in the order of how surely some code stands for them. */
+/** Words, ordered by their strongest association with a code. */
 const strength = data.words.map((_, i) => Math.max(0, ...data.panels.flatMap((panel) => panel.words[i].map(([, pmi, joint]) => pmi * joint))));
 const ranked = [...data.words.keys()].sort((a, b) => strength[b] - strength[a] || a - b);
 
@@ -107,10 +107,10 @@ function searchWord(text, jump = false) {
     make("div", { class: "panels" }, ...data.panels.map((panel) => {
       const codes = panel.words[index].map(([code]) => code);
       const tiles = panel.words[index].map(([code, pmi, joint]) => make("figure", {}, codeButton(panel, code, 48),
-        make("figcaption", {}, `${told(+(2 ** pmi).toPrecision(2))} ×`)));
+        make("figcaption", {}, `${format(+(2 ** pmi).toPrecision(2))} ×`)));
       return make("div", { "data-panel": data.panels.indexOf(panel) }, heading(panel),
-        codes.length ? make("div", { class: "pictures" }, ...tiles) : make("p", { class: "note" }, "No code is in more images with this word than chance gives."),
-        ...(codes.length ? [make("h4", {}, "Where they fire, in images with the word"), shots(panel, codes, 12, (image) => image.words.includes(word))] : []));
+        codes.length ? make("div", { class: "pictures" }, ...tiles) : make("p", { class: "note" }, "No code is significantly associated with this word."),
+        ...(codes.length ? [make("h4", {}, "Occurrences in images with the word"), shots(panel, codes, 12, (image) => image.words.includes(word))] : []));
     }))]));
   if (jump) one("#words").scrollIntoView();
 }
@@ -136,13 +136,13 @@ function heatMap(name, matrix, words, panel) {
   svg.addEventListener("pointermove", (event) => {
     const { i, j } = event.target.dataset;
     if (i === undefined) return;
-    const { maps } = data, parts = [`words ${told(maps.word[i][j])}`, ...data.panels.map((other, k) => `${other.name} ${told(maps.codes[k][i][j])}`)];
+    const { maps } = data, parts = [`words ${format(maps.word[i][j])}`, ...data.panels.map((other, k) => `${other.name} ${format(maps.codes[k][i][j])}`)];
     one("#heat-tip").textContent = `${words[i]} – ${words[j]}: ${parts.join(" · ")}`;
   });
   return make("div", {}, panel ? heading(panel) : make("h3", {}, name), make("div", { class: "chart" }, svg),
-    make("p", { class: "note" }, `${told(low)} (blue) to ${told(high)} (orange)`));
+    make("p", { class: "note" }, `${format(low)} (blue) to ${format(high)} (orange)`));
 }
-if (data.maps) one("#heat").append(heatMap("Words, by the guide", data.maps.word, data.maps.words),
+if (data.maps) one("#heat").append(heatMap("Words (text guide)", data.maps.word, data.maps.words),
   ...data.panels.map((panel, k) => heatMap(`Codes of ${panel.name}`, data.maps.codes[k], data.maps.words, panel)));
 
 // -- usage -------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 "use strict";
-// What every page has: the data, the theme, tables that sort and filter, images that zoom.
+// Shared by all pages: data, theme, sortable and filterable tables, image zoom.
 const data = JSON.parse(document.getElementById("data").textContent);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const one = (selector, within = document) => within.querySelector(selector);
@@ -17,15 +17,15 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Write a number with four significant digits, as the tables do. */
-function told(value) {
+/** Format a number with four significant digits, as in the tables. */
+function format(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   const text = size && (size < 1e-4 || size >= 1e6) ? value.toExponential(2) : String(+value.toPrecision(4));
   return text.replace("-", "−");
 }
 
-// -- theme: the system's, until the button says otherwise ------------------------------------
+// -- theme: the system's, unless changed by the button ------------------------------------
 (function theme() {
   const root = document.documentElement;
   const remember = (value) => { try { localStorage.setItem("theme", value); } catch { /* file:// */ } };
@@ -55,7 +55,7 @@ function sortTable(table, column) {
   const rows = [...table.tBodies[0].rows];
   rows.sort((first, second) => {
     const [a, b] = [cellValue(first, column), cellValue(second, column)];
-    if (a === null || b === null) return (a === null) - (b === null); // what is missing comes last
+    if (a === null || b === null) return (a === null) - (b === null); // missing values last
     const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(b);
     return ascending ? order : -order;
   });
@@ -72,7 +72,7 @@ for (const table of all("table.sortable")) {
   });
 }
 
-/** Hide the rows of a table that `keep` refuses; say so where none is left. */
+/** Show only the rows that `keep` accepts, and a note if there are none. */
 function filterRows(table, keep) {
   let left = 0;
   for (const row of table.tBodies[0].rows) {

@@ -1,4 +1,4 @@
-// The report: filters of its tables, and the curves.
+// The report: table filters and learning curves.
 (function filters() {
   const numbers = one("#numbers"), pairs = one("#pairs");
   if (numbers) {
@@ -33,7 +33,7 @@
   const hiddenVariants = new Set();
   const keys = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves)))].sort(
     (a, b) => b.startsWith("val") - a.startsWith("val") || a.localeCompare(b));
-  if (!keys.length) { one("#curves").append(make("p", {}, "No run logged anything.")); return; }
+  if (!keys.length) { one("#curves").append(make("p", {}, "No logged metrics.")); return; }
   key.append(...keys.map((name) => make("option", {}, name)));
   const wanted = ["val/rec_loss", "val/lgvq/total", "train/rec_loss", "train/aeloss"].find((name) => keys.includes(name));
   if (wanted) key.value = wanted;
@@ -52,7 +52,7 @@
     return button;
   }));
 
-  /** Mean over the seeds at the steps that all of them logged. */
+  /** Mean over the seeds, at the steps that all of them have logged. */
   function mean(lines) {
     const count = new Map();
     for (const [step, value] of lines.flat()) {
@@ -98,10 +98,10 @@
     for (const tick of ticks(y0, y1)) {
       const at = top + (height - top - bottom) * (1 - (tick - y0) / (y1 - y0));
       svg.append(make("line", { class: "axis", x1: left, x2: width - right, y1: at, y2: at }),
-        make("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, told(back(tick))));
+        make("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, format(back(tick))));
     }
     for (const tick of ticks(x0, x1, width < 500 ? 4 : 8))
-      svg.append(make("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, told(tick)));
+      svg.append(make("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, format(tick)));
     for (const group of groups) {
       const stroke = `stroke:${color(group.variant)};fill:none`;
       if (seeds.checked && group.lines.length > 1)
@@ -117,7 +117,7 @@
     one("#curve-note").textContent = groups.length
       ? `${key.value}: mean of ${counts.join(" or ")} seed${counts.join() === "1" ? "" : "s"} (thick)` +
         `${counts.some((count) => count > 1) ? ", each seed (thin)" : ""}, by step.`
-      : `No shown variant logged ${key.value}.`;
+      : `No visible variant has logged ${key.value}.`;
     scene = { groups, x, cursor, width, svg };
   }
 
@@ -129,7 +129,7 @@
     const step = steps.reduce((best, other) => Math.abs(x(other) - at) < Math.abs(x(best) - at) ? other : best);
     cursor.setAttribute("x1", x(step)); cursor.setAttribute("x2", x(step));
     const values = groups.map((group) => [group.variant, group.mean.find(([other]) => other === step)])
-      .filter(([, found]) => found).map(([variant, found]) => `${variant} ${told(found[1])}`);
+      .filter(([, found]) => found).map(([variant, found]) => `${variant} ${format(found[1])}`);
     one("#curve-tip").textContent = `step ${step}: ${values.join(" · ")}`;
   });
   [key, which, seeds, log].forEach((control) => control.addEventListener("input", draw));
