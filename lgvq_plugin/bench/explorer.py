@@ -47,17 +47,11 @@ STOP_WORDS = frozenset(_ENGLISH.split())
 
 @dataclass(frozen=True)
 class Samples:
-    """Captioned images that the codes are shown on.
+    """Captioned images that the codes are shown on."""
 
-    Args:
-        images: (M, 3, H, W) in [-1, 1].
-        captions: captions of each image.
-        source: data section that they come from.
-    """
-
-    images: Tensor
-    captions: list[list[str]]
-    source: dict[str, Any]
+    images: Tensor  # (M, 3, H, W) in [-1, 1]
+    captions: list[list[str]]  # of each image
+    source: dict[str, Any]  # data section
 
 
 def read_samples(config: Any, limit: int, *, progress: bool = True) -> Samples:
@@ -139,34 +133,19 @@ def write_explorer(
 
 @dataclass(frozen=True)
 class Gathered:
-    """The codes of one checkpoint on M images.
+    """The codes of one checkpoint on M images; patches are in [-1, 1]."""
 
-    Args:
-        indices: code at each position, (M, h, w) int64.
-        vectors: code vectors, (K, C); without a codebook, the mean of the codes seen.
-        counts: how often each code was chosen, (K,) int64.
-        mean_patches: mean image patch of each code, (K, 3, p, q) in [-1, 1]; gray if dead.
-        examples: patches from different images, (K, E, 3, p, q); padded with gray.
-        decoded: center of a decoded image filled with the code, (K, 3, p, q), or None.
-    """
-
-    indices: Tensor
-    vectors: Tensor
-    counts: Tensor
-    mean_patches: Tensor
-    examples: Tensor
-    decoded: Tensor | None
+    indices: Tensor  # (M, h, w) int64
+    vectors: Tensor  # code vectors, (K, C); without a codebook, the mean of the codes seen
+    counts: Tensor  # uses per code, (K,) int64
+    mean_patches: Tensor  # mean image patch per code, (K, 3, p, q); gray if dead
+    examples: Tensor  # patches from different images, (K, E, 3, p, q); padded with gray
+    decoded: Tensor | None  # center of a decoded image filled with the code, (K, 3, p, q)
 
 
 @torch.no_grad()
 def gather(host: nn.Module, images: Tensor, *, examples: int = 6, batch_size: int = 32) -> Gathered:
-    """Encode images and cut out the patches of each code.
-
-    Args:
-        host: host in evaluation mode.
-        images: (M, 3, H, W) float32 in [-1, 1], on the CPU.
-        examples: number of patches kept per code.
-        batch_size: images per forward pass.
+    """Encode images (M, 3, H, W) in [-1, 1] and cut out the patches of each code.
 
     Raises:
         ConfigError: if the host returns no indices.
@@ -268,17 +247,11 @@ def caption_vocabulary(words: Sequence[set[str]], *, limit: int = 400) -> list[s
 
 @dataclass(frozen=True)
 class Association:
-    """Co-occurrence of codes and words in images, each (K, W).
+    """Co-occurrence of codes and words in images, each (K, W)."""
 
-    Args:
-        pmi: log2 of (images with both) / (expected by chance); -inf if they never co-occur.
-        strength: signed root of the likelihood ratio of the 2 x 2 table; 0 if independent.
-        joint: number of images with both.
-    """
-
-    pmi: Tensor
-    strength: Tensor
-    joint: Tensor
+    pmi: Tensor  # log2 of (images with both) / (expected by chance); -inf if there are none
+    strength: Tensor  # signed root of the likelihood ratio of the 2 x 2 table
+    joint: Tensor  # number of images with both
 
     @property
     def is_sure(self) -> Tensor:
@@ -297,13 +270,8 @@ def associate(has_code: Tensor, has_word: Tensor) -> Association:
 def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> Tensor:
     """Return the PMI-weighted mean code of each word, relative to the mean of all used codes.
 
-    Args:
-        vectors: code vectors, (K, C).
-        association: co-occurrence of codes and words.
-        is_used: whether a code was ever chosen, (K,) bool.
-
-    Returns:
-        (W, C); rows of nan for words without an associated code.
+    Codes (K, C), co-occurrences and a mask of used codes (K,) to (W, C); nan for words without
+    an associated code.
     """
     weight = association.pmi.clamp(min=0).nan_to_num(posinf=0) * association.is_sure
     centered = vectors.double() - vectors[is_used].double().mean(dim=0)

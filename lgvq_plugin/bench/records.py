@@ -25,23 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training and its evaluation.
+    """One training and its evaluation."""
 
-    Args:
-        data: name of the data set; "" if the plan has only one.
-        variant: name of the variant.
-        seed: seed of the training (initialization and sample order).
-        config: training config, in plain containers.
-        evaluation: keyword arguments of the evaluation.
-        examples: number of images whose reconstructions are kept.
-    """
-
-    data: str
+    data: str  # name of the data set; "" if the plan has only one
     variant: str
-    seed: int
-    config: dict[str, Any]
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    examples: int = 8
+    seed: int  # of the training: initialization and sample order
+    config: dict[str, Any]  # training config, in plain containers
+    evaluation: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `evaluate`
+    examples: int = 8  # number of images whose reconstructions are kept
 
     @property
     def name(self) -> str:
@@ -51,18 +42,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A whole ablation.
-
-    Args:
-        title: title of the report.
-        references: variants that the others are compared to; the first one is the baseline.
-        variants: name -> {"note": str, "changes": overrides}.
-        jobs: every combination of data set, variant and seed.
-    """
+    """A whole ablation: every combination of data set, variant and seed."""
 
     title: str
-    references: tuple[str, ...]
-    variants: dict[str, dict[str, Any]]
+    references: tuple[str, ...]  # the others are compared to them; the first one is the baseline
+    variants: dict[str, dict[str, Any]]  # name -> {"note": str, "changes": overrides}
     jobs: tuple[Job, ...]
 
 
@@ -120,24 +104,15 @@ class Variant(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The outcome of one job.
-
-    Args:
-        status: "done", "failed" or "missing" (not run yet).
-        reason: why the job is not done, or "".
-        evaluation: return value of `evaluate`.
-        curves: log key -> list of [step, value].
-        cost: time and memory of the training.
-        examples: images and their reconstructions.
-    """
+    """The outcome of one job."""
 
     data: str
     variant: str
     seed: int
-    status: Literal["done", "failed", "missing"] = "done"
-    reason: str = ""
+    status: Literal["done", "failed", "missing"] = "done"  # missing: not run yet
+    reason: str = ""  # why the job is not done
     evaluation: Evaluation = field(default_factory=lambda: Evaluation())
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)  # key -> [[step, value]]
     cost: Cost = field(default_factory=lambda: Cost())
     examples: list[Example] = field(default_factory=list)
 
@@ -205,51 +180,32 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Paired difference of a variant and a reference.
-
-    Args:
-        reference: name of the reference.
-        value: mean of variant - reference over the seeds that both have.
-        low, high: ends of the 95 % interval; None if there is nothing to resample.
-        paired_by: "images and seeds", "images" (one seed) or "seeds".
-        seeds, images: number of pairs; images is None if paired by seeds.
-        verdict: "better" or "worse" if the interval excludes zero, else "".
-    """
+    """Paired difference of a variant and a reference."""
 
     reference: str
-    value: float
-    low: float | None
+    value: float  # mean of variant - reference over the seeds that both have
+    low: float | None  # 95 % interval; None if there is nothing to resample
     high: float | None
-    paired_by: str
-    seeds: int
-    images: int | None
-    verdict: Literal["better", "worse", ""]
+    paired_by: str  # "images and seeds", "images" (one seed) or "seeds"
+    seeds: int  # number of pairs
+    images: int | None  # None if paired by seeds
+    verdict: Literal["better", "worse", ""]  # "": the interval contains zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One metric of one variant on one data set.
-
-    Args:
-        data, variant, metric: names.
-        unit: unit of the metric, or "".
-        higher_is_better: None if the metric is a control.
-        values: seed -> value, for every seed that is done.
-        mean, sd: over the seeds; mean is None without seeds, sd for fewer than two.
-        images: number of images that the metric was computed on.
-        differences: one per reference other than the variant.
-    """
+    """One metric of one variant on one data set."""
 
     data: str
     variant: str
     metric: str
     unit: str
-    higher_is_better: bool | None
-    values: dict[int, float]
-    mean: float | None
-    sd: float | None
-    images: int | None
-    differences: tuple[Difference, ...] = ()
+    higher_is_better: bool | None  # None: a control
+    values: dict[int, float]  # seed -> value, for every seed that is done
+    mean: float | None  # None without seeds
+    sd: float | None  # None for fewer than two seeds
+    images: int | None  # number of images that the metric was computed on
+    differences: tuple[Difference, ...] = ()  # one per reference other than the variant
 
     def to(self, reference: str) -> Difference | None:
         """Return the difference to `reference`, or None."""

@@ -204,18 +204,12 @@ def _numbers(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     for cell in cells:
         metrics.setdefault(cell.metric, cell)
     at = {(cell.data, cell.variant, cell.metric): cell for cell in cells}
-    seeds = _span([len(cell.values) for cell in cells if cell.values], "seed")
-    caption = (
-        f"Mean ± standard deviation over {seeds}, on {_images(cells)}. "
-        f"▲ better or ▼ worse than {results.references[0]}: the {CONFIDENCE * 100:.0f} % "
-        "bootstrap interval of the paired difference excludes zero."
-    )
     rows = [
         (data, variant, {metric: at.get((data, variant, metric)) for metric in metrics})
         for data in results.datasets
         for variant in results.variants
     ]
-    return {"metrics": metrics, "rows": rows, "numbers_caption": caption}
+    return {"metrics": metrics, "rows": rows, "numbers_caption": _caption(results, cells)}
 
 
 def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -240,6 +234,15 @@ def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
+def _caption(results: Results, cells: Sequence[Cell]) -> str:
+    seeds = _span([len(cell.values) for cell in cells if cell.values], "seed")
+    return (
+        f"Mean ± standard deviation over {seeds}, on {_images(cells)}. ▲ better or ▼ worse than "
+        f"{results.references[0]}: the {CONFIDENCE * 100:.0f} % bootstrap interval of the paired "
+        "difference excludes zero."
+    )
+
+
 def _span(values: Sequence[int], noun: str) -> str:
     """Return "3 seeds", or "2 to 3 seeds"."""
     low, high = min(values, default=0), max(values, default=0)
@@ -262,21 +265,15 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
         columns = min(len(run.examples) for run in runs.values())
         paths = {"original": [example["original"] for example in first]}
         paths |= {name: [e["reconstruction"] for e in run.examples] for name, run in runs.items()}
-        rows = [
-            (
-                name,
-                [
-                    data_uri(example_file(root, path).read_bytes(), "image/png")
-                    for path in own[:columns]
-                ],
-            )
-            for name, own in paths.items()
-        ]
+
+        def uri(path: str) -> str:
+            return data_uri(example_file(root, path).read_bytes(), "image/png")
+
         grids.append(
             {
                 "data": data,
                 "columns": columns,
-                "rows": rows,
+                "rows": [(name, [*map(uri, own[:columns])]) for name, own in paths.items()],
                 "captions": [example.get("caption", "") for example in first],
                 "seeds": sorted({run.seed for run in runs.values()}),
             }
@@ -366,14 +363,8 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
             continue
         judged = [cell for cell in own if cell.higher_is_better is not None]
         controls = [cell for cell in own if cell.higher_is_better is None]
-        seeds = max(len(cell.values) for cell in own)
         lines += ["", *([f"## {_escaped(data)}", ""] if data else []), *_table(results, judged)]
-        lines += [
-            "",
-            f"Mean ± standard deviation over up to {counted(seeds, 'seed')}, on {_images(own)}; "
-            f"▲ better or ▼ worse than {_escaped(results.references[0])}: the "
-            f"{CONFIDENCE * 100:.0f} % bootstrap interval of the paired difference excludes zero.",
-        ]
+        lines += ["", _escaped(_caption(results, own))]
         if controls:
             lines += ["", "Controls (neither direction is better):", ""]
             lines += _table(results, controls)

@@ -63,7 +63,7 @@ def test_decoded_patches_are_the_middle_of_one_code_everywhere(host, images):
     torch.testing.assert_close(found.decoded[3], image[0, :, 8:12, 8:12])
 
 
-def test_a_host_without_indices_is_told(host, images, monkeypatch):
+def test_a_host_without_indices_is_refused(host, images, monkeypatch):
     from lgvq_plugin.types import Codes
 
     blind = Codes(codes=torch.zeros(6, 4, 2), indices=None, grid=(2, 2))

@@ -159,8 +159,8 @@ def test_the_filter_takes_whole_words(page, browser):
 def test_names_captions_and_settings_are_not_markup(samples, tmp_path, browser):
     hostile = "<img src=x onerror=\"document.title='taken'\"></script><script>alert(1)</script>"
     captions = [[f"{text} {hostile}"] for (text,) in samples.captions]
-    told = Samples(samples.images, captions, {"target": hostile, hostile: 1})
-    page = write_explorer({hostile: Gray(), "b": Gray()}, told, tmp_path, progress=False)
+    hostile_samples = Samples(samples.images, captions, {"target": hostile, hostile: 1})
+    page = write_explorer({hostile: Gray(), "b": Gray()}, hostile_samples, tmp_path, progress=False)
     assert page.read_text().count("<script") == 2
     browser.open(page)
     assert browser.driver.title == f"Codebook of {hostile} and b"
@@ -192,6 +192,6 @@ def test_images_without_captions_show_codes_without_words(samples, tmp_path, bro
         (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt"),
     ],
 )
-def test_wrong_input_is_told(arguments, message, tmp_path):
+def test_wrong_input_is_refused(arguments, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         main([*arguments, "-o", str(tmp_path)])

@@ -40,8 +40,8 @@ def with_values(results, variant, value):
 @pytest.mark.parametrize(("value", "good", "bad"), [(90.0, True, False), (1.0, False, True)])
 def test_colors_are_the_verdicts(results, tmp_path, value, good, bad):
     only = tuple(run for run in results.runs if run.variant in ("baseline", "all"))
-    told = {name: results.variants[name] for name in ("baseline", "all")}
-    results = replace(results, runs=only, variants=told, references=("baseline",))
+    shown = {name: results.variants[name] for name in ("baseline", "all")}
+    results = replace(results, runs=only, variants=shown, references=("baseline",))
     publish(with_values(results, "all", value), tmp_path)
     assert (len(places(tmp_path / "numbers.png", GREEN)[0]) > 0) is good
     assert (len(places(tmp_path / "numbers.png", RED)[0]) > 0) is bad
@@ -49,8 +49,8 @@ def test_colors_are_the_verdicts(results, tmp_path, value, good, bad):
 
 def test_a_variant_is_a_row_and_its_mean_is_where_the_axis_says(results, tmp_path):
     only = tuple(run for run in results.runs if run.variant in ("baseline", "all"))
-    told = {name: results.variants[name] for name in ("baseline", "all")}
-    results = replace(results, runs=only, variants=told, references=("baseline",))
+    shown = {name: results.variants[name] for name in ("baseline", "all")}
+    results = replace(results, runs=only, variants=shown, references=("baseline",))
     found = {}
     for value in (90.0, 1.0):
         publish(with_values(results, "all", value), tmp_path)

@@ -137,7 +137,7 @@ def test_a_list_of_objectives_switches_the_others_off(write):
         ({"variants": {"a": {}, "b": {"data.batch_size": 2}}}, "must see the same batches"),
     ],
 )
-def test_what_is_wrong_is_told(write, plan, message):
+def test_errors_name_the_key_and_the_fix(write, plan, message):
     with pytest.raises(ConfigError, match=message):
         read_plan(write(**plan))
 

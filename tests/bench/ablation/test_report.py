@@ -258,7 +258,7 @@ def test_the_markdown_table_has_the_same_marks(page):
     assert "| | baseline | paper | all | broken |" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| reconstruction/fid")]
     assert re.fullmatch(r"\| reconstruction/fid ↓ \| 30.10 ± 0.10 \|.* ▲ \|.* ▲ \| – \|", line)
-    assert "over up to 3 seeds, on 40 images" in text
+    assert "over 3 seeds, on 40 images" in text
     before, after = text.split("Controls (neither")
     assert "codebook/entropy" in after
     assert "codebook/entropy" not in before
@@ -367,13 +367,13 @@ def test_filters_of_the_table(page, browser):
 def test_long_names_fit_a_phone(results, tmp_path, browser):
     name = "masked_text+global_semantic+relationship"
     runs = tuple(replace(r, variant=name) if r.variant == "all" else r for r in results.runs)
-    told = {name if v == "all" else v: about for v, about in results.variants.items()}
-    page = publish(replace(results, runs=runs, variants=told), tmp_path)
+    shown = {name if v == "all" else v: about for v, about in results.variants.items()}
+    page = publish(replace(results, runs=runs, variants=shown), tmp_path)
     browser.open(page, width=390)
     assert browser.run("return document.documentElement.scrollWidth") <= 390
 
 
-def test_one_seed_is_told_first(results, tmp_path):
+def test_one_seed_is_mentioned_first(results, tmp_path):
     page = publish(replace(results, runs=tuple(r for r in results.runs if r.seed == 0)), tmp_path)
     bullets = re.findall(r"<li>(.*?)</li>", page.read_text())
     assert bullets[0].startswith("<b>One seed</b>")

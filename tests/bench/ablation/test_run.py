@@ -1,4 +1,4 @@
-"""Jobs run side by side, a failed one is told, a killed one resumed, a done one left alone."""
+"""Jobs run in parallel; failed ones are reported, killed ones resumed, finished ones kept."""
 
 import json
 import os
@@ -55,8 +55,8 @@ def launch(folder, root, environment):
 
 def plan(*variants, seeds=2, config=CONFIG):
     jobs = [Job(data="", variant=v, seed=s, config=config) for v in variants for s in range(seeds)]
-    told = {variant: {} for variant in variants}
-    return Plan(title="t", references=(variants[0],), variants=told, jobs=tuple(jobs))
+    shown = {variant: {} for variant in variants}
+    return Plan(title="t", references=(variants[0],), variants=shown, jobs=tuple(jobs))
 
 
 def go(a_plan, folder, **options):
@@ -72,7 +72,7 @@ def test_all_jobs_are_collected(tmp_path):
     assert results.variants["a"]["config"] == CONFIG
 
 
-def test_a_failed_job_is_told_and_the_others_go_on(tmp_path):
+def test_a_failed_job_is_reported_and_the_others_continue(tmp_path):
     results = go(plan("a", "broken", "c", seeds=1), tmp_path)
     assert [run.status for run in results.runs] == ["done", "failed", "done"]
     assert results.runs[1].reason == "FloatingPointError: step 7: the loss is not finite"
@@ -111,7 +111,7 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path):
         go(plan("a", seeds=1, config=other), tmp_path, resume=True)
 
 
-def test_jobs_run_side_by_side_and_share_the_cores(tmp_path, monkeypatch):
+def test_jobs_run_in_parallel_and_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     results = go(plan("together_a", "together_b"), tmp_path, jobs=4)
     assert [run.status for run in results.runs] == ["done"] * 4
@@ -130,7 +130,7 @@ def test_a_killed_job_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_jobs_and_tells_how_to_go_on(tmp_path, number, request):
+def test_a_signal_ends_the_jobs_and_the_message_says_how_to_resume(tmp_path, number, request):
     # A shell that starts the tests in the background has them ignore SIGINT.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))

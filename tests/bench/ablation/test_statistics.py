@@ -153,7 +153,7 @@ def test_only_common_seeds_are_paired():
 
 
 def test_lists_that_are_not_the_metric_are_not_paired():
-    """A Fréchet distance with some list beside it is no mean of that list."""
+    """A Fréchet distance with per-image values is not their mean."""
     own = {s: entry(5.0, images=[1.0, 2.0]) for s in range(2)}
     found = difference(own, own, reference="b")
     assert (found.paired_by, found.images) == ("seeds", None)
