@@ -13,7 +13,7 @@ from ..arguments import parse_words
 from ..checkpoints import find_checkpoint
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, path_of
-from ..training.build import lgvq_block, read_config
+from ..training.config import lgvq_block, read_config
 from .records import DIFFERENCES, REPORT, RESULTS, SUMMARY, VALUES, Results
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from ..files import write_text
 from ..guides.base import AbstractGuide
 from ..host import decode, encode
 from ..sockets import ConfigError
-from ..training.build import Sections, build_dataset
+from ..training.build import build_dataset
+from ..training.config import Sections
 from .metrics.codebook import STRONG, word_code_association
 from .page import counted, data_uri, finite, page, png_bytes
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ObjectivesConfig, laid_over, parse
 from ..sockets import ConfigError, suggest
-from ..training.build import (
+from ..training.config import (
     Sections,
     lay_over,
     lgvq_block,

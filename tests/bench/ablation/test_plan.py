@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from lgvq_plugin.bench.plan import apply_changes, read_plan
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import Sections, build_dataset, build_host
+from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.config import Sections
 
 PLANS = sorted((Path(__file__).parents[3] / "configs" / "ablation").glob("*.yaml"))
 SMALL = {

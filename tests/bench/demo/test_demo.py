@@ -59,7 +59,7 @@ def test_the_demo_runs_and_its_table_is_the_results(tmp_path, capsys, monkeypatc
     assert high >= gap - 0.005
     signs = {"▲": low >= 0, "▼": high <= 0}  # printed ends are rounded
     assert signs.get(row.split()[-1], low <= 0 <= high)
-    for label in ("codebook usage", "image to text R@1", "attribute accuracy", "seconds a step"):
+    for label in ("codebook usage", "image to text R@1", "attribute accuracy", "seconds per step"):
         assert len(next(li for li in printed.splitlines() if li.startswith(label)).split()) >= 4
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") >= 2 * 3  # inputs, and reconstructions of both
