@@ -207,7 +207,7 @@ class Scenes(CaptionedImages):
         length = LENGTHS[split] if length is None else length
         if channels not in MODES:
             raise ConfigError(f"Scenes: channels must be 1, 3 or 4, got {channels!r}")
-        self.shape = height_and_width(size, least=8)
+        self.shape = height_and_width(size, minimum=8)
         for name, value, least in (("length", length, 1), ("seed", seed, 0)):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")

@@ -161,13 +161,12 @@ def test_what_is_done_is_not_done_again(pictures, tmp_path, form):
 SLOW = """
 import sys, time
 from pathlib import Path
-from lgvq_plugin.datasets.commands import _convert
-from lgvq_plugin.datasets import _listed
+from lgvq_plugin.datasets import convert, listed
 
-plain = _listed.shrink
-_listed.shrink = lambda *args, **more: (time.sleep(0.05), plain(*args, **more))[1]
-settings = _convert.Settings(format=sys.argv[3], shard_size=3)
-_convert.convert(sys.argv[1], Path(sys.argv[2]), settings, progress=False)
+plain = listed.shrink
+listed.shrink = lambda *args, **more: (time.sleep(0.05), plain(*args, **more))[1]
+settings = convert.Settings(format=sys.argv[3], shard_size=3)
+convert.convert(sys.argv[1], Path(sys.argv[2]), settings, progress=False)
 """
 
 

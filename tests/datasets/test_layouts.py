@@ -11,8 +11,7 @@ from PIL import Image
 from lgvq_plugin.datasets.base import recognize
 from lgvq_plugin.datasets.folder import CaptionedFolder
 from lgvq_plugin.datasets.huggingface import HuggingFaceImages
-from lgvq_plugin.datasets.list_file import ListFile
-from lgvq_plugin.datasets.pairs_table import PairsTable
+from lgvq_plugin.datasets.tables import ListFile, PairsTable
 from lgvq_plugin.datasets.webdataset import WebDataset
 from lgvq_plugin.sockets import ConfigError
 
