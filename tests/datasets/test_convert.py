@@ -208,7 +208,7 @@ def test_the_command(pictures, tmp_path, capsys):
     assert main([*given, "--size", "20", "--workers", "2"]) == 0
     assert "all: 3 images" in capsys.readouterr().out
     assert main([*given, "--size", "20"]) == 0
-    assert "3 of them were there" in capsys.readouterr().out
+    assert "3 of them were written by an earlier run" in capsys.readouterr().out
     assert main([*given[:3], str(root), "--no-progress"]) == 2
     assert "choose another place" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
