@@ -64,6 +64,9 @@ class Columns:
     encoding: str = "utf-8"
 
 
+USUAL = Columns()
+
+
 @dataclass(slots=True)
 class TableEntry:
     """What a table holds about one file; `extra` are questions, labels, ids and the old name."""
@@ -73,9 +76,7 @@ class TableEntry:
     split: str | None = None
 
 
-def find_table(
-    root: Path, captions: str | Path | None, columns: Columns | None = None
-) -> Path | None:
+def find_table(root: Path, captions: str | Path | None, columns: Columns = USUAL) -> Path | None:
     """Return the table the user names, else the one in `root` or one folder below, else None.
 
     Raises:
@@ -101,30 +102,23 @@ def find_table(
     return None
 
 
-def tables_in(folders: Iterable[Path], columns: Columns | None = None) -> list[Path]:
+def tables_in(folders: Iterable[Path], columns: Columns = USUAL) -> list[Path]:
     """Return the files directly in these folders that :func:`is_table` accepts."""
     return [path for path in _texts(folders, TABLE_SUFFIXES) if is_table(path, columns)]
 
 
-def is_table(path: Path, columns: Columns | None = None) -> bool:
+def is_table(path: Path, columns: Columns = USUAL) -> bool:
     """Return whether a file has image names and captions, judged by its first rows."""
-    columns = columns or Columns()
     if path.suffix.lower() not in TABLE_SUFFIXES or "lemma" in path.name.lower():
         return False
     try:
-        first = [row for _, row in islice(_rows(path, columns), 20)][:1]
+        rows = [row for _, row in islice(_rows(path, columns), 20)]
     except (ConfigError, RecursionError):
         return False
-    return any(
-        _key(row, columns.file_key, FILE_KEYS) is not None
-        and bool(_caption_columns(row, columns.caption_key))
-        for row in first
-    )
+    return bool(rows) and _has_columns(rows[0], columns)
 
 
-def read_table(
-    path: Path, columns: Columns | None = None, template: str = "{}"
-) -> dict[str, TableEntry]:
+def read_table(path: Path, columns: Columns = USUAL, template: str = "{}") -> dict[str, TableEntry]:
     """Return file name -> what the table holds about it, in its order; rows of a file are joined.
 
     Args:
@@ -135,7 +129,6 @@ def read_table(
     Raises:
         ConfigError: naming file and line where one cannot be parsed or lacks its keys.
     """
-    columns = columns or Columns()
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise ConfigError(f"captions: {path} is none of {', '.join(TABLE_SUFFIXES)}")
     found: dict[str, TableEntry] = {}
@@ -214,12 +207,7 @@ def unread_files(root: Path, names: Iterable[str], read: Sequence[Path]) -> list
 
 
 def clean(caption: str) -> str:
-    """Return the caption on one line, without surplus blanks.
-
-    Example:
-        >>> clean("  a dog\\n runs ")
-        'a dog runs'
-    """
+    """Return the caption on one line, without surplus blanks."""
     return " ".join(caption.split())
 
 
@@ -338,9 +326,7 @@ def _rows(path: Path, columns: Columns) -> Rows:
     if suffix in (".txt", ".token"):
         with open_text(path, columns.encoding) as lines:
             header = [part.strip().strip('"') for part in re.split(r"[,\t;|]", next(lines, ""))]
-        row = dict.fromkeys(header, "x")
-        has_file = _key(row, columns.file_key, FILE_KEYS) is not None
-        if not (has_file and _caption_columns(row, columns.caption_key)):
+        if not _has_columns(dict.fromkeys(header, "x"), columns):
             return _line_rows(path, columns)
     return _csv_rows(path, columns)
 
@@ -419,10 +405,10 @@ def _csv_rows(path: Path, columns: Columns) -> Rows:
         rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, quoting=quoting)
         try:
             names = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
-            _refuse_twins(names, columns, path)
-            ends_in_caption = names[-1:] == _caption_columns(
-                dict.fromkeys(names), columns.caption_key
-            )
+            captions = _caption_columns(dict.fromkeys(names), columns.caption_key)
+            file = _key(dict.fromkeys(names), columns.file_key, FILE_KEYS)
+            _refuse_twins(names, [file, *captions], path)
+            ends_in_caption = names[-1:] == captions
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 surplus = row.pop(None, None)
@@ -440,11 +426,10 @@ def _csv_rows(path: Path, columns: Columns) -> Rows:
             raise ConfigError(f"{path}:{rows.line_num}: not CSV ({error})") from error
 
 
-def _refuse_twins(names: Sequence[str], columns: Columns, path: Path) -> None:
-    read = {*FILE_KEYS, *CAPTION_KEYS, *SPLIT_COLUMNS, columns.file_key, columns.caption_key}
+def _refuse_twins(names: Sequence[str], read: Sequence[str | None], path: Path) -> None:
     times = Counter(name.lower() for name in names)
     for name in names:
-        if times[name.lower()] > 1 and (name in read or name.lower() in read):
+        if times[name.lower()] > 1 and (name in read or name.lower() in SPLIT_COLUMNS):
             raise ConfigError(
                 f"{path}:1: the header names {name!r} {times[name.lower()]} times; rename the "
                 f"columns, several captions of an image to {name}1, {name}2, ..."
@@ -467,6 +452,11 @@ def _key(row: Mapping[str, Any], given: str | None, usual: Sequence[str]) -> str
     known = {str(key).strip().lower(): key for key in reversed([*row])}
     filled = (known[name] for name in usual if name in known and row[known[name]] not in (None, ""))
     return next(filled, None) or next((known[name] for name in usual if name in known), None)
+
+
+def _has_columns(row: Mapping[str, Any], columns: Columns) -> bool:
+    has_file = _key(row, columns.file_key, FILE_KEYS) is not None
+    return has_file and bool(_caption_columns(row, columns.caption_key))
 
 
 def _caption_columns(row: Mapping[str, Any], given: str | None) -> list[str]:

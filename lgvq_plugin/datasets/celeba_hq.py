@@ -33,8 +33,7 @@ class CelebAHQ(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(self, root: Path, split: str = "train") -> list[Record]:
-        """Return the records of a split."""
+    def _read(self, root: Path, split: str = "train") -> list[Record]:
         split = choose_split(split, SPLITS)
         folders = [_folder(root, names) for names in (IMAGE_FOLDERS, TEXT_FOLDERS)]
         for found, names in zip(folders, (IMAGE_FOLDERS, TEXT_FOLDERS), strict=True):

@@ -18,7 +18,7 @@ from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, suggest
 from .base import recognize
 from .captions import EXPECTED
-from .images import Health
+from .images import Health, examine
 from .listed import ListedImages
 
 PICTURES = 24  # on a contact sheet
@@ -167,7 +167,7 @@ def _examine(dataset: ListedImages, name: str, workers: int, progress: bool) -> 
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(dataset), desc=f"{name}: images", unit="img", disable=not progress) as bar,
     ):
-        for health in pool.map(dataset.examine, range(len(dataset))):
+        for health in pool.map(lambda record: examine(record.file, record.path), dataset.records):
             bar.update()
             yield health
 

@@ -42,7 +42,7 @@ class Coco(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(
+    def _read(
         self,
         root: Path,
         split: str = "train",
@@ -52,7 +52,6 @@ class Coco(ListedImages):
         restval: bool = False,
         instances: bool = False,
     ) -> list[Record]:
-        """Return the records of a split."""
         self.object_names: tuple[str, ...] = ()
         if karpathy is None:
             part = SPLITS[choose_split(split, SPLITS)]

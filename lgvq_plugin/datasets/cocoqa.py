@@ -32,10 +32,9 @@ class CocoQA(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(
+    def _read(
         self, root: Path, split: str = "train", *, images: str | Path | None = None
     ) -> list[Record]:
-        """Return the records of a split."""
         home = _home(root)
         self.where = home / choose_split(split, SPLITS)
         places = [Path(images).expanduser()] if images else [root, home, home.parent]

@@ -26,6 +26,7 @@ from ..files import replacing, write_bytes, write_json, write_text
 from ..sockets import ConfigError, suggest
 from .base import recognize
 from .commands import check_settings
+from .images import shrink
 from .listed import ListedImages
 from .splits import CONVERTED_FROM
 
@@ -136,11 +137,11 @@ class _Part:
         bad = []
         for index in self.indices:
             tick()
+            record = self.source.records[index]
             try:
-                image = self.source.shrunken(index, settings.size, square=settings.square)
+                image = shrink(record.path, settings.size, square=settings.square)
             except ConfigError as error:  # missing, corrupt, a bomb
-                file = self.source.records[index].file
-                bad.append(f"{file}\t{' '.join(str(error).split())}\n")
+                bad.append(f"{record.file}\t{' '.join(str(error).split())}\n")
             else:
                 yield index, *image
         self.bad.unlink(missing_ok=True)

@@ -38,8 +38,9 @@ class CUB200(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(self, root: Path, split: str = "train", *, split_by: str = "official") -> list[Record]:
-        """Return the records of a split."""
+    def _read(
+        self, root: Path, split: str = "train", *, split_by: str = "official"
+    ) -> list[Record]:
         home, split = _home(root), choose_split(split, SPLITS)
         self.where = home
         if split_by not in SPLIT_BY:

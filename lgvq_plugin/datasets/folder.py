@@ -15,6 +15,7 @@ from typing import Any
 from ..sockets import ConfigError
 from .captions import (
     EXPECTED,
+    USUAL,
     Columns,
     clean,
     find_table,
@@ -63,7 +64,7 @@ class CaptionedFolder(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(
+    def _read(
         self,
         root: Path,
         captions: str | Path | None = None,
@@ -75,7 +76,6 @@ class CaptionedFolder(ListedImages):
         caption_template: str | None = None,
         exclude: str | None = None,
     ) -> list[Record]:
-        """Return the records of a split."""
         template, encoding = caption_template, self.options.encoding
         if not root.is_dir():
             raise ConfigError(f"root: {root} is no folder; expected one with images and {EXPECTED}")
@@ -123,7 +123,7 @@ class CaptionedFolder(ListedImages):
         if inner:
             return {s: {"root": root, "split": s, **_template(f)} for s, f in inner.items()}
         if table := find_table(root, None):
-            splits = declared_splits(_records_of_table(root, table, Columns(), None))
+            splits = declared_splits(_records_of_table(root, table, USUAL, None))
             return splits_at(root, splits or ["all"])
         if not (images := image_files(root)):
             return {}

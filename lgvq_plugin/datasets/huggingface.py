@@ -61,7 +61,7 @@ class HuggingFaceImages(ListedImages):
             a column is missing.
     """
 
-    def read(
+    def _read(
         self,
         root: Path,
         split: str = "train",
@@ -72,7 +72,6 @@ class HuggingFaceImages(ListedImages):
         caption_key: str | None = None,
         name: str | None = None,
     ) -> list[Record]:
-        """Return the records of a split."""
         table = _load(root, name)
         if isinstance(table, dict):
             known = {key: key for key in table} | {split_name(key): key for key in table}

@@ -187,12 +187,7 @@ def fit(
 
 
 def height_and_width(size: Any, minimum: int = 1) -> tuple[int, int]:
-    """Return (height, width) of a `size` option; raises ConfigError for anything else.
-
-    Example:
-        >>> height_and_width(64), height_and_width([32, 64])
-        ((64, 64), (32, 64))
-    """
+    """Return (height, width) of a `size` option, 64 or [32, 64]; raises ConfigError otherwise."""
     is_list = isinstance(size, Sequence) and not isinstance(size, str)
     pair = tuple(size) if is_list else (size, size)
     if len(pair) != 2 or not all(type(side) is int and side >= minimum for side in pair):

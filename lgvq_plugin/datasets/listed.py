@@ -22,14 +22,11 @@ from .images import (
     SUFFIXES,
     AbstractDraws,
     HashedDraws,
-    Health,
     Source,
     UnreadableImage,
-    examine,
     fit,
     height_and_width,
     open_image,
-    shrink,
     to_array,
 )
 
@@ -121,8 +118,8 @@ class ImageOptions:
 class ListedImages(CaptionedImages):
     """A list of image files with captions; a member only says how its records are found.
 
-    A member defines `read(self, root, ...)`. The parameters of its class are those of `read` and
-    the fields of :class:`ImageOptions`. A file that cannot be read raises ConfigError; with
+    A member defines `_read(self, root, ...)`. The parameters of its class are those of `_read`
+    and the fields of :class:`ImageOptions`. A file that cannot be read raises ConfigError; with
     `skip_corrupt` the next good record replaces it, always the same one, and `skipped` (file ->
     reason) names it.
 
@@ -135,9 +132,9 @@ class ListedImages(CaptionedImages):
     """What errors call the data set: its table, list or folder."""
 
     def __init_subclass__(cls) -> None:
-        """Build the signature of the class from that of `read`."""
+        """Build the signature of the class from that of `_read`."""
         super().__init_subclass__()
-        own = [*inspect.signature(cls.read).parameters.values()][1:]
+        own = [*inspect.signature(cls._read).parameters.values()][1:]
         own += [
             inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default)
             for entry in fields(ImageOptions)
@@ -150,7 +147,7 @@ class ListedImages(CaptionedImages):
         names = [entry.name for entry in fields(ImageOptions) if entry.name in given]
         self.options = options = ImageOptions(**{name: given.pop(name) for name in names})
         given["root"] = self.where = Path(given["root"]).expanduser()
-        records, count = self.read(**given), options.captions_per_image
+        records, count = self._read(**given), options.captions_per_image
         if not records:
             raise ConfigError(f"{self.where}: no images; check root and split")
         if count is not None:
@@ -166,7 +163,7 @@ class ListedImages(CaptionedImages):
                 "`skip_corrupt: true` to skip them"
             )
 
-    def read(self, *args: Any, **params: Any) -> list[Record]:
+    def _read(self, *args: Any, **params: Any) -> list[Record]:
         """Return the records; `self.options` and `self.where` are set, and `where` may be reset."""
         raise NotImplementedError
 
@@ -211,14 +208,6 @@ class ListedImages(CaptionedImages):
     def unlisted_images(self) -> list[Path]:
         """Return images in the data set's folder that its table does not list."""
         return []
-
-    def examine(self, index: int) -> Health:
-        """Read and decode one file as training would."""
-        return examine(self.records[index].file, self.records[index].path)
-
-    def shrunken(self, index: int, size: int, *, square: bool) -> tuple[bytes, str]:
-        """Return the encoded image, its shorter side at most `size`, and the suffix."""
-        return shrink(self.records[index].path, size, square=square)
 
     def _sample(self, index: int) -> dict[str, Any]:
         record, draws = self.records[index], HashedDraws(self.seed, self.epoch, index)

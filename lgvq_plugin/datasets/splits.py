@@ -51,10 +51,6 @@ def choose_split(split: str | None, known: Iterable[str]) -> str:
 
     Raises:
         ConfigError: if the data set has no such split.
-
-    Example:
-        >>> choose_split("val", ["train", "validation"])
-        'validation'
     """
     names = list(known)
     name = "all" if split is None else split if split in names else split_name(split)
@@ -64,12 +60,7 @@ def choose_split(split: str | None, known: Iterable[str]) -> str:
 
 
 def split_words(split: str | None) -> list[str]:
-    """Return the words that name a split: its full name, then the others.
-
-    Example:
-        >>> split_words("test")
-        ['test', 'testing']
-    """
+    """Return the words that name a split: its full name, then the others, such as val."""
     if split is None:
         return []
     words = [word for word, full in SPLIT_WORDS.items() if full == split and word != "restval"]

@@ -13,6 +13,7 @@ from typing import Any
 from ..sockets import ConfigError
 from .captions import (
     TABLE_SUFFIXES,
+    USUAL,
     Columns,
     caption_lines,
     find_table,
@@ -53,7 +54,7 @@ class PairsTable(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(
+    def _read(
         self,
         root: Path,
         split: str | None = None,
@@ -63,7 +64,6 @@ class PairsTable(ListedImages):
         file_key: str | None = None,
         caption_key: str | None = None,
     ) -> list[Record]:
-        """Return the records of a split."""
         table = root if root.is_file() else split_file(root, split_name(split), PAIRS)
         if table is None:
             raise ConfigError(f"{root}: no table of split {split!r} ({', '.join(PAIRS)})")
@@ -82,7 +82,7 @@ class PairsTable(ListedImages):
             is_read = root.suffix.lower() in TABLE_SUFFIXES and is_table(root)
             if not is_read and root.suffix.lower() not in PAIRS:
                 return {}  # other tables are taken for one whose columns have unusual names
-            splits = declared_splits(_pairs(root, None, Columns())) if is_read else []
+            splits = declared_splits(_pairs(root, None, USUAL)) if is_read else []
             return splits_at(root, splits or ["all"])
         tables = {split: split_file(root, split, PAIRS) for split in SPLITS[:3]}
         return splits_at(
@@ -107,10 +107,9 @@ class ListFile(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(
+    def _read(
         self, root: Path, split: str | None = None, *, images: str | Path | None = None
     ) -> list[Record]:
-        """Return the records of a split."""
         path = _list(root, choose_split(split, SPLITS))
         if path is None:
             raise ConfigError(f"{root}: no list of split {split!r}; expected train.txt, ...")

@@ -26,8 +26,7 @@ class TextCaps(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(self, root: Path, split: str = "train") -> list[Record]:
-        """Return the records of a split."""
+    def _read(self, root: Path, split: str = "train") -> list[Record]:
         split = choose_split(split, PARTS)
         listed = _listed(root, split)
         if listed is None:

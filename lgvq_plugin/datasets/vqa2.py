@@ -32,7 +32,7 @@ class VQA2(ListedImages):
         options: see :class:`.listed.ImageOptions`.
     """
 
-    def read(
+    def _read(
         self,
         root: Path,
         split: str = "train",
@@ -40,7 +40,6 @@ class VQA2(ListedImages):
         images: str | Path | None = None,
         drop_missing: bool = False,
     ) -> list[Record]:
-        """Return the records of a split."""
         part = PARTS[choose_split(split, PARTS)]
         self.where = _file(root, QUESTIONS, part)
         places = [Path(images).expanduser()] if images else [root, root.parent]

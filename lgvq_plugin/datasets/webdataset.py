@@ -57,7 +57,7 @@ class WebDataset(ListedImages):
         ConfigError: if there are no shards, or one is broken, or a caption is no text.
     """
 
-    def read(
+    def _read(
         self,
         root: Path,
         split: str | None = None,
@@ -66,7 +66,6 @@ class WebDataset(ListedImages):
         file_key: str | None = None,
         caption_key: str | None = None,
     ) -> list[Record]:
-        """Return the records of a split."""
         own = choose_split(split, SPLITS)
         self.shards = _shards(root, own)
         has_shards = bool(self.shards) and own != "all"

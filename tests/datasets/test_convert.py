@@ -161,10 +161,10 @@ def test_what_is_done_is_not_done_again(pictures, tmp_path, form):
 SLOW = """
 import sys, time
 from pathlib import Path
-from lgvq_plugin.datasets import convert, listed
+from lgvq_plugin.datasets import convert
 
-plain = listed.shrink
-listed.shrink = lambda *args, **more: (time.sleep(0.05), plain(*args, **more))[1]
+plain = convert.shrink
+convert.shrink = lambda *args, **more: (time.sleep(0.05), plain(*args, **more))[1]
 settings = convert.Settings(format=sys.argv[3], shard_size=3)
 convert.convert(sys.argv[1], Path(sys.argv[2]), settings, progress=False)
 """

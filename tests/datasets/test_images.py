@@ -50,7 +50,7 @@ def test_transparency_lies_on_white(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_upright(tmp_path, orientation):
-    # The pixel that belongs to the top left lies elsewhere in the file: EXIF 2.3, table 6.
+    # The pixel that belongs to the top left is elsewhere in the file: EXIF 2.3, table 6.
     row, column = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0)}.get(
         orientation, {5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}.get(orientation)
     )
@@ -135,7 +135,7 @@ def test_aspect_ratio_is_kept(tmp_path):
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_and_sides_are_as_asked(tmp_path, channels, first):
+def test_channels_and_sides_are_as_given(tmp_path, channels, first):
     pixels = np.full((40, 20, 4), (200, 100, 0, 255), np.uint8)
     pixels[20:, :, 3] = 0  # transparent below
     Image.fromarray(pixels).save(tmp_path / "a.png")
