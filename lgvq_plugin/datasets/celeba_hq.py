@@ -35,11 +35,7 @@ class CelebAHQ(ListedImages):
 
     def _read(self, root: Path, split: str = "train") -> list[Record]:
         split = choose_split(split, SPLITS)
-        folders = [_folder(root, names) for names in (IMAGE_FOLDERS, TEXT_FOLDERS)]
-        for found, names in zip(folders, (IMAGE_FOLDERS, TEXT_FOLDERS), strict=True):
-            if found is None:
-                raise ConfigError(f"{root}: contains none of the folders {', '.join(names)}")
-        images, texts = (folder or root for folder in folders)
+        images, texts = _folder(root, IMAGE_FOLDERS), _folder(root, TEXT_FOLDERS)
         if split == "all":
             stems = (path.stem for path in images.glob("*.jpg"))
             names = sorted(stems, key=lambda s: (int(s) if s.isdigit() else -1, s))
@@ -60,14 +56,20 @@ class CelebAHQ(ListedImages):
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for numbered images and texts and at least one split file."""
-        texts = _folder(root, TEXT_FOLDERS) if _folder(root, IMAGE_FOLDERS) else None
-        if texts is None or not any(path.stem.isdigit() for path in texts.glob("*.txt")):
+        try:
+            texts = [_folder(root, names) for names in (IMAGE_FOLDERS, TEXT_FOLDERS)][1]
+        except ConfigError:
+            return {}
+        if not any(path.stem.isdigit() for path in texts.glob("*.txt")):
             return {}
         return splits_at(root, (s for s in SPLITS if (root / s / "filenames.pickle").is_file()))
 
 
-def _folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _folder(root: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise ConfigError(f"{root}: contains none of the folders {', '.join(names)}")
 
 
 def _attributes(root: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:

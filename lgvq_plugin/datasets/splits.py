@@ -53,7 +53,8 @@ def choose_split(split: str | None, known: Iterable[str]) -> str:
         ConfigError: if the data set has no such split.
     """
     names = list(known)
-    name = "all" if split is None else split if split in names else split_name(split)
+    name = "all" if split is None else split
+    name = name if name in names else SPLIT_WORDS.get(name, name)
     if name not in names:
         raise ConfigError(f"split: {split!r}{suggest(str(split), names)}")
     return name

@@ -8,6 +8,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 
 SIZE = 128
+TEXTS_DIGEST = "f7c916d2754980e183060eb201af84317b637c0c97922a197e0e359e7b40bfff"
 HUES = {  # name: hue range in degrees, least saturation, range of value
     "red": ((345, 10), 0.6, (0.6, 1.0)),
     "orange": ((20, 42), 0.6, (0.75, 1.0)),
@@ -378,25 +380,28 @@ def test_size_changes_the_pixels_only():
     assert np.abs(shrunk - small["image"]).mean() < 0.02
 
 
+def digest(dataset, *, images):
+    found = hashlib.sha256()
+    dataset.set_epoch(2)
+    for sample in (dataset[i] for i in range(8)):
+        found.update(sample["image"].tobytes() if images else b"")
+        found.update(repr((sample["caption"], sample["captions"], sample["questions"])).encode())
+    return found.hexdigest()
+
+
+def test_captions_and_questions_are_those_that_the_embedded_guide_was_trained_on():
+    assert digest(Scenes("test", size=32), images=False) == TEXTS_DIGEST
+
+
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     code = (
-        "import hashlib; from lgvq_plugin.datasets.scenes import Scenes\n"
-        "d = Scenes('test', size=32); d.set_epoch(2); h = hashlib.sha256()\n"
-        "[h.update(d[i]['image'].tobytes() + repr((d[i]['caption'], d[i]['questions'])).encode())"
-        " for i in range(8)]\n"
-        "print(h.hexdigest())"
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_scenes import *\n"
+        "print(digest(Scenes('test', size=32), images=True))"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    ).stdout.strip()
-    here = hashlib.sha256()
-    dataset = Scenes("test", size=32)
-    dataset.set_epoch(2)
-    for i in range(8):
-        sample = dataset[i]
-        asked = repr((sample["caption"], sample["questions"]))
-        here.update(sample["image"].tobytes() + asked.encode())
-    assert there == here.hexdigest()
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert there.stdout.strip() == digest(Scenes("test", size=32), images=True)
 
 
 @pytest.mark.parametrize(
