@@ -17,6 +17,8 @@ MOVED = {
     "data_tools": "datasets.commands",
     "data_tools.cache": "datasets.cache",
     "data_tools.data": "datasets.commands",
+    "datasets.list_file": "datasets.tables",
+    "datasets.pairs_table": "datasets.tables",
     "demo": "bench.demo",
     "dist": "functional",
     "evaluation": "bench.evaluation",

@@ -1,7 +1,7 @@
-"""Captioned images; `target:` in the config names one by dotted path, or a member's name.
+"""Captioned images. `target:` in the config names a data set by its short name or dotted path.
 
-The order is the order in which `lgvq data check` asks them whether a path is theirs: published
-data sets first, then the general layouts, from the most telling to the least.
+`lgvq data check` tries them in this order: published data sets first, then the general layouts,
+from the most specific to the least.
 """
 
 MEMBERS = {
@@ -13,8 +13,8 @@ MEMBERS = {
     "coco": "coco.Coco",
     "webdataset": "webdataset.WebDataset",
     "huggingface": "huggingface.HuggingFaceImages",
-    "pairs_table": "pairs_table.PairsTable",
-    "list_file": "list_file.ListFile",
+    "pairs_table": "tables.PairsTable",
+    "list_file": "tables.ListFile",
     "folder": "folder.CaptionedFolder",
     "scenes": "scenes.Scenes",
 }

@@ -1,9 +1,9 @@
 """`lgvq cache -b CONFIG`: encode every caption once, so that training needs no text tower.
 
-What it costs, for CLIP ViT-B/32 at 30 tokens: 63 kB a caption and as much for each masking, so
-317 kB with the usual four; 151 kB without padding, as COCO's captions have 13.7 tokens on average.
-What it costs in variety: of the words of a COCO caption four maskings hide 79 % at least once,
-eight 96 %; a guide in memory hides others in every step.
+Disk, for CLIP ViT-B/32 at 30 tokens: 63 kB per caption and as much for each masking, so 317 kB
+with the usual four; 151 kB without padding, as COCO's captions have 13.7 tokens on average.
+Variety: of the words of a COCO caption four maskings mask 79 % at least once, eight 96 %; a guide
+in memory masks others in every step.
 """
 
 import argparse
@@ -37,19 +37,25 @@ OVERLAY = "guide.yaml"
 
 
 def main(argv: list[str]) -> int:
-    """Run `lgvq cache`.
+    """Run `lgvq cache -b CONFIG... [-o FOLDER] [--maskings 4] [key=value ...]`."""
+    given, overrides = parse_words(_parser(), argv, "base")
+    for name, minimum in (("maskings", 0), ("batch_size", 1)):
+        if getattr(given, name) < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} must be >= {minimum}")
+    if not given.base:
+        raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
+    require_writable(given.out or Path())
+    config = read_config(given.base, overrides)
+    _cache(to_plain(with_shortcuts(config, data=given.data, overrides=overrides)), given)
+    return 0
 
-    Args:
-        argv: `-b CONFIG... [-o FOLDER] [--maskings 4] [key=value ...]`.
 
-    Returns:
-        0; what went wrong is raised.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lgvq cache",
-        description="Encode the captions of the config's data sets by its text guide, and write "
+        description="Encode the captions of the config's data sets with its text guide, and write "
         "the features to a folder that `guide: {use: cached, folder: FOLDER}` reads. Run it "
-        "again after a kill, or for further captions: what is there stays.",
+        "again to resume after a kill, or to add captions: what was written is kept.",
     )
     parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG")
     add_shortcuts(parser)
@@ -64,22 +70,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--drop-padding",
         action="store_true",
-        help="leave features at padding out: half the disk for short captions; they read as 0, "
-        "which only `recipe: paper` can tell",
+        help="leave out features at padding: half the disk for short captions; they read as 0, "
+        "which makes a difference only to `recipe: paper`",
     )
     parser.add_argument("--batch-size", type=int, default=256, help="captions encoded at a time")
-    parser.add_argument("--device", help="of the guide (default: cuda if there is one)")
+    parser.add_argument("--device", help="of the guide (default: cuda if available)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    given, overrides = parse_words(parser, argv, "base")
-    for name, least in (("maskings", 0), ("batch_size", 1)):
-        if getattr(given, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be >= {least}")
-    if not given.base:
-        raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    require_writable(given.out or Path())
-    config = read_config(given.base, overrides)
-    _cache(to_plain(with_shortcuts(config, data=given.data, overrides=overrides)), given)
-    return 0
+    return parser
 
 
 def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
@@ -121,25 +118,33 @@ def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
     with tqdm(total=total, initial=plan.done, unit="caption", disable=given.no_progress) as bar:
         for done in steps:
             bar.update(done)
-    _tell(folder, block, plan, time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    overlay = {"use": "cached", "folder": str(folder.resolve()), "guide": block}
+    loss = {"params": {"lgvq": {"guide": overlay}}}
+    whole = {"model": {"params": {"lossconfig": loss}}}
+    write_text(folder / OVERLAY, yaml.safe_dump(whole, sort_keys=False))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(
+        f"{total:,} different captions in {folder}, {len(plan.todo):,} of them new "
+        f"({seconds:.1f} s); {_in_bytes(size)}, {_in_bytes(size / total)} per caption"
+    )
+    print(f"train with it: lgvq train -b CONFIG {folder / OVERLAY}")
 
 
 def _captions(data: DataSection, own_key: str | None) -> Iterator[str]:
     from .base import CaptionedImages
 
+    is_usual = own_key in (None, "caption", "captions")
+    keys = ("captions", "caption", "text", "txt") if own_key is None else (own_key,)
     for section in (data.train, data.validation):
-        if section is None:
-            continue
-        dataset = build_dataset(section)
+        dataset = [] if section is None else build_dataset(section)
         for index in range(len(dataset)):
-            is_usual = own_key in (None, "caption", "captions")
             if isinstance(dataset, CaptionedImages) and is_usual:
-                told: Any = dataset.captions_of(index)
+                texts: Any = dataset.captions_of(index)
             else:
                 sample = dataset[index]
-                keys = ("captions", "caption", "text", "txt") if own_key is None else (own_key,)
-                told = next((sample[key] for key in keys if sample.get(key)), ())
-            yield from (text.strip() for text in ([told] if isinstance(told, str) else told))
+                texts = next((sample[key] for key in keys if sample.get(key)), ())
+            yield from (text.strip() for text in ([texts] if isinstance(texts, str) else texts))
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -154,23 +159,9 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _in_bytes(count: float) -> str:
-    """Return a number of bytes in words, as "15.3 MB"."""
+    """Return a number of bytes with its unit, as "15.3 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def _tell(folder: Path, block: Mapping[str, Any], plan: Any, seconds: float) -> None:
-    guide = {"use": "cached", "folder": str(folder.resolve()), "guide": dict(block)}
-    loss = {"params": {"lgvq": {"guide": guide}}}
-    overlay = yaml.safe_dump({"model": {"params": {"lossconfig": loss}}}, sort_keys=False)
-    write_text(folder / OVERLAY, overlay)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    count = plan.done + len(plan.todo)
-    print(
-        f"{count:,} different captions in {folder}, {len(plan.todo):,} of them new "
-        f"({seconds:.1f} s); {_in_bytes(size)}, {_in_bytes(size / count)} a caption"
-    )
-    print(f"train with it: lgvq train -b CONFIG {folder / OVERLAY}")

@@ -1,4 +1,4 @@
-"""CelebA-HQ with Multi-Modal-CelebA-HQ's ten captions an image, or as the LG-VQ code has them.
+"""CelebA-HQ with Multi-Modal-CelebA-HQ's ten captions per image, or as the LG-VQ code has them.
 
 root/image/0.jpg .. 29999.jpg   (also images/, CelebA-HQ-img/)
 root/text/0.txt ..              (also celeba-caption/, celeba_caption/)
@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..sockets import ConfigError
-from .listed import (
-    ListedImages,
-    Reading,
-    Record,
-    choose_split,
-    read_captions,
-    read_lines,
-    read_name_pickle,
-)
+from .captions import read_captions, read_lines
+from .listed import ListedImages, Record, read_name_pickle
+from .splits import choose_split, splits_at
 
 SPLITS = ("train", "test", "all")
 IMAGE_FOLDERS = ("image", "images", "CelebA-HQ-img", "CelebAMask-HQ/CelebA-HQ-img")
@@ -36,27 +30,24 @@ class CelebAHQ(ListedImages):
     Args:
         root: the folder with the images, the texts and the splits.
         split: train (24,000), test (6,000), or all, which needs no split files.
-        options: see `Reading`.
-
-    Raises:
-        ConfigError: if a folder, a split file or an image is missing.
+        options: see :class:`.listed.ImageOptions`.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", **options: Any):
-        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
+    def _read(self, root: Path, split: str = "train") -> list[Record]:
         split = choose_split(split, SPLITS)
         images, texts = _folder(root, IMAGE_FOLDERS), _folder(root, TEXT_FOLDERS)
         if split == "all":
-            names = sorted((path.stem for path in images.glob("*.jpg")), key=_number)
+            stems = (path.stem for path in images.glob("*.jpg"))
+            names = sorted(stems, key=lambda s: (int(s) if s.isdigit() else -1, s))
         else:
             names = read_name_pickle(root / split / "filenames.pickle")
         self.face_names, labels = _attributes(root)
         records = []
         for name in names:
             extra = {"attributes": {"face": labels[name]}} if name in labels else {}
-            captions = read_captions(texts / f"{name}.txt", reading.encoding)
+            captions = read_captions(texts / f"{name}.txt", self.options.encoding)
             records.append(Record(f"{name}.jpg", images / f"{name}.jpg", captions, extra))
-        super().__init__(records, reading, where=root)
+        return records
 
     def attribute_names(self) -> dict[str, tuple[str, ...]]:
         """Return the names of the 40 columns; {} without the attribute file."""
@@ -65,23 +56,20 @@ class CelebAHQ(ListedImages):
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for numbered images and texts and at least one split file."""
-        folders = (IMAGE_FOLDERS, TEXT_FOLDERS)
-        if not all(any((root / name).is_dir() for name in names) for names in folders):
+        try:
+            texts = [_folder(root, names) for names in (IMAGE_FOLDERS, TEXT_FOLDERS)][1]
+        except ConfigError:
             return {}
-        splits = [s for s in SPLITS[:2] if (root / s / "filenames.pickle").is_file()]
-        is_numbered = any(path.stem.isdigit() for path in _folder(root, TEXT_FOLDERS).glob("*.txt"))
-        return {s: {"root": root, "split": s} for s in splits} if is_numbered else {}
+        if not any(path.stem.isdigit() for path in texts.glob("*.txt")):
+            return {}
+        return splits_at(root, (s for s in SPLITS if (root / s / "filenames.pickle").is_file()))
 
 
 def _folder(root: Path, names: tuple[str, ...]) -> Path:
-    found = next((root / name for name in names if (root / name).is_dir()), None)
-    if found is None:
-        raise ConfigError(f"{root}: none of the folders {', '.join(names)} is there")
-    return found
-
-
-def _number(stem: str) -> tuple[int, str]:
-    return (int(stem) if stem.isdigit() else -1, stem)
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise ConfigError(f"{root}: contains none of the folders {', '.join(names)}")
 
 
 def _attributes(root: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
@@ -89,13 +77,12 @@ def _attributes(root: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     path = next((p for p in (root / ATTRIBUTES, root.parent / ATTRIBUTES) if p.is_file()), None)
     if path is None:
         return (), {}
-    told = read_lines(path)
-    if len(told) < 2:
+    rows = read_lines(path)
+    if len(rows) < 2:
         raise ConfigError(f"{path}: expected a count, a line of names, then a line for each image")
-    _, header, *lines = told
-    names, labels = tuple(header.split()), {}
-    for number, line in enumerate(lines, 3):
-        file, *values = line.split()
+    names, labels = tuple(rows[1].split()), {}
+    for number, row in enumerate(rows[2:], 3):
+        file, *values = row.split()
         if len(values) != len(names):
             raise ConfigError(f"{path}:{number}: expected {len(names)} values, got {len(values)}")
         labels[file.partition(".")[0]] = np.array([value == "1" for value in values], np.int64)

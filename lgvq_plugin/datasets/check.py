@@ -1,4 +1,4 @@
-"""A contact sheet: pictures as training will see them, captions below."""
+"""`lgvq data check`: what a path holds, what of it cannot be used, and how it looks."""
 
 import io
 import textwrap
@@ -6,128 +6,78 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ..files import require_writable, write_bytes, write_json, write_text
 from ..guides.base import AbstractGuide, build_guide
 from ..sockets import ConfigError, suggest
-from .base import EXPECTED, CaptionedFiles, Health, recognize
+from .base import recognize
+from .captions import EXPECTED
+from .images import Health, examine
+from .listed import ListedImages
 
-COLUMNS = 6
-MARGIN = 8
-LINE = 13  # pixels of a line of text
-LINES = 5
-LETTERS = 31  # that fit below a picture of 192 pixels
-
-
-def write_sheet(path: Path, dataset: CaptionedFiles, indices: Sequence[int]) -> None:
-    """Write a PNG with these samples of a data set that gives (H, W, 3) images."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    samples = [dataset[index] for index in indices]
-    side = samples[0]["image"].shape[0]
-    wide, high = side + MARGIN, side + MARGIN + LINES * LINE + MARGIN
-    columns = min(COLUMNS, len(samples))
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * wide + MARGIN, rows * high + MARGIN), "#e8e8e8")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(str(_font()), 10)
-    for place, sample in enumerate(samples):
-        left = MARGIN + place % columns * wide
-        top = MARGIN + place // columns * high
-        pixels = ((sample["image"] + 1) * 127.5).round().astype(np.uint8)
-        sheet.paste(Image.fromarray(pixels), (left, top))
-        told = sample["captions"][0] if sample["captions"] else "(no caption)"
-        more = len(sample["captions"]) - 1
-        words = f"{told}  (+{more})" if more > 0 else told
-        for row, line in enumerate(_lines(words, sample["file"])):
-            ink = "#777777" if row == 0 else "black"
-            pen.text((left, top + side + 2 + row * LINE), line, fill=ink, font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
-
-
-def _lines(caption: str, file: str) -> list[str]:
-    name = file if len(file) <= LETTERS else f"…{file[1 - LETTERS :]}"
-    return [name, *textwrap.wrap(caption, LETTERS, max_lines=LINES - 1, placeholder=" …")]
-
-
-def _font() -> Path:
-    # matplotlib's wheel carries it: wide coverage of letters, the same on every machine.
-    import matplotlib
-
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-
-
-# -- `lgvq data check`: what lies at a path, what of it cannot be used, and how it looks ---------
-
-
-SHEET = 24  # pictures on a contact sheet
-BATCH = 512  # captions a call of the tokenizer
+PICTURES = 24  # on a contact sheet
+SIDE = 192  # pixels of a picture
+BATCH = 512  # captions per call of the tokenizer
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long captions are, in tokens of the guide, start and end included."""
+    """Lengths of captions in tokens of the guide, start and end included."""
 
     median: int
     most: int
     """95 % of the captions are no longer than this."""
     longest: int
-    """As cut: no more than `limit`."""
+    """After cutting: no more than `limit`."""
     cut: int
     limit: int
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What was found in one split; counts of images unless said otherwise."""
+    """What was found in one split; counts of images unless noted otherwise."""
 
     images: int
     captions: int
-    """Captions in all."""
+    """Number of captions in total."""
     fewest_captions: int
     most_captions: int
     without_caption: int
     lengths: Lengths | None
     repeated_captions: int
-    """Different captions that stand with more than one image; L_gsa takes them for negatives."""
+    """Different captions that several images share; L_gsa treats them as negatives."""
     most_repeated: tuple[str, int]
     repeated_images: int
-    """Files that have the very bytes of another one."""
+    """Files with the same bytes as another one."""
     median_size: tuple[int, int]
     smallest_side: int
     problems: dict[str, int]
-    """missing, empty, corrupt, bomb -> how many."""
-    has_questions: bool = False
-    template: str = ""
+    """missing, empty, corrupt, bomb -> number of files."""
+    has_questions: bool
+    template: str
     """Captions were made from the names of class folders, by this text."""
-    broken_captions: int = 0
+    broken_captions: int
     """Captions with U+FFFD in them: their bytes are of another encoding."""
-    first_broken: tuple[str, str] = ("", "")
+    first_broken: tuple[str, str]
     """File and caption of the first of them."""
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...]
     """Files that seem to hold captions and were not read; sought where captions are missing."""
-    words: int = 0
-    unknown_words: int = 0
-    """Of those, words that the guide was not trained on; 0 for a guide that cannot tell."""
-    unknown_examples: tuple[str, ...] = ()
-
-    @property
-    def readable(self) -> int:
-        """Images that can be used."""
-        return self.images - sum(self.problems.values())
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether a model can be trained or tested on it."""
-        return self.readable > 0
+    unlisted: tuple[str, ...]
+    """Images in the folder that the table does not list."""
+    words: int
+    unknown_words: int
+    """Words that the guide was not trained on; 0 for a guide whose training words are unknown."""
+    unknown_examples: tuple[str, ...]
+    readable: int
+    """Images that can be used."""
+    is_usable: bool
+    """Whether a model can be trained or tested on it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +88,7 @@ class Check:
     member: str
     splits: dict[str, SplitReport]
     shared_images: int
-    """Files whose bytes stand in more than one split."""
+    """Files whose bytes occur in more than one split."""
     problems: list[Health]
     files: list[Path]
     """What was written."""
@@ -170,8 +120,8 @@ def check(
     Args:
         path: a folder, table or list of paths.
         out: where the files go; None writes nothing.
-        member: the data set to take it for; None asks all.
-        split: look at this one only.
+        member: the data set to read it as; None tries all.
+        split: check only this one.
         guide: the `lgvq.guide` block whose tokens captions are measured in; None is the
             embedded one.
         workers: threads that read and decode.
@@ -186,147 +136,132 @@ def check(
         raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
     if out is not None:
         require_writable(out)
-    ruler = build_guide(guide or {"use": "micro_clip"})
-    splits, problems, written = {}, [], []
-    homes: dict[str, set[str]] = {}
+    encoder = build_guide(guide or {"use": "micro_clip"})
+    reports, problems, written = {}, [], []
+    splits_with: dict[str, set[str]] = {}
     for name in [split] if split else layout.splits:
-        dataset = layout.build(name, size=192, crop="none", skip_corrupt=True, **options)
+        dataset = layout.build(name, size=SIDE, crop="none", skip_corrupt=True, **options)
         found = list(_examine(dataset, name, workers, progress))
         template = str(layout.splits[name].get("caption_template", ""))
-        splits[name] = _report(dataset, found, ruler, name, progress, template)
+        lengths = _lengths(dataset, encoder, name, progress)
+        reports[name] = _report(dataset, found, encoder, lengths, template)
         problems += [health for health in found if health.problem]
         for health in found:
-            homes.setdefault(health.digest, set()).add(name)
+            splits_with.setdefault(health.digest, set()).add(name)
         good = [i for i, health in enumerate(found) if not health.problem]
         if good and out is not None:
-            sheet = out / f"contact_sheet_{name}.png"
-            write_sheet(sheet, dataset, _spread(good, SHEET))
-            written.append(sheet)
-    homes.pop("", None)
-    shared = sum(len(where) > 1 for where in homes.values())
-    result = Check(Path(path), layout.member, splits, shared, problems, written)
+            written.append(out / f"contact_sheet_{name}.png")
+            step = max(1, len(good) / PICTURES)
+            chosen = [good[int(i * step)] for i in range(min(PICTURES, len(good)))]
+            _write_sheet(written[-1], [dataset[index] for index in chosen])
+    splits_with.pop("", None)
+    shared = sum(len(names) > 1 for names in splits_with.values())
+    result = Check(Path(path), layout.member, reports, shared, problems, written)
     if out is not None:
         _write(result, out)
     return result
 
 
-def _write(result: Check, out: Path) -> None:
-    problems, written = result.problems, result.files
-    if problems:
-        lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in problems)
-        write_text(out / "problems.txt", "".join(lines))
-        written.append(out / "problems.txt")
-    else:
-        (out / "problems.txt").unlink(missing_ok=True)
-    write_json(out / "report.json", _plain(result))
-    written.append(out / "report.json")
-
-
-def _examine(dataset: CaptionedFiles, name: str, workers: int, progress: bool) -> Iterator[Health]:
+def _examine(dataset: ListedImages, name: str, workers: int, progress: bool) -> Iterator[Health]:
     with (
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(dataset), desc=f"{name}: images", unit="img", disable=not progress) as bar,
     ):
-        for health in pool.map(dataset.examine, range(len(dataset))):
+        for health in pool.map(lambda record: examine(record.file, record.path), dataset.records):
             bar.update()
             yield health
 
 
+def _lengths(
+    dataset: ListedImages, guide: AbstractGuide, name: str, progress: bool
+) -> Lengths | None:
+    captions = [text for record in dataset.records for text in record.captions]
+    if not captions:
+        return None
+    counts, cut = [], 0
+    with tqdm(total=len(captions), desc=f"{name}: captions", disable=not progress) as bar:
+        for first in range(0, len(captions), BATCH):
+            tokens = guide.tokenize(captions[first : first + BATCH])
+            counts += tokens.attention_mask.sum(dim=1).tolist()
+            cut += tokens.cut
+            bar.update(len(tokens.attention_mask))
+    counts.sort()
+    return Lengths(
+        median=median_high(counts),
+        most=counts[min(len(counts) - 1, int(0.95 * len(counts)))],
+        longest=counts[-1],
+        cut=cut,
+        limit=guide.max_length,
+    )
+
+
 def _report(
-    dataset: CaptionedFiles,
+    dataset: ListedImages,
     found: list[Health],
     guide: AbstractGuide,
-    name: str,
-    progress: bool,
+    lengths: Lengths | None,
     template: str,
 ) -> SplitReport:
-    captions = [dataset.captions_of(i) for i in range(len(dataset))]
+    captions = [record.captions for record in dataset.records]
     counts = [len(own) for own in captions]
-    homes = Counter(caption for own in captions for caption in dict.fromkeys(own))
-    usual, times = homes.most_common(1)[0] if homes else ("", 0)
+    times = Counter(caption for own in captions for caption in dict.fromkeys(own))
     digests = Counter(health.digest for health in found if health.digest)
-    sizes = [(health.width, health.height) for health in found if health.width]
-    texts = [text for own in captions for text in own]
-    broken, unknown = dataset.broken_texts(), guide.unknown_words(texts)
-    is_short = template or not all(counts)
+    widths = [health.width for health in found if health.width] or [0]
+    heights = [health.height for health in found if health.width] or [0]
+    broken = dataset.broken_texts()
+    unknown = guide.unknown_words([text for own in captions for text in own])
+    problems = Counter(health.problem for health in found if health.problem)
+    readable = len(dataset) - problems.total()
     return SplitReport(
         images=len(dataset),
         captions=sum(counts),
         fewest_captions=min(counts),
         most_captions=max(counts),
         without_caption=counts.count(0),
-        lengths=_lengths(texts, guide, name, progress),
-        repeated_captions=sum(count > 1 for count in homes.values()),
-        most_repeated=(usual, times),
+        lengths=lengths,
+        repeated_captions=sum(count > 1 for count in times.values()),
+        most_repeated=next(iter(times.most_common(1)), ("", 0)),
         repeated_images=sum(count - 1 for count in digests.values()),
-        median_size=(_median([w for w, _ in sizes]), _median([h for _, h in sizes])),
-        smallest_side=min((min(size) for size in sizes), default=0),
-        problems=dict(Counter(health.problem for health in found if health.problem)),
-        has_questions="questions" in dataset.extra_of(0),
+        median_size=(median_high(widths), median_high(heights)),
+        smallest_side=min(widths + heights),
+        problems=dict(problems),
+        has_questions="questions" in dataset.records[0].extra,
         template=template,
         broken_captions=len(broken),
         first_broken=broken[0] if broken else ("", ""),
-        unread=tuple(map(str, dataset.unread_files())) if is_short else (),
+        unread=tuple(map(str, dataset.unread_files())) if template or not all(counts) else (),
+        unlisted=tuple(map(str, dataset.unlisted_images())),
         words=unknown.words if unknown else 0,
         unknown_words=unknown.unknown if unknown else 0,
         unknown_examples=unknown.examples if unknown else (),
+        readable=readable,
+        is_usable=readable > 0,
     )
 
 
-def _lengths(
-    captions: list[str], guide: AbstractGuide, name: str, progress: bool
-) -> Lengths | None:
-    if not captions:
-        return None
-    counts, cut, rest = [], 0, iter(captions)
-    with tqdm(total=len(captions), desc=f"{name}: captions", disable=not progress) as bar:
-        while batch := list(islice(rest, BATCH)):
-            tokens = guide.tokenize(batch)
-            counts.append(tokens.attention_mask.sum(dim=1))
-            cut += tokens.cut
-            bar.update(len(batch))
-    numbers = torch.cat(counts).sort().values
-    return Lengths(
-        median=int(numbers[len(numbers) // 2]),
-        most=int(numbers[min(len(numbers) - 1, int(0.95 * len(numbers)))]),
-        longest=int(numbers[-1]),
-        cut=cut,
-        limit=guide.max_length,
-    )
-
-
-def _median(values: list[int]) -> int:
-    return sorted(values)[len(values) // 2] if values else 0
-
-
-def _spread(indices: list[int], count: int) -> list[int]:
-    """Return up to `count` of the indices, evenly spread over them."""
-    step = max(1, len(indices) / count)
-    return [indices[int(i * step)] for i in range(min(count, len(indices)))]
-
-
-def _plain(result: Check) -> Mapping[str, Any]:
-    plain = asdict(result)
-    plain["splits"] = {
-        name: {**plain["splits"][name], "readable": report.readable, "is_usable": report.is_usable}
-        for name, report in result.splits.items()
-    }
-    plain |= {"path": str(result.path), "files": [str(path) for path in result.files]}
-    return {**plain, "is_usable": result.is_usable}
+def _write(result: Check, out: Path) -> None:
+    (out / "problems.txt").unlink(missing_ok=True)
+    if result.problems:
+        lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in result.problems)
+        write_text(out / "problems.txt", "".join(lines))
+        result.files.append(out / "problems.txt")
+    plain = {**asdict(result), "is_usable": result.is_usable}
+    write_json(out / "report.json", plain)
+    result.files.append(out / "report.json")
 
 
 def as_text(result: Check) -> str:
-    """Return the report for people."""
+    """Return the report as readable text."""
     lines = [f"{result.path}: laid out as {result.member}"]
     for name, report in result.splits.items():
         lines += [f"\n{name}", *(f"  {line}" for line in _split_lines(report))]
     if result.shared_images:
-        lines.append(f"\n{result.shared_images} image files stand in more than one split")
+        lines.append(f"\n{result.shared_images} image files occur in more than one split")
     if result.problems:
         first = result.problems[0]
         lines.append(f"\n{len(result.problems)} files cannot be used, first: {first.reason}")
         lines += [f"  {health.problem}  {health.file}" for health in result.problems[1:10]]
-        lines.append("mend or remove them, or set `skip_corrupt: true` in the config")
+        lines.append("fix or remove them, or set `skip_corrupt: true` in the config")
     written = [f"wrote {path}" for path in result.files]
     lines += ["", *(written or ["nothing was written; `-o FOLDER` keeps this report and pictures"])]
     bad = [name for name, report in result.splits.items() if not report.is_usable]
@@ -337,13 +272,12 @@ def as_text(result: Check) -> str:
 
 
 def _split_lines(report: SplitReport) -> Iterator[str]:
-    average = report.captions / report.images
     width, height = report.median_size
     sizes = f"median {width} x {height}, smallest side {report.smallest_side}"
     yield f"images     {report.images:,}, {sizes if report.readable else 'none readable'}"
     yield (
-        f"captions   {report.captions:,}, {average:.1f} an image ({report.fewest_captions} to "
-        f"{report.most_captions})"
+        f"captions   {report.captions:,}, {report.captions / report.images:.1f} per image "
+        f"({report.fewest_captions} to {report.most_captions})"
     )
     captioned = report.images - report.without_caption
     yield f"           {captioned:,} of {report.images:,} images have captions"
@@ -366,19 +300,59 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
     if report.repeated_captions:
         text, times = report.most_repeated
         yield (
-            f"repeated   {report.repeated_captions:,} captions stand with several images, most: "
+            f"repeated   {report.repeated_captions:,} captions describe several images, most: "
             f"{text[:60]!r} with {times:,}"
         )
     if report.repeated_images:
-        yield f"duplicates {report.repeated_images:,} files have the bytes of another"
-    told = [f"{count:,} {kind}" for kind, count in report.problems.items()]
+        yield f"duplicates {report.repeated_images:,} files have the same bytes as another"
+    yield f"problems   {'; '.join(_problems(report)) or 'none'}"
+
+
+def _problems(report: SplitReport) -> Iterator[str]:
+    for kind, count in report.problems.items():
+        yield f"{count:,} {kind}"
     if report.broken_captions:
         file, caption = report.first_broken
-        told.append(
+        yield (
             f"{report.broken_captions:,} captions have bytes of another encoding, now U+FFFD, "
             f"first in {file}: {caption[:60]!r}; set `encoding:`, such as latin-1"
         )
-    told += [f"{file} seems to hold captions and is not read" for file in report.unread]
+    for file in report.unread:
+        yield f"{file} seems to hold captions and is not read"
+    if report.unlisted:
+        yield (
+            f"{len(report.unlisted):,} images of the folder are not in the table and left out, "
+            f"first: {report.unlisted[0]}"
+        )
     if report.without_caption == report.images:
-        told.append("no image has a caption")
-    yield f"problems   {'; '.join(told) or 'none'}"
+        yield "no image has a caption"
+
+
+def _write_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write a PNG of pictures as training sees them, captions below."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    margin, line, rows, letters = 8, 13, 5, 31
+    wide, high = SIDE + margin, SIDE + 2 * margin + rows * line
+    columns = min(6, len(samples))
+    shape = columns * wide + margin, -(-len(samples) // columns) * high + margin
+    sheet = Image.new("RGB", shape, "#e8e8e8")
+    # matplotlib's own font: wide coverage of letters, the same on every machine.
+    ttf = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(str(ttf), 10)
+    for place, sample in enumerate(samples):
+        left, top = margin + place % columns * wide, margin + place // columns * high
+        pixels = ((sample["image"] + 1) * 127.5).round().astype(np.uint8)
+        sheet.paste(Image.fromarray(pixels), (left, top))
+        caption, *more = sample["captions"] or ["(no caption)"]
+        caption += f"  (+{len(more)})" if more else ""
+        file = sample["file"]
+        name = file if len(file) <= letters else f"…{file[1 - letters :]}"
+        pen.text((left, top + SIDE + 2), name, fill="#777777", font=font)
+        lines = textwrap.wrap(caption, letters, max_lines=rows - 1, placeholder=" …")
+        for row, text in enumerate(lines, 1):
+            pen.text((left, top + SIDE + 2 + row * line), text, fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())

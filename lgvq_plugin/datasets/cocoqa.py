@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from .coco import CocoImages, all_captions
-from .listed import ListedImages, Reading, Record, choose_split, read_text
+from .captions import open_text
+from .coco import question_records
+from .listed import ListedImages, Record
+from .splits import choose_split, splits_at
 
 TYPES = ("object", "number", "color", "location")
 COLUMNS = ("questions", "answers", "types", "img_ids")
@@ -19,61 +21,45 @@ SPLITS = ("train", "test")
 class CocoQA(ListedImages):
     """COCO images with `questions`: a list of `{"question", "answer", "type"}`.
 
-    One sample an image, in the order of the first question about it; the type is object,
-    number, color or location. Captions come from COCO's captions files where they lie beside
+    One sample per image, in the order of the first question about it; the type is object,
+    number, color or location. Captions come from COCO's captions files where these are beside
     the images, else `caption == ""`.
 
     Args:
         root: the folder with `train/` and `test/`, or one that holds it as `cocoqa/`.
         split: train or test.
         images: COCO's folder; null looks in root and in the folder above.
-        options: see `Reading`.
-
-    Raises:
-        ConfigError: if a file or an image is missing, or the files differ in length.
+        options: see :class:`.listed.ImageOptions`.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str = "train",
-        *,
-        images: str | Path | None = None,
-        **options: Any,
-    ):
-        reading, given = Reading.of(options, type(self)), Path(root).expanduser()
-        root = _find(given)
-        split = choose_split(split, SPLITS)
-        homes = [Path(images).expanduser()] if images else [given, root, root.parent]
-        files = CocoImages(*homes)
-        told = [all_captions(home, home) for home in dict.fromkeys(homes)]
-        captions = {number: texts for found in told for number, texts in found.items()}
-        records = []
-        for number, asked in _questions(root / split).items():
-            path = files.find(number=number)
-            extra = {"image_id": number, "questions": asked}
-            records.append(Record(path.name, path, tuple(captions.get(number, ())), extra))
-        super().__init__(records, reading, where=root / split)
+    def _read(
+        self, root: Path, split: str = "train", *, images: str | Path | None = None
+    ) -> list[Record]:
+        home = _home(root)
+        self.where = home / choose_split(split, SPLITS)
+        places = [Path(images).expanduser()] if images else [root, home, home.parent]
+        return question_records(_questions(self.where), places)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for img_ids.txt beside questions.txt."""
-        home = _find(root)
-        there = [s for s in SPLITS if all((home / s / f"{c}.txt").is_file() for c in COLUMNS)]
-        return {split: {"root": root, "split": split} for split in there}
+        files = [f"{name}.txt" for name in COLUMNS]
+        is_there = (s for s in SPLITS if all((_home(root) / s / f).is_file() for f in files))
+        return splits_at(root, is_there)
 
 
-def _find(root: Path) -> Path:
+def _home(root: Path) -> Path:
     inner = root / "cocoqa"
     return inner if any((inner / split / "img_ids.txt").is_file() for split in SPLITS) else root
 
 
 def _questions(folder: Path) -> dict[int, list[dict[str, Any]]]:
     columns = [_lines(folder / f"{name}.txt") for name in COLUMNS]
-    lengths = [len(column) for column in columns]
-    if len(set(lengths)) > 1:
-        told = ", ".join(f"{n}.txt {k}" for n, k in zip(COLUMNS, lengths, strict=True))
-        raise ConfigError(f"{folder}: the files differ in their number of lines: {told}")
+    if len({len(column) for column in columns}) > 1:
+        counts = (f"{n}.txt {len(c)}" for n, c in zip(COLUMNS, columns, strict=True))
+        raise ConfigError(
+            f"{folder}: the files differ in their number of lines: {', '.join(counts)}"
+        )
     found: dict[int, list[dict[str, Any]]] = {}
     for line, (question, answer, kind, number) in enumerate(zip(*columns, strict=True), 1):
         try:
@@ -90,4 +76,5 @@ def _questions(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 def _lines(path: Path) -> list[str]:
     # Empty lines inside count, as the files are aligned by line; those at the end do not.
-    return [" ".join(line.split()) for line in read_text(path).rstrip().split("\n")]
+    with open_text(path) as file:
+        return [" ".join(line.split()) for line in file.read().rstrip().split("\n")]

@@ -2,11 +2,10 @@
 
 root/captions.jsonl | metadata.csv | captions.txt | ...         root/[images/]x.jpg
 root/Flickr8k.token.txt | results.csv (Flickr30k)               root/Images/x.jpg
-root/x.jpg + root/x.txt (one caption a line)                    root/class_name/x.jpg
+root/x.jpg + root/x.txt (one caption per line)                  root/class_name/x.jpg
 any of these in root/train, root/validation, root/test; or one table with a column `split`
 """
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,65 +15,58 @@ from typing import Any
 from ..sockets import ConfigError
 from .captions import (
     EXPECTED,
-    SPLIT_WORDS,
+    USUAL,
     Columns,
     clean,
     find_table,
     read_sidecar,
     read_split_lists,
     read_table,
-    split_name,
-    split_of_folders,
+    tables_in,
     unread_files,
 )
 from .images import SUFFIXES
-from .listed import (
+from .listed import ImageFinder, ListedImages, Record, image_files
+from .splits import (
     SPLITS,
-    ImageFinder,
-    ListedImages,
-    Reading,
-    Record,
     declared_splits,
-    image_files,
     of_split,
-    records_of,
     refuse_other_splits,
+    split_name,
+    split_of_folders,
+    split_words,
+    splits_at,
 )
-
-log = logging.getLogger(__name__)
 
 NO_CLASS = re.compile(
     r"(jpe?g|png|raw)?_?(images?|imgs?|pictures?|photos?|masks?|labels?|thumbnails?|data|dataset|"
     r"files|all|jpe?g|png|samples?|[a-z]?[\W\d_]*)",
     re.I,
 )
-"""Names of folders that say nothing of what is in the image: Images, 00000, n01440764."""
+"""Names of folders that do not describe the image: Images, 00000, n01440764."""
 
 
 class CaptionedFolder(ListedImages):
     """Images of a folder with their captions; an image without one has `caption == ""`.
 
     Args:
-        root: the folder; images lie in it, in its `images/`, or below.
+        root: the folder; images are in it, in its `images/`, or below.
         captions: the table, relative to root or to where you are; None looks for one.
         split: train, validation or test, as the table's column `split`, a list such as
             `Flickr_8k.trainImages.txt` or a folder of that name says; where nothing does, train
-            and validation are parted by a hash of each file's name. all: everything; None is the
+            and validation are divided by a hash of each file's name. all: everything; None is the
             same where nothing names a split, and refused where something does.
         holdout: share of the validation split where nothing names one, 0 < holdout < 1.
         caption_key: the table's column with the captions, where its name is not a usual one.
         file_key: the table's column with the images' paths, likewise.
         caption_template: such as "a photo of a {}", for a `name` column and class folders.
-        exclude: regular expression; files whose name it finds are left out.
-        options: see `Reading`.
-
-    Raises:
-        ConfigError: if there is nothing to read, or a line or an image is broken; it is named.
+        exclude: regular expression; files whose name it matches anywhere are left out.
+        options: see :class:`.listed.ImageOptions`.
     """
 
-    def __init__(
+    def _read(
         self,
-        root: str | Path,
+        root: Path,
         captions: str | Path | None = None,
         split: str | None = None,
         *,
@@ -83,26 +75,44 @@ class CaptionedFolder(ListedImages):
         file_key: str | None = None,
         caption_template: str | None = None,
         exclude: str | None = None,
-        **options: Any,
-    ):
-        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
-        _check(root, caption_template)
-        columns = Columns(file_key=file_key, caption_key=caption_key, encoding=reading.encoding)
+    ) -> list[Record]:
+        template, encoding = caption_template, self.options.encoding
+        if not root.is_dir():
+            raise ConfigError(f"root: {root} is no folder; expected one with images and {EXPECTED}")
+        if template is not None and template.count("{}") != 1:
+            raise ConfigError(
+                "caption_template must hold one {}, such as 'a photo of a {}'; got "
+                f"{template!r}"
+            )
         inner = _split_folder(root, split_name(split)) if captions is None else None
-        if inner is not None:
-            root, split, wanted = inner, "all", split_name(split)
-        table = find_table(root, captions, columns)
+        self._home = home = inner or root
+        columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
+        table = find_table(home, captions, columns)
         if table is None:
-            records = _records_without_table(root, caption_template, reading.encoding)
+            self.where, records = home, _records_without_table(home, template, encoding)
         else:
-            records = _records_of_table(root, table, columns, caption_template)
-        where = table or root
+            self.where, records = table, _records_of_table(home, table, columns, template)
+        self._listed = {record.path for record in records} if table else None
         if inner is not None:
-            refuse_other_splits(records, wanted, where)
-        records = of_split(_not_excluded(records, exclude), split, holdout=holdout, where=where)
-        if not records:
-            raise ConfigError(f"{where}: no image is left by split {split!r}, exclude {exclude!r}")
-        super().__init__(records, reading, where=where)
+            refuse_other_splits(records, split_name(split), self.where)
+        try:
+            unwanted = re.compile(exclude or r"(?!)")
+        except re.error as error:
+            raise ConfigError(f"exclude: {exclude!r} is no regular expression: {error}") from error
+        kept = [record for record in records if not unwanted.search(record.file)]
+        own = "all" if inner else split
+        kept = of_split(kept, own, holdout=holdout, where=self.where)
+        if not kept:
+            raise ConfigError(
+                f"{self.where}: no image is left by split {own!r}, exclude {exclude!r}"
+            )
+        return kept
+
+    def unlisted_images(self) -> list[Path]:
+        """Return images in the data set's folder that its table does not list."""
+        if self._listed is None:
+            return []
+        return [path for path in image_files(self._home) if path not in self._listed]
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -113,19 +123,17 @@ class CaptionedFolder(ListedImages):
         if inner:
             return {s: {"root": root, "split": s, **_template(f)} for s, f in inner.items()}
         if table := find_table(root, None):
-            splits = declared_splits(_records_of_table(root, table, Columns(), None))
-            return {s: {"root": root, "split": s} for s in splits or ("all",)}
+            splits = declared_splits(_records_of_table(root, table, USUAL, None))
+            return splits_at(root, splits or ["all"])
         if not (images := image_files(root)):
             return {}
-        if splits := declared_splits([_in_folder(root, path) for path in images]):
-            return {s: {"root": root, "split": s, **_template(root, images)} for s in splits}
-        return {"all": {"root": root, "split": "all", **_template(root, images)}}
+        splits = declared_splits([_in_folder(root, path) for path in images])
+        return splits_at(root, splits or ["all"], **_template(root, images))
 
 
 def _split_folder(root: Path, split: str | None) -> Path | None:
     """Return root/train and the like, if it has captions of its own or root has no table."""
-    names = [name for name, full in SPLIT_WORDS.items() if full == split and name != "restval"]
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    folder = next((root / name for name in split_words(split) if (root / name).is_dir()), None)
     if folder is None or (find_table(root, None) and not find_table(folder, None)):
         return None
     return folder
@@ -143,21 +151,12 @@ def _template(root: Path, images: Sequence[Path] | None = None) -> dict[str, str
     return {"caption_template": "a photo of a {}"}
 
 
-def _check(root: Path, template: str | None) -> None:
-    if not root.is_dir():
-        raise ConfigError(f"root: {root} is no folder; expected one with images and {EXPECTED}")
-    if template is not None and template.count("{}") != 1:
-        raise ConfigError(
-            f"caption_template must hold one {{}}, such as 'a photo of a {{}}'; got {template!r}"
-        )
-
-
 def _records_of_table(
     root: Path, table: Path, columns: Columns, template: str | None
 ) -> list[Record]:
     homes = (table.parent, root, root / "images", table.parent / "images")
     listed = read_table(table, columns, template or "{}")
-    records = records_of(listed, ImageFinder(homes, below=root))
+    records = ImageFinder(homes, below=root).records(listed)
     if not any(record.captions for record in records):
         raise ConfigError(f"{table}: all captions are empty; name their column with `caption_key`")
     lists = read_split_lists(table)
@@ -178,31 +177,24 @@ def _in_folder(root: Path, path: Path) -> Record:
 
 
 def _records_without_table(root: Path, template: str | None, encoding: str) -> list[Record]:
-    records, captioned = [], 0
+    records, has_captions = [], False
     for path in image_files(root):
         texts = read_sidecar(path, encoding)
-        captioned += texts is not None
-        is_in_class = path.parent not in (root, root / "images")
-        if texts is None and template and is_in_class:
+        if texts is None and template and path.parent not in (root, root / "images"):
             texts = [template.replace("{}", clean(path.parent.name.replace("_", " ")))]
-            captioned += 1
+        has_captions |= texts is not None
         records.append(replace(_in_folder(root, path), captions=tuple(texts or ())))
     if not records:
         raise ConfigError(f"{root} holds no images ({', '.join(SUFFIXES)}) and no table")
-    if not captioned:
+    if not has_captions:
+        tables = ", ".join(path.name for path in tables_in([root]))
         others = unread_files(root, (record.file for record in records), read=())
         names = ", ".join(path.relative_to(root).as_posix() for path in others)
         hint = f" ({names} could hold captions, but not in a layout that is read)" if names else ""
+        if tables:
+            hint = f" by this data set; `target: pairs_table` reads {tables}, one table per split"
         raise ConfigError(
             f"{root}: no captions found{hint}; expected {EXPECTED}; or, for folders named after "
             "classes, caption_template: 'a photo of a {}'"
         )
     return records
-
-
-def _not_excluded(records: list[Record], exclude: str | None) -> list[Record]:
-    try:
-        unwanted = re.compile(exclude) if exclude else None
-    except re.error as error:
-        raise ConfigError(f"exclude: {exclude!r} is no regular expression: {error}") from error
-    return [r for r in records if not (unwanted and unwanted.search(r.file))]

@@ -10,9 +10,11 @@ from typing import Any
 
 from ..sockets import ConfigError, suggest
 from .captions import CAPTION_KEYS, texts_of
-from .listed import SPLIT_ALIASES, ListedImages, Reading, Record
+from .listed import ListedImages, Record
+from .splits import split_name, splits_at
 
-CAPTION_COLUMNS = (*CAPTION_KEYS[:-1], "prompt", "caption_str", "sentences")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+CAPTION_COLUMNS = (*CAPTION_KEYS[:-1], "caption_str")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Cell:
         raise OSError(f"{self} is empty")
 
     def is_file(self) -> bool:
-        """Return True: the row is there."""
+        """Return True: the row exists."""
         return True
 
     def __str__(self) -> str:
@@ -52,16 +54,16 @@ class HuggingFaceImages(ListedImages):
         caption_column: null takes the first usual one; its cells are texts or lists of texts;
             also `caption_key`.
         name: of the configuration, for hub data sets with several.
-        options: see `Reading`.
+        options: see :class:`.listed.ImageOptions`.
 
     Raises:
         ConfigError: if `datasets` is not installed (extra `[data]`), or it cannot read root, or
             a column is missing.
     """
 
-    def __init__(
+    def _read(
         self,
-        root: str | Path,
+        root: Path,
         split: str = "train",
         *,
         image_column: str | None = None,
@@ -69,38 +71,39 @@ class HuggingFaceImages(ListedImages):
         file_key: str | None = None,
         caption_key: str | None = None,
         name: str | None = None,
-        **options: Any,
-    ):
-        reading = Reading.of(options, type(self))
-        folder = Path(root).expanduser()
-        table = _load(str(folder) if folder.exists() else str(root), name)
-        table = _part(table, split)
-        usual = ("image", "img", "jpg", "png")
-        column = _column(table, image_column or file_key, usual, "image_column")
+    ) -> list[Record]:
+        table = _load(root, name)
+        if isinstance(table, dict):
+            known = {key: key for key in table} | {split_name(key): key for key in table}
+            key = known.get(split, known.get(split_name(split)))
+            if key is None:
+                raise ConfigError(f"split: {split!r}{suggest(split, list(table))}")
+            table = table[key]
+        column = _column(table, image_column or file_key, IMAGE_COLUMNS, "image_column")
         words = _column(table, caption_column or caption_key, CAPTION_COLUMNS, "caption_column")
-        table = _undecoded(table, column)
-        pictures = table.select_columns([column])
-        records = []
-        for row, told in enumerate(table[words]):
-            captions = tuple(texts_of(told, f"{root}: row {row}, column {words!r}"))
-            file = f"{split}_{row:08d}"
-            records.append(Record(file, Cell(pictures, row, column), captions))
-        super().__init__(records, reading, where=root)
+        images = _encoded(table, column).select_columns([column])
+        return [
+            Record(
+                f"{split}_{row:08d}",
+                Cell(images, row, column),
+                tuple(texts_of(texts, f"{root}: row {row}, column {words!r}")),
+            )
+            for row, texts in enumerate(table[words])
+        ]
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for save_to_disk and parquet files; plain imagefolders are a `folder` too."""
         if not root.is_dir():
             return {}
-        is_saved = any((root / n).is_file() for n in ("dataset_dict.json", "state.json"))
-        if is_saved or any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")):
-            table = _load(str(root), None)
-            splits = list(table) if isinstance(table, dict) else ["train"]
-            return {split: {"root": root, "split": split} for split in splits}
-        return {}
+        patterns = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet")
+        if not any(any(root.glob(pattern)) for pattern in patterns):
+            return {}
+        table = _load(root, None)
+        return splits_at(root, table if isinstance(table, dict) else ["train"])
 
 
-def _load(root: str, name: str | None) -> Any:
+def _load(root: Path, name: str | None) -> Any:
     """Return a Dataset or a dict of them."""
     try:
         import datasets
@@ -108,28 +111,17 @@ def _load(root: str, name: str | None) -> Any:
         raise ConfigError(
             f"{root}: reading Hugging Face data sets needs `pip install lgvq_plugin[data]`"
         ) from error
-    folder = Path(root)
     try:
-        if any((folder / n).is_file() for n in ("dataset_dict.json", "state.json")):
-            return datasets.load_from_disk(root)
-        if not folder.is_dir():
-            return datasets.load_dataset(root, name)
-        if any(folder.rglob("metadata.*")) or not any(folder.rglob("*.parquet")):
-            # load_dataset(root) overlooks metadata files that lie in root itself.
-            return datasets.load_dataset("imagefolder", data_dir=root)
-        return datasets.load_dataset(root)
+        if any((root / n).is_file() for n in ("dataset_dict.json", "state.json")):
+            return datasets.load_from_disk(str(root))
+        if not root.is_dir():
+            return datasets.load_dataset(str(root), name)
+        if any(root.rglob("metadata.*")) or not any(root.rglob("*.parquet")):
+            # load_dataset(root) overlooks metadata files that are in root itself.
+            return datasets.load_dataset("imagefolder", data_dir=str(root))
+        return datasets.load_dataset(str(root))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{root}: the datasets library cannot read it: {error}") from error
-
-
-def _part(table: Any, split: str) -> Any:
-    if not isinstance(table, dict):
-        return table
-    wanted = SPLIT_ALIASES.get(split, split)
-    for known in table:
-        if known == split or SPLIT_ALIASES.get(known, known) == wanted:
-            return table[known]
-    raise ConfigError(f"split: {split!r}{suggest(split, list(table))}")
 
 
 def _column(table: Any, given: str | None, usual: tuple[str, ...], option: str) -> str:
@@ -138,11 +130,11 @@ def _column(table: Any, given: str | None, usual: tuple[str, ...], option: str) 
         raise ConfigError(f"{option}: {given!r}{suggest(given, names)}")
     found = given or next((name for name in usual if name in names), None)
     if found is None:
-        raise ConfigError(f"no usual column; name one with `{option}`; there are {names}")
+        raise ConfigError(f"no usual column; name one with `{option}`; the columns are {names}")
     return found
 
 
-def _undecoded(table: Any, column: str) -> Any:
+def _encoded(table: Any, column: str) -> Any:
     import datasets
 
     if isinstance(table.features[column], datasets.Image):

@@ -1,4 +1,4 @@
-"""Random choices that depend on a key alone, so that they are the same in every process."""
+"""From an image file to the network's input: open, turn upright, put on white, crop, resize."""
 
 import hashlib
 import io
@@ -12,15 +12,231 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..sockets import ConfigError, suggest
-from .base import Health
+from ..sockets import ConfigError
 
 T = TypeVar("T")
-BLOCK = 64
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CROPS = ("center", "random", "none")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
+
+class UnreadableImage(ConfigError):
+    """An image file is missing or broken; a data set may skip it if the user says so."""
+
+
+class DecompressionBomb(ConfigError):
+    """An image file unpacks to more pixels than PIL's limit; never skipped silently."""
+
+
+class Source(Protocol):
+    """Something that holds an image's bytes: a `pathlib.Path`, or a member of an archive."""
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded image; raises OSError."""
+
+    def is_file(self) -> bool:
+        """Return whether there is anything to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The result of reading one image file."""
+
+    file: str
+    """The name that samples show."""
+    problem: str = ""
+    """missing, empty, corrupt or bomb; "" for a good one."""
+    reason: str = ""
+    digest: str = ""
+    """sha256 of the file's bytes, "" if it could not be read."""
+    width: int = 0
+    """In pixels, upright; 0 if it could not be decoded. So is the height."""
+    height: int = 0
+
+
+def examine(file: str, source: Source) -> Health:
+    """Read and decode one file as training would; never raises for what is in it."""
+    if not source.is_file():
+        return Health(file, "missing", f"{source} does not exist")
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        return Health(file, "corrupt", f"{source}: {error}")
+    if not content:
+        return Health(file, "empty", f"{source} has no bytes")
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        image = open_image(source)
+    except DecompressionBomb as error:
+        return Health(file, "bomb", str(error), digest)
+    except UnreadableImage as error:
+        return Health(file, "corrupt", str(error), digest)
+    return Health(file, "", "", digest, image.width, image.height)
+
+
+def open_image(source: Source, channels: int = 3) -> Image.Image:
+    """Return the first frame as an upright 8-bit image.
+
+    Args:
+        source: the file.
+        channels: 3: RGB, transparency put on white; 1: that in grey; 4: RGB and alpha.
+
+    Raises:
+        UnreadableImage: if the file is missing or broken.
+        DecompressionBomb: if it has more pixels than PIL's limit.
+    """
+    place = source if isinstance(source, Path) else None
+    try:
+        with Image.open(place or io.BytesIO(source.read_bytes())) as image:
+            # PIL only warns above its limit, and raises above twice that.
+            limit, (width, height) = Image.MAX_IMAGE_PIXELS, image.size
+            if limit is not None and width * height > limit:
+                raise Image.DecompressionBombError(
+                    f"{width} x {height} pixels are above PIL's limit of {limit}"
+                )
+            image.load()
+            upright = image if _is_upright(image) else ImageOps.exif_transpose(image)
+            if channels == 4 and _is_transparent(upright):
+                return upright.convert("RGBA")
+            rgb = _to_rgb(upright)
+            return rgb if channels == 3 else rgb.convert(MODES[channels])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecompressionBomb(
+            f"image {source}: {error}; shrink or remove the file, or exclude it by name"
+        ) from error
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"image {source} does not exist") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # PIL's decoders
+        raise UnreadableImage(f"image {source} cannot be read: {error}") from error
+
+
+def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
+    """Return an encoded image whose shorter side is at most `size`, and its suffix.
+
+    An upright RGB JPEG or PNG that is small enough is copied byte for byte; anything else is
+    decoded as for training and written as JPEG of quality 95, or as PNG where it was lossless.
+
+    Args:
+        source: the image.
+        size: pixels of the shorter side; smaller images are not enlarged.
+        square: also cut the largest square from the middle.
+
+    Raises:
+        UnreadableImage: if the file is missing or broken.
+        DecompressionBomb: if it has more pixels than PIL's limit.
+    """
+    image = open_image(source)
+    side = min(image.size)
+    target = min(side, size)
+    is_cut = square and image.width != image.height
+    raw = source.read_bytes()
+    with Image.open(io.BytesIO(raw)) as stored:
+        kind, is_plain = stored.format, stored.mode == "RGB" and "transparency" not in stored.info
+        is_plain = is_plain and stored.size == image.size and _is_upright(stored)
+    if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
+        return raw, ".jpg" if kind == "JPEG" else ".png"
+    if is_cut:
+        image = fit(image, target, "center", HashedDraws(0))
+    elif target != side:
+        scaled = [max(1, round(length * target / side)) for length in image.size]
+        image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+    written = io.BytesIO()
+    if kind in ("PNG", "BMP", "GIF", "TIFF"):
+        image.save(written, "PNG")
+        return written.getvalue(), ".png"
+    image.save(written, "JPEG", quality=95, subsampling=0)
+    return written.getvalue(), ".jpg"
+
+
+def fit(
+    image: Image.Image, size: int | Sequence[int], crop: str, draws: "AbstractDraws"
+) -> Image.Image:
+    """Return an image of `size` pixels, aspect ratio kept, antialiased.
+
+    Args:
+        image: the whole.
+        size: one number, or (height, width).
+        crop: center, random: the largest part of the shape of `size`; none: padded with white.
+        draws: of the place of a random crop.
+
+    Example:
+        >>> fit(Image.new("RGB", (40, 20)), 10, "none", HashedDraws(0)).getpixel((5, 0))
+        (255, 255, 255)
+        >>> fit(Image.new("RGB", (40, 40)), (5, 10), "center", HashedDraws(0)).size
+        (10, 5)
+    """
+    high, wide = height_and_width(size)
+    width, height = image.size
+    if crop == "none":
+        return ImageOps.pad(image, (wide, high), Image.Resampling.BICUBIC, color="white")
+    is_tall = width * high <= height * wide
+    across = width if is_tall else max(1, round(height * wide / high))
+    down = max(1, round(width * high / wide)) if is_tall else height
+    # Whole pixels, so that a crop without resize leaves the values as they are.
+    if crop == "random":
+        left = int(draws.unit() * (width - across + 1))
+        top = int(draws.unit() * (height - down + 1))
+    else:
+        left, top = (width - across) // 2, (height - down) // 2
+    # Cropping inside resize avoids the wide strip that resizing a panorama first would make.
+    box = (left, top, left + across, top + down)
+    if (across, down) == (wide, high):
+        return image if (wide, high) == image.size else image.crop(box)
+    return image.resize((wide, high), Image.Resampling.BICUBIC, box=box)
+
+
+def height_and_width(size: Any, minimum: int = 1) -> tuple[int, int]:
+    """Return (height, width) of a `size` option, 64 or [32, 64]; raises ConfigError otherwise."""
+    is_list = isinstance(size, Sequence) and not isinstance(size, str)
+    pair = tuple(size) if is_list else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and side >= minimum for side in pair):
+        raise ConfigError(
+            f"size must be an int >= {minimum}, or [height, width] of two such, got {size!r}"
+        )
+    return pair[0], pair[1]
+
+
+def to_array(image: Image.Image, channel_first: bool) -> np.ndarray:
+    """Return an 8-bit image as float32 in [-1, 1], (H, W, C), or (C, H, W)."""
+    levels = np.asarray(image)
+    levels = levels[:, :, None] if levels.ndim == 2 else levels
+    if channel_first:
+        levels = levels.transpose(2, 0, 1)
+    values = levels.astype(np.float32, order="C")
+    values /= np.float32(127.5)  # in place: one allocation per image
+    values -= np.float32(1)
+    return values
+
+
+def _is_upright(image: Image.Image) -> bool:
+    return bool(image.getexif().get(ORIENTATION, 1) == 1)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if image.mode == "F":
+            values = np.nan_to_num(values)
+            values = values * 255 if values.max() <= 1 else values
+        else:  # 16-bit grey: PIL's own conversion clips at 255
+            values = values / 257
+        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if _is_transparent(image):
+        layer = image.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(paper, layer).convert("RGB")
+    return image.convert("RGB")
 
 
 class AbstractDraws(ABC):
-    """A stream of choices that begins with a key of ints >= 0."""
+    """Random choices that depend on a key of ints >= 0 alone: the same in every process."""
 
     def __init__(self, *key: int):
         if min(key) < 0:
@@ -48,14 +264,7 @@ class AbstractDraws(ABC):
 
 
 class Draws(AbstractDraws):
-    """Draws from a NumPy generator, for the hundreds of choices of a drawn scene.
-
-    Numbers are taken from the generator in blocks: a scalar draw costs microseconds there.
-
-    Example:
-        >>> Draws(0, 7).pick("abc") == Draws(0, 7).pick("abc")
-        True
-    """
+    """Draws from a NumPy generator, in blocks: for the hundreds of choices of a drawn scene."""
 
     def __init__(self, *key: int):
         super().__init__(*key)
@@ -65,18 +274,14 @@ class Draws(AbstractDraws):
     def unit(self) -> float:
         """Return the next number in [0, 1)."""
         if not self._pool:
-            self._pool = self._generator.random(BLOCK).tolist()
+            self._pool = self._generator.random(64).tolist()
         return self._pool.pop()
 
 
 class HashedDraws(AbstractDraws):
-    """Draws from hashes of key and count, for the few choices of an image file.
+    """Draws from hashes of key and count: for the few choices of an image file.
 
-    Beginning a NumPy generator takes a tenth of the time of decoding a small photo.
-
-    Example:
-        >>> HashedDraws(0, 7).pick("abc") == HashedDraws(0, 7).pick("abc")
-        True
+    Creating a NumPy generator would take a tenth of the time of decoding a small photo.
     """
 
     def __init__(self, *key: int):
@@ -89,256 +294,3 @@ class HashedDraws(AbstractDraws):
         content = self._bytes + self._count.to_bytes(4, "little")
         digest = hashlib.blake2b(content, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
-
-
-# -- From an image file to the network's input: open, turn upright, put on white, crop, resize ----
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CROPS = ("center", "random", "none")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-
-
-class UnreadableImage(ConfigError):
-    """An image file is missing or broken; a data set may skip it if the user says so."""
-
-
-class DecompressionBomb(ConfigError):
-    """An image file unpacks to more pixels than PIL's limit; never skipped in silence."""
-
-
-class Source(Protocol):
-    """Where an image's bytes lie: a `pathlib.Path`, or a member of an archive."""
-
-    def read_bytes(self) -> bytes:
-        """Return the encoded image; raises OSError."""
-
-    def is_file(self) -> bool:
-        """Return whether there is anything to read."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pipeline:
-    """How a file becomes an array; shared by all data sets of image files."""
-
-    size: int | Sequence[int] = 64
-    """Height and width of the result in pixels: one number for both, or [height, width]."""
-    channels: int = 3
-    """1: grey; 3: RGB, transparency put on white; 4: RGB and alpha."""
-    crop: str = "center"
-    """center, random: the largest part of the shape of `size`; none: all, padded with white."""
-    flip: bool = False
-    """Mirror every other image; captions that say left and right become wrong."""
-    channel_first: bool = False
-    """(C, H, W) instead of (H, W, C)."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for a size, number of channels or crop that cannot be."""
-        height_and_width(self.size)
-        if self.channels not in MODES or isinstance(self.channels, bool):
-            raise ConfigError(f"channels must be 1, 3 or 4, got {self.channels!r}")
-        if self.crop not in CROPS:
-            raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(CROPS))}")
-
-    def __call__(self, path: Source, draws: AbstractDraws) -> np.ndarray:
-        """Return float32 in [-1, 1], (H, W, C), or (C, H, W) if channel_first.
-
-        Raises:
-            UnreadableImage: if the file is missing or broken.
-            ConfigError: if it has more pixels than PIL's limit against decompression bombs.
-        """
-        part = fit(open_image(path, self.channels), self.size, self.crop, draws)
-        if self.flip and draws.chance(0.5):
-            part = ImageOps.mirror(part)
-        return to_array(part, self.channel_first)
-
-
-def height_and_width(size: Any, least: int = 1) -> tuple[int, int]:
-    """Return (height, width) of a `size` option; raises ConfigError for anything else.
-
-    Example:
-        >>> height_and_width(64), height_and_width([32, 64])
-        ((64, 64), (32, 64))
-    """
-    is_list = isinstance(size, Sequence) and not isinstance(size, str)
-    pair = tuple(size) if is_list else (size, size)
-    if len(pair) != 2 or not all(type(side) is int and side >= least for side in pair):
-        raise ConfigError(
-            f"size must be an int >= {least}, or [height, width] of two such, got {size!r}"
-        )
-    return pair[0], pair[1]
-
-
-def to_array(image: Image.Image, channel_first: bool) -> np.ndarray:
-    """Return an 8-bit image as float32 in [-1, 1], (H, W, C), or (C, H, W)."""
-    levels = np.asarray(image)
-    levels = levels[:, :, None] if levels.ndim == 2 else levels
-    if channel_first:
-        levels = levels.transpose(2, 0, 1)
-    values = levels.astype(np.float32, order="C")
-    values /= np.float32(127.5)  # in place: one allocation an image
-    values -= np.float32(1)
-    return values
-
-
-def open_image(path: Source, channels: int = 3) -> Image.Image:
-    """Return the first frame as an upright 8-bit image.
-
-    Args:
-        path: of the image.
-        channels: 3: RGB, transparency put on white; 1: that in grey; 4: RGB and alpha.
-
-    Raises:
-        UnreadableImage: if the file is missing or broken.
-        DecompressionBomb: if it has more pixels than PIL's limit.
-    """
-    try:
-        with Image.open(_readable(path)) as image:
-            _refuse_bomb(image.size)
-            image.load()
-            upright = image if _is_upright(image) else ImageOps.exif_transpose(image)
-            if channels == 4 and _is_transparent(upright):
-                return upright.convert("RGBA")
-            rgb = _to_rgb(upright)
-            return rgb if channels == 3 else rgb.convert(MODES[channels])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DecompressionBomb(
-            f"image {path}: {error}; shrink or remove the file, or exclude it by name"
-        ) from error
-    except FileNotFoundError as error:
-        raise UnreadableImage(f"image {path} does not exist") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # PIL's decoders
-        raise UnreadableImage(f"image {path} cannot be read: {error}") from error
-
-
-def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
-    """Return an encoded image whose shorter side is at most `size`, and its suffix.
-
-    An upright RGB JPEG or PNG that is small enough is handed on byte for byte; anything else is
-    decoded as for training and written as JPEG of quality 95, or as PNG where it was lossless.
-
-    Args:
-        source: the image.
-        size: pixels of the shorter side; smaller images are not blown up.
-        square: also cut the largest square from the middle.
-
-    Raises:
-        UnreadableImage: if the file is missing or broken.
-        ConfigError: if it is a decompression bomb.
-    """
-    image = open_image(source)
-    side = min(image.size)
-    target = min(side, size)
-    is_cut = square and image.width != image.height
-    raw = source.read_bytes()
-    with Image.open(io.BytesIO(raw)) as stored:
-        kind, is_plain = stored.format, stored.mode == "RGB" and stored.size == image.size
-        is_plain = is_plain and _is_upright(stored)
-        is_plain = is_plain and "transparency" not in stored.info
-    if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
-        return raw, ".jpg" if kind == "JPEG" else ".png"
-    if is_cut:
-        image = fit(image, target, "center", HashedDraws(0))
-    elif target != side:
-        scaled = [max(1, round(length * target / side)) for length in image.size]
-        image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
-    written = io.BytesIO()
-    if kind in ("PNG", "BMP", "GIF", "TIFF"):
-        image.save(written, "PNG")
-        return written.getvalue(), ".png"
-    image.save(written, "JPEG", quality=95, subsampling=0)
-    return written.getvalue(), ".jpg"
-
-
-def _is_upright(image: Image.Image) -> bool:
-    return bool(image.getexif().get(ORIENTATION, 1) == 1)
-
-
-def _readable(source: Source) -> Path | io.BytesIO:
-    return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())
-
-
-def _refuse_bomb(size: tuple[int, int]) -> None:
-    # PIL warns above its limit and raises above twice that; a warning stops nobody.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and size[0] * size[1] > limit:
-        raise Image.DecompressionBombError(
-            f"{size[0]} x {size[1]} pixels are above PIL's limit of {limit}"
-        )
-
-
-def examine(file: str, source: Source) -> Health:
-    """Read and decode one file as training would; never raises for what is in it."""
-    if not source.is_file():
-        return Health(file, "missing", f"{source} does not exist")
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        return Health(file, "corrupt", f"{source}: {error}")
-    if not content:
-        return Health(file, "empty", f"{source} has no bytes")
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        image = open_image(source)
-    except DecompressionBomb as error:
-        return Health(file, "bomb", str(error), digest)
-    except UnreadableImage as error:
-        return Health(file, "corrupt", str(error), digest)
-    return Health(file, "", "", digest, image.width, image.height)
-
-
-def fit(image: Image.Image, size: int | Sequence[int], crop: str, draws: AbstractDraws) -> Any:
-    """Return an image of `size` pixels, aspect ratio kept, antialiased.
-
-    Args:
-        image: the whole.
-        size: one number, or (height, width).
-        crop: see :class:`Pipeline`.
-        draws: of the place of a random crop.
-
-    Example:
-        >>> fit(Image.new("RGB", (40, 20)), 10, "none", HashedDraws(0)).getpixel((5, 0))
-        (255, 255, 255)
-        >>> fit(Image.new("RGB", (40, 40)), (5, 10), "center", HashedDraws(0)).size
-        (10, 5)
-    """
-    high, wide = height_and_width(size)
-    width, height = image.size
-    if crop == "none":
-        return ImageOps.pad(image, (wide, high), Image.Resampling.BICUBIC, color="white")
-    is_tall = width * high <= height * wide
-    across = width if is_tall else max(1, round(height * wide / high))
-    down = max(1, round(width * high / wide)) if is_tall else height
-    # Whole pixels, so that a crop without resize leaves the values as they are.
-    if crop == "random":
-        left = int(draws.unit() * (width - across + 1))
-        top = int(draws.unit() * (height - down + 1))
-    else:
-        left, top = (width - across) // 2, (height - down) // 2
-    # Cropping inside resize spares the wide strip that resizing a panorama first would make.
-    box = (left, top, left + across, top + down)
-    if (across, down) == (wide, high):
-        return image if (wide, high) == image.size else image.crop(box)
-    return image.resize((wide, high), Image.Resampling.BICUBIC, box=box)
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        values = values * 255 if values.max() <= 1 else values
-        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if _is_transparent(image):
-        layer = image.convert("RGBA")
-        paper = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(paper, layer).convert("RGB")
-    return image.convert("RGB")

@@ -1,11 +1,12 @@
-"""A scene as symbols: what :mod:`_scene_drawing` draws and :mod:`_scene_language` tells.
+"""Scenes as symbols, and true captions, questions and answers about them.
 
-Coordinates are fractions of the picture: x to the right, y downwards, both in [0, 1].
+:mod:`.scenes` draws them. Coordinates are fractions of the picture: x to the right, y downwards,
+both in [0, 1].
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .images import Draws
@@ -40,9 +41,8 @@ TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = ("plain", "gradient", "checkered", "noisy")
 MAX_OBJECTS = 4
 SIMPLE_SCALE = 1.5  # of the radii of simple scenes
-
 MARGIN = 0.02  # free border of the picture, so that no object is clipped
-OBJECT_CONTRAST = 95.0  # least RGB distance of an object to its background
+OBJECT_CONTRAST = 95.0  # minimum RGB distance of an object to its background
 TONE_CONTRAST = 60.0  # the same between the two tones of one background
 
 
@@ -73,7 +73,7 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One to four objects that hide nothing of one another but touching rims."""
+    """One to four objects that do not overlap."""
 
     objects: tuple[SceneObject, ...]
     background: Background
@@ -85,42 +85,28 @@ class Scene:
 
 
 def compose(draws: Draws, *, simple: bool = False) -> Scene:
-    """Return a random scene.
-
-    Args:
-        draws: the random choices.
-        simple: one or two objects, half as large again, on a plain or shaded background.
-
-    Example:
-        >>> scene = compose(Draws(0))
-        >>> 1 <= len(scene.objects) <= 4
-        True
-    """
+    """Return a random scene; a simple one has one or two large objects on a calm background."""
     kinds = ("plain", "plain", "gradient", "checkered", "noisy")
     background = _draw_background(draws, kinds[:3] if simple else kinds)
     colors = [name for name, rgb in COLORS.items() if _stands_out(rgb, background)]
     count = 1 + draws.pick((0, 1) if simple else (0, 1, 1, 2, 2, 3))
     scale = SIMPLE_SCALE if simple else 1.0
-    while True:
-        objects: list[SceneObject] = []
-        for _ in range(count):
-            placed = _place(objects, colors, scale, draws)
-            if placed is None:
-                break
-            objects.append(placed)
-        else:
-            return Scene(tuple(objects), background)
+    objects: list[SceneObject] = []
+    while len(objects) < count:
+        placed = _place(objects, colors, scale, draws)
+        objects = [] if placed is None else [*objects, placed]
+    return Scene(tuple(objects), background)
 
 
 def _draw_background(draws: Draws, kinds: tuple[str, ...]) -> Background:
     kind = draws.pick(kinds)
     first = draws.pick(tuple(TONES))
-    tones: tuple[str, ...] = (first,)
+    tones = [first]
     if kind in ("gradient", "checkered"):
-        far = [t for t in TONES if _distance(TONES[t], TONES[first]) >= TONE_CONTRAST]
-        tones = (first, draws.pick(far))
+        far = [t for t in TONES if math.dist(TONES[t], TONES[first]) >= TONE_CONTRAST]
+        tones.append(draws.pick(far))
     vertical, cells = draws.chance(0.5), draws.pick((5, 6, 7, 8))
-    return Background(kind, tones, vertical, cells, int(draws.unit() * 2**31))
+    return Background(kind, tuple(tones), vertical, cells, int(draws.unit() * 2**31))
 
 
 def _place(
@@ -146,15 +132,10 @@ def _stands_out(rgb: tuple[int, ...], background: Background) -> bool:
     ends = [TONES[tone] for tone in background.tones]
     if background.kind == "gradient":
         ends += [tuple((a + b) // 2 for a, b in zip(*ends, strict=True))]
-    return all(_distance(rgb, end) >= OBJECT_CONTRAST for end in ends)
+    return all(math.dist(rgb, end) >= OBJECT_CONTRAST for end in ends)
 
 
-def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    return sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) ** 0.5
-
-
-# -- Captions of a scene, every one true of the drawing ------------------------------------------
-
+# Templates of captions
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -231,55 +212,43 @@ TONE = {
 
 
 def captions(scene: Scene, draws: Draws, count: int = 5) -> list[str]:
-    """Return `count` different captions, 3 to 25 words each; the first tells of all objects."""
-    told: dict[str, str] = {}
+    """Return `count` different captions, 3 to 25 words each; the first names all objects."""
+    found: dict[str, str] = {}
     makers = [_everything]
-    while len(told) < count:
+    while len(found) < count:
         makers = makers or draws.shuffled(_MAKERS)
         sentence = makers[-1](scene, draws)
         is_short = MIN_WORDS <= len(sentence.split()) <= MAX_WORDS
         if is_short:
-            told.setdefault(sentence, _finished(sentence, draws))
+            found.setdefault(sentence, _finished(sentence, draws))
         if is_short or makers != [_everything]:
             makers = makers[:-1]
-    return list(told.values())
+    return list(found.values())
 
 
-def words(sentences: Iterable[str]) -> set[str]:
-    """Return the lower-case words, without the `{placeholders}` of a template."""
-    return {w for s in sentences for w in re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", s.lower()))}
-
-
-def plural(noun: str, count: int) -> str:
+def _plural(noun: str, count: int) -> str:
     """Return the noun's form for this count.
 
-    Example:
-        >>> plural("cross", 2), plural("ring", 1)
-        ('crosses', 'ring')
+    >>> _plural("cross", 2), _plural("ring", 1)
+    ('crosses', 'ring')
     """
     return noun if count == 1 else noun + ("es" if noun.endswith("s") else "s")
 
 
-def article(phrase: str) -> str:
-    """Return the phrase behind "a" or "an".
-
-    Example:
-        >>> article("orange star")
-        'an orange star'
-    """
+def _article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def relations(a: SceneObject, b: SceneObject) -> list[str]:
-    """Return what holds of a seen from b: of left, right, above, below."""
-    held = {"left": b.x - a.x, "right": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
-    return [name for name, gap in held.items() if gap > LEVEL]
+def _relations(a: SceneObject, b: SceneObject) -> list[str]:
+    """Return the relations of a to b that hold: left, right, above, below."""
+    gaps = {"left": b.x - a.x, "right": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+    return [name for name, gap in gaps.items() if gap > LEVEL]
 
 
-def ground(background: Background, draws: Draws) -> str:
+def _ground(background: Background, draws: Draws) -> str:
     """Return a noun phrase with article for the background."""
     phrase = draws.pick(GROUND[background.kind]).format(*background.tones)
-    return article(phrase.removeprefix("a "))
+    return _article(phrase.removeprefix("a "))
 
 
 def _phrase(thing: SceneObject, draws: Draws, *, sized: bool = True) -> str:
@@ -294,15 +263,13 @@ def _phrase(thing: SceneObject, draws: Draws, *, sized: bool = True) -> str:
 
 
 def _groups(scene: Scene, draws: Draws, by: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Return (count, "two red circles") of all objects, alike in `by` taken together."""
-    alike: dict[tuple[str, ...], list[SceneObject]] = {}
-    for thing in draws.shuffled(scene.objects):
-        alike.setdefault(tuple(getattr(thing, name) for name in by), []).append(thing)
+    """Return (count, "two red circles") of all objects, grouped by the attributes `by`."""
+    objects = draws.shuffled(scene.objects)
+    counts = Counter(tuple(getattr(thing, name) for name in by) for thing in objects)
     found = []
-    for key, things in alike.items():
+    for key, count in counts.items():
         noun = key[-1] if by[-1] == "shape" else f"{key[-1]} shape"
-        words = " ".join([*key[:-1], plural(noun, len(things))])
-        found.append((len(things), f"{NUMBERS[len(things)]} {words}"))
+        found.append((count, " ".join([NUMBERS[count], *key[:-1], _plural(noun, count)])))
     return found
 
 
@@ -311,7 +278,7 @@ def _joined(phrases: list[str]) -> str:
 
 
 def _listed(groups: list[tuple[int, str]], scene: Scene, draws: Draws, backed: float) -> str:
-    phrases = [article(text.removeprefix("one ")) if n == 1 else text for n, text in groups]
+    phrases = [_article(text.removeprefix("one ")) if n == 1 else text for n, text in groups]
     be = "is" if groups[0][0] == 1 else "are"
     are = "is" if groups[0][0] == len(groups) == 1 else "are"
     sentence = draws.pick(LISTS).format(things=_joined(phrases), be=be, are=are)
@@ -319,7 +286,7 @@ def _listed(groups: list[tuple[int, str]], scene: Scene, draws: Draws, backed: f
 
 
 def _behind(scene: Scene, draws: Draws) -> str:
-    return " " + draws.pick(SCENERY).format(ground=ground(scene.background, draws))
+    return " " + draws.pick(SCENERY).format(ground=_ground(scene.background, draws))
 
 
 def _everything(scene: Scene, draws: Draws) -> str:
@@ -346,19 +313,19 @@ def _counted(scene: Scene, draws: Draws) -> str:
     by = draws.pick((("color", "shape"), ("shape",), ("color",), ()))
     total = len(scene.objects)
     noun = draws.pick(("shape", "object"))
-    whole = [(total, f"{NUMBERS[total]} {plural(noun, total)}")]
+    whole = [(total, f"{NUMBERS[total]} {_plural(noun, total)}")]
     count, text = max(_groups(scene, draws, by) if by else whole)
     return draws.pick(COUNTED).format(group=text, be="is" if count == 1 else "are")
 
 
 def _related(scene: Scene, draws: Draws) -> str:
     a, b = _two(scene, draws)
-    held = relations(a, b)
+    held = _relations(a, b)
     first, second = _phrase(a, draws), _phrase(b, draws)
     if not held or first == second:
         return ""
     words = draws.pick(RELATIONS[draws.pick(held)])
-    names = {"a": article(first), "b": article(second), "relation": words}
+    names = {"a": _article(first), "b": _article(second), "relation": words}
     sentence = draws.pick(RELATED).format(**names)
     return sentence + (_behind(scene, draws) if draws.chance(0.15) else "")
 
@@ -368,7 +335,7 @@ def _placed(scene: Scene, draws: Draws) -> str:
     places = _places(thing, draws)
     if not places:
         return ""
-    name = article(_phrase(thing, draws))
+    name = _article(_phrase(thing, draws))
     return draws.pick(PLACED).format(a=name, place=draws.pick(places))
 
 
@@ -376,9 +343,8 @@ def _places(thing: SceneObject, draws: Draws) -> list[str]:
     h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
     v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
     if h and v:
-        return [draws.pick(CORNER).format(h=h, v=draws.pick(VERTICAL[v]))] * 2 + [
-            draws.pick(HALVES[draws.pick((h, v))])
-        ]
+        corner = draws.pick(CORNER).format(h=h, v=draws.pick(VERTICAL[v]))
+        return [corner, corner, draws.pick(HALVES[draws.pick((h, v))])]
     if h or v:
         return [draws.pick(HALVES[h or v])]
     near = max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
@@ -391,27 +357,27 @@ def _compared(scene: Scene, draws: Draws) -> str:
     if a.size == b.size or first == second:
         return ""
     template = draws.pick(COMPARED[a.size])
-    return template.format(a=article(first), b=article(second), c=first)
+    return template.format(a=_article(first), b=_article(second), c=first)
 
 
 def _shared(scene: Scene, draws: Draws) -> str:
     total = len(scene.objects)
-    told = []
+    shared = []
     for name in ("color", "shape", "size", "texture"):
         values = {getattr(thing, name) for thing in scene.objects}
         if total > 1 and len(values) == 1 and values != {"plain"}:
-            told.append(plural(values.pop(), total) if name == "shape" else values.pop())
-    if not told:
+            shared.append(_plural(values.pop(), total) if name == "shape" else values.pop())
+    if not shared:
         return ""
-    return draws.pick(SHARED).format(all=draws.pick(ALL[total]), what=draws.pick(told))
+    return draws.pick(SHARED).format(all=draws.pick(ALL[total]), what=draws.pick(shared))
 
 
 def _grounded(scene: Scene, draws: Draws) -> str:
     background = scene.background
     return draws.pick(GROUNDED).format(
         tone=draws.pick(TONE[background.kind]).format(*background.tones),
-        ground=ground(background, draws),
-        a=article(_phrase(draws.pick(scene.objects), draws)),
+        ground=_ground(background, draws),
+        a=_article(_phrase(draws.pick(scene.objects), draws)),
     )
 
 
@@ -421,7 +387,7 @@ def _two(scene: Scene, draws: Draws) -> tuple[SceneObject, SceneObject]:
 
 
 def _finished(sentence: str, draws: Draws) -> str:
-    """Return the sentence as people type it: now with capital and full stop, now without."""
+    """Return the sentence as people type it: with or without capital and full stop."""
     style = draws.unit()
     if style < 0.35:
         return sentence[0].upper() + sentence[1:] + "."
@@ -433,8 +399,7 @@ _MAKERS = (
 )
 
 
-# -- Questions about a scene, each with one true answer of one word ------------------------------
-
+# Questions about a scene, each with one true answer of one word
 
 COLOR = ("what color is the {noun}?", "which color does the {noun} have?")
 SHAPE = ("what shape is the {color} object?", "what is the {color} shape?")
@@ -452,29 +417,22 @@ TYPES = ("color", "shape", "count", "yes-no", "relation", "background")
 
 def questions(scene: Scene, draws: Draws) -> list[dict[str, str]]:
     """Return up to one question of each type, as dicts of question, answer and type."""
-    asked = (_color, _shape, _count, _exists, _where, _background)
-    found = [(kind, make(scene, draws)) for kind, make in zip(TYPES, asked, strict=True)]
+    makers = (_color, _shape, _count, _exists, _where, _background)
+    found = [(kind, make(scene, draws)) for kind, make in zip(TYPES, makers, strict=True)]
     return [{"question": qa[0], "answer": qa[1], "type": kind} for kind, qa in found if qa]
 
 
 def vocabulary() -> list[str]:
-    """Return all words of captions, questions and answers, lower-case and sorted.
-
-    Example:
-        >>> words = vocabulary()
-        >>> "circles" in words, "an" in words, "elephant" in words
-        (True, True, False)
-    """
+    """Return all words of captions, questions and answers, lower-case and sorted."""
     nouns = (*SHAPES, "shape", "object")
-    lists: tuple[tuple[str, ...], ...]
-    lists = (LISTS, SCENERY, RELATED, PLACED, CORNER, MIDDLE, COUNTED, SHARED, GROUNDED)
-    lists += (COLOR, SHAPE, COUNT, EXISTS, WHERE, KIND, TONED, NUMBERS, BACKGROUNDS)
-    lists += (tuple(COLORS), tuple(TONES), tuple(SIZES), TEXTURES, nouns)
-    lists += (tuple(plural(noun, 2) for noun in nouns), tuple(SIDES.values()))
+    texts = [*LISTS, *SCENERY, *RELATED, *PLACED, *CORNER, *MIDDLE, *COUNTED, *SHARED, *GROUNDED]
+    texts += [*COLOR, *SHAPE, *COUNT, *EXISTS, *WHERE, *KIND, *TONED, *NUMBERS, *BACKGROUNDS]
+    texts += [*COLORS, *TONES, *SIZES, *TEXTURES, *nouns, *(_plural(noun, 2) for noun in nouns)]
     tables = (RELATIONS, VERTICAL, HALVES, COMPARED, ALL, GROUND, TONE, SIZE_WORDS)
-    lists += tuple(entry for table in tables for entry in table.values())
-    rest = ("a an and is are yes no",)
-    return sorted(words(text for entries in (*lists, rest) for text in entries))
+    texts += [text for table in tables for entry in table.values() for text in entry]
+    texts += [*SIDES.values(), "a an and is are yes no"]
+    templates = re.sub(r"{\w+}", " ", " ".join(texts).lower())
+    return sorted({*re.findall("[a-z]+", templates)})
 
 
 def _color(scene: Scene, draws: Draws) -> tuple[str, str] | None:
@@ -499,7 +457,7 @@ def _count(scene: Scene, draws: Draws) -> tuple[str, str]:
     chosen = draws.pick(SHAPES) if draws.chance(0.15) else thing.shape
     if name == "shape":
         count = sum(other.shape == chosen for other in scene.objects)
-        nouns = plural(chosen, 2)
+        nouns = _plural(chosen, 2)
     elif name == "color":
         count = sum(other.color == thing.color for other in scene.objects)
         nouns = f"{thing.color} shapes"
@@ -516,14 +474,14 @@ def _exists(scene: Scene, draws: Draws) -> tuple[str, str]:
             color = draws.pick(tuple(COLORS))
         else:
             shape = draws.pick(SHAPES)
-    there = any((other.color, other.shape) == (color, shape) for other in scene.objects)
-    return draws.pick(EXISTS).format(a=article(f"{color} {shape}")), "yes" if there else "no"
+    exists = any((other.color, other.shape) == (color, shape) for other in scene.objects)
+    return draws.pick(EXISTS).format(a=_article(f"{color} {shape}")), "yes" if exists else "no"
 
 
 def _where(scene: Scene, draws: Draws) -> tuple[str, str] | None:
     counts = Counter((thing.color, thing.shape) for thing in scene.objects)
     single = [o for o in draws.shuffled(scene.objects) if counts[o.color, o.shape] == 1]
-    if len(single) < 2 or not (held := relations(*single[:2])):
+    if len(single) < 2 or not (held := _relations(*single[:2])):
         return None
     answer = draws.pick(held)
     first, second = draws.shuffled((answer, OPPOSITE[answer]))

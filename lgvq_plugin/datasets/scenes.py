@@ -1,4 +1,4 @@
-"""Draw a symbolic scene: large first, then box-filtered down to the wanted size."""
+"""Drawn scenes with true captions: embedded data for the demo and the tests, no download."""
 
 import math
 from collections.abc import Sequence
@@ -25,18 +25,162 @@ from .scene_language import (
     compose,
 )
 
+LENGTHS = {"train": 4096, "validation": 512, "test": 512}
+LOOK, WORDS, CHOICE = range(3)  # random streams of one sample
+MAX_CACHE = 2**26  # bytes of drawn images that a data set keeps
+LABELS: dict[str, tuple[str, ...]] = {
+    "count": tuple(str(n) for n in range(MAX_OBJECTS + 1)),
+    "has_color": tuple(COLORS),
+    "has_shape": SHAPES,
+    "has_texture": TEXTURES,
+    "main_color": tuple(COLORS),
+    "main_shape": SHAPES,
+    "background": BACKGROUNDS,
+    "background_color": tuple(TONES),
+}
 PALE = (250, 250, 250)  # the second color of stripes and dots
 NOISE_CELLS, NOISE_SPAN = 32, 38
 RING_HOLE = 0.55
 Polygon = list[tuple[float, float]]
 
 
-def draw(scene: Scene, size: int) -> np.ndarray:
-    """Return the picture, uint8 (size, size, 3).
+class Scenes(CaptionedImages):
+    """One to four colored shapes on a background; (seed, split, index) fixes the scene.
+
+    Beside the keys of the contract a sample holds `questions`: list of `{"question",
+    "answer", "type"}` with type color, shape, count, yes-no, relation or background, and
+    `attributes`: dict of labels for probes, see :meth:`attribute_names`.
+
+    Args:
+        split: train, validation or test; no scene is in two of them.
+        size: height and width of the image in pixels, or [height, width]; the scene is a square
+            in the middle, and its edge is continued.
+        length: number of scenes; 4096 for train, else 512.
+        seed: another seed, other scenes.
+        channel_first: (C, H, W) images instead of (H, W, C).
+        channels: 1: grey; 3: RGB; 4: RGB and alpha, which is 1 everywhere.
+        image_key: a second key of a sample that holds the image, beside `image`.
+        simple: one or two objects, 1.5 times as large, on a plain or shaded background: pictures
+            that a small tokenizer learns in minutes.
 
     Example:
-        >>> from ._draws import Draws
-        >>> from ._scene import compose
+        >>> sample = Scenes("validation", size=32)[0]
+        >>> sample["image"].shape, len(sample["captions"]), sample["attributes"]["has_color"].shape
+        ((32, 32, 3), 5, (10,))
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int | Sequence[int] = 64,
+        length: int | None = None,
+        seed: int = 0,
+        channel_first: bool = False,
+        channels: int = 3,
+        image_key: str = "image",
+        simple: bool = False,
+    ):
+        if split not in LENGTHS:
+            raise ConfigError(f"Scenes: no split {split!r}{suggest(split, list(LENGTHS))}")
+        length = LENGTHS[split] if length is None else length
+        if channels not in MODES:
+            raise ConfigError(f"Scenes: channels must be 1, 3 or 4, got {channels!r}")
+        self.shape = height_and_width(size, minimum=8)
+        for name, value, minimum in (("length", length, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"Scenes: {name} must be an int >= {minimum}, got {value!r}")
+        self.split, self.size, self.length = split, size, length
+        self.seed, self.channel_first, self.simple = seed, channel_first, simple
+        self.channels, self.image_key = channels, image_key
+        self._drawn: dict[int, _Drawn] = {}
+
+    def __len__(self) -> int:
+        """Return the number of scenes."""
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return sample `index`; negative counts from the end."""
+        if not -self.length <= index < self.length:
+            raise IndexError(f"Scenes has {self.length} samples, no {index}")
+        index %= self.length
+        drawn = self._drawn.get(index) or self._draw(index)
+        captions = drawn.captions.copy()
+        image = to_array(drawn.picture, self.channel_first)
+        return {
+            "image": image,
+            self.image_key: image,
+            "caption": self._draws(index, CHOICE, self.epoch).pick(captions),
+            "captions": captions,
+            "file": f"{self.split}_{index:06d}.png",
+            "index": index,
+            "questions": [dict(question) for question in drawn.questions],
+            "attributes": _attributes(drawn.scene),
+        }
+
+    def captions_of(self, index: int) -> list[str]:
+        """Return the captions of sample `index` (>= 0) without drawing it."""
+        return scene_language.captions(self.scene(index), self._draws(index, WORDS))
+
+    def scene(self, index: int) -> Scene:
+        """Return the symbolic scene behind sample `index` (>= 0)."""
+        return compose(self._draws(index, LOOK), simple=self.simple)
+
+    @staticmethod
+    def vocabulary() -> list[str]:
+        """Return all words that captions, questions and answers can hold, sorted."""
+        return scene_language.vocabulary()
+
+    @staticmethod
+    def attribute_names() -> dict[str, tuple[str, ...]]:
+        """Return the class names of each label, or the column names of each multi-hot."""
+        return dict(LABELS)
+
+    def _draw(self, index: int) -> "_Drawn":
+        """Draw a sample and keep it: drawing one takes as long as a small host's training step."""
+        scene, draws = self.scene(index), self._draws(index, WORDS)
+        captions = scene_language.captions(scene, draws)
+        questions = scene_language.questions(scene, draws)
+        side = min(self.shape)
+        pixels = draw(scene, side)
+        margins = [((n - side) // 2, (n - side) - (n - side) // 2) for n in self.shape]
+        picture = Image.fromarray(np.pad(pixels, (*margins, (0, 0)), mode="edge"))
+        if self.channels != 3:
+            picture = picture.convert(MODES[self.channels])
+        drawn = _Drawn(scene, picture, captions, questions)
+        if (len(self._drawn) + 1) * math.prod(self.shape) * self.channels <= MAX_CACHE:
+            self._drawn[index] = drawn
+        return drawn
+
+    def _draws(self, index: int, stream: int, epoch: int = 0) -> Draws:
+        return Draws(self.seed, list(LENGTHS).index(self.split), index, stream, epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What is the same in every epoch."""
+
+    scene: Scene
+    picture: Image.Image
+    captions: list[str]
+    questions: list[dict[str, str]]
+
+
+def _attributes(scene: Scene) -> dict[str, Any]:
+    """Return labels (int, an index into `LABELS`) and multi-hots (int64 arrays)."""
+    main, background = scene.main, scene.background
+    labels: dict[str, Any] = {"count": len(scene.objects)}
+    for name in ("color", "shape", "texture"):
+        found = {getattr(thing, name) for thing in scene.objects}
+        labels[f"has_{name}"] = np.array([n in found for n in LABELS[f"has_{name}"]], np.int64)
+    values = {"main_color": main.color, "main_shape": main.shape}
+    values |= {"background": background.kind, "background_color": background.tones[0]}
+    return labels | {name: LABELS[name].index(value) for name, value in values.items()}
+
+
+def draw(scene: Scene, size: int) -> np.ndarray:
+    """Return the picture, uint8 (size, size, 3): drawn large, then box-filtered down.
+
+    Example:
         >>> draw(compose(Draws(0)), 32).shape
         (32, 32, 3)
     """
@@ -118,10 +262,9 @@ def _dots(side: int, period: float, color: tuple[int, ...]) -> Image.Image:
     return tile
 
 
-def _spokes(*radii_and_degrees: tuple[float, float]) -> Polygon:
-    return [
-        (r * math.cos(math.radians(d)), r * math.sin(math.radians(d))) for r, d in radii_and_degrees
-    ]
+def _spokes(*spokes: tuple[float, float]) -> Polygon:
+    """Return corners at (radius, degrees)."""
+    return [(r * math.cos(math.radians(d)), r * math.sin(math.radians(d))) for r, d in spokes]
 
 
 def _heart() -> Polygon:
@@ -146,168 +289,3 @@ _OUTLINES: dict[str, Polygon] = {
     ],
     "heart": _heart(),
 }
-
-
-# -- Drawn scenes with true captions: embedded data for the demo and the tests, no download ------
-
-
-LENGTHS = {"train": 4096, "validation": 512, "test": 512}
-LOOK, WORDS, CHOICE = range(3)  # streams of one sample
-MOST_KEPT = 2**26  # bytes of drawn images that a data set keeps
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """What is the same in every epoch."""
-
-    scene: Scene
-    picture: Image.Image
-    captions: list[str]
-    questions: list[dict[str, Any]]
-
-
-class Scenes(CaptionedImages):
-    """One to four colored shapes on a background; (seed, split, index) fixes the scene.
-
-    Beside the keys of the contract a sample holds `questions`: list of `{"question",
-    "answer", "type"}` with type color, shape, count, yes-no, relation or background, and
-    `attributes`: dict of labels for probes, whose classes :meth:`attribute_names` tells.
-
-    Args:
-        split: train, validation or test; no scene is in two of them.
-        size: height and width of the image in pixels, or [height, width]; the scene is a square
-            in the middle, and its edge is continued.
-        length: number of scenes; 4096 for train, else 512.
-        seed: another seed, other scenes.
-        channel_first: (C, H, W) images instead of (H, W, C).
-        channels: 1: grey; 3: RGB; 4: RGB and alpha, which is 1 everywhere.
-        image_key: a second key of a sample that holds the image, beside `image`.
-        simple: one or two objects, half as large again, on a plain or shaded background: pictures
-            that a small tokenizer learns in minutes.
-
-    Example:
-        >>> sample = Scenes("validation", size=32)[0]
-        >>> sample["image"].shape, len(sample["captions"]), sample["attributes"]["has_color"].shape
-        ((32, 32, 3), 5, (10,))
-    """
-
-    def __init__(
-        self,
-        split: str = "train",
-        size: int | Sequence[int] = 64,
-        length: int | None = None,
-        seed: int = 0,
-        channel_first: bool = False,
-        channels: int = 3,
-        image_key: str = "image",
-        simple: bool = False,
-    ):
-        if split not in LENGTHS:
-            raise ConfigError(f"Scenes: no split {split!r}{suggest(split, list(LENGTHS))}")
-        length = LENGTHS[split] if length is None else length
-        if channels not in MODES:
-            raise ConfigError(f"Scenes: channels must be 1, 3 or 4, got {channels!r}")
-        self.shape = height_and_width(size, least=8)
-        for name, value, least in (("length", length, 1), ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"Scenes: {name} must be an int >= {least}, got {value!r}")
-        self.split, self.size, self.length = split, size, length
-        self.seed, self.channel_first, self.simple = seed, channel_first, simple
-        self.channels, self.image_key = channels, image_key
-        self._drawn: dict[int, _Drawn] = {}
-
-    def __len__(self) -> int:
-        """Return the number of scenes."""
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return sample `index`; negative counts from the end."""
-        if not -self.length <= index < self.length:
-            raise IndexError(f"Scenes has {self.length} samples, no {index}")
-        index %= self.length
-        drawn = self._drawn.get(index) or self._draw(index)
-        captions = drawn.captions.copy()
-        picture = to_array(drawn.picture, self.channel_first)
-        return {
-            "image": picture,
-            self.image_key: picture,
-            "caption": self._draws(index, CHOICE, self.epoch).pick(captions),
-            "captions": captions,
-            "file": f"{self.split}_{index:06d}.png",
-            "index": index,
-            "questions": [dict(question) for question in drawn.questions],
-            "attributes": _attributes(drawn.scene),
-        }
-
-    def count_captioned(self) -> int:
-        """Return the number of scenes: each has captions."""
-        return self.length
-
-    def _draw(self, index: int) -> "_Drawn":
-        """Draw a sample and keep it: drawing one takes as long as a small host's training step."""
-        scene, telling = self.scene(index), self._draws(index, WORDS)
-        captions = scene_language.captions(scene, telling)
-        questions = scene_language.questions(scene, telling)
-        drawn = _Drawn(scene, self._picture(scene), captions, questions)
-        if (len(self._drawn) + 1) * self.shape[0] * self.shape[1] * self.channels <= MOST_KEPT:
-            self._drawn[index] = drawn
-        return drawn
-
-    def captions_of(self, index: int) -> list[str]:
-        """Return the captions of sample `index` (>= 0) without drawing it."""
-        return scene_language.captions(self.scene(index), self._draws(index, WORDS))
-
-    def scene(self, index: int) -> Scene:
-        """Return the symbolic scene behind sample `index` (>= 0)."""
-        return compose(self._draws(index, LOOK), simple=self.simple)
-
-    @staticmethod
-    def vocabulary() -> list[str]:
-        """Return all words that captions, questions and answers can hold, sorted."""
-        return scene_language.vocabulary()
-
-    @staticmethod
-    def attribute_names() -> dict[str, tuple[str, ...]]:
-        """Return the class names of each label, or the column names of each multi-hot."""
-        return {
-            "count": tuple(str(n) for n in range(MAX_OBJECTS + 1)),
-            "has_color": tuple(COLORS),
-            "has_shape": SHAPES,
-            "has_texture": TEXTURES,
-            "main_color": tuple(COLORS),
-            "main_shape": SHAPES,
-            "background": BACKGROUNDS,
-            "background_color": tuple(TONES),
-        }
-
-    def _picture(self, scene: Scene) -> Image.Image:
-        side = min(self.shape)
-        pixels = draw(scene, side)
-        if max(self.shape) > side:
-            rest = [length - side for length in self.shape]
-            margins = [(spare // 2, spare - spare // 2) for spare in rest]
-            pixels = np.pad(pixels, (*margins, (0, 0)), mode="edge")
-        picture = Image.fromarray(pixels)
-        return picture if self.channels == 3 else picture.convert(MODES[self.channels])
-
-    def _draws(self, index: int, stream: int, epoch: int = 0) -> Draws:
-        return Draws(self.seed, list(LENGTHS).index(self.split), index, stream, epoch)
-
-
-def _attributes(scene: Scene) -> dict[str, Any]:
-    """Return labels (int, an index into its `attribute_names`) and multi-hots (int64 arrays)."""
-    objects, background = scene.objects, scene.background
-    return {
-        "count": len(objects),
-        "has_color": _multi_hot({thing.color for thing in objects}, tuple(COLORS)),
-        "has_shape": _multi_hot({thing.shape for thing in objects}, SHAPES),
-        "has_texture": _multi_hot({thing.texture for thing in objects}, TEXTURES),
-        "main_color": list(COLORS).index(scene.main.color),
-        "main_shape": SHAPES.index(scene.main.shape),
-        "background": BACKGROUNDS.index(background.kind),
-        "background_color": list(TONES).index(background.tones[0]),
-    }
-
-
-def _multi_hot(present: set[str], names: tuple[str, ...]) -> np.ndarray:
-    return np.array([name in present for name in names], np.int64)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from .captions import texts_of
+from .captions import read_captions, texts_of
 from .coco import entries, read_json
-from .listed import ListedImages, Reading, Record, choose_split, read_captions, read_name_pickle
+from .listed import ListedImages, Record, read_name_pickle
+from .splits import choose_split, splits_at
 
 PARTS = {"train": "train", "validation": "val", "test": "test"}
 PICKLES = {"train": "train_filenames.pickle", "validation": "valid_filenames.pickle"}
-FOLDERS = {"train": "train_images", "validation": "train_images", "test": "test_images"}
 
 
 class TextCaps(ListedImages):
@@ -23,65 +23,56 @@ class TextCaps(ListedImages):
     Args:
         root: the folder with the json files (or pickles) and the image folders.
         split: train, validation or test.
-        options: see `Reading`.
-
-    Raises:
-        ConfigError: if a file or an image is missing, or a file is not as TextCaps'.
+        options: see :class:`.listed.ImageOptions`.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", **options: Any):
-        reading, root = Reading.of(options, type(self)), Path(root).expanduser()
-        split = choose_split(split, list(PARTS))
-        table, pickled = _table(root, split), root / PICKLES.get(split, "")
-        if table is not None:
-            captions = _by_image(table)
-        elif pickled.is_file():
-            names = read_name_pickle(pickled)
-            folder = root / "text"
-            captions = {
-                name: read_captions(folder / f"{name}.txt", reading.encoding) for name in names
-            }
-        else:
+    def _read(self, root: Path, split: str = "train") -> list[Record]:
+        split = choose_split(split, PARTS)
+        listed = _listed(root, split)
+        if listed is None:
             raise ConfigError(
-                f"{root}: neither TextCaps_0.1_{PARTS[split]}.json nor "
-                f"{PICKLES.get(split, 'a pickle of that split')} there"
+                f"{root}: contains neither TextCaps_0.1_{PARTS[split]}.json nor "
+                f"{PICKLES.get(split, 'a pickle of that split')}"
             )
-        records = [
+        self.where = listed
+        if listed.suffix == ".json":
+            captions = _by_image(listed)
+        else:
+            captions = {
+                name: read_captions(root / "text" / f"{name}.txt", self.options.encoding)
+                for name in read_name_pickle(listed)
+            }
+        return [
             Record(f"{name}.jpg", _image(root, split, name), texts, {"image_id": name})
             for name, texts in captions.items()
         ]
-        super().__init__(records, reading, where=table or pickled)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for TextCaps_*.json, else for the two pickles."""
-        return {
-            split: {"root": root, "split": split}
-            for split in PARTS
-            if _table(root, split) or (split in PICKLES and (root / PICKLES[split]).is_file())
-        }
+        return splits_at(root, (split for split in PARTS if _listed(root, split)))
 
 
-def _table(root: Path, split: str) -> Path | None:
-    if not root.is_dir():
-        return None
-    found = sorted(root.glob(f"TextCaps_*_{PARTS[split]}.json"))
-    return found[-1] if found else None
+def _listed(root: Path, split: str) -> Path | None:
+    found = [root / name for name in (PICKLES.get(split),) if name]
+    found += sorted(root.glob(f"TextCaps_*_{PARTS[split]}.json")) if root.is_dir() else []
+    return next((path for path in reversed(found) if path.is_file()), None)
 
 
 def _image(root: Path, split: str, name: str) -> Path:
     # `image_path` in the json starts with train/ or val/, which are no folders on disk.
-    folders = dict.fromkeys((FOLDERS[split], "train_images", "images", "train_val_images"))
+    usual = "test_images" if split == "test" else "train_images"
+    folders = (usual, "train_images", "images", "train_val_images")
     places = [root / folder / f"{name}.jpg" for folder in folders]
     return next((path for path in places if path.is_file()), places[0])
 
 
 def _by_image(path: Path) -> dict[str, tuple[str, ...]]:
-    """Return image id -> captions; the file has one record a caption."""
+    """Return image id -> captions; the file has one record per caption."""
     found: dict[str, dict[str, None]] = {}
     for entry in entries(read_json(path), "data", ("image_id",), path):
         own = found.setdefault(str(entry["image_id"]), {})
-        where = f"{path}: a caption of {entry['image_id']}"
-        texts = texts_of(entry.get("reference_strs"), where)
-        own.update(dict.fromkeys([*texts, *texts_of(entry.get("caption_str"), where)]))
+        for key in ("reference_strs", "caption_str"):
+            where = f"{path}: a caption of {entry['image_id']}"
+            own.update(dict.fromkeys(texts_of(entry.get(key), where)))
     return {name: tuple(texts) for name, texts in found.items()}

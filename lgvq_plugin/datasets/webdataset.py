@@ -1,35 +1,132 @@
-"""Tar shards as a list of samples: one look at every header, then reads by offset.
+"""WebDataset shards: tar files whose members share a stem, abc.jpg with abc.txt or abc.json.
 
-A stream, as the `webdataset` package reads shards, could be neither shuffled by a seed nor
-resumed exactly; local files can be, so we keep where each member lies and seek.
+The `webdataset` package reads shards as a stream, which can be neither shuffled by a seed nor
+resumed exactly. Local files can: every header is read once, then members are read by offset.
 """
 
 import json
 import logging
 import re
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..sockets import ConfigError
-from .base import CONVERTED_FROM
-from .captions import CAPTION_KEYS, KEPT_KEYS, decode, split_name, texts_of
+from .captions import CAPTION_KEYS, KEPT_KEYS, decode, texts_of
 from .images import SUFFIXES
-from .listed import (
-    SPLIT_ALIASES,
+from .listed import ListedImages, Record
+from .splits import (
     SPLITS,
-    ListedImages,
-    Reading,
-    Record,
     choose_split,
     declared_splits,
     of_split,
     refuse_other_splits,
+    split_of_row,
+    split_words,
+    splits_at,
 )
 
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+logger = logging.getLogger(__name__)
+
+IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
+TEXTS = ("txt", "caption", "text")
+
+
+class WebDataset(ListedImages):
+    """Images and captions in tar shards, read by offset: shuffling and resuming are exact.
+
+    Captions are the lines of `.txt`, or a field of `.json` (a text or a list of texts), which
+    wins where it holds several. Shards must be uncompressed local files.
+
+    Args:
+        root: a folder with shards, or a pattern of them.
+        split: train, validation or test: the folder of that name, or shards that have it in
+            their name as a word, such as cc3m-train-0001.tar, or else the field `split` of
+            `.json`; where there are none, train and validation are divided by a hash of each
+            file's name, in shards of `lgvq data convert` of its old name. null or all: every
+            shard.
+        holdout: share of the validation split in that last case, 0 < holdout < 1.
+        file_key: the suffix of the image, such as input.jpg, where several could be meant.
+        caption_key: the field of `.json` with the captions, where it is not a usual one; or the
+            suffix of the text, such as outputs.txt.
+        options: see :class:`.listed.ImageOptions`.
+
+    Raises:
+        ConfigError: if there are no shards, or one is broken, or a caption is no text.
+    """
+
+    def _read(
+        self,
+        root: Path,
+        split: str | None = None,
+        *,
+        holdout: float = 0.1,
+        file_key: str | None = None,
+        caption_key: str | None = None,
+    ) -> list[Record]:
+        own = choose_split(split, SPLITS)
+        self.shards = _shards(root, own)
+        has_shards = bool(self.shards) and own != "all"
+        if not self.shards and not any(_shards(root, other) for other in SPLITS[:3]):
+            self.shards = _shards(root, "all")
+        if not self.shards:
+            raise ConfigError(f"{root}: no shards (*.tar) of split {own!r}")
+        missing = [shard for shard in self.shards if not shard.is_file()]
+        if missing:
+            raise ConfigError(f"{len(missing)} shards do not exist, first: {missing[0]}")
+        found = [sample for shard in self.shards for sample in _samples(shard)]
+        members = _Members(file_key, caption_key, self.options.encoding)
+        records = [record for record in map(members.record, found) if record]
+        members.report_missing(root, found, records)
+        if has_shards:
+            refuse_other_splits(records, own, root)
+            return records
+        if own == "test" and not declared_splits(records):
+            raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
+        return of_split(records, split, holdout=holdout, where=root)
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Look for *.tar, in folders or names of splits first."""
+        found = [split for split in SPLITS if _shards(root, split)]
+        return splits_at(root, [split for split in found if split != "all"] or found)
+
+
+def expand(pattern: str) -> list[Path]:
+    """Return the shards a pattern names: `{000..012}` counts, `::` joins.
+
+    Example:
+        >>> [str(path) for path in expand("a_{08..10}.tar::b.tar")]
+        ['a_08.tar', 'a_09.tar', 'a_10.tar', 'b.tar']
+    """
+    names: list[str] = []
+    for part in pattern.split("::"):
+        found = re.search(r"\{(\d+)\.\.(\d+)\}", part)
+        if found is None:
+            names.append(part)
+            continue
+        low, high = found.groups()
+        for number in range(int(low), int(high) + 1):
+            text = f"{number:0{len(low)}d}"
+            names += map(str, expand(part[: found.start()] + text + part[found.end() :]))
+    return [Path(name).expanduser() for name in names]
+
+
+def _shards(root: Path, split: str) -> list[Path]:
+    words = {*split_words(split)}
+    if not root.is_dir():
+        listed = expand(str(root)) if root.suffix == ".tar" else []
+        return [p for p in listed if split == "all" or p.parent.name in words or _has(p, words)]
+    if split == "all":
+        return sorted([*root.glob("*.tar"), *root.glob("*/*.tar")])
+    inner = [path for word in words for path in (root / word).glob("*.tar")]
+    return sorted(inner or [path for path in root.glob("*.tar") if _has(path, words)])
+
+
+def _has(path: Path, words: set[str]) -> bool:
+    return not words.isdisjoint(re.split(r"[-_.]", path.stem))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +156,31 @@ class TarMember:
 
 
 @dataclass(slots=True)
-class ShardSample:
+class _Sample:
     """The members that share a name up to its first dot."""
 
+    shard: Path
     key: str
     members: dict[str, TarMember] = field(default_factory=dict)
     """What follows that dot, in lower case -> member: jpg, txt, input.jpg."""
 
-    def only(self, kinds: Collection[str], where: str, option: str) -> str | None:
+    def only(self, kinds: Collection[str], option: str) -> str | None:
         """Return the suffix of the one member of these kinds; x.jpg goes before x.mask.jpg.
 
-        Args:
-            kinds: last parts of suffixes.
-            where: the shard, for an error.
-            option: of the data set, which says which one is meant.
-
         Raises:
-            ConfigError: if several could be meant.
+            ConfigError: if several could be meant; `option` of the data set chooses one.
         """
         found = [suffix for suffix in self.members if suffix.rpartition(".")[2] in kinds]
         found = [suffix for suffix in found if suffix in kinds] or found
         if len(found) > 1:
             raise ConfigError(
-                f"{where}: sample {self.key!r} has several members that could be meant "
+                f"{self.shard}: sample {self.key!r} has several members that could be meant "
                 f"({', '.join(found)}); name one: `{option}: {found[0]}`"
             )
         return found[0] if found else None
 
 
-def expand(pattern: str) -> list[Path]:
-    """Return the shards a pattern names: `{000..012}` counts, `::` joins.
-
-    Example:
-        >>> [str(path) for path in expand("a_{08..10}.tar::b.tar")]
-        ['a_08.tar', 'a_09.tar', 'a_10.tar', 'b.tar']
-    """
-    names: list[str] = []
-    for part in pattern.split("::"):
-        found = BRACES.search(part)
-        if found is None:
-            names.append(part)
-            continue
-        low, high = found.groups()
-        for number in range(int(low), int(high) + 1):
-            text = f"{number:0{len(low)}d}"
-            names += map(str, expand(part[: found.start()] + text + part[found.end() :]))
-    return [Path(name).expanduser() for name in names]
-
-
-def samples(shard: Path) -> list[ShardSample]:
+def _samples(shard: Path) -> list[_Sample]:
     """Return the samples of a shard in the order of their first members.
 
     Members of a sample need not be adjacent.
@@ -115,7 +188,7 @@ def samples(shard: Path) -> list[ShardSample]:
     Raises:
         ConfigError: if the shard is missing, compressed or cut off, or holds a name twice.
     """
-    found: dict[str, ShardSample] = {}
+    found: dict[str, _Sample] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -124,7 +197,7 @@ def samples(shard: Path) -> list[ShardSample]:
                     continue
                 stem, _, suffix = name.partition(".")  # webdataset: up to the first dot
                 key = (folder / stem).as_posix()
-                own = found.setdefault(key, ShardSample(key)).members
+                own = found.setdefault(key, _Sample(shard, key)).members
                 if suffix.lower() in own:
                     raise ConfigError(
                         f"shard {shard}: two members are called {member.name}; a name must be "
@@ -141,181 +214,85 @@ def samples(shard: Path) -> list[ShardSample]:
     return list(found.values())
 
 
-# -- WebDataset shards: tar files whose members share a stem, abc.jpg with abc.txt or abc.json ----
-
-
-logger = logging.getLogger(__name__)
-
-IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
-TEXTS = ("txt", "caption", "text")
-
-
-class WebDataset(ListedImages):
-    """Images and captions in tar shards, read by offset: shuffling and resuming are exact.
-
-    Captions are the lines of `.txt`, or a field of `.json` (a text or a list of texts), which
-    wins where it holds several. Shards must be uncompressed local files.
-
-    Args:
-        root: a folder with shards, or a pattern of them.
-        split: train, validation or test: the folder of that name, or shards that have it in
-            their name as a word, such as cc3m-train-0001.tar, or else the field `split` of
-            `.json`; where there are none, train and validation are parted by a hash of each
-            file's name, in shards of `lgvq data convert` of its old name. null or all: every
-            shard.
-        holdout: share of the validation split in that last case, 0 < holdout < 1.
-        file_key: the suffix of the image, such as input.jpg, where several could be meant.
-        caption_key: the field of `.json` with the captions, where it is not a usual one; or the
-            suffix of the text, such as outputs.txt.
-        options: see `Reading`.
-
-    Raises:
-        ConfigError: if there are no shards, or one is broken, or a caption is no text.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str | None = None,
-        *,
-        holdout: float = 0.1,
-        file_key: str | None = None,
-        caption_key: str | None = None,
-        **options: Any,
-    ):
-        reading, given = Reading.of(options, type(self)), split
-        split = choose_split(split, SPLITS)
-        self.shards, is_parted = _shards(root, split), split != "all"
-        if not self.shards and split in ("train", "validation", "test"):
-            self.shards, is_parted = _shards(root, "all"), False
-            if any(_shards(root, other) for other in SPLITS[:3]):
-                self.shards = []  # there are splits, but not this one
-        if not self.shards:
-            raise ConfigError(f"{root}: no shards (*.tar) of split {split!r}")
-        missing = [shard for shard in self.shards if not shard.is_file()]
-        if missing:
-            raise ConfigError(f"{len(missing)} shards do not exist, first: {missing[0]}")
-        found = [sample for shard in self.shards for sample in samples(shard)]
-        read = _Members(file_key, caption_key, reading.encoding)
-        records = [record for record in map(read, found) if record]
-        _tell(root, found, records, list(read.fields))
-        if split == "test" and not is_parted and not declared_splits(records):
-            raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
-        if is_parted:
-            refuse_other_splits(records, split, root)
-        else:
-            records = of_split(records, given, holdout=holdout, where=root)
-        super().__init__(records, reading, where=root)
-
-    @classmethod
-    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
-        """Look for *.tar, in folders or names of splits first."""
-        found = {s: {"root": root, "split": s} for s in SPLITS[:3] if _shards(root, s)}
-        return found or ({"all": {"root": root, "split": "all"}} if _shards(root, "all") else {})
-
-
-def _shards(root: str | Path, split: str) -> list[Path]:
-    folder = Path(root).expanduser()
-    names = {split, *(alias for alias, name in SPLIT_ALIASES.items() if name == split)}
-    if not folder.is_dir():
-        listed = expand(str(root)) if str(root).endswith(".tar") else []
-        is_own = [path.parent.name in names or _has_word(path, names) for path in listed]
-        return [p for p, own in zip(listed, is_own, strict=True) if own or split == "all"]
-    if split == "all":
-        return sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")])
-    inner = [path for name in names for path in (folder / name).glob("*.tar")]
-    return sorted(inner or [path for path in folder.glob("*.tar") if _has_word(path, names)])
-
-
-def _has_word(path: Path, names: set[str]) -> bool:
-    return not names.isdisjoint(re.split(r"[-_.]", path.stem))
-
-
 class _Members:
-    """Turns the members of a sample into a record; None where there is no image."""
+    """Turns the members of a sample into a record."""
 
     def __init__(self, file_key: str | None, caption_key: str | None, encoding: str):
         self.file_key = None if file_key is None else file_key.lower().lstrip(".")
         self.caption_key, self.encoding = caption_key, encoding
         self.fields: dict[str, None] = {}
-        """All fields of .json files, to be named where no captions are found."""
+        """All fields of .json files, for the warning where no captions are found."""
 
-    def __call__(self, sample: ShardSample) -> Record | None:
-        where = str(next(iter(sample.members.values())).tar)
-        suffix = self.file_key or sample.only(IMAGES, where, "file_key")
-        image = sample.members.get(suffix or "")
+    def record(self, sample: _Sample) -> Record | None:
+        """Return the record of a sample; None where there is no image."""
+        image = sample.members.get(self.file_key or sample.only(IMAGES, "file_key") or "")
         if image is None:
             return None
-        meta = self._meta(sample, where)
-        told = meta if isinstance(meta, dict) else {}
-        self.fields |= dict.fromkeys(map(str, told))
-        captions = tuple(self._captions(sample, meta, where))
-        extra = {key: told[key] for key in (*KEPT_KEYS, CONVERTED_FROM) if key in told}
-        name = f"{image.tar.name}:{image.name}"
-        return Record(name, image, captions, extra, split_name(told.get("split")))
+        meta = self._meta(sample)
+        row = meta if isinstance(meta, dict) else {}
+        self.fields |= dict.fromkeys(map(str, row))
+        captions = tuple(self._captions(sample, meta))
+        extra = {key: row[key] for key in KEPT_KEYS if key in row}
+        return Record(f"{image.tar.name}:{image.name}", image, captions, extra, split_of_row(row))
 
-    def _meta(self, sample: ShardSample, where: str) -> Any:
-        """Return what the .json says: fields, or the captions themselves."""
+    def report_missing(self, root: Path, found: list[_Sample], records: list[Record]) -> None:
+        """Name the members that were found where images or captions are missing."""
+        names = dict.fromkeys(f".{suffix}" for sample in found for suffix in sample.members)
+        listed = ", ".join(list(names)[:12])
+        if not records:
+            raise ConfigError(
+                f"{root}: no images; the members' suffixes are {listed or 'none'}; supported are "
+                f"{', '.join(SUFFIXES)}, or the one that `file_key` names"
+            )
+        if lost := len(found) - len(records):
+            logger.warning(
+                "%s: %d samples have no image; the members' suffixes: %s", root, lost, listed
+            )
+        if not any(record.captions for record in records):
+            fields = ", ".join(list(self.fields)[:20]) or "none"
+            logger.warning(
+                "%s: none of %d samples has a caption; the members' suffixes are %s; captions are "
+                "read from .%s, and from .json, whose fields are %s (`caption_key` names one)",
+                *(root, len(records), listed, ", .".join(TEXTS), fields),
+            )
+
+    def _meta(self, sample: _Sample) -> Any:
+        """Return the contents of the .json: fields, or the captions themselves."""
         found = [suffix for suffix in sample.members if suffix.rpartition(".")[2] == "json"]
         suffix = "json" if "json" in found else found[0] if len(found) == 1 else None
         if suffix is None:
             return {}
-        member = sample.members[suffix]
         try:
             return json.loads(self._text(sample, suffix)) or {}
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{member}: not JSON ({error})") from error
+            raise ConfigError(f"{sample.members[suffix]}: not JSON ({error})") from error
 
-    def _captions(self, sample: ShardSample, meta: Any, where: str) -> list[str]:
-        key = self.caption_key
+    def _captions(self, sample: _Sample, meta: Any) -> list[str]:
+        key, where = self.caption_key, f"of {sample.key!r}"
         if key is not None and key.lower().lstrip(".") in sample.members:
             return self._lines(sample, key.lower().lstrip("."))
         if not isinstance(meta, dict):  # the .json is the caption
-            return texts_of(meta, f"{where}: the .json of {sample.key!r}")
+            return texts_of(meta, f"{sample.shard}: the .json {where}")
         if key is not None and key not in meta:
             known = ", ".join([*map(str, meta), *sample.members])
-            raise ConfigError(f"{where}: {sample.key!r} has no caption_key {key!r}; it has {known}")
+            raise ConfigError(
+                f"{sample.shard}: {sample.key!r} has no caption_key {key!r}; it has {known}"
+            )
         usual = next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
-        field = key or usual
-        told = texts_of(meta[field], f"{where}: {field} of {sample.key!r}") if field else []
-        if key is None and (not field or not isinstance(meta[field], list)):
-            suffix = sample.only(TEXTS, where, "caption_key")
-            return self._lines(sample, suffix) if suffix else told
-        return told
+        name = key or usual
+        texts = texts_of(meta[name], f"{sample.shard}: {name} {where}") if name else []
+        if key is None and (not name or not isinstance(meta[name], list)):
+            suffix = sample.only(TEXTS, "caption_key")
+            return self._lines(sample, suffix) if suffix else texts
+        return texts
 
-    def _lines(self, sample: ShardSample, suffix: str) -> list[str]:
+    def _lines(self, sample: _Sample, suffix: str) -> list[str]:
         text = self._text(sample, suffix).replace("\r\n", "\n").replace("\r", "\n")
         return texts_of(text.split("\n"), sample.key)
 
-    def _text(self, sample: ShardSample, suffix: str) -> str:
+    def _text(self, sample: _Sample, suffix: str) -> str:
         member = sample.members[suffix]
         try:
             return decode(member.read_bytes(), self.encoding)
         except OSError as error:
             raise ConfigError(f"{member}: {error}") from error
-
-
-def _tell(
-    root: str | Path,
-    found: Sequence[ShardSample],
-    records: Sequence[Record],
-    fields: Sequence[str],
-) -> None:
-    """Say which members were found where images or captions are missing."""
-    names = dict.fromkeys(f".{suffix}" for sample in found for suffix in sample.members)
-    listed = ", ".join(list(names)[:12])
-    if not records:
-        raise ConfigError(
-            f"{root}: no images; the members' suffixes are {listed or 'none'}; read are "
-            f"{', '.join(SUFFIXES)}, or the one that `file_key` names"
-        )
-    if lost := len(found) - len(records):
-        logger.warning(
-            "%s: %d samples have no image; the members' suffixes: %s", root, lost, listed
-        )
-    if not any(record.captions for record in records):
-        logger.warning(
-            "%s: none of %d samples has a caption; the members' suffixes are %s; captions are read "
-            "from .%s, and from .json, whose fields are %s (`caption_key` names one)",
-            *(root, len(records), listed, ", .".join(TEXTS), ", ".join(fields[:20]) or "none"),
-        )

@@ -91,8 +91,8 @@ def cub200(root):
         species = SPECIES[k % 2]
         file = f"{species}/{species[4:]}_{k:04d}_{796000 + k}.jpg"
         photo(home / "images" / file, k)
-        told = file.replace("Brewer_", "Brewers_").replace(".jpg", ".txt")
-        write(root / "cvpr2016_cub/text_c10" / told, "\n".join(captions(k)))
+        texts = file.replace("Brewer_", "Brewers_").replace(".jpg", ".txt")
+        write(root / "cvpr2016_cub/text_c10" / texts, "\n".join(captions(k)))
         lines["images"] += f"{k + 1} {file}\n"
         lines["split"] += f"{k + 1} 1\n"
         lines["labels"] += f"{k + 1} {1 if k % 2 == 0 else 9}\n"

@@ -68,7 +68,7 @@ def test_a_sample_keeps_the_contract(build):
     assert len({sample["file"] for sample in samples}) == COUNT
 
 
-def test_captions_are_told_without_the_image(build):
+def test_captions_are_reported_without_the_image(build):
     dataset = build()
     assert [dataset.captions_of(i) for i in range(COUNT)] == [
         dataset[i]["captions"] for i in range(COUNT)
@@ -84,7 +84,7 @@ def test_captions_per_image_keeps_the_first_ones(build):
     ]
 
 
-def test_an_unknown_option_is_told_with_the_nearest(build):
+def test_an_unknown_option_is_reported_with_the_nearest(build):
     with pytest.raises((ConfigError, TypeError), match="flipp"):
         build(flipp=True)
 
@@ -102,12 +102,12 @@ def test_negative_index_counts_from_the_end_and_too_large_raises(build):
 
 def test_epochs_draw_other_captions_and_a_repeat_draws_the_same(build):
     dataset = build()
-    told = []
+    drawn = []
     for epoch in (0, 1, 2, 1):
         dataset.set_epoch(epoch)
-        told.append([dataset[i]["caption"] for i in range(COUNT)])
-    assert told[1] == told[3]
-    assert told[0] != told[1] != told[2]
+        drawn.append([dataset[i]["caption"] for i in range(COUNT)])
+    assert drawn[1] == drawn[3]
+    assert drawn[0] != drawn[1] != drawn[2]
 
 
 def test_order_of_access_and_copies_change_nothing(build):

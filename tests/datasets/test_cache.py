@@ -53,16 +53,16 @@ def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsy
     merged = Sections.of(read_config([path, out / "guide.yaml"]))
     block = parse(lgvq_block(merged.plain))
     cached = build_guide(block.guide)
-    told = sorted(captions())
-    words = cached.encode(told).word_ids
+    texts = sorted(captions())
+    words = cached.encode(texts).word_ids
     mask = cached.draw_mask(
-        told, words, ratio=block.objectives.masked_text.ratio, generator=torch.Generator()
+        texts, words, ratio=block.objectives.masked_text.ratio, generator=torch.Generator()
     )
     assert mask.any(dim=1).all()
-    assert cached.encode(told, token_mask=mask).tokens.isfinite().all()
+    assert cached.encode(texts, token_mask=mask).tokens.isfinite().all()
     # The guide itself, one caption at a time; batches differ in the last bits.
     guide = build_guide({"use": "micro_clip", "max_length": 20})
-    for text in told[:5]:
+    for text in texts[:5]:
         torch.testing.assert_close(cached.encode([text]).tokens, guide.encode([text]).tokens)
 
 
@@ -125,7 +125,7 @@ def test_wrong_input_is_one_message(config, tmp_path, capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_too_small_is_told_before(config, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before(config, tmp_path, capsys, monkeypatch):
     from types import SimpleNamespace
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -139,8 +139,8 @@ def test_the_estimate_is_near_what_is_written(config, tmp_path, caplog):
     out = tmp_path / "c"
     assert main(["cache", "-b", config(), "-o", str(out), "--no-progress"]) == 0
     message = next(m for m in caplog.messages if "takes at most" in m)
-    told, unit = message.split("at most ")[1].split()[:2]
-    estimate = float(told) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+    amount, unit = message.split("at most ")[1].split()[:2]
+    estimate = float(amount) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert 0.95 * written < estimate < 1.5 * written
 

@@ -4,17 +4,16 @@ import json
 
 import pytest
 from disk_trees import photo, write
-from torch.utils.data import Subset
 
-from lgvq_plugin.datasets.base import describe_captions, recognize
+from lgvq_plugin.datasets.base import recognize
+from lgvq_plugin.datasets.check import as_text, check
 from lgvq_plugin.datasets.folder import CaptionedFolder
-from lgvq_plugin.datasets.list_file import ListFile
-from lgvq_plugin.datasets.pairs_table import PairsTable
 from lgvq_plugin.datasets.scenes import Scenes
+from lgvq_plugin.datasets.tables import ListFile, PairsTable
 from lgvq_plugin.sockets import ConfigError
 
 
-def told(dataset):
+def captions_of(dataset):
     return {record.file: record.captions for record in dataset.records}
 
 
@@ -37,7 +36,7 @@ def test_flickr8k_as_kaggle_has_it(tmp_path):
           "1.jpg,A cat, sleeping on a mat\n")  # fmt: skip
     layout = recognize(tmp_path)
     expected = {"0.jpg": ("A dog .", "A dog, running"), "1.jpg": ("A cat, sleeping on a mat",)}
-    assert (layout.member, told(layout.build("all"))) == ("folder", expected)
+    assert (layout.member, captions_of(layout.build("all"))) == ("folder", expected)
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def flickr8k(tmp_path):
 
 def test_flickr8k_as_published_with_its_splits(flickr8k):
     layout = recognize(flickr8k)
-    found = {split: told(layout.build(split)) for split in layout.splits}
+    found = {split: captions_of(layout.build(split)) for split in layout.splits}
     assert {split: list(files) for split, files in found.items()} == {
         "train": ["0.jpg", "1.jpg"],
         "validation": ["2.jpg"],
@@ -72,7 +71,7 @@ def test_flickr30k_with_its_row_that_lacks_a_bar(tmp_path, caplog):
           '0.jpg| 0| " Hi , " he says .\n0.jpg| 1| A man .\n'
           "1.jpg| 0| A dog\n1.jpg| 4   A cat\n")  # fmt: skip
     dataset = recognize(tmp_path).build("all")
-    assert told(dataset) == {"0.jpg": ('" Hi , " he says .', "A man ."), "1.jpg": ("A dog",)}
+    assert captions_of(dataset) == {"0.jpg": ('" Hi , " he says .', "A man ."), "1.jpg": ("A dog",)}
     assert "results.csv:5: 1 rows have fewer fields" in caplog.text
 
 
@@ -95,7 +94,7 @@ def test_flickr30k_with_its_row_that_lacks_a_bar(tmp_path, caplog):
 def test_tables_of_many_makes(tmp_path, name, content):
     photos(tmp_path / "images", 2)
     write(tmp_path / name, content)
-    assert list(told(CaptionedFolder(tmp_path)).values()) == [("a dog",), ("b",)]
+    assert list(captions_of(CaptionedFolder(tmp_path)).values()) == [("a dog",), ("b",)]
 
 
 def test_unusual_columns_can_be_named(tmp_path):
@@ -103,7 +102,7 @@ def test_unusual_columns_can_be_named(tmp_path):
     write(tmp_path / "t.csv", "bild,text_de\n0.jpg,ein Hund\n")
     keys = {"file_key": "bild", "caption_key": "text_de"}
     for dataset in (CaptionedFolder(tmp_path, **keys), PairsTable(tmp_path / "t.csv", **keys)):
-        assert told(dataset) == {"0.jpg": ("ein Hund",)}
+        assert captions_of(dataset) == {"0.jpg": ("ein Hund",)}
     with pytest.raises(ConfigError, match=r"t\.csv:2: no file name.*file_key.*bild, text_de"):
         PairsTable(tmp_path / "t.csv")
 
@@ -174,7 +173,7 @@ def test_train_does_not_see_test(split_table):
         lambda **params: CaptionedFolder(split_table.parent, **params),
         lambda **params: PairsTable(split_table, **params),
     ):
-        files = {s: list(told(build(split=s))) for s in ("train", "val", "test", "all")}
+        files = {s: list(captions_of(build(split=s))) for s in ("train", "val", "test", "all")}
         assert files["train"] == ["0.jpg", "1.jpg", "2.jpg"]
         assert files["val"] == ["3.jpg"]
         assert files["test"] == ["4.jpg", "5.jpg"]
@@ -190,8 +189,11 @@ def test_a_table_at_the_root_leaves_split_folders_on(tmp_path):
         photos(tmp_path / split, 2)
     write(tmp_path / "metadata.csv", "file_name,text\ntrain/0.jpg,a\ntrain/1.jpg,b\ntest/0.jpg,c\n")
     assert list(recognize(tmp_path).splits) == ["train", "test"]
-    assert list(told(CaptionedFolder(tmp_path, split="train"))) == ["train/0.jpg", "train/1.jpg"]
-    assert list(told(CaptionedFolder(tmp_path, split="test"))) == ["test/0.jpg"]
+    assert list(captions_of(CaptionedFolder(tmp_path, split="train"))) == [
+        "train/0.jpg",
+        "train/1.jpg",
+    ]
+    assert list(captions_of(CaptionedFolder(tmp_path, split="test"))) == ["test/0.jpg"]
 
 
 def test_one_image_in_two_splits_is_refused(tmp_path):
@@ -207,7 +209,7 @@ def test_class_folders_in_split_folders_take_a_template(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             photos(tmp_path / split / name, 1)
-    assert set(told(recognize(tmp_path).build("validation")).values()) == {
+    assert set(captions_of(recognize(tmp_path).build("validation")).values()) == {
         ("a photo of a cat",),
         ("a photo of a dog",),
     }
@@ -229,10 +231,10 @@ def test_text_of_another_encoding_is_counted_and_can_be_read(tmp_path, layout, c
     build, root = (
         (ListFile, tmp_path / name) if layout == "list" else (CaptionedFolder, tmp_path)
     )  # fmt: skip
-    assert told(build(root)) == {"0.jpg": ("un caf\ufffd \ufffd",)}
+    assert captions_of(build(root)) == {"0.jpg": ("un caf\ufffd \ufffd",)}
     assert "1 captions are not utf-8: 2 bytes became U+FFFD, first in 0.jpg" in caplog.text
     caplog.clear()
-    assert told(build(root, encoding="cp1252")) == {"0.jpg": ("un café …",)}
+    assert captions_of(build(root, encoding="cp1252")) == {"0.jpg": ("un café …",)}
     assert not caplog.records
     with pytest.raises(ConfigError, match="encoding: 'utf-99' is not known"):
         build(root, encoding="utf-99")
@@ -241,7 +243,7 @@ def test_text_of_another_encoding_is_counted_and_can_be_read(tmp_path, layout, c
 def test_utf_16_is_known_by_its_mark(tmp_path):
     photos(tmp_path, 1)
     write(tmp_path / "captions.csv", "file,caption\n0.jpg,un café\n".encode("utf-16"))
-    assert told(CaptionedFolder(tmp_path)) == {"0.jpg": ("un café",)}
+    assert captions_of(CaptionedFolder(tmp_path)) == {"0.jpg": ("un café",)}
 
 
 # What a training run asks for
@@ -253,9 +255,7 @@ def test_the_number_of_captioned_images_is_known_without_opening_one(tmp_path):
         path.write_bytes(b"")
     write(tmp_path / "1.txt", "a dog")
     dataset = CaptionedFolder(tmp_path)
-    assert describe_captions(dataset) == "1 of 3 images have captions"
-    assert describe_captions(Subset(dataset, [0, 1])) == "1 of 2 images have captions"
-    assert describe_captions([1, 2]) is None
+    assert [dataset.captions_of(i) for i in range(3)] == [[], ["a dog"], []]
 
 
 @pytest.mark.parametrize(("channels", "first"), [(1, True), (4, False)])
@@ -278,7 +278,7 @@ def test_a_column_of_splits_may_have_another_name(tmp_path, column):
     photos(tmp_path, 2)
     table = f"image,caption,{column}\n0.jpg,a dog,train\n1.jpg,a cat,test\n"
     write(tmp_path / "captions.csv", table)
-    assert told(CaptionedFolder(tmp_path, split="train")) == {"0.jpg": ("a dog",)}
+    assert captions_of(CaptionedFolder(tmp_path, split="train")) == {"0.jpg": ("a dog",)}
 
 
 def test_a_column_called_set_that_names_no_split_is_none(tmp_path):
@@ -295,7 +295,7 @@ def test_folders_below_a_table_name_the_splits(tmp_path, train, test):
     photo(tmp_path / train / "a.jpg", 1)
     photo(tmp_path / test / "b.jpg", 2)
     write(tmp_path / "captions.csv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n")
-    assert told(CaptionedFolder(tmp_path, split="train")) == {"a.jpg": ("a dog",)}
+    assert captions_of(CaptionedFolder(tmp_path, split="train")) == {"a.jpg": ("a dog",)}
 
 
 def test_rows_of_another_split_in_the_folder_of_a_split_are_refused(tmp_path):
@@ -304,4 +304,72 @@ def test_rows_of_another_split_in_the_folder_of_a_split_are_refused(tmp_path):
                    for k, s in enumerate(["train", "test"])))  # fmt: skip
     write(tmp_path / "train" / "captions.jsonl", table)
     with pytest.raises(ConfigError, match=r"1 of 2 images of split 'train' say .* 'test'.* 1\.jpg"):
+        CaptionedFolder(tmp_path, split="train")
+
+
+# Nothing is left out or mixed in silently
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['0.jpg,"a ""red"" dog"', '"0.jpg","a ""red"" dog"', '0.jpg\t"a ""red"" dog"',
+     '0.jpg|0|a "red" dog', '0.jpg\t0\ta "red" dog', '0.jpg#0\ta "red" dog'],
+)  # fmt: skip
+def test_a_line_without_header_may_quote_and_number_its_caption(tmp_path, line):
+    photos(tmp_path, 1)
+    write(tmp_path / "captions.txt", f"{line}\n")
+    for dataset in (CaptionedFolder(tmp_path), ListFile(tmp_path / "captions.txt")):
+        assert list(captions_of(dataset).values()) == [('a "red" dog',)]
+
+
+def test_further_columns_without_a_header_are_refused(tmp_path):
+    photos(tmp_path, 1)
+    write(tmp_path / "list.txt", "0.jpg\ta dog\ttrain\n")
+    with pytest.raises(ConfigError, match=r"list\.txt:1: 3 columns and no header"):
+        ListFile(tmp_path / "list.txt")
+
+
+def test_images_that_the_table_does_not_list_are_reported(tmp_path):
+    photos(tmp_path, 3)
+    write(tmp_path / "0.txt", "a dog")
+    write(tmp_path / "captions.csv", "file,caption\n1.jpg,a cat\n")
+    assert captions_of(CaptionedFolder(tmp_path)) == {"1.jpg": ("a cat",)}
+    shown = as_text(check(tmp_path, progress=False))
+    expected = f"2 images of the folder are not in the table and left out, first: {tmp_path}/0.jpg"
+    assert expected in shown
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    photos(tmp_path, 1)
+    write(tmp_path / "captions.csv", "image,caption,caption\n0.jpg,a dog,a hound\n")
+    with pytest.raises(ConfigError, match=r"captions\.csv:1: the header names 'caption' 2 times"):
+        CaptionedFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", ["caption,caption2", "caption_1,caption_2", "Caption 0,Caption 1"]
+)
+def test_numbered_columns_are_further_captions(tmp_path, names):
+    photos(tmp_path, 1)
+    write(tmp_path / "captions.csv", f"image,{names}\n0.jpg,a dog,a hound\n")
+    assert captions_of(CaptionedFolder(tmp_path)) == {"0.jpg": ("a dog", "a hound")}
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("is_test", "01"), ("is_train", ["True", "False"]), ("IsTesting", "NY")]
+)
+def test_a_column_of_flags_names_the_split(tmp_path, column, values):
+    photos(tmp_path, 2)
+    table = f"image,caption,{column}\n0.jpg,a dog,{values[0]}\n1.jpg,a cat,{values[1]}\n"
+    write(tmp_path / "captions.csv", table)
+    assert list(recognize(tmp_path).splits) == ["train", "test"]
+    assert captions_of(CaptionedFolder(tmp_path, split="test")) == {"1.jpg": ("a cat",)}
+
+
+def test_a_folder_of_one_table_per_split_points_to_pairs_table(tmp_path):
+    photos(tmp_path, 2)
+    for k, split in enumerate(("train", "test")):
+        write(tmp_path / f"{split}.csv", f"image,caption\n{k}.jpg,a dog\n")
+    assert recognize(tmp_path).member == "pairs_table"
+    with pytest.raises(ConfigError, match=r"`target: pairs_table` reads test\.csv, train\.csv"):
         CaptionedFolder(tmp_path, split="train")

@@ -1,4 +1,4 @@
-"""`lgvq data check` tells what is there, names all that cannot be used, and exits with 2."""
+"""`lgvq data check` reports what a path holds, names what cannot be used, and exits with 2."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_each_split_counts_its_own_cut_captions(pictures, tmp_path):
     }
 
 
-def test_images_shared_by_splits_are_told(pictures, tmp_path):
+def test_images_shared_by_splits_are_reported(pictures, tmp_path):
     pictures(tmp_path / "set/train", 3)
     pictures(tmp_path / "set/val", 2)  # the same noise
     result = check(tmp_path / "set", tmp_path / "out", progress=False)

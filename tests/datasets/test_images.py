@@ -9,12 +9,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lgvq_plugin.datasets.folder import CaptionedFolder
-from lgvq_plugin.datasets.images import HashedDraws, Pipeline, UnreadableImage, open_image, shrink
+from lgvq_plugin.datasets.images import HashedDraws, UnreadableImage, open_image, shrink
+from lgvq_plugin.datasets.listed import ImageOptions
 from lgvq_plugin.sockets import ConfigError
 
 
 def read(path, size=8, **options):
-    return Pipeline(size=size, **options)(path, HashedDraws(0))
+    return ImageOptions(size=size, **options).load(path, HashedDraws(0))
 
 
 def levels(array):
@@ -49,7 +50,7 @@ def test_transparency_lies_on_white(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_upright(tmp_path, orientation):
-    # The pixel that belongs to the top left lies elsewhere in the file: EXIF 2.3, table 6.
+    # The pixel that belongs to the top left is elsewhere in the file: EXIF 2.3, table 6.
     row, column = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0)}.get(
         orientation, {5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}.get(orientation)
     )
@@ -115,7 +116,7 @@ def test_the_next_good_image_takes_the_place_of_a_broken_one(tmp_path):
         CaptionedFolder(tmp_path)[1]
     dataset = CaptionedFolder(tmp_path, skip_corrupt=True)
     assert dataset[1]["caption"] == "number 2"
-    assert "1 of 3 images skipped" in dataset.skipped_summary()
+    assert list(dataset.skipped) == ["1.png"]
 
 
 def test_aspect_ratio_is_kept(tmp_path):
@@ -134,7 +135,7 @@ def test_aspect_ratio_is_kept(tmp_path):
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_and_sides_are_as_asked(tmp_path, channels, first):
+def test_channels_and_sides_are_as_given(tmp_path, channels, first):
     pixels = np.full((40, 20, 4), (200, 100, 0, 255), np.uint8)
     pixels[20:, :, 3] = 0  # transparent below
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -155,7 +156,7 @@ def test_an_oblong_size_cuts_the_middle_at_its_own_ratio(tmp_path):
 @pytest.mark.parametrize("options", [{"size": [8]}, {"size": 0}, {"size": "8"}, {"channels": 2}])
 def test_a_size_or_number_of_channels_that_cannot_be_is_named(tmp_path, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        Pipeline(**options)
+        ImageOptions(**options)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")

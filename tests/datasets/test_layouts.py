@@ -11,13 +11,12 @@ from PIL import Image
 from lgvq_plugin.datasets.base import recognize
 from lgvq_plugin.datasets.folder import CaptionedFolder
 from lgvq_plugin.datasets.huggingface import HuggingFaceImages
-from lgvq_plugin.datasets.list_file import ListFile
-from lgvq_plugin.datasets.pairs_table import PairsTable
+from lgvq_plugin.datasets.tables import ListFile, PairsTable
 from lgvq_plugin.datasets.webdataset import WebDataset
 from lgvq_plugin.sockets import ConfigError
 
 
-def told(dataset):
+def captions_of(dataset):
     return [record.captions for record in dataset.records]
 
 
@@ -27,14 +26,14 @@ def told(dataset):
 def test_a_comma_table_with_quoted_captions(tmp_path):
     photo(tmp_path / "a.jpg", 0)
     write(tmp_path / "x.csv", 'title,filepath\r\n"a dog, running ",a.jpg\r\n')
-    assert told(PairsTable(tmp_path / "x.csv")) == [("a dog, running",)]
+    assert captions_of(PairsTable(tmp_path / "x.csv")) == [("a dog, running",)]
 
 
 def test_jsonl_with_a_list_of_captions_and_an_absolute_path(tmp_path):
     photo(tmp_path / "elsewhere/a.jpg", 0)
     row = {"image": str(tmp_path / "elsewhere/a.jpg"), "caption": ["one", "two"]}
     write(tmp_path / "x.jsonl", row)
-    assert told(PairsTable(tmp_path / "x.jsonl")) == [("one", "two")]
+    assert captions_of(PairsTable(tmp_path / "x.jsonl")) == [("one", "two")]
 
 
 def test_a_table_that_is_missing_or_names_no_file(tmp_path):
@@ -51,7 +50,7 @@ def test_a_list_takes_captions_behind_a_tab_or_beside(tmp_path):
     write(tmp_path / "1.caption", "beside\n")
     write(tmp_path / "list.txt", "0.jpg\ta dog\n0.jpg\ta hound\n\n1.jpg\n2.jpg\n")
     dataset = ListFile(tmp_path / "list.txt")
-    assert told(dataset) == [("a dog", "a hound"), ("beside",), ()]
+    assert captions_of(dataset) == [("a dog", "a hound"), ("beside",), ()]
 
 
 # Tar shards
@@ -64,7 +63,7 @@ def test_shards_written_by_the_webdataset_package(tmp_path):
             meta = {"caption": captions(k), "image_id": k}
             sink.write({"__key__": f"a/{k:04d}", "jpg": encoded(k), "json": meta})
     dataset = WebDataset(tmp_path, "train")
-    assert told(dataset) == [tuple(captions(k)) for k in range(COUNT)]
+    assert captions_of(dataset) == [tuple(captions(k)) for k in range(COUNT)]
     assert dataset[3]["image_id"] == 3
     assert dataset[0]["file"] == "train-000000.tar:a/0000.jpg"
 
@@ -81,8 +80,8 @@ def test_img2dataset_keeps_its_text_and_ignores_the_rest(tmp_path):
         add(tar, "000000000.txt", b"a dog")
         add(tar, "000000001.json", b'{"caption": "its image failed"}')
         add(tar, "000000002.jpg", encoded(2))
-    assert told(WebDataset(tmp_path)) == [("a dog",), ()]
-    assert told(WebDataset(f"{tmp_path}/{{00000..00000}}.tar")) == [("a dog",), ()]
+    assert captions_of(WebDataset(tmp_path)) == [("a dog",), ()]
+    assert captions_of(WebDataset(f"{tmp_path}/{{00000..00000}}.tar")) == [("a dog",), ()]
 
 
 def test_a_cut_off_shard_and_a_compressed_one_are_named(tmp_path, trees):
@@ -121,11 +120,17 @@ def test_a_pattern_of_shards_has_splits_too(tmp_path):
     shard(tmp_path / "cc3m-train-0001.tar", ["c"])
     shard(tmp_path / "cc3m-val-0000.tar", ["d"])
     pattern = f"{tmp_path}/cc3m-train-{{0000..0001}}.tar::{tmp_path}/cc3m-val-0000.tar"
-    told = {s: [c for r in WebDataset(pattern, s).records for c in r.captions]
+    found = {s: [c for r in WebDataset(pattern, s).records for c in r.captions]
             for s in ("train", "validation", "all")}  # fmt: skip
-    assert told["train"] == ["text a", "text b", "text c"]
-    assert told["validation"] == ["text d"]
-    assert told["all"] == [*told["train"], *told["validation"]]
+    assert found["train"] == ["text a", "text b", "text c"]
+    assert found["validation"] == ["text d"]
+    assert found["all"] == [*found["train"], *found["validation"]]
+
+
+def test_rows_of_another_split_in_the_shards_of_a_split_are_refused(tmp_path):
+    shard(tmp_path / "train-0000.tar", ["a", "b"], {"split": "test"})
+    with pytest.raises(ConfigError, match=r"2 of 2 images of split 'train' say .* 'test'.*a\.png"):
+        WebDataset(tmp_path, "train")
 
 
 def test_one_shard_without_a_split_in_its_name_is_parted(tmp_path):
@@ -148,14 +153,14 @@ def test_members_of_a_sample_need_not_be_adjacent(tmp_path):
         for name, content in (("a.jpg", encoded(0)), ("b.jpg", encoded(1)),
                               ("b.txt", b"a dog"), ("a.txt", b"a cat")):  # fmt: skip
             put(tar, name, content)
-    assert told(WebDataset(tmp_path)) == [("a cat",), ("a dog",)]
+    assert captions_of(WebDataset(tmp_path)) == [("a cat",), ("a dog",)]
 
 
 def test_further_parts_of_a_suffix_are_read(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         put(tar, "sample0.input.jpg", encoded(0))
         put(tar, "sample0.outputs.txt", b"a cat")
-    assert told(WebDataset(tmp_path)) == [("a cat",)]
+    assert captions_of(WebDataset(tmp_path)) == [("a cat",)]
 
 
 def test_of_several_images_the_plain_one_is_meant_or_the_named(tmp_path):
@@ -232,7 +237,7 @@ def test_imagefolder_reads_the_same_with_and_without_the_library(imagefolder, mo
     for split in ("train", "validation"):
         theirs = HuggingFaceImages(imagefolder, split, size=16)
         ours = CaptionedFolder(imagefolder, split=split, size=16)
-        assert told(theirs) == told(ours)
+        assert captions_of(theirs) == captions_of(ours)
         assert all((theirs[i]["image"] == ours[i]["image"]).all() for i in range(2))
     assert recognize(imagefolder).member == "folder"
 
@@ -252,7 +257,7 @@ def test_parquet_files_with_image_bytes(tmp_path, monkeypatch):
     layout = recognize(tmp_path / "set")
     assert layout.member == "huggingface"
     dataset = layout.build("train", size=16)
-    assert told(dataset) == [(captions(k)[0],) for k in range(3)]
+    assert captions_of(dataset) == [(captions(k)[0],) for k in range(3)]
     assert dataset[2]["image"].shape == (16, 16, 3)
 
 
@@ -262,7 +267,7 @@ def test_a_hugging_face_folder_may_lie_at_home(tmp_path, trees, monkeypatch):
     assert len(HuggingFaceImages("~/set")) == COUNT
 
 
-def test_a_column_that_is_not_there_is_told(tmp_path, trees):
+def test_a_column_that_is_not_there_is_captions_of(tmp_path, trees):
     params = trees["huggingface"](tmp_path)
     with pytest.raises(ConfigError, match=r"caption_column: 'txet'.*captions"):
         HuggingFaceImages(**params, caption_column="txet")
@@ -277,7 +282,10 @@ def test_class_folders_take_a_template(tmp_path):
     for k, name in enumerate(("brown_bear", "red_fox")):
         photo(tmp_path / name / "0.jpg", k)
     layout = recognize(tmp_path)
-    assert told(layout.build("all")) == [("a photo of a brown bear",), ("a photo of a red fox",)]
+    assert captions_of(layout.build("all")) == [
+        ("a photo of a brown bear",),
+        ("a photo of a red fox",),
+    ]
 
 
 def test_folders_named_after_splits_are_the_splits(tmp_path):
@@ -322,7 +330,7 @@ def test_holdout_parts_the_same_way_whatever_else_lies_there(tmp_path):
 def test_real_photos_and_emoji(shared):
     photos = recognize(shared / "coco_captioned_mini_256").build("all", size=256)
     assert (len(photos), photos[0]["image"].shape) == (476, (256, 256, 3))
-    assert all(len(captions) >= 5 for captions in told(photos))
+    assert all(len(captions) >= 5 for captions in captions_of(photos))
     emoji = recognize(shared / "emoji_noto128").build("all", size=32)
     assert len(emoji) == 3530
     assert emoji[0]["captions"][0] == "hash sign"

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 
-from lgvq_plugin.datasets.listed import choose_split, read_captions, read_lines, read_name_pickle
+from lgvq_plugin.datasets.captions import read_captions, read_lines
+from lgvq_plugin.datasets.listed import read_name_pickle
+from lgvq_plugin.datasets.splits import choose_split
 from lgvq_plugin.sockets import ConfigError
 
 

@@ -75,16 +75,16 @@ def test_coco_missing_images_are_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "texts"),
     [
         ("{", "not readable as JSON"),
         ({"images": []}, "expected an object with a list 'annotations'"),
         ({"images": [], "annotations": [{"id": 1}]}, r"annotations\[0\] has no image_id, caption"),
     ],
 )
-def test_coco_file_of_another_kind_is_told(tmp_path, content, told):
+def test_coco_file_of_another_kind_is_reported(tmp_path, content, texts):
     write(tmp_path / "annotations/captions_train2017.json", content)
-    with pytest.raises(ConfigError, match=rf"captions_train2017\.json.*{told}"):
+    with pytest.raises(ConfigError, match=rf"captions_train2017\.json.*{texts}"):
         Coco(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_coco_karpathy_split(tmp_path):
         assert len(Coco(tmp_path, split, restval=True, **options)) == 1
 
 
-def test_coco_instances_tell_objects_and_labels(tmp_path):
+def test_coco_instances_give_objects_and_labels(tmp_path):
     coco_tree(tmp_path)
     notes = [
         {"image_id": 9, "category_id": 18, "bbox": [1.5, 2, 3, 4], "iscrowd": 0, "id": 1},
@@ -134,9 +134,9 @@ def test_coco_real_captions_of_2017(shared, tmp_path):
     root = shared / "coco_val2014_captions"
     dataset = Coco(root, "validation", skip_corrupt=True)
     assert len(dataset) == 5000
-    told = [text for record in dataset.records for text in record.captions]
-    assert len(told) == 25014
-    assert all(text == " ".join(text.split()) for text in told)
+    texts = [text for record in dataset.records for text in record.captions]
+    assert len(texts) == 25014
+    assert all(text == " ".join(text.split()) for text in texts)
     # The photos we hold have the captions of another source; the same ones must come out.
     known = {}
     with gzip.open(root / "captions_val2014_by_image.jsonl.gz", "rt") as lines:
@@ -151,7 +151,7 @@ def test_coco_real_captions_of_2017(shared, tmp_path):
 # COCO-QA and VQA v2
 
 
-def test_cocoqa_questions_stand_with_their_image(tmp_path, trees):
+def test_cocoqa_questions_belong_to_their_image(tmp_path, trees):
     dataset = CocoQA(**trees["cocoqa"](tmp_path))
     assert dataset[0]["questions"] == [
         {"question": "what is on the bed ?", "answer": "cat", "type": "object"},
@@ -176,7 +176,7 @@ def test_cocoqa_takes_images_of_2017_and_needs_no_captions(tmp_path, trees):
     assert dataset[0]["caption"] == ""
 
 
-def test_cocoqa_files_that_do_not_align_are_told(tmp_path, trees):
+def test_cocoqa_files_that_do_not_align_are_reported(tmp_path, trees):
     trees["cocoqa"](tmp_path)
     path = tmp_path / "cocoqa/train/answers.txt"
     path.write_text(path.read_text() + "dog\n")
@@ -261,7 +261,7 @@ def test_celeba_hq_attributes_follow_the_number(tmp_path, trees):
     assert dataset[3]["attributes"]["face"].tolist() == [0, 1]
 
 
-def test_celeba_hq_attribute_file_of_one_line_is_told(tmp_path, trees):
+def test_celeba_hq_attribute_file_of_one_line_is_reported(tmp_path, trees):
     trees["celeba_hq"](tmp_path)
     write(tmp_path / "CelebAMask-HQ-attribute-anno.txt", f"{COUNT}\n")
     with pytest.raises(ConfigError, match="expected a count, a line of names"):
@@ -292,8 +292,8 @@ def test_cub_reports_images_without_captions_and_odd_bytes(tmp_path, trees):
     texts[1].write_bytes(b"a bird with a \xff\xfe beak\n")
     dataset = CUB200(tmp_path)
     assert len(dataset.unmatched) == 1
-    told = {record.captions for record in dataset.records}
-    assert ("a bird with a �� beak",) in told
+    texts = {record.captions for record in dataset.records}
+    assert ("a bird with a �� beak",) in texts
 
 
 def test_cub_splits(tmp_path, trees):

@@ -8,6 +8,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 
 SIZE = 128
+TEXTS_DIGEST = "f7c916d2754980e183060eb201af84317b637c0c97922a197e0e359e7b40bfff"
 HUES = {  # name: hue range in degrees, least saturation, range of value
     "red": ((345, 10), 0.6, (0.6, 1.0)),
     "orange": ((20, 42), 0.6, (0.75, 1.0)),
@@ -182,51 +184,51 @@ def drawn():
 
 
 @pytest.fixture(scope="module")
-def told():
+def samples():
     dataset = Scenes("validation", size=8, length=1500)
     return [(dataset.scene(i), dataset[i]) for i in range(len(dataset))]
 
 
-def test_every_caption_is_true_of_its_scene(told):
-    lies = [c for scene, sample in told for c in sample["captions"] if not is_true(c, scene)]
-    assert lies == []
+def test_every_caption_is_true_of_its_scene(samples):
+    wrong = [c for scene, sample in samples for c in sample["captions"] if not is_true(c, scene)]
+    assert wrong == []
 
 
-def test_the_judge_catches_lies(told):
+def test_the_judge_catches_lies(samples):
     """Captions of the next scene are mostly false of this one, else the test above is idle."""
-    following = [told[(i + 1) % len(told)][1] for i in range(len(told))]
+    following = [samples[(i + 1) % len(samples)][1] for i in range(len(samples))]
     verdicts = [
         is_true(caption, scene)
-        for (scene, _), sample in zip(told, following, strict=True)
+        for (scene, _), sample in zip(samples, following, strict=True)
         for caption in sample["captions"]
     ]
     assert np.mean(verdicts) < 0.1
 
 
-def test_the_first_caption_tells_of_every_object(told):
-    for scene, sample in told:
+def test_the_first_caption_names_every_object(samples):
+    for scene, sample in samples:
         _, _, things, counts = parse(sample["captions"][0])
         assert len(things) + sum(NUMBER[words[0]] for words in counts) == len(scene.objects)
 
 
-def test_captions_are_five_different_sentences_of_3_to_25_words(told):
-    for _, sample in told:
+def test_captions_are_five_different_sentences_of_3_to_25_words(samples):
+    for _, sample in samples:
         assert len({caption.lower().rstrip(".") for caption in sample["captions"]}) == 5
         assert all(3 <= len(caption.split()) <= 25 for caption in sample["captions"])
 
 
-def test_captions_are_grammatical(told):
-    text = "\n".join(c.lower() for _, sample in told for c in sample["captions"])
+def test_captions_are_grammatical(samples):
+    text = "\n".join(c.lower() for _, sample in samples for c in sample["captions"])
     assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text)
     assert not re.search(rf"\bone (\w+ )*(?:{SHAPE}|shape|object)e?s\b(?<!cross)", text)
     assert not re.search(r"  |{|}|, and|crosss|are .*exactly one|is exactly (two|three|four)", text)
-    capitals = np.mean([c[0].isupper() for _, sample in told for c in sample["captions"]])
+    capitals = np.mean([c[0].isupper() for _, sample in samples for c in sample["captions"]])
     assert 0.2 < capitals < 0.6
 
 
-def test_vocabulary_is_exactly_what_is_said(told):
+def test_vocabulary_is_exactly_what_is_said(samples):
     said = set()
-    for _, sample in told:
+    for _, sample in samples:
         asked = [text for q in sample["questions"] for text in (q["question"], q["answer"])]
         said |= set(re.findall("[a-z]+", " ".join([*sample["captions"], *asked]).lower()))
     assert said == set(Scenes.vocabulary())
@@ -296,17 +298,17 @@ def test_count_is_the_number_of_pieces_on_a_plain_background(drawn):
     assert checked >= 15
 
 
-def test_objects_lie_inside_and_do_not_overlap(told):
-    for scene, _ in told:
+def test_objects_lie_inside_and_do_not_overlap(samples):
+    for scene, _ in samples:
         for a in scene.objects:
             assert a.radius < min(a.x, a.y, 1 - a.x, 1 - a.y)
             others = (b for b in scene.objects if b is not a)
             assert all(np.hypot(a.x - b.x, a.y - b.y) >= a.radius + b.radius for b in others)
 
 
-def test_answers_are_true(told):
+def test_answers_are_true(samples):
     kinds = set()
-    for scene, sample in told:
+    for scene, sample in samples:
         for asked in sample["questions"]:
             kinds.add(asked["type"])
             assert asked["answer"] == answer(asked["question"], scene), (asked, scene)
@@ -341,14 +343,14 @@ def answer(question, scene):
     return "above" if a.y < b.y else "below"
 
 
-def test_yes_and_no_are_about_as_frequent(told):
-    answers = [q["answer"] for _, s in told for q in s["questions"] if q["type"] == "yes-no"]
+def test_yes_and_no_are_about_as_frequent(samples):
+    answers = [q["answer"] for _, s in samples for q in s["questions"] if q["type"] == "yes-no"]
     assert 0.4 < np.mean([a == "yes" for a in answers]) < 0.65
 
 
-def test_labels_agree_with_the_scene(told):
+def test_labels_agree_with_the_scene(samples):
     names = Scenes.attribute_names()
-    for scene, sample in told:
+    for scene, sample in samples:
         labels = sample["attributes"]
         assert labels.keys() == names.keys()
         assert names["count"][labels["count"]] == str(len(scene.objects))
@@ -378,25 +380,28 @@ def test_size_changes_the_pixels_only():
     assert np.abs(shrunk - small["image"]).mean() < 0.02
 
 
+def digest(dataset, *, images):
+    found = hashlib.sha256()
+    dataset.set_epoch(2)
+    for sample in (dataset[i] for i in range(8)):
+        found.update(sample["image"].tobytes() if images else b"")
+        found.update(repr((sample["caption"], sample["captions"], sample["questions"])).encode())
+    return found.hexdigest()
+
+
+def test_captions_and_questions_are_those_that_the_embedded_guide_was_trained_on():
+    assert digest(Scenes("test", size=32), images=False) == TEXTS_DIGEST
+
+
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     code = (
-        "import hashlib; from lgvq_plugin.datasets.scenes import Scenes\n"
-        "d = Scenes('test', size=32); d.set_epoch(2); h = hashlib.sha256()\n"
-        "[h.update(d[i]['image'].tobytes() + repr((d[i]['caption'], d[i]['questions'])).encode())"
-        " for i in range(8)]\n"
-        "print(h.hexdigest())"
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_scenes import *\n"
+        "print(digest(Scenes('test', size=32), images=True))"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    ).stdout.strip()
-    here = hashlib.sha256()
-    dataset = Scenes("test", size=32)
-    dataset.set_epoch(2)
-    for i in range(8):
-        sample = dataset[i]
-        asked = repr((sample["caption"], sample["questions"]))
-        here.update(sample["image"].tobytes() + asked.encode())
-    assert there == here.hexdigest()
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert there.stdout.strip() == digest(Scenes("test", size=32), images=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,192 @@
+"""Splits: their names, how data name them, and how data that name none are divided."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..sockets import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from .listed import Record
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test", "all")
+SPLIT_WORDS = {
+    **dict.fromkeys(("val", "valid", "dev", "eval", "validation"), "validation"),
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "phase", "fold")
+"""All but the first only where they hold one of SPLIT_WORDS: `set` may be anything."""
+FLAG_COLUMN = re.compile(rf"is_?({'|'.join(SPLIT_WORDS)})(?:_?(?:set|image))?", re.I)
+"""is_test, is_training_image: yes or no."""
+SPLIT_FOLDER = re.compile(r"(.+?)[._-]?(?:images?|imgs?|set|split|\d{4})?", re.I)
+"""Of train, train2017, val_images."""
+SPLIT_LIST = re.compile(
+    r"(?:^|[._-])(train|val|valid|validation|dev|test)(?:[._-]?images)?\.\w+$", re.I
+)
+CONVERTED_FROM = "converted_from"
+"""Key under which `lgvq data convert` keeps the original file name, by which it is held out."""
+
+
+def split_name(value: Any) -> str | None:
+    """Return the full name of a split as a table or list gives it; None if it gives none.
+
+    Karpathy's `restval` belongs to the train split, as is usual.
+
+    Example:
+        >>> split_name("Val"), split_name("restval"), split_name("")
+        ('validation', 'train', None)
+    """
+    text = "" if value is None else str(value).strip()
+    return SPLIT_WORDS.get(text.lower(), text) or None
+
+
+def choose_split(split: str | None, known: Iterable[str]) -> str:
+    """Return the split by its full name; None is "all".
+
+    Raises:
+        ConfigError: if the data set has no such split.
+    """
+    names = list(known)
+    name = "all" if split is None else split
+    name = name if name in names else SPLIT_WORDS.get(name, name)
+    if name not in names:
+        raise ConfigError(f"split: {split!r}{suggest(str(split), names)}")
+    return name
+
+
+def split_words(split: str | None) -> list[str]:
+    """Return the words that name a split: its full name, then the others, such as val."""
+    if split is None:
+        return []
+    words = [word for word, full in SPLIT_WORDS.items() if full == split and word != "restval"]
+    return list(dict.fromkeys([split, *words]))
+
+
+def split_file(folder: Path, split: str | None, suffixes: Sequence[str]) -> Path | None:
+    """Return the file of a folder that is named after a split, such as val.csv."""
+    places = (folder / f"{word}{suffix}" for word in split_words(split) for suffix in suffixes)
+    return next((place for place in places if place.is_file()), None)
+
+
+def split_of_row(row: Mapping[str, Any]) -> str | None:
+    """Return the split that a table's row names, in a column `split` or the like.
+
+    Example:
+        >>> split_of_row({"Split": "val"}), split_of_row({"set": "A"}), split_of_row({"is_test": 0})
+        ('validation', None, 'train')
+    """
+    columns = {str(key).strip().lower(): row[key] for key in reversed([*row])}
+    if "split" in columns:
+        return split_name(columns["split"])
+    found = (split_name(columns[name]) for name in SPLIT_COLUMNS if name in columns)
+    flags = {
+        SPLIT_WORDS[name[1]]: str(value).strip().lower() in ("1", "1.0", "true", "yes", "y", "t")
+        for column, value in columns.items()
+        if (name := FLAG_COLUMN.fullmatch(column))
+    }
+    rest = "test" if "train" in flags else "train" if flags else None
+    marked = next((split for split, is_set in flags.items() if is_set), rest)
+    return next((name for name in found if name in SPLIT_WORDS), marked)
+
+
+def split_of_folders(parts: Sequence[str]) -> str | None:
+    """Return the split that the first folder which names one stands for.
+
+    Example:
+        >>> split_of_folders(["images", "val2017"]), split_of_folders(["dogs"])
+        ('validation', None)
+    """
+    for part in parts:
+        name = SPLIT_FOLDER.fullmatch(part)
+        if name and (split := SPLIT_WORDS.get(name[1].lower())):
+            return split
+    return None
+
+
+def splits_at(root: Path, names: Iterable[str], **more: Any) -> dict[str, dict[str, Any]]:
+    """Return split -> keyword arguments, what `recognize` of a member returns."""
+    return {name: {"root": root, "split": name, **more} for name in names}
+
+
+def declared_splits(records: "Sequence[Record]") -> list[str]:
+    """Return the splits that the data name themselves; [] if none, or if all are train.
+
+    Known ones come first, in the order train, validation, test.
+    """
+    names = dict.fromkeys(record.split for record in records if record.split)
+    ordered = [name for name in SPLITS if name in names]
+    ordered += [name for name in names if name not in SPLITS]
+    return [] if ordered == ["train"] else ordered
+
+
+def of_split(
+    records: "list[Record]", split: str | None, *, holdout: float, where: Any
+) -> "list[Record]":
+    """Return the records of a split: as the data say, else train and validation by a hash.
+
+    Args:
+        records: all of them.
+        split: its name; "all" is everything, and so is None where the data name no splits.
+        holdout: share of validation where the data name no splits, 0 < holdout < 1.
+        where: what to call the data set in an error.
+
+    Raises:
+        ConfigError: if there is no such split, or the data name splits and `split` is None.
+    """
+    if not isinstance(holdout, float | int) or not 0 < holdout < 1:
+        raise ConfigError(f"holdout must be between 0 and 1, got {holdout!r}")
+    known = declared_splits(records)
+    if not known:
+        wanted = choose_split(split, SPLITS)
+        if wanted == "test":
+            raise ConfigError(
+                f"{where}: split 'test' needs a folder `test`, or a column `split` that names it"
+            )
+        if wanted == "all":
+            return records
+        is_held_out = wanted == "validation"
+        return [r for r in records if (held_out_share(_first_name(r)) < holdout) == is_held_out]
+    if split is None:
+        raise ConfigError(
+            f"{where} names the splits {', '.join(known)}, and `split` is not set; set "
+            f"`split: {known[0]}`, or `split: all` to use all of them together"
+        )
+    name = split_name(split)
+    if name not in (*known, "all"):
+        raise ConfigError(f"{where}: no split {split!r}; its splits are {', '.join(known)}")
+    unnamed = sum(record.split is None for record in records)
+    if unnamed and name != "all":
+        logger.warning("%s: %d of %d images are in no split", where, unnamed, len(records))
+    return [r for r in records if name in ("all", r.split)]
+
+
+def refuse_other_splits(records: "Sequence[Record]", split: str | None, where: Any) -> None:
+    """Raise ConfigError if rows in a split's own folder or shards name another split."""
+    others = [r for r in records if r.split not in (None, split, "all")]
+    if others:
+        raise ConfigError(
+            f"{where}: {len(others)} of {len(records)} images of split {split!r} say that they are "
+            f"of split {others[0].split!r}, first: {others[0].file}; fix the rows or the names"
+        )
+
+
+def held_out_share(file: str) -> float:
+    """Return a number in [0, 1) that depends on the file's name alone; below holdout = held out.
+
+    Example:
+        >>> held_out_share("images/a.jpg") == held_out_share("a.jpg")
+        True
+    """
+    digest = hashlib.sha256(file.removeprefix("images/").encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _first_name(record: "Record") -> str:
+    """The file's name before `lgvq data convert` gave it another, if it did."""
+    return str(record.extra.get(CONVERTED_FROM, record.file))
