@@ -1,4 +1,4 @@
-"""The package outside its checkout: shipped configs, the wheel, and an installation without extras."""
+"""Outside the checkout: shipped configs, the wheel, an installation without extras."""
 
 import os
 import shutil
