@@ -22,6 +22,7 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
     "eval": ("bench.evaluate:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
+    "configs": ("shipped:main", "list or copy the configs that come with the package"),
     "doctor": ("doctor:main", "tell what is installed, what is missing, how to mend it"),
     "data": ("datasets.commands:main", "check a data set, or convert it for fast reading"),
     "cache": ("datasets.cache:main", "encode all captions once, so that training needs no guide"),

@@ -67,6 +67,6 @@ def test_files_it_names_exist(path):
 
 def test_the_set_up_is_two_commands():
     first = blocks("bash")[0]
-    assert "pip install -e . && lgvq demo" in first
+    assert "pip install -e '.[bench]' && lgvq demo" in first
     assert "pip install -e '.[test]' && pytest" in first
     assert (ROOT / ".ci" / "run").read_text().count("'.[test]'") == 1
