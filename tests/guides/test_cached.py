@@ -379,11 +379,11 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from toy_guide import ToyGuide
-from lgvq_plugin.guides import _cache_writer
+from lgvq_plugin.guides import cached
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
 
-_cache_writer.SHARD_BYTES = 1
+cached.SHARD_BYTES = 1
 block = {"use": "toy_guide.ToyGuide"}
 guide = build_guide(block)
 plain = ToyGuide.encode
