@@ -49,7 +49,7 @@ class OpenCLIPText(AbstractTokenGuide):
             tokenizer is of another kind.
     """
 
-    _source: dict[str, Any] = {}  # noqa: RUF012
+    _source: dict[str, Any] = {}
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ def test_without_its_loss_by_default_and_with_it_on_request(old):
 def test_the_report_counts(old):
     config, host, path = old("taming")
     report = load_into(build_host(config), load_checkpoint(path))
-    assert report.is_complete
+    assert report.missing == report.unexpected == report.mismatched == ()
     assert set(report.loaded) == set(host.state_dict())
     bare = copy.deepcopy(config)
     bare["model"]["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
@@ -83,7 +83,6 @@ def test_a_discriminator_of_another_size_is_left_out_and_reported(old):
     report = load_into(build_host(config), load_checkpoint(path))
     assert report.mismatched
     assert all(key.startswith("loss.discriminator.") for key, _, _ in report.mismatched)
-    assert not report.is_complete
     assert "of another shape" in str(report)
 
 
@@ -269,3 +268,16 @@ def test_a_diverged_checkpoint_is_named(old, tmp_path):
     torch.save({"state_dict": host.state_dict()}, tmp_path / "nan.ckpt")
     with pytest.raises(ConfigError, match=r"NaN in encoder \(encoder\.conv_out\.weight\)"):
         load_host(config, tmp_path / "nan.ckpt")
+
+
+@pytest.mark.parametrize("name", ["taming", "vqvae"])
+def test_initial_weights_that_are_no_checkpoint_are_named(config, tmp_path, name):
+    path = tmp_path / "no.ckpt"
+    whole = config(name)
+    whole["model"]["params"]["ckpt_path"] = str(path)
+    for content in (b"hello", b"\x80\x02cos\nsystem\n."):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"no\.ckpt") as raised:
+            build_host(whole)
+        for advice in ("`weights_only`", "weights_only=", "PyTorch 2.6"):
+            assert advice not in str(raised.value)

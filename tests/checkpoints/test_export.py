@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lgvq_plugin.checkpoints import diffusers, export, pretrained
 from lgvq_plugin.checkpoints.load import load_checkpoint, load_host
-from lgvq_plugin.checkpoints.side_by_side import over_old_loss
+from lgvq_plugin.checkpoints.retrofit import over_old_loss
 from lgvq_plugin.host import encode, reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.build import build_host
@@ -188,7 +188,7 @@ def test_a_failed_upload_leaves_the_folder_and_says_so(old, tmp_path, monkeypatc
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(ConfigError, match=r"no network.*is whole"):
+    with pytest.raises(ConfigError, match=r"no network.*is complete"):
         pretrained.push_to_hub(tmp_path, "me/it")
     uploaded = {}
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kw: None)

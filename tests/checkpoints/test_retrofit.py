@@ -10,8 +10,15 @@ from omegaconf import OmegaConf
 
 from lgvq_plugin import cli
 from lgvq_plugin.checkpoints.load import load_checkpoint
-from lgvq_plugin.checkpoints.retrofit import require_same, retrofit, warnings_of
-from lgvq_plugin.checkpoints.side_by_side import compare_hosts, over_old_loss, shift_discriminator
+from lgvq_plugin.checkpoints.retrofit import (
+    _first_images,
+    over_old_loss,
+    require_same,
+    retrofit,
+    shift_discriminator,
+    warnings_of,
+)
+from lgvq_plugin.checkpoints.side_by_side import compare_hosts
 from lgvq_plugin.host import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
@@ -213,12 +220,66 @@ def test_the_report_says_that_the_control_fell_too():
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--freeze", "encodr"], "training.freeze must be a list of some of encoder"),
+        (["training.freeze=[encodr]"], "training.freeze must be a list of some of encoder"),
+        (["--heads", "nope"], "no heads at 'nope'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_built(
+    old, tmp_path, capsys, monkeypatch, words, message
+):
+    config, _, path = old("vqvae")
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "old.yaml")
+    for module in ("checkpoints.retrofit.build_parts", "checkpoints.load.build_host"):
+        monkeypatch.setattr(f"lgvq_plugin.{module}", lambda *_: pytest.fail("built"))
+    argv = ["retrofit", "-b", str(tmp_path / "old.yaml"), "--ckpt", str(path)]
+    assert cli.main([*argv, "-o", str(tmp_path / "new"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_images_may_have_any_number_of_channels_first_or_last(channels, is_first):
+    params = {"channels": channels, "channel_first": is_first, "length": 3, "size": 16}
+    section = {"target": f"{__name__}.Gray", "params": params}
+    host = torch.nn.Module()
+    host.weight = torch.nn.Parameter(torch.zeros(1))
+    host.forward = lambda x: x.clamp(-0.5, 0.5)
+    images = _first_images(section, 2)
+    assert images.shape == (2, channels, 16, 16)
+    assert images.is_contiguous()
+    hosts = {"old": host, "new": host}
+    rows = compare_hosts(hosts, {"train": section, "test": section}, guide=None)
+    given = ((Gray(**params).images + 1) * 127.5).round() / 127.5 - 1
+    error = (given - given.clamp(-0.5, 0.5)).square().mean() / 4
+    assert rows["reconstruction/psnr"]["old"] == pytest.approx(float(-10 * error.log10()), abs=0.2)
+
+
+class Gray(torch.utils.data.Dataset):
+    """Noise of any number of channels."""
+
+    def __init__(self, channels, channel_first, length, size):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.rand(length, channels, size, size, generator=generator) * 2 - 1
+        self.channel_first = channel_first
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        return {"image": image if self.channel_first else image.movedim(0, -1)}
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--ckpt", "OLD", "-b", "CONFIG", "--heads-first", "50"], "leaves none of training.max_"),
         (["--ckpt", "nothing.ckpt"], "no checkpoint 'nothing.ckpt'"),
         (["--ckpt", "OLD", "-b", "CONFIG", "model.params.n_embed=8"], "model.params.n_embed=16"),
-        (["--ckpt", "OLD"], "give the old run's with -b CONFIG"),
+        (["--ckpt", "OLD"], "give -b CONFIG"),
         (["--ckpt", "OLD", "-b", "CONFIG", "--freeze", "encodr"], "training.freeze must be"),
         (["--ckpt", "OLD", "-b", "CONFIG", "lgvq.gide.use=x"], "did you mean 'guide'"),
     ],
@@ -237,10 +298,15 @@ def test_the_comparison_against_float64_by_hand(old, config):
     _, host, _ = old("vqvae")
     torch.manual_seed(5)
     other = build_host(config("vqvae")).eval()
-    data = build_dataset(config()["data"]["validation"])
+    section = config()["data"]["validation"]
     rows = compare_hosts(
-        {"old": host, "new": other}, held_out=data, train=data, guide=None, most=10, batch_size=3
+        {"old": host, "new": other},
+        {"train": section, "test": section},
+        guide=None,
+        batch_size=3,
+        max_images=10,
     )
+    data = build_dataset(section)
     images = torch.stack([torch.as_tensor(data[i]["image"]) for i in range(10)]).movedim(-1, 1)
     values = {}
     for name, one in (("old", host), ("new", other)):

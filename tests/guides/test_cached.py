@@ -419,3 +419,25 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):
     # Maskings depend on seed and caption alone, so a kill changes none.
     fill(tmp_path / "d", TOY, captions)
     assert torch.equal(maskings(folder, captions), maskings(tmp_path / "d", captions))
+
+
+def test_a_cache_of_an_earlier_version_still_loads():
+    """old_cache was written before shards were mapped by safetensors: two masks per caption, no padding."""
+    block = {**TOY, "width": 2}
+    guide, cached = build_guide(block), CachedGuide(str(HERE / "old_cache"), guide=block)
+    captions = ["", CAPTIONS[0], "circle", "a dog  runs", LONG]
+    assert len(cached) == len(captions)
+    for mask in (None, *maskings(HERE / "old_cache", captions).unbind(dim=1)):
+        wanted = guide.encode(captions, token_mask=mask)
+        tokens = wanted.tokens.where(wanted.attention_mask[..., None], 0.0)
+        assert_same(
+            cached.encode(captions, token_mask=mask),
+            type(wanted)(**{**vars(wanted), "tokens": tokens}),
+        )
+    assert cached.tokenize(captions).cut == guide.tokenize(captions).cut == 2
+
+
+def test_token_features_are_mapped_and_not_read(tmp_path):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    shard = Shards(tmp_path / "c", CacheFacts.read(tmp_path / "c")).shards[0]
+    assert not shard["rows"].flags.owndata

@@ -58,9 +58,11 @@ def test_a_patch_stem_learns_colors_sooner():
     assert last[0] < last[1]
 
 
-@pytest.mark.parametrize("downsample", [4, 8, 16])
+@pytest.mark.parametrize("downsample", [2, 4, 16])
 def test_grid_follows_the_factor(downsample):
-    quant, loss, (_, none, indices) = build(downsample=downsample).encode(torch.zeros(2, 3, 32, 48))
+    model, images = build(downsample=downsample), torch.zeros(2, 3, 32, 48)
+    quant, loss, (_, none, indices) = model.encode(images)
+    assert model(images)[0].shape == images.shape
     assert quant.shape == (2, 8, 32 // downsample, 48 // downsample)
     assert indices.shape == (2 * 32 * 48 // downsample**2,)
     assert loss.ndim == 0
@@ -72,7 +74,7 @@ def test_decoding_the_indices_gives_the_very_same_image():
     train(model, images, steps=3)
     model.eval()
     indices = model.encode(images)[2][2].view(4, 4, 4)
-    assert torch.equal(model.decode_code(indices), model(images)[0])
+    assert torch.equal(model.decode(model.quantize.embed_code(indices)), model(images)[0])
 
 
 def test_checkpoint_round_trip_is_bit_equal(tmp_path):
@@ -118,14 +120,6 @@ def test_images_may_have_their_channels_first_or_last(order):
     got = build().get_input({"picture": images.permute(order)}, "picture")
     assert got.dtype == torch.float32
     assert torch.equal(got, images.float())
-
-
-def test_log_images():
-    log = build().eval().log_images({"image": scenes(2)}, split="val")
-    assert {name: image.shape for name, image in log.items()} == {
-        "inputs": (2, 3, 32, 32),
-        "reconstructions": (2, 3, 32, 32),
-    }
 
 
 @pytest.mark.parametrize(("pixel", "power"), [("l2", 2), ("l1", 1)])
