@@ -64,8 +64,10 @@ def test_a_wrong_option_or_no_loss_is_refused():
         over_old_loss({"target": "m.C"})
 
 
-@pytest.mark.parametrize("name", ["taming", "vqvae"])
-def test_before_the_first_step_the_host_is_the_old_one_bit_by_bit(old, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.slow), "vqvae"])
+def test_before_the_first_step_the_host_is_the_old_one_bit_identical(
+    old, tmp_path, monkeypatch, name
+):
     config, host, path = old(name)
     seen = []
     first = HostDriver.on_train_start
@@ -122,10 +124,10 @@ def test_the_command(old, tmp_path, capsys):
     for metric in ("reconstruction/psnr", "reconstruction/ssim", "codebook/usage", "retrieval/"):
         assert f"| {metric}" in table
     assert table.strip() in (out / "retrofit.md").read_text()
-    told = json.loads((out / "retrofit.json").read_text())
-    assert told["loaded"]["tensors"] == len(host.state_dict())
-    assert told["steps"] == 4
-    row = told["metrics"]["reconstruction/psnr"]
+    message = json.loads((out / "retrofit.json").read_text())
+    assert message["loaded"]["tensors"] == len(host.state_dict())
+    assert message["steps"] == 4
+    row = message["metrics"]["reconstruction/psnr"]
     assert row["difference"] == pytest.approx(row["new"] - row["old"])
     assert row["n"] == 30
     new = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -143,6 +145,7 @@ def test_the_command(old, tmp_path, capsys):
     assert cli.main([*argv, "--resume", "auto"]) == 0
 
 
+@pytest.mark.slow
 def test_a_control_is_trained_on_with_the_old_loss(old, tmp_path):
     config, host, path = old("vqvae")
     config["lgvq"] = {**MICRO, "objectives": {"global_semantic": {"weight": 30.0}}}
@@ -169,6 +172,7 @@ def test_a_control_is_trained_on_with_the_old_loss(old, tmp_path):
     assert "| new - control |" in (out / "retrofit.md").read_text()
 
 
+@pytest.mark.slow
 def test_heads_of_another_run_are_taken(old, tmp_path):
     from lgvq_plugin.checkpoints.pretrained import save_heads
 
@@ -186,8 +190,11 @@ def test_heads_of_another_run_are_taken(old, tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize(("settings", "most"), [({"log_every": 1}, 1e-4 * 3 / 101), (ROUGH, 2e-3)])
-def test_cold_moments_do_not_ruin_a_good_checkpoint(old, tmp_path, settings, most):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "largest"), [({"log_every": 1}, 1e-4 * 3 / 101), (ROUGH, 2e-3)]
+)
+def test_cold_moments_do_not_ruin_a_good_checkpoint(old, tmp_path, settings, largest):
     """Adam's first steps move each weight by a learning rate, 1e-3 here, whatever its gradient."""
     config, host, path = old("vqvae")
     config["lgvq"] = MICRO
@@ -201,20 +208,20 @@ def test_cold_moments_do_not_ruin_a_good_checkpoint(old, tmp_path, settings, mos
             for key, value in host.state_dict().items()
             if key.startswith(("encoder.", "decoder."))  # codes move by restarts as well
         )
-        assert most / 3 < moved < most * 1.01
+        assert largest / 3 < moved < largest * 1.01
     with (out / "metrics.csv").open() as file:
         rates = [float(row["train/lr"]) for row in csv.DictReader(file)]
-    assert sum(rates) == pytest.approx(most)
+    assert sum(rates) == pytest.approx(largest)
 
 
 def test_the_report_says_that_the_control_fell_too():
     row = {"old": 19.6, "new": 6.6, "control": 6.5}
-    for change, told in [
+    for change, message in [
         ({}, ["and to 6.50 dB in the control", "not the text", "training.warmup_steps"]),
         ({"control": 19.5}, ["it is 19.50 dB in the control", "lgvq.gradient_ratio"]),
     ]:
         (line,) = warnings_of({"reconstruction/psnr": row | change})
-        assert all(part in line for part in told)
+        assert all(part in line for part in message)
     assert warnings_of({"reconstruction/psnr": {"old": 19.6, "new": 19.5}}) == []
     assert "--control" in warnings_of({"reconstruction/psnr": {"old": 19.6, "new": 6.5}})[0]
 
@@ -274,7 +281,7 @@ class Gray(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--ckpt", "OLD", "-b", "CONFIG", "--heads-first", "50"], "leaves none of training.max_"),
         (["--ckpt", "nothing.ckpt"], "no checkpoint 'nothing.ckpt'"),
@@ -284,13 +291,13 @@ class Gray(torch.utils.data.Dataset):
         (["--ckpt", "OLD", "-b", "CONFIG", "lgvq.gide.use=x"], "did you mean 'guide'"),
     ],
 )
-def test_wrong_input_ends_in_one_message(old, tmp_path, capsys, words, told):
+def test_wrong_input_ends_in_one_message(old, tmp_path, capsys, words, message):
     config, _, path = old("vqvae")
     OmegaConf.save(OmegaConf.create(config), tmp_path / "old.yaml")
     there = {"OLD": str(path), "CONFIG": str(tmp_path / "old.yaml")}
     argv = [there.get(word, word) for word in words]
     assert cli.main(["retrofit", "-o", str(tmp_path / "new"), *argv]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 

@@ -46,12 +46,15 @@ def train(model: VQVAE, images: torch.Tensor, steps: int) -> list[float]:
 
 # A gradient codebook lags while the encoder's features grow: its quantization loss peaks near
 # step 40 (total 0.4 -> 0.7) and is gone by step 80, with and without restart. EMA has no peak.
-@pytest.mark.parametrize(("quantizer", "steps"), [("ema", 40), ("gradient", 100)])
+@pytest.mark.parametrize(
+    ("quantizer", "steps"), [("ema", 40), pytest.param("gradient", 100, marks=pytest.mark.slow)]
+)
 def test_the_loss_falls(quantizer, steps):
     losses = train(build(quantizer=quantizer), scenes(16), steps)
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_patch_stem_learns_colors_sooner():
     images = scenes(16)
     last = [np.mean(train(build(stem=stem), images, 60)[-5:]) for stem in ("patch", "strided")]
@@ -87,7 +90,7 @@ def test_checkpoint_round_trip_is_bit_equal(tmp_path):
     assert torch.equal(other.eval()(images)[0], model.eval()(images)[0])
 
 
-def test_a_wrong_checkpoint_is_told(tmp_path):
+def test_a_wrong_checkpoint_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="no file"):
         build(ckpt_path=str(tmp_path / "none.ckpt"))
     torch.save(build().state_dict(), tmp_path / "small.ckpt")
@@ -138,13 +141,13 @@ def test_loss_equals_numpy(pixel, power):
     ("knobs", "words"),
     [({"downsample": 6}, "2, 4, 8"), ({"channels": 15}, "even"), ({"stem": "pach"}, "patch")],
 )
-def test_a_wrong_knob_is_told(knobs, words):
+def test_a_wrong_knob_is_reported(knobs, words):
     with pytest.raises(ConfigError, match=words):
         build(**knobs)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 1, 32, 32), (3, 32, 32)])
-def test_a_wrong_image_is_told(shape):
+def test_a_wrong_image_is_reported(shape):
     with pytest.raises(ValueError, match="multiples of 8"):
         build().encode(torch.zeros(shape))
 
