@@ -292,6 +292,8 @@ def building(where: str, target: str, params: Any) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         told = str(error).strip()
+        if "weights_only" in told:  # torch advises to unpickle everything
+            told = "a file of weights is damaged, or no checkpoint that can be read safely"
         keys = _guilty_keys(told, frames, dict(_nodes(params, f"{where}.params")))
         looked = f"; look at {', '.join(keys)}" if keys else ""
         last = frames[-1]

@@ -138,7 +138,7 @@ class Context:
     def images(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the images of a batch, (B, 3, H, W) float32 on the host's device."""
         images = batch["image"]
-        if images.shape[1] != 3:
+        if images.shape[-1] < images.shape[1]:  # channels last: 1, 3 or 4 of them
             images = images.movedim(-1, 1)
         return images.to(self.device).float().contiguous()
 

@@ -8,7 +8,7 @@ from ..sockets import ConfigError
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint file at `path`: itself, or that of a run or a saved folder.
 
-    It is not opened, so that a mistyped path is reported before torch is imported.
+    The file is not opened, so that a mistyped path is reported before torch is imported.
 
     Raises:
         ConfigError: if there is none.
@@ -23,6 +23,8 @@ def find_checkpoint(path: str | Path) -> Path:
             return path / name
     steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))
     if not steps:
-        raise ConfigError(f"folder {str(path)!r} holds no checkpoint: no checkpoints/last.ckpt, "
-                          "no model.safetensors")  # fmt: skip
+        raise ConfigError(
+            f"folder {str(path)!r} has no checkpoint: no checkpoints/last.ckpt, no "
+            "model.safetensors"
+        )
     return steps[-1]

@@ -15,111 +15,20 @@ from ..sockets import ConfigError
 from .load import sizes_of
 
 TOLERANCE = 1e-4  # of latents and images, both near [-1, 1]
-NORM_GROUPS = 32  # taming's are fixed
-RESNET = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "nin_shortcut": "conv_shortcut",
-}
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-
-
-def diffusers_config(state_dict: Mapping[str, Tensor], resolution: int) -> dict[str, Any]:
-    """Return the arguments of diffusers' VQModel for a taming-style tokenizer's tensors.
-
-    Args:
-        state_dict: of the host.
-        resolution: of its images, noted in the file.
-
-    Raises:
-        ConfigError: if the tensors are not those of taming's VQModel.
-    """
-    sizes = sizes_of(state_dict)
-    needed = ("ch", "ch_mult", "num_res_blocks", "out_ch", "n_embed", "embed_dim", "z_channels")
-    missing = [name for name in needed if name not in sizes]
-    if missing or "quantize.embedding.weight" not in state_dict:
-        raise ConfigError(
-            "--format diffusers: diffusers' VQModel is taming's; these tensors are of another "
-            f"model (no {', '.join(missing) or 'quantize.embedding.weight'})"
-        )
-    levels = range(len(sizes["ch_mult"]))
-    has_attention = [f"encoder.down.{i}.attn.0.q.weight" in state_dict for i in levels]
-    down = ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention]
-    up = ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)]
-    return {
-        "in_channels": sizes["in_channels"],
-        "out_channels": sizes["out_ch"],
-        "down_block_types": down,
-        "up_block_types": up,
-        "block_out_channels": [int(sizes["ch"] * width) for width in sizes["ch_mult"]],
-        "layers_per_block": sizes["num_res_blocks"],
-        "latent_channels": sizes["z_channels"],
-        "sample_size": resolution,
-        "num_vq_embeddings": sizes["n_embed"],
-        "norm_num_groups": NORM_GROUPS,
-        "vq_embed_dim": sizes["embed_dim"],
-        "scaling_factor": 1.0,
-        "mid_block_add_attention": True,
-    }
-
-
-def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a taming-style tokenizer's tensors; those of its loss are left out.
-
-    Raises:
-        ConfigError: if there is a tensor that diffusers' VQModel has no place for.
-
-    Example:
-        >>> list(to_diffusers({"encoder.down.1.block.0.nin_shortcut.bias": torch.zeros(2)}))
-        ['encoder.down_blocks.1.resnets.0.conv_shortcut.bias']
-    """
-    levels = [int(m[1]) for key in state_dict if (m := re.match(r"decoder\.up\.(\d+)\.", key))]
-    last = max(levels, default=0)
-    renamed = {}
-    for key, value in state_dict.items():
-        if not key.startswith(TOKENIZER):
-            continue
-        name = _renamed(key, last)
-        if name is None:
-            raise ConfigError(f"--format diffusers: VQModel has no place for {key}")
-        is_linear = ".attentions." in name and value.ndim == 4
-        renamed[name] = value[:, :, 0, 0] if is_linear else value
-    return renamed
-
-
-def _renamed(key: str, last: int) -> str | None:
-    side, _, rest = key.partition(".")
-    if side not in ("encoder", "decoder"):
-        return key
-    if rest.startswith(("conv_in.", "conv_out.")):
-        return key
-    if rest.startswith("norm_out."):
-        return f"{side}.conv_norm_out.{rest.removeprefix('norm_out.')}"
-    if match := re.fullmatch(r"mid\.block_([12])\.(\w+)\.(\w+)", rest):
-        return _joined(f"{side}.mid_block.resnets.{int(match[1]) - 1}", RESNET, match[2], match[3])
-    if match := re.fullmatch(r"mid\.attn_1\.(\w+)\.(\w+)", rest):
-        return _joined(f"{side}.mid_block.attentions.0", ATTENTION, match[1], match[2])
-    if match := re.fullmatch(r"(down|up)\.(\d+)\.(.+)", rest):
-        level = int(match[2]) if match[1] == "down" else last - int(match[2])
-        return _in_level(f"{side}.{match[1]}_blocks.{level}", match[3])
-    return None
-
-
-def _in_level(block: str, rest: str) -> str | None:
-    if match := re.fullmatch(r"block\.(\d+)\.(\w+)\.(\w+)", rest):
-        return _joined(f"{block}.resnets.{match[1]}", RESNET, match[2], match[3])
-    if match := re.fullmatch(r"attn\.(\d+)\.(\w+)\.(\w+)", rest):
-        return _joined(f"{block}.attentions.{match[1]}", ATTENTION, match[2], match[3])
-    if match := re.fullmatch(r"(down|up)sample\.conv\.(\w+)", rest):
-        return f"{block}.{match[1]}samplers.0.conv.{match[2]}"
-    return None
-
-
-def _joined(block: str, names: Mapping[str, str], part: str, kind: str) -> str | None:
-    return f"{block}.{names[part]}.{kind}" if part in names else None
+PATTERNS = (  # applied in this order to the names of encoder and decoder
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\1samplers.0."),
+    (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"\.(down|up)\.(\d+)\.attn\.(\d+)\.", r".\1_blocks.\2.attentions.\3."),
+    (r"(resnets\.\d+)\.nin_shortcut\.", r"\1.conv_shortcut."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+)
 
 
 def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
@@ -149,12 +58,73 @@ def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
     return model
 
 
+def diffusers_config(state_dict: Mapping[str, Tensor], resolution: int) -> dict[str, Any]:
+    """Return the arguments of diffusers' VQModel for a taming-style tokenizer's tensors.
+
+    Args:
+        state_dict: state dict of the host.
+        resolution: size of its images, which diffusers only records.
+
+    Raises:
+        ConfigError: if the tensors are not those of taming's VQModel.
+    """
+    sizes = sizes_of(state_dict)
+    needed = ("ch", "ch_mult", "num_res_blocks", "out_ch", "n_embed", "embed_dim", "z_channels")
+    missing = [name for name in needed if name not in sizes]
+    if missing or "quantize.embedding.weight" not in state_dict:
+        raise ConfigError(
+            "--format diffusers: diffusers' VQModel is taming's; these tensors are of another "
+            f"model (no {', '.join(missing) or 'quantize.embedding.weight'})"
+        )
+    levels = range(len(sizes["ch_mult"]))
+    has_attention = [f"encoder.down.{i}.attn.0.q.weight" in state_dict for i in levels]
+    down = ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention]
+    up = ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)]
+    return {
+        "in_channels": sizes["in_channels"],
+        "out_channels": sizes["out_ch"],
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": [int(sizes["ch"] * width) for width in sizes["ch_mult"]],
+        "layers_per_block": sizes["num_res_blocks"],
+        "latent_channels": sizes["z_channels"],
+        "sample_size": resolution,
+        "num_vq_embeddings": sizes["n_embed"],
+        "norm_num_groups": 32,  # taming's
+        "vq_embed_dim": sizes["embed_dim"],
+        "scaling_factor": 1.0,
+        "mid_block_add_attention": True,
+    }
+
+
+def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a taming-style tokenizer's tensors; those of its loss are left out.
+
+    Example:
+        >>> list(to_diffusers({"encoder.down.1.block.0.nin_shortcut.bias": torch.zeros(2)}))
+        ['encoder.down_blocks.1.resnets.0.conv_shortcut.bias']
+    """
+    levels = [int(m[1]) for key in state_dict if (m := re.match(r"decoder\.up\.(\d+)\.", key))]
+    last = max(levels, default=0)
+    renamed = {}
+    for key, value in state_dict.items():
+        if not key.startswith(TOKENIZER):
+            continue
+        name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", key)
+        if key.startswith(("encoder.", "decoder.")):
+            for pattern, new in PATTERNS:
+                name = re.sub(pattern, new, name)
+        is_linear = ".attentions." in name and value.ndim == 4
+        renamed[name] = value[:, :, 0, 0] if is_linear else value
+    return renamed
+
+
 @torch.no_grad()
 def round_trip(host: nn.Module, model: Any, images: Tensor) -> dict[str, float]:
-    """Return the largest differences between a host and its diffusers twin.
+    """Return the largest differences between a host and its diffusers version.
 
-    Latents before the codebook, and images of the same codes: a code that flips between two
-    equally near ones is no error of either.
+    Latents are compared before the codebook, and images for the same codes: a code that flips
+    between two equally near ones is an error of neither.
 
     Args:
         host: taming's VQModel, in evaluation mode.
@@ -164,15 +134,15 @@ def round_trip(host: nn.Module, model: Any, images: Tensor) -> dict[str, float]:
     Returns:
         `latents`, `images`, and `same_codes`, the share of positions with equal codes.
     """
-    twin: Any = host
-    latents = twin.quant_conv(twin.encoder(images))
+    ours: Any = host
+    latents = ours.quant_conv(ours.encoder(images))
     theirs = model.encode(images).latents
-    quant, _, info = twin.quantize(latents)
+    quant, _, info = ours.quantize(latents)
     their_info = model.quantize(theirs)[2]
     decoded = model.decode(quant, force_not_quantize=True).sample
     same = info[-1].reshape(-1) == their_info[-1].reshape(-1)
     return {
         "latents": float((latents - theirs).abs().max()),
-        "images": float((twin.decode(quant) - decoded).abs().max()),
+        "images": float((ours.decode(quant) - decoded).abs().max()),
         "same_codes": float(same.double().mean()),
     }

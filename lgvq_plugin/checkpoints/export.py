@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
 from ..files import replacing, require_writable
 from ..sockets import ConfigError
-from ..training.build import read_config, to_plain
+from ..training.build import read_config
 from . import find_checkpoint
 
 if TYPE_CHECKING:
@@ -29,33 +27,115 @@ logger = logging.getLogger(__name__)
 FORMATS = ("host", "safetensors", "diffusers", "heads")
 
 
+def main(argv: Sequence[str]) -> int:
+    """Run `lgvq export`.
+
+    Args:
+        argv: `--ckpt C --format host|safetensors|diffusers|heads -o F [-b CONFIG...]`.
+
+    Returns:
+        0; errors are raised.
+    """
+    given = _parser().parse_args(argv)
+    output = Path(given.output)
+    _check_output(output, given.format, given.force)
+    if given.push and given.format in ("host", "heads"):
+        raise ConfigError("--push uploads folders: --format safetensors or diffusers")
+    find_checkpoint(given.ckpt)
+    given_config = read_config(given.base) if given.base else None
+    from . import pretrained
+    from .load import load_checkpoint, plain_or_model
+
+    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    config = checkpoint.config if given_config is None else plain_or_model(given_config)
+    if given.format == "heads":
+        pretrained.save_heads(checkpoint, output)
+    elif given.format == "host":
+        tensors = host_state_dict(checkpoint, config, averaged=given.averaged)
+        export_host(tensors, output, step=checkpoint.step)
+    else:
+        _export_folder(checkpoint, config or checkpoint.require_config(), output, given)
+    logger.info("%s written to %s", given.format, output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lgvq export",
+        description="Export a checkpoint: host (the unmodified host's own keys), safetensors (a "
+        "folder with config and model card), diffusers (VQModel), heads (LG-VQ's heads).",
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint, run folder or saved folder")
+    add("--format", required=True, choices=FORMATS, help="format of the output")
+    add("-o", "--output", required=True, help="file (host) or folder (the others)")
+    add("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
+        help="default: the config in the checkpoint or its run folder")  # fmt: skip
+    add("--force", "--overwrite", action="store_true", help="overwrite existing files")
+    add("--averaged", action="store_true", help="export the averaged (EMA) weights")
+    add("--push", metavar="ORG/REPO", help="upload the folder to the hub")
+    add("--trust-pickle", action="store_true",
+        help="unpickle fully; the file can then run any code")  # fmt: skip
+    return parser
+
+
+def _check_output(output: Path, form: str, force: bool) -> None:
+    """Refuse a path that cannot be written, or that exists already."""
+    is_file = form == "host"
+    require_writable(output.parent if is_file else output)
+    if is_file and output.is_dir():
+        raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
+    if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise ConfigError(f"-o {str(output)!r} exists already; --force overwrites it")
+
+
+def _export_folder(
+    checkpoint: Checkpoint, config: Mapping[str, Any], output: Path, given: argparse.Namespace
+) -> None:
+    from . import pretrained
+    from .load import load_host
+
+    if given.format == "diffusers":
+        found = export_diffusers(checkpoint, config, output, averaged=given.averaged)
+        listed = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
+        logger.info("compared with the host, largest differences: %s", listed)
+    else:
+        host = load_host(config, checkpoint, averaged=given.averaged)
+        numbers = _numbers(checkpoint.path)
+        pretrained.save_pretrained(host.state_dict(), config, output, numbers=numbers)
+    if given.push:
+        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
+
+
 def host_state_dict(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None = None, *, averaged: bool = False
 ) -> dict[str, Tensor]:
-    """Return the tensors under exactly the keys that the unmodified host has.
+    """Return the tensors under exactly the keys of the unmodified host.
 
     Args:
-        checkpoint: of an LG-VQ run or any other.
-        config: of the run; needed for hosts whose own files name their weights otherwise.
-        averaged: take averaged weights where there are any.
+        checkpoint: an LG-VQ run's or any other.
+        config: the run's config; needed for hosts whose own files have other key names.
+        averaged: take averaged weights.
 
     Raises:
-        ConfigError: if the checkpoint does not fit the config's host.
+        ConfigError: if the checkpoint does not fit the config's host, or has no averaged weights.
     """
     from ..host import is_average_of_heads
     from .load import HEADS, load_host
 
     tensors = dict(checkpoint.state_dict)
     if averaged:
-        tensors |= _averaged(checkpoint)
-    bare = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
+        if checkpoint.averaged is None:
+            raise ConfigError(f"--averaged: {str(checkpoint.path)!r} has no averaged weights")
+        tensors |= checkpoint.averaged
     config = config or checkpoint.config
     if config is not None:
-        host: Any = load_host(config, checkpoint, averaged=averaged)  # refuses what does not fit
+        host: Any = load_host(config, checkpoint, averaged=averaged)  # raises if it does not fit
         if hasattr(host, "foreign_state_dict"):
             return host.foreign_state_dict()
     else:
-        logger.warning("%s tells no config: its keys are not compared", checkpoint.path)
+        logger.warning("%s has no config: its keys are not compared", checkpoint.path)
+    bare = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
     # Runs of earlier versions had the heads in the host's average of itself.
     averages = {
         key: value
@@ -68,14 +148,14 @@ def host_state_dict(
 def export_host(
     tensors: Mapping[str, Tensor], path: str | Path, *, step: int | None = None
 ) -> Path:
-    """Write a checkpoint that the unmodified host reads: `{"state_dict": ...}`, or .safetensors."""
+    """Write a checkpoint for the unmodified host: `{"state_dict": ...}`, or .safetensors."""
     import torch
 
-    from . import pretrained
+    from .pretrained import write_safetensors
 
     path = Path(path)
     if path.suffix == ".safetensors":
-        pretrained.write_safetensors(tensors, path)
+        write_safetensors(tensors, path)
         return path
     own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     with replacing(path) as part:
@@ -89,7 +169,7 @@ def export_diffusers(
     """Write a folder for `diffusers.VQModel.from_pretrained`, after comparing both models.
 
     Returns:
-        The largest differences, see `_diffusers.round_trip`.
+        The largest differences, see `diffusers.round_trip`.
 
     Raises:
         ConfigError: if diffusers is missing, or the host is not taming's VQModel.
@@ -107,119 +187,26 @@ def export_diffusers(
     host = load_host(config, checkpoint, averaged=averaged)
     side = min(resolution, 128)
     generator = torch.Generator().manual_seed(0)
-    channels = model.config.in_channels
-    images = torch.rand(2, channels, side, side, generator=generator) * 2 - 1
+    images = torch.rand(2, model.config.in_channels, side, side, generator=generator) * 2 - 1
     found = diffusers.round_trip(host, model, images)
     if max(found["latents"], found["images"]) >= diffusers.TOLERANCE:
-        raise RuntimeError(f"diffusers' VQModel computes something else: {found}; nothing written")
+        raise RuntimeError(f"diffusers' VQModel gives other results: {found}; nothing written")
     model.save_pretrained(str(folder))
     return found
-
-
-def _averaged(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    if checkpoint.averaged is None:
-        raise ConfigError(f"--averaged: {str(checkpoint.path)!r} holds no averaged weights")
-    return checkpoint.averaged
 
 
 def _numbers(file: Path) -> dict[str, Any] | None:
     """Return what `lgvq eval` or `lgvq retrofit` wrote beside the checkpoint, if anything."""
     for folder in (file.parent, file.parent.parent):
         for name in ("results.json", "retrofit.json"):
-            if (folder / name).is_file():
-                metrics = json.loads((folder / name).read_text()).get("metrics", {})
-                rows = {k: v for k, v in metrics.items() if isinstance(v, Mapping)}
-                return {
-                    key: {**row, "value": row.get("value", row.get("new"))}
-                    for key, row in rows.items()
-                    if isinstance(row.get("value", row.get("new")), int | float)
-                }
+            if not (folder / name).is_file():
+                continue
+            metrics = json.loads((folder / name).read_text()).get("metrics", {})
+            rows = {key: row for key, row in metrics.items() if isinstance(row, Mapping)}
+            values = {key: row.get("value", row.get("new")) for key, row in rows.items()}
+            return {
+                key: {**rows[key], "value": value}
+                for key, value in values.items()
+                if isinstance(value, int | float)
+            }
     return None
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run `lgvq export`.
-
-    Args:
-        argv: `--ckpt C --format host|safetensors|diffusers|heads -o F [-b CONFIG...]`.
-
-    Returns:
-        0; what went wrong is raised.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lgvq export",
-        description="Write a checkpoint for others: host (the unmodified host's own keys), "
-        "safetensors (a folder with config and model card), diffusers (VQModel), heads (ours).",
-    )
-    parser.add_argument("--ckpt", required=True, help="checkpoint, run folder or saved folder")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("-o", "--output", required=True, help="file (host) or folder (the others)")
-    parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
-                        help="default: the config in the checkpoint or its run folder")  # fmt: skip
-    parser.add_argument("--force", "--overwrite", action="store_true",
-                        help="write over what is there")  # fmt: skip
-    parser.add_argument("--averaged", action="store_true", help="the averaged (EMA) weights")
-    parser.add_argument("--push", metavar="ORG/REPO", help="upload the folder to the hub")
-    parser.add_argument("--trust-pickle", action="store_true",
-                        help="unpickle fully; whoever made the file can run code")  # fmt: skip
-    given = parser.parse_args(argv)
-    output = Path(given.output)
-    _check_output(output, given.format, given.force)
-    if given.push and given.format in ("host", "heads"):
-        raise ConfigError("--push uploads folders: --format safetensors or diffusers")
-    find_checkpoint(given.ckpt)
-    given_config = read_config(given.base) if given.base else None
-    from . import pretrained
-    from .load import load_checkpoint
-
-    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
-    config = _plain(given_config) if given_config is not None else checkpoint.config
-    if given.format == "heads":
-        pretrained.save_heads(checkpoint, output)
-    elif given.format == "host":
-        tensors = host_state_dict(checkpoint, config, averaged=given.averaged)
-        export_host(tensors, output, step=checkpoint.step)
-    else:
-        _export_folder(checkpoint, config, output, given)
-    logger.info("%s written to %s", given.format, output)
-    return 0
-
-
-def _check_output(output: Path, form: str, force: bool) -> None:
-    """Refuse a place that cannot be written, or that holds something already."""
-    is_file = form == "host"
-    require_writable(output.parent if is_file else output)
-    if is_file and output.is_dir():
-        raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
-    if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
-        raise ConfigError(f"-o {str(output)!r} exists already; --force writes over it")
-
-
-def _export_folder(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, output: Path, given: Any
-) -> None:
-    from . import pretrained
-    from .load import load_host
-
-    if config is None:
-        raise ConfigError(
-            f"--format {given.format}: {str(checkpoint.path)!r} tells no config; give -b CONFIG"
-        )
-    if given.format == "diffusers":
-        found = export_diffusers(checkpoint, config, output, averaged=given.averaged)
-        told = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
-        logger.info("compared with the host, largest differences: %s", told)
-    else:
-        host = load_host(config, checkpoint, averaged=given.averaged)
-        numbers = _numbers(checkpoint.path)
-        pretrained.save_pretrained(host.state_dict(), config, output, numbers=numbers)
-    if given.push:
-        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    """Return the whole config, or its model alone where the data is still ???."""
-    try:
-        return to_plain(config)
-    except ConfigError:
-        return to_plain(config, "model")

@@ -1,4 +1,4 @@
-"""Where the host's tensors lie in a checkpoint: roots, prefixes, averaged weights."""
+"""Find the host's tensors in a checkpoint: roots, prefixes, averaged weights."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,21 +10,21 @@ from ..sockets import ConfigError, suggest
 
 ROOTS = ("state_dict", "model", "vae", "ema")
 AVERAGES = ("ema_state_dict", "ema", "averaging_state")
-WRAPPERS = ("module.", "_orig_mod.")
+WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 OWNERS = ("first_stage_model.", "model.")  # the tokenizer in a larger model's checkpoint
 EMA = "model_ema."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Tensors of a checkpoint, sorted.
 
     Args:
-        state_dict: of the host, prefixes taken off.
-        averaged: averaged weights by the same names, or None.
-        aside: whatever else lay beside them, by its own name.
-        root: the key that held the state dict; "" if the file is one itself.
-        prefix: what was taken off.
+        state_dict: the host's tensors, without prefixes.
+        averaged: averaged (EMA) weights under the same names, or None.
+        aside: all other tensors, under their own names.
+        root: key that held the state dict; "" if the file is one itself.
+        prefix: prefix that was removed.
     """
 
     state_dict: dict[str, Tensor]
@@ -35,14 +35,14 @@ class Layout:
 
 
 def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
-    """Find the host's state dict in what a checkpoint file holds.
+    """Find the host's state dict in the content of a checkpoint file.
 
     Args:
         raw: the file's content, in plain containers.
         root: key of the state dict; None tries the usual ones.
 
     Raises:
-        ConfigError: if there are no tensors, or not at `root`.
+        ConfigError: if there are no tensors, or none at `root`.
 
     Example:
         >>> import torch
@@ -51,23 +51,23 @@ def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
         ('model', 'module.', ['weight'])
     """
     found, tensors = _choose_root(raw, root)
-    tensors, wrapper = strip_wrappers(tensors)
+    tensors, wrapper = _strip_wrappers(tensors)
     tensors, aside, owner = _strip_owner(tensors)
+    prefix = wrapper + owner
     own = {key: value for key, value in tensors.items() if not key.startswith(EMA)}
     copy = {key: value for key, value in tensors.items() if key.startswith(EMA)}
-    prefix = wrapper + owner
-    averaged = _averaged_elsewhere(raw, found) if copy == {} else None
-    if copy and own:
-        averaged = unflatten({key[len(EMA) :]: value for key, value in copy.items()}, own)
-    elif copy:  # nothing but averaged weights
-        own = {key[len(EMA) :]: value for key, value in copy.items()}
-        own = {key: value for key, value in own.items() if key not in ("decay", "num_updates")}
-        copy, prefix = {}, prefix + EMA
-    return Layout(own, averaged, {**aside, **copy}, found, prefix)
+    bare = {key.removeprefix(EMA): value for key, value in copy.items()}
+    averaged = unflatten(bare, own) if copy else _averaged_elsewhere(raw, found)
+    if copy and not own:  # nothing but averaged weights
+        own = {key: bare[key] for key in bare if key not in ("decay", "num_updates")}
+        copy, averaged, prefix = {}, None, prefix + EMA
+    return Layout(
+        state_dict=own, averaged=averaged, aside={**aside, **copy}, root=found, prefix=prefix
+    )
 
 
 def unflatten(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Give averaged weights their names back; latent-diffusion's LitEma drops all dots.
+    """Restore the names of averaged weights; latent-diffusion's LitEma drops all dots.
 
     Example:
         >>> import torch
@@ -75,37 +75,8 @@ def unflatten(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, 
         ['a.b']
     """
     known = {name.replace(".", ""): name for name in names}
-    return {known[key.replace(".", "")]: v for key, v in tensors.items()
-            if key.replace(".", "") in known}  # fmt: skip
-
-
-def strip_wrappers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Take off what DDP and torch.compile put before (or, compiled parts, within) the names."""
-    kept, taken = dict(tensors), ""
-    while kept:
-        wrapper = next((w for w in WRAPPERS if all(key.startswith(w) for key in kept)), None)
-        if wrapper is None:
-            break
-        kept = {key[len(wrapper) :]: value for key, value in kept.items()}
-        taken += wrapper
-    if any("_orig_mod." in key for key in kept):
-        kept, taken = (
-            {k.replace("_orig_mod.", ""): v for k, v in kept.items()},
-            taken + "_orig_mod.",
-        )
-    return kept, taken
-
-
-def _strip_owner(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    for owner in OWNERS:
-        inside = {key[len(owner) :]: v for key, v in tensors.items() if key.startswith(owner)}
-        is_tokenizer = owner == OWNERS[0] or len(inside) == len(tensors)
-        if inside and is_tokenizer:
-            aside = {key: v for key, v in tensors.items() if not key.startswith(owner)}
-            return inside, aside, owner
-    return tensors, {}, ""
+    flat = {key.replace(".", ""): value for key, value in tensors.items()}
+    return {known[key]: value for key, value in flat.items() if key in known}
 
 
 def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
@@ -119,8 +90,8 @@ def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
         found = type(raw["state_dict"]).__name__
         raise ConfigError(f"its state_dict is a {found} without tensors; expected name: tensor")
     for name in ROOTS:
-        if _tensors(raw.get(name)):
-            return name, _tensors(raw[name])
+        if tensors := _tensors(raw.get(name)):
+            return name, tensors
     tensors = _tensors(raw)
     if not tensors:
         raise ConfigError(
@@ -136,9 +107,34 @@ def _tensors(node: Any) -> dict[str, Tensor]:
     return {str(key): value for key, value in node.items() if isinstance(value, Tensor)}
 
 
+def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Remove what DDP and torch.compile put before (or, for compiled parts, within) the names."""
+    removed = ""
+    while tensors:
+        wrapper = next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), None)
+        if wrapper is None:
+            break
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+        removed += wrapper
+    if any("_orig_mod." in key for key in tensors):
+        tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+        removed += "_orig_mod."
+    return tensors, removed
+
+
+def _strip_owner(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Return the tokenizer's tensors, the other ones, and the prefix of the tokenizer's."""
+    for owner in OWNERS:
+        inside = {key[len(owner) :]: v for key, v in tensors.items() if key.startswith(owner)}
+        is_tokenizer = owner == OWNERS[0] or len(inside) == len(tensors)
+        if inside and is_tokenizer:
+            aside = {key: v for key, v in tensors.items() if not key.startswith(owner)}
+            return inside, aside, owner
+    return tensors, {}, ""
+
+
 def _averaged_elsewhere(raw: Mapping[Any, Any], root: str) -> dict[str, Tensor] | None:
     for name in AVERAGES:
         if name != root and (tensors := _tensors(raw.get(name))):
-            stripped = strip_wrappers(tensors)[0]
-            return _strip_owner(stripped)[0]
+            return _strip_owner(_strip_wrappers(tensors)[0])[0]
     return None

@@ -1,13 +1,13 @@
 """A tokenizer as a folder: model.safetensors, config.json and a model card; heads as another."""
 
 import json
-import logging
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import write_bytes, write_json, write_text
@@ -16,9 +16,28 @@ from ..sockets import ConfigError
 from ..training.build import lgvq_block, loss_section
 from .load import HEADS, Checkpoint, load_host, sizes_of
 
-logger = logging.getLogger(__name__)
-
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def from_pretrained(
+    name: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+) -> nn.Module:
+    """Build the tokenizer of a folder written by :func:`save_pretrained`, in evaluation mode.
+
+    Args:
+        name: the folder, or `organization/repository` on the Hugging Face hub.
+        device: device of the host.
+        revision: revision of the hub's repository.
+
+    Raises:
+        ConfigError: if there is no such folder or repository, or it contains no tokenizer.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(str(name), revision)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{str(folder)!r} has no {CONFIG}; expected what save_pretrained wrote")
+    return load_host(None, folder / WEIGHTS, device=device)
 
 
 def save_pretrained(
@@ -28,12 +47,12 @@ def save_pretrained(
     *,
     numbers: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a tokenizer's folder; its loss, discriminator and heads are left out.
+    """Write a tokenizer's folder, without its loss, discriminator and heads.
 
     Args:
-        state_dict: of the host.
-        config: with a `model:` section; its `data:` is told in the model card.
-        folder: made if it is not there.
+        state_dict: state dict of the host.
+        config: config with a `model:` section; its `data:` is named in the model card.
+        folder: created if it does not exist.
         numbers: `{metric: {"value": v, "n": n, "unit": u}}` for the model card.
 
     Returns:
@@ -44,17 +63,36 @@ def save_pretrained(
     write_safetensors(tensors, folder / WEIGHTS)
     model = dict(config["model"])
     model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
-    told = {"model": model, "lgvq_plugin": _version()}
-    write_json(folder / CONFIG, told)
+    try:
+        version = metadata.version("lgvq_plugin")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    write_json(folder / CONFIG, {"model": model, "lgvq_plugin": version})
     write_text(folder / CARD, model_card(tensors, config, numbers))
     return folder
 
 
-def push_to_hub(folder: Path, repository: str) -> str:
-    """Upload a folder to the Hugging Face hub, with the token that `hf auth login` kept.
+def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
+    """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
 
-    Returns:
-        Where it lies.
+    Raises:
+        ConfigError: if it has none.
+    """
+    state = checkpoint.state_dict
+    tensors = {key.removeprefix(HEADS): state[key] for key in state if key.startswith(HEADS)}
+    if not tensors:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is not of an LG-VQ "
+            "run"
+        )
+    folder = Path(folder)
+    write_safetensors(tensors, folder / HEADS_WEIGHTS)
+    write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
+    return folder
+
+
+def push_to_hub(folder: Path, repository: str) -> str:
+    """Upload a folder to the Hugging Face hub, with the token of `hf auth login`; return its URL.
 
     Raises:
         ConfigError: if huggingface_hub is not installed, or the upload failed.
@@ -70,43 +108,37 @@ def push_to_hub(folder: Path, repository: str) -> str:
     except Exception as error:  # network, rights, names: all of them the hub's own classes
         raise ConfigError(
             f"--push {repository!r} failed ({type(error).__name__}: {error}); the folder "
-            f"{str(folder)!r} is whole, try again when the hub can be reached"
+            f"{str(folder)!r} is complete, try again when the hub can be reached"
         ) from error
 
 
-def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
-    """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
+def _download(name: str, revision: str | None) -> Path:
+    if name.count("/") != 1:
+        raise ConfigError(f"no folder {name!r}, and no hub repository (organization/repository)")
+    try:
+        from huggingface_hub import snapshot_download
 
-    Raises:
-        ConfigError: if there are none in it.
-    """
-    tensors = {
-        key.removeprefix(HEADS): value
-        for key, value in checkpoint.state_dict.items()
-        if key.startswith(HEADS)
-    }
-    if not tensors:
+        return Path(snapshot_download(name, revision=revision))
+    except ImportError as error:
         raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is no LG-VQ run's"
-        )
-    folder = Path(folder)
-    write_safetensors(tensors, folder / HEADS_WEIGHTS)
-    write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
-    return folder
+            f"no folder {name!r}; downloads need huggingface_hub: pip install huggingface_hub"
+        ) from error
+    except Exception as error:  # network, rights, names: all of them the hub's own classes
+        raise ConfigError(
+            f"no folder {name!r}, and the download failed ({type(error).__name__}: {error})"
+        ) from error
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to `path`, whole or not at all."""
-    from safetensors.torch import save
-
+    """Write tensors to `path` atomically."""
     own = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    write_bytes(path, save(own))  # save_file's files are readable by their owner alone
+    write_bytes(path, save(own))  # only their owner could read the files of save_file
 
 
 def model_card(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], numbers: Mapping[str, Any] | None
 ) -> str:
-    """Return the README of a tokenizer: what it is, what it saw, how to load it."""
+    """Return the README of a tokenizer: its architecture, its training, how to load it."""
     model = config["model"]
     count = sum(value.numel() for value in tensors.values())
     block = _block(config)
@@ -133,7 +165,7 @@ def model_card(
             f"| {name} | {row['value']:.4g} {row.get('unit') or ''} | {row.get('n', '')} |"
             for name, row in numbers.items()
         ]
-    lines += ["", "Licence and intended use: to be filled in by whoever publishes it.", ""]
+    lines += ["", "License and intended use: to be filled in by the publisher.", ""]
     return "\n".join(lines)
 
 
@@ -144,54 +176,3 @@ def _block(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     is_ours = target.startswith("lgvq_plugin.")
     is_ours = is_ours and (has_block or "LGVQ" in target or ".over." in target)
     return lgvq_block(config or {}) if is_ours else None
-
-
-def _version() -> str:
-    try:
-        return metadata.version("lgvq_plugin")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-# -- A tokenizer's folder, written by `save_pretrained` and read back, also from a hub -----------
-
-
-__all__ = ["from_pretrained", "push_to_hub", "save_heads", "save_pretrained"]
-
-
-def from_pretrained(
-    name: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
-) -> nn.Module:
-    """Build the tokenizer of a folder that :func:`save_pretrained` wrote, in evaluation mode.
-
-    Args:
-        name: the folder, or `organization/repository` on the Hugging Face hub.
-        device: where the host shall lie.
-        revision: of the hub's repository.
-
-    Raises:
-        ConfigError: if there is no such folder or repository, or it holds no tokenizer.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _download(str(name), revision)
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{str(folder)!r} has no {CONFIG}; expected what save_pretrained wrote")
-    return load_host(None, folder / WEIGHTS, device=device)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    if name.count("/") != 1:
-        raise ConfigError(f"no folder {name!r}, and no hub repository (organization/repository)")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, revision=revision))
-    except ImportError as error:
-        raise ConfigError(
-            f"no folder {name!r}; a hub needs: pip install huggingface_hub"
-        ) from error
-    except Exception as error:  # network, rights, names: all of them the hub's own classes
-        raise ConfigError(
-            f"no folder {name!r}, and the hub gave none ({type(error).__name__}: {error})"
-        ) from error

@@ -1,7 +1,7 @@
-"""Read a checkpoint file without running anything that lies in it.
+"""Read a checkpoint file without running any code in it.
 
 .safetensors --> tensors only
-a pickle     --> torch's weights_only --> the same + stand-ins for harmless names --> refused
+a pickle     --> torch's weights_only --> the same + stand-ins for harmless classes --> refused
 """
 
 import _compat_pickle
@@ -9,12 +9,15 @@ import io
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from ..sockets import ConfigError
@@ -22,8 +25,143 @@ from ..sockets import ConfigError
 How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
 
 
+def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
+    """Return the content of a file, on the CPU and in plain containers, and how it was read.
+
+    Raises:
+        ConfigError: if there is no such file, it is damaged, or it needs a full unpickle and
+            `trust_pickle` is off; none of its code has run then.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no checkpoint {str(path)!r}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), "safetensors"
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{str(path)!r} is no valid safetensors file: {error}") from error
+    damaged = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
+    except pickle.UnpicklingError:
+        names = named_globals(path)
+    except Exception as error:  # garbage can make the unpickler fail anywhere
+        raise ConfigError(f"{damaged}: {_first_line(error)}") from error
+    stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+        return plain(raw), "allow_list"
+    except Exception as error:  # of a hostile or broken file
+        if trust_pickle:
+            return _read_pickle(path), "pickle"
+        if not names:
+            raise ConfigError(damaged) from error  # torch's own message advises a full unpickle
+        raise ConfigError(_refusal(path, names, error)) from error
+
+
+def named_globals(path: Path) -> set[str]:
+    """Return the dotted names that the pickles in a checkpoint refer to; nothing is loaded."""
+    names: set[str] = set()
+    for stream in _pickles(path):
+        strings: list[str] = []
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL":
+                    names.add(_modern(*str(argument).split(" ", 1)))
+                elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
+                    names.add(_modern(*strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+        except ValueError:  # raw numbers follow the last pickle of an old file
+            continue
+    return names
+
+
+def _pickles(path: Path) -> Iterator[Any]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    yield io.BytesIO(archive.read(name))
+        return
+    with path.open("rb") as file:  # torch < 1.6: magic number, protocol, system, object, keys
+        for _ in range(5):
+            yield file
+
+
+def _modern(module: str, name: str) -> str:
+    """Return a dotted name with Python 2's modules under their present names."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} cannot be unpickled: {type(error).__name__}: {error}; "
+            "a class that it names may have to be importable"
+        ) from error
+    return raw.state_dict() if isinstance(raw, nn.Module) else raw
+
+
+def _refusal(path: Path, names: set[str], error: Exception) -> str:
+    harmless = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode")
+    strange = sorted(n for n in names if stand_in(n) is None and not n.startswith(harmless))
+    reason = f"cannot be read safely ({_first_line(error)})"
+    if strange:
+        reason = f"asks for {', '.join(strange)}"
+    return (
+        f"checkpoint {str(path)!r} {reason}, which could run any code; nothing was run. If you "
+        "trust the source of the file: --trust-pickle (trust_pickle=True)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """Return the cause, without torch's advice to unpickle everything that follows it."""
+    text = str(error).partition("\n")[0].partition("(1) In PyTorch 2.6")[0].partition(". ")[0]
+    return text.strip() or type(error).__name__
+
+
+def plain(node: Any, depth: int = 0) -> Any:
+    """Convert stand-ins to dicts, lists and scalars, OmegaConf's nodes to their values."""
+    if depth > 100:
+        return None
+    if isinstance(node, _Inert):
+        state = {key: value for key, value in vars(node).items() if key != "args"}
+        return plain(state.get("_content", state.get("_val", state)), depth + 1)
+    if isinstance(node, dict):
+        return {_plain_key(key): plain(value, depth + 1) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [plain(value, depth + 1) for value in node]
+    return _plain_key(node) if isinstance(node, type) and issubclass(node, _Inert) else node
+
+
+def _plain_key(key: Any) -> Any:
+    if isinstance(key, type):
+        return f"{key.__module__}.{key.__qualname__}"
+    return plain(key) if isinstance(key, _Inert) else key
+
+
+def stand_in(name: str) -> "type[_Inert] | None":
+    """Return an inert class that replaces the dotted `name`, or None if that is not harmless.
+
+    Example:
+        >>> stand_in("pytorch_lightning.callbacks.ModelCheckpoint").__qualname__
+        'ModelCheckpoint'
+        >>> stand_in("os.system") is None
+        True
+    """
+    for pattern, base in STAND_INS.items():
+        if re.fullmatch(pattern, name):
+            module, _, last = name.rpartition(".")
+            return type(last, (base,), {"__module__": module, "__qualname__": last})
+    return None
+
+
 class _Inert:
-    """Takes the place of a class named in a pickle; keeps the state that it is given."""
+    """Replaces a class named in a pickle; only keeps its arguments and its state."""
 
     args: tuple[Any, ...]
 
@@ -63,10 +201,18 @@ class _InertPath(_Inert):
 
 
 class _InertDtype(_Inert):
-    """numpy's dtype: a code such as "f8", and the byte order from the state."""
+    """numpy's dtype: a type such as "f8", and the byte order from the state."""
+
+    order = "<"
 
     def __setstate__(self, state: Any) -> None:
-        self.order = state[1] if isinstance(state, tuple) and len(state) > 1 else "<"
+        if isinstance(state, tuple) and len(state) > 1 and state[1] == ">":
+            self.order = ">"
+
+
+NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
+           "u8": "Q", "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
+"""numpy's types: struct's letters."""
 
 
 class _InertScalar(_Inert):
@@ -75,23 +221,15 @@ class _InertScalar(_Inert):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 2 or not isinstance(args[0], _InertDtype) or not args[0].args:
             return None
-        code = str(args[0].args[0])
+        letter = NUMBERS.get(str(args[0].args[0]))
         raw = args[1].encode("latin1") if isinstance(args[1], str) else args[1]
-        order = {">": "big"}.get(getattr(args[0], "order", "<"), "little")
-        if not isinstance(raw, bytes) or not re.fullmatch("[biuf][1248]", code):
+        layout = f"{args[0].order}{letter}"
+        if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(layout):
             return None
-        if code[0] == "f":
-            import struct
-
-            letter = {"2": "e", "4": "f", "8": "d"}.get(code[1])
-            sign = ">" if order == "big" else "<"
-            fits = letter is not None and len(raw) == int(code[1])
-            return struct.unpack(f"{sign}{letter}", raw)[0] if fits else None
-        value = int.from_bytes(raw, order, signed=code[0] == "i")  # type: ignore[arg-type]
-        return bool(value) if code[0] == "b" else value
+        return struct.unpack(layout, raw)[0]
 
 
-NAMES: dict[str, type[_Inert]] = {
+STAND_INS: dict[str, type[_Inert]] = {
     r"typing\.(Any|Union|Optional)": _Inert,
     r"builtins\.(dict|object|int|float|str|bool|tuple|NoneType)": _Inert,
     r"builtins\.list": _InertList,
@@ -105,159 +243,8 @@ NAMES: dict[str, type[_Inert]] = {
     # Lightning: callbacks are keys of a dict in files of 1.x; hyper-parameters are AttributeDicts.
     r"(pytorch_lightning|lightning(\.pytorch)?)\.callbacks(\.\w+)+": _Inert,
     r"(pytorch_lightning|lightning(\.pytorch)?)\.utilities\.parsing\.AttributeDict": _InertDict,
-    r"lightning_fabric\.utilities\.data\.AttributeDict": _InertDict,
-    r"lightning\.fabric\.utilities\.data\.AttributeDict": _InertDict,
+    r"lightning(_|\.)fabric\.utilities\.data\.AttributeDict": _InertDict,
     # The callbacks of taming's and latent-diffusion's own training scripts.
     r"(\w+\.)*main\.(SetupCallback|ImageLogger|CUDACallback)": _Inert,
 }
-"""Patterns of harmless names. None of them is imported: each gets a stand-in of ours."""
-
-
-def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
-    """Return what the file holds, on the CPU and in plain containers, and how it was read.
-
-    Raises:
-        ConfigError: if there is no such file, it is damaged, or it needs a full unpickle and
-            `trust_pickle` is off; nothing of it has run then.
-    """
-    if not path.is_file():
-        raise ConfigError(f"no checkpoint {str(path)!r}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path), "safetensors"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
-    except pickle.UnpicklingError:
-        names = named_globals(path)
-    except Exception as error:  # garbage makes the unpickler stumble anywhere
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint: "
-            f"{_first_line(error)}"
-        ) from error
-    stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-        return plain(raw), "allow_list"
-    except Exception as error:  # whatever a hostile or broken file makes of it
-        if trust_pickle:
-            return _read_pickle(path), "pickle"
-        if not names:
-            problem = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
-            raise ConfigError(problem) from error  # torch's own message advises to unpickle all
-        raise ConfigError(_refusal(path, names, error)) from error
-
-
-def stand_in(name: str) -> type[_Inert] | None:
-    """Return an inert class to be taken for the dotted `name`, or None if that is not harmless.
-
-    Example:
-        >>> stand_in("pytorch_lightning.callbacks.ModelCheckpoint").__qualname__
-        'ModelCheckpoint'
-        >>> stand_in("os.system") is None
-        True
-    """
-    for pattern, base in NAMES.items():
-        if re.fullmatch(pattern, name):
-            module, _, last = name.rpartition(".")
-            return type(last, (base,), {"__module__": module, "__qualname__": last})
-    return None
-
-
-def named_globals(path: Path) -> set[str]:
-    """Return the dotted names that the pickles in a checkpoint ask for; nothing is loaded."""
-    names: set[str] = set()
-    for stream in _pickles(path):
-        strings: list[str] = []
-        try:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    names.add(_modern(*str(argument).split(" ", 1)))
-                elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
-                    names.add(_modern(*strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-        except ValueError:  # behind the last pickle of an old file lie raw numbers
-            continue
-    return names
-
-
-def plain(node: Any, depth: int = 0) -> Any:
-    """Turn stand-ins into dicts, lists and scalars; OmegaConf's nodes into what they hold."""
-    if depth > 100:
-        return None
-    if isinstance(node, _Inert):
-        state = {key: value for key, value in vars(node).items() if key != "args"}
-        if "_content" in state:
-            return plain(state["_content"], depth + 1)
-        if "_val" in state:
-            return plain(state["_val"], depth + 1)
-        return plain(state, depth + 1)
-    if isinstance(node, dict):
-        return {_key(key): plain(value, depth + 1) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [plain(value, depth + 1) for value in node]
-    if isinstance(node, type) and issubclass(node, _Inert):
-        return _key(node)
-    return node
-
-
-def _key(key: Any) -> Any:
-    if isinstance(key, type):
-        return f"{key.__module__}.{key.__qualname__}"
-    return plain(key) if isinstance(key, _Inert) else key
-
-
-def _modern(module: str, name: str) -> str:
-    if (module, name) in _compat_pickle.NAME_MAPPING:
-        module, name = _compat_pickle.NAME_MAPPING[(module, name)]
-    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-
-
-def _pickles(path: Path) -> Iterator[Any]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    yield io.BytesIO(archive.read(name))
-        return
-    with path.open("rb") as file:  # torch < 1.6: magic number, protocol, system, object, keys
-        for _ in range(5):
-            yield file
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{str(path)!r} is no whole safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be unpickled: {type(error).__name__}: {error}; "
-            "a class that it names may have to be importable"
-        ) from error
-    return raw.state_dict() if isinstance(raw, nn.Module) else raw
-
-
-def _refusal(path: Path, names: set[str], error: Exception) -> str:
-    ours = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode")
-    strange = sorted(n for n in names if stand_in(n) is None and not n.startswith(ours))
-    plainly = f"cannot be read safely ({_first_line(error)})"
-    reason = f"asks for {', '.join(strange)}" if strange else plainly
-    return (
-        f"checkpoint {str(path)!r} {reason}, which could run any code; nothing of it has run. "
-        "If you trust whoever made the file: --trust-pickle (trust_pickle=True)"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    """Return what went wrong, without torch's advice to unpickle everything that follows it."""
-    text = str(error).partition("\n")[0].partition("(1) In PyTorch 2.6")[0].partition(". ")[0]
-    return text.strip() or type(error).__name__
+"""Patterns of harmless names. None of them is imported: each gets an inert stand-in."""

@@ -1,32 +1,38 @@
 """`lgvq retrofit`: an old tokenizer's checkpoint becomes an LG-VQ run.
 
 old config --over_old_loss--> LG-VQ config --train--> DIR, a run folder like any other
-old weights --load_into, checked bit by bit--^        DIR/retrofit.{json,md}: old against new
+old weights --load_into, bit-identical--^             DIR/retrofit.{json,md}: old against new
 
-torch is imported by `retrofit`, not by this module: arguments and configs are checked without it.
+Functions import torch, this module does not: arguments and configs are checked without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..arguments import add_shortcuts, parse_words
-from ..config import parse
+from ..config import laid_over, parse
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, Problems
 from ..training.build import (
+    FROZEN,
+    LOSS_KEYS,
     Sections,
+    TrainingConfig,
     build_dataset,
     build_parts,
     lay_over,
     lgvq_block,
+    loss_key,
     model_section,
     read_config,
     to_plain,
@@ -42,19 +48,116 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TAMING = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
+GENTLE = {"max_learning_rate": 1e-4, "warmup_steps": 100}
+"""Defaults of `training:` in a retrofit."""
 RATES = ("model.learning_rate=", "model.base_learning_rate=")
-FELL = 0.5  # dB of PSNR
-CHECKED = 4  # images on which old and new must agree bit by bit
+PSNR_DROP = 0.5  # dB; a larger drop is reported
+CHECKED_IMAGES = 4  # images on which old and new must be bit-identical
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lgvq retrofit`.
+
+    Args:
+        argv: `-b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`.
+
+    Returns:
+        0; errors are raised.
+    """
+    given, overrides = parse_words(_parser(), argv, "base")
+    _check_arguments(given)
+    if given.heads_first is not None:
+        overrides.append(f"training.heads_first={given.heads_first}")
+    if given.freeze:
+        overrides.append(f"training.freeze=[{given.freeze}]")
+    if any(word.startswith(RATES) for word in overrides) and not any(
+        word.startswith("training.max_learning_rate=") for word in overrides
+    ):
+        overrides.append("training.max_learning_rate=null")  # a rate chosen for this run
+    find_checkpoint(given.ckpt)
+    config = read_config(given.base, overrides)
+    from .load import load_checkpoint
+    from .side_by_side import as_table
+
+    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
+    if not given.base:
+        config = lay_over(OmegaConf.create(checkpoint.require_config()), config)
+    result = retrofit(
+        with_shortcuts(config, data=given.data, max_steps=given.max_steps, overrides=overrides),
+        checkpoint,
+        given.output,
+        averaged=given.averaged,
+        heads=given.heads,
+        control=given.control,
+        resume=given.resume,
+        progress=not given.no_progress,
+        max_images=given.images,
+    )
+    print(as_table(result.rows))
+    for line in warnings_of(result.rows):
+        logger.warning("%s", line)
+    logger.info("%d steps in %s; the table is in retrofit.md", result.run.steps, result.run.folder)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lgvq retrofit",
+        description="Turn an old tokenizer's checkpoint into an LG-VQ run, and compare both.",
+        epilog="key=value: training.max_steps=5000, lgvq.guide.use=micro_clip, lgvq.ramp=1000, ...",
+    )
+    add_shortcuts(parser, steps=True)
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
+        help="the old config, and others laid over it; default: the one in the checkpoint or its "
+        "run folder")  # fmt: skip
+    add("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
+    add("-o", "--output", required=True, metavar="DIR", help="folder of the new run")
+    add("--freeze", metavar="PARTS", help="parts to keep fixed: any of encoder,decoder,codebook")
+    add("--heads-first", type=int, metavar="N", help="only train the heads for the first N steps")
+    add("--heads", metavar="DIR", help="start from the exported heads of another run")
+    add("--control", action="store_true", help="also continue training with the old loss")
+    add("--averaged", action="store_true", help="start from the averaged (EMA) weights")
+    add("--images", type=int, default=500, help="images of the comparison (default: 500)")
+    add("--resume", choices=["auto"], help="continue a run in DIR")
+    add("--trust-pickle", action="store_true",
+        help="unpickle fully; the file can then run any code")  # fmt: skip
+    add("--no-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def _check_arguments(given: argparse.Namespace) -> None:
+    """Refuse wrong arguments before anything is loaded or built."""
+    if given.images < 1:
+        raise ConfigError(f"--images must be >= 1, got {given.images}")
+    parts = [part.strip() for part in (given.freeze or "").split(",") if part.strip()]
+    if not set(parts) <= set(FROZEN):
+        raise ConfigError(
+            f"--freeze: training.freeze must be a list of some of {', '.join(FROZEN)}, got {parts}"
+        )
+    if given.heads is not None:
+        require_heads(Path(given.heads))
+
+
+def require_heads(folder: Path) -> None:
+    """Check that `folder` may be one of exported heads, without reading it."""
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"--heads: no heads at {str(folder)!r}; expected a folder written by "
+            "`lgvq export --format heads` or save_pretrained"
+        )
 
 
 @dataclass(frozen=True)
 class RetrofitResult:
-    """What a retrofit left behind."""
+    """Result of a retrofit."""
 
     run: TrainResult
     """The new run."""
     loaded: LoadReport | None
-    """What of the old checkpoint went into the new host; None in a resumed run."""
+    """Which tensors of the old checkpoint the new host took; None in a resumed run."""
     rows: dict[str, Any]
     """Old against new on the same held-out images, by metric."""
 
@@ -69,125 +172,200 @@ def retrofit(
     control: bool = False,
     resume: str | None = None,
     progress: bool = True,
-    most: int = 500,
+    max_images: int = 500,
 ) -> RetrofitResult:
-    """Train LG-VQ on from an old checkpoint, and compare old and new.
+    """Continue training an old checkpoint with LG-VQ, and compare old and new.
 
     Args:
-        config: of the old run, and `training.max_steps`; a top-level `lgvq:` goes to the loss.
-            Unless `training` says otherwise, the learning rate is 1e-4 at the most
+        config: the old run's, and `training.max_steps`; a top-level `lgvq:` goes to the loss.
+            Unless `training` says otherwise, the learning rate is at most 1e-4
             (max_learning_rate) and warms up over 100 steps (warmup_steps), for the control too.
         checkpoint: the old weights.
-        folder: of the new run.
-        averaged: start from the averaged weights where there are any.
-        heads: folder of heads that another run exported, to start from.
-        control: also train the old loss on, as many steps from the same weights, in
-            `folder`/control, so that what LG-VQ does is not mixed with what more training does.
-        resume: "auto" goes on with a run in `folder`.
-        progress: whether to show a bar.
-        most: images of the comparison.
+        folder: folder of the new run.
+        averaged: start from averaged weights if there are any.
+        heads: folder of another run's exported heads, to start from.
+        control: also continue training with the old loss, for as many steps from the same weights,
+            in `folder`/control, to separate the effect of LG-VQ from that of more training.
+        resume: "auto" continues a run in `folder`.
+        progress: whether to show a progress bar.
+        max_images: images of the comparison.
 
     Raises:
         ConfigError: if the config is wrong, or the checkpoint does not fit it.
-        RuntimeError: if the new host does not reconstruct bit by bit as the old one.
+        RuntimeError: if the new host's reconstructions are not bit-identical to the old one's.
     """
-    import torch
-
-    from ..guides.base import build_guide
     from .load import load_host
-    from .side_by_side import (
-        compare_hosts,
-        gently,
-        over_old_loss,
-        require_steps_for_host,
-        shift_discriminator,
-    )
+    from .side_by_side import compare_hosts
 
     folder = Path(folder)
     require_writable(folder)
+    if heads is not None:
+        require_heads(Path(heads))
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     plain["training"] = gently(plain.get("training") or {})
-    _require_all(plain, lgvq)
+    _require_complete({**plain, "model": over_old_loss(model_section(plain), lgvq)})
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
     sections = Sections.of(new)
     require_steps_for_host(sections.training)
-    guide = build_guide(parse(lgvq_block(sections.plain)).guide)  # before hours of training
-    held_out = build_dataset(sections.data.validation or sections.data.train)
-    images = torch.stack([_image(held_out[i]) for i in range(min(CHECKED, len(held_out)))])
-    start = _Start(checkpoint, old, images, params=sections.model["params"], averaged=averaged)
-    options: dict[str, Any] = {"resume": resume, "progress": progress, "prepare": start}
-    start.heads = heads
-    run = train(new, name=folder.name, logdir=folder.parent, **options)
-    hosts, loaded, start.heads = {"old": old, "new": run.host}, start.report, None
+    data = {"train": sections.data.train, "test": sections.data.validation or sections.data.train}
+    reports: list[LoadReport] = []
+
+    def start(host: nn.Module, *, heads: str | Path | None = None) -> None:
+        reports.append(load_old(host, checkpoint, new, averaged=averaged, heads=heads))
+        require_same(old, host, _first_images(data["test"], CHECKED_IMAGES))
+
+    options: dict[str, Any] = {"resume": resume, "progress": progress}
+    run = train(
+        new, name=folder.name, logdir=folder.parent, prepare=partial(start, heads=heads), **options
+    )
+    hosts = {"old": old, "new": run.host}
+    loaded = reports[0] if reports else None
     if control:
         plain["training"] = {k: v for k, v in plain["training"].items() if k != "heads_first"}
-        hosts["control"] = train(plain, name="control", logdir=folder, **options).host
+        hosts["control"] = train(
+            plain, name="control", logdir=folder, prepare=start, **options
+        ).host
     rows = compare_hosts(
         {name: host.eval().cpu() for name, host in hosts.items()},
-        held_out=held_out,
-        train=build_dataset(sections.data.train),
-        guide=guide.to("cpu"),
+        data,
+        guide=dict(parse(lgvq_block(sections.plain)).guide),
         batch_size=sections.data.batch_size,
-        most=most,
+        max_images=max_images,
     )
     result = RetrofitResult(run, loaded, rows)
     _write_report(result, checkpoint, folder, is_held_out=sections.data.validation is not None)
     return result
 
 
-def _require_all(plain: dict[str, Any], lgvq: Any) -> None:
-    """Report everything that is missing in one message, before the old checkpoint is read.
+def over_old_loss(
+    model: Mapping[str, Any], lgvq: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the `model:` section with LG-VQ over its loss.
+
+    Args:
+        model: the old config's, in plain containers.
+        lgvq: laid over the section's own `lgvq:` block, key by key.
 
     Raises:
-        ConfigError: if weights, data sets, captions or keys are missing.
+        ConfigError: if the section names no loss.
+
+    Example:
+        >>> old = {"target": "m.VQModel", "params": {"lossconfig": {"target": "m.Loss"}}}
+        >>> over_old_loss(old)["params"]["lossconfig"]["target"]
+        'lgvq_plugin.over.m.Loss'
     """
-    from .side_by_side import over_old_loss
+    made = copy.deepcopy(dict(model))
+    params = made["params"] = dict(made.get("params") or {})
+    key = loss_key({"model": made})
+    if key is None or "target" not in params[key]:
+        raise ConfigError(
+            f"model.params has no {' or '.join(LOSS_KEYS)} with a target, so there is no loss to "
+            "put LG-VQ over; for such a model use lgvq_plugin.attach in your own training loop"
+        )
+    loss = params[key] = dict(params[key])
+    target = str(loss["target"])
+    if target == TAMING:
+        loss["target"] = OURS[0]
+    elif not target.startswith(OURS):
+        loss["target"] = OURS[-1] + target
+    inner = loss["params"] = dict(loss.get("params") or {})
+    inner["lgvq"] = laid_over(inner.get("lgvq") or {}, lgvq or {})
+    parse(inner["lgvq"])
+    params.pop("ckpt_path", None)
+    return made
 
+
+def gently(training: Any) -> Any:
+    """Return a `training:` section with a safe learning rate for trained weights.
+
+    Adam's moments start at zero, so its first steps move every weight by a whole learning rate,
+    whatever the gradient is: a rate that trained a host from scratch can ruin it in two of them.
+
+    Args:
+        training: the given section; its own keys win.
+
+    Example:
+        >>> gently({"max_steps": 5000, "warmup_steps": 0})
+        {'max_learning_rate': 0.0001, 'max_steps': 5000, 'warmup_steps': 0}
+    """
+    if not isinstance(training, Mapping):
+        return training
+    return {**{k: v for k, v in GENTLE.items() if k not in training}, **training}
+
+
+def _require_complete(config: dict[str, Any]) -> None:
+    """Report everything that is missing in one message, before the old checkpoint is loaded.
+
+    Raises:
+        ConfigError: at once for wrong values; else if weights, data sets, captions or keys are
+            missing.
+    """
     problems = Problems()
-    new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
-    sections = Sections.of(new, problems)
+    sections = Sections.of(config, problems)
+    problems.raise_wrong()
     if problems:
-        build_parts(new, sections, problems)
+        build_parts(config, sections, problems)
 
 
-class _Start:
-    """Puts the old weights into a host before its first step, and checks that nothing is lost."""
+def require_steps_for_host(training: TrainingConfig) -> None:
+    """Raise ConfigError if `heads_first` takes all steps, so that the host would never learn."""
+    if training.heads_first >= training.max_steps:
+        raise ConfigError(
+            f"training.heads_first={training.heads_first} (--heads-first) leaves none of "
+            f"training.max_steps={training.max_steps} to the host: it would not change; raise "
+            "training.max_steps, or lower --heads-first"
+        )
+    if set(training.freeze) >= set(FROZEN):
+        logger.warning("--freeze covers the whole host: it does not change, all differences are 0")
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        old: nn.Module,
-        images: Tensor,
-        *,
-        params: Mapping[str, Any],
-        averaged: bool,
-    ):
-        self.checkpoint, self.old, self.images = checkpoint, old, images
-        self.params, self.averaged = params, averaged
-        self.heads: str | Path | None = None
-        self.report: LoadReport | None = None
 
-    def __call__(self, host: Any) -> None:
-        from ..host import load_heads
-        from .load import load_into
+def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Count the steps until the discriminator starts from the old run's beginning."""
+    key = loss_key({"model": model})
+    params = model["params"][key].get("params") or {} if key else {}
+    has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
+    if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):
+        return
+    shifted = max(0, params["disc_start"] - checkpoint.step)
+    if shifted != params["disc_start"]:
+        logger.info(
+            "disc_start: %d in the new run, as the old one made %d of its %d steps and its "
+            "discriminator is loaded",
+            *(shifted, checkpoint.step, params["disc_start"]),
+        )
+        params["disc_start"] = shifted
 
-        self.report = load_into(host, self.checkpoint, params=self.params, averaged=self.averaged)
-        logger.info("old weights: %s", self.report)
-        if self.heads is not None:
-            if getattr(host.loss, "alignment", None) is None:
-                raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
-            load_heads(host.loss.alignment, Path(self.heads))
-        require_same(self.old, host, self.images)
+
+def load_old(
+    host: Any,
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    *,
+    averaged: bool,
+    heads: str | Path | None,
+) -> LoadReport:
+    """Load the old weights, and perhaps another run's heads, into a host before its first step."""
+    from ..host import load_heads
+    from .load import load_into
+
+    params = config["model"]["params"]
+    report = load_into(host, checkpoint, params=params, averaged=averaged)
+    logger.info("old weights: %s", report)
+    if heads is not None:
+        if getattr(host.loss, "alignment", None) is None:
+            raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
+        load_heads(host.loss.alignment, Path(heads))
+    return report
 
 
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
-    """Check that two hosts reconstruct images (B, 3, H, W) bit by bit alike, in eval mode.
+    """Check that two hosts' reconstructions of images (B, 3, H, W) are bit-identical in eval mode.
 
     Raises:
-        RuntimeError: if they do not; it tells the largest difference.
+        RuntimeError: if they are not; it gives the largest difference.
     """
     import torch
 
@@ -209,17 +387,23 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
         )
 
 
-def _image(sample: Mapping[str, Any]) -> Tensor:
+def _first_images(section: Mapping[str, Any], count: int) -> Tensor:
+    """Return the first images of a data set, (count or fewer, C, H, W)."""
     import torch
 
-    image = torch.as_tensor(sample["image"]).float()
-    return image if image.shape[0] == 3 else image.movedim(-1, 0).contiguous()
+    dataset = build_dataset(section)
+    samples = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
+    images = torch.stack([torch.as_tensor(image).float() for image in samples])
+    is_channel_last = images.shape[-1] < images.shape[1]  # of 1, 3 or 4 channels
+    return images.movedim(-1, 1).contiguous() if is_channel_last else images
 
 
 def _write_report(
     result: RetrofitResult, checkpoint: Checkpoint, folder: Path, *, is_held_out: bool
 ) -> None:
-    told = {
+    from .side_by_side import as_table
+
+    report = {
         "old": str(checkpoint.path),
         "old_step": checkpoint.step,
         "read_as": checkpoint.how,
@@ -229,24 +413,22 @@ def _write_report(
         "metrics": result.rows,
     }
     if result.loaded is not None:
-        told["loaded"] = {
+        report["loaded"] = {
             "tensors": len(result.loaded.loaded),
             "missing": list(result.loaded.missing),
             "unexpected": list(result.loaded.unexpected),
             "mismatched": [list(entry) for entry in result.loaded.mismatched],
         }
-    from .side_by_side import as_table
-
-    text = f"# {checkpoint.path.name} and {result.run.steps} steps of LG-VQ later\n\n"
-    text += f"On the images of {told['images']}; ± is half the 95 % interval over images.\n\n"
+    text = f"# {checkpoint.path.name}, and after {result.run.steps} steps of LG-VQ\n\n"
+    text += f"On the images of {report['images']}; ± is half the 95 % interval over images.\n\n"
     text += as_table(result.rows) + "\n"
     text += "".join(f"\n{line}\n" for line in warnings_of(result.rows))
-    write_json(folder / "retrofit.json", told)
+    write_json(folder / "retrofit.json", report)
     write_text(folder / "retrofit.md", text)
 
 
 def warnings_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Say if training on has cost the host its reconstructions, and what to do.
+    """Return a warning if the host's reconstructions became worse, with the cause and a fix.
 
     Example:
         >>> row = {"old": 19.6, "new": 6.6, "control": 6.5, "difference": -13.0}
@@ -254,107 +436,18 @@ def warnings_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         'PSNR fell from 19.60 to 6.60 dB, and to 6.50 dB in t'
     """
     row = rows.get("reconstruction/psnr", {})
-    if not row or row["old"] - min(row["new"], row.get("control", row["new"])) < FELL:
+    if not row or row["old"] - min(row["new"], row.get("control", row["new"])) < PSNR_DROP:
         return []
-    told = f"PSNR fell from {row['old']:.2f} to {row['new']:.2f} dB"
+    found = f"PSNR fell from {row['old']:.2f} to {row['new']:.2f} dB"
     if "control" not in row:
-        cause = "--control would show whether LG-VQ or the training itself did that"
+        cause = "--control shows whether LG-VQ or the training itself is the cause"
+    elif row["old"] - row["control"] < PSNR_DROP:
+        found += f"; it is {row['control']:.2f} dB in the control, without LG-VQ"
+        cause = "the weights of LG-VQ are too high for this host (lgvq.gradient_ratio)"
     else:
-        told += f", and to {row['control']:.2f} dB in the control, without LG-VQ"
-        if row["old"] - row["control"] < FELL:
-            told = told.replace(", and to", "; it is")
-            cause = "the weights of LG-VQ are too high for this host (lgvq.gradient_ratio)"
-        else:
-            cause = "the training itself did that, not the text"
+        found += f", and to {row['control']:.2f} dB in the control, without LG-VQ"
+        cause = "the training itself is the cause, not the text"
     return [
-        f"{told}: {cause}. Lower the learning rate (model.learning_rate, "
+        f"{found}: {cause}. Lower the learning rate (model.learning_rate, "
         "training.max_learning_rate), or raise training.warmup_steps"
     ]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run `lgvq retrofit`.
-
-    Args:
-        argv: `-b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`.
-
-    Returns:
-        0; what went wrong is raised.
-    """
-    given, overrides = parse_words(_parser(), argv, "base")
-    if given.heads_first is not None:
-        overrides.append(f"training.heads_first={given.heads_first}")
-    if given.freeze:
-        overrides.append(f"training.freeze=[{given.freeze}]")
-    if given.images < 1:
-        raise ConfigError(f"--images must be >= 1, got {given.images}")
-    if any(word.startswith(RATES) for word in overrides) and not any(
-        word.startswith("training.max_learning_rate=") for word in overrides
-    ):
-        overrides.append("training.max_learning_rate=null")  # a rate chosen for this very run
-    find_checkpoint(given.ckpt)
-    given_config = read_config(given.base, overrides)
-    from .load import load_checkpoint
-    from .side_by_side import as_table
-
-    checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
-    config = with_shortcuts(
-        _config(given_config, checkpoint, is_whole=bool(given.base)),
-        data=given.data,
-        max_steps=given.max_steps,
-        overrides=overrides,
-    )
-    result = retrofit(
-        config,
-        checkpoint,
-        given.output,
-        averaged=given.averaged,
-        heads=given.heads,
-        control=given.control,
-        resume=given.resume,
-        progress=not given.no_progress,
-        most=given.images,
-    )
-    print(as_table(result.rows))
-    for line in warnings_of(result.rows):
-        logger.warning("%s", line)
-    logger.info("%d steps in %s; the table is in retrofit.md", result.run.steps, result.run.folder)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lgvq retrofit",
-        description="Turn an old tokenizer's checkpoint into an LG-VQ run, and compare both.",
-        epilog="key=value: training.max_steps=5000, lgvq.guide.use=micro_clip, lgvq.ramp=1000, ...",
-    )
-    parser.add_argument("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
-                        help="the old config (and more over it); default: the one in the "
-                        "checkpoint or its run folder")  # fmt: skip
-    add_shortcuts(parser, steps=True)
-    parser.add_argument("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder of the new run"
-    )
-    parser.add_argument("--freeze", metavar="PARTS", help="keep encoder,decoder,codebook: any of")
-    parser.add_argument("--heads-first", type=int, metavar="N", help="train the heads alone first")
-    parser.add_argument("--heads", metavar="DIR", help="start from heads that another run exported")
-    parser.add_argument("--control", action="store_true", help="train the old loss on as well")
-    parser.add_argument("--averaged", action="store_true", help="start from the averaged weights")
-    parser.add_argument("--images", type=int, default=500, help="of the comparison (default: 500)")
-    parser.add_argument("--resume", choices=["auto"], help="go on with a run in DIR")
-    parser.add_argument("--trust-pickle", action="store_true",
-                        help="unpickle fully; whoever made the file can run code")  # fmt: skip
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    return parser
-
-
-def _config(given: DictConfig, checkpoint: Checkpoint, *, is_whole: bool) -> DictConfig:
-    if is_whole:
-        return given
-    if checkpoint.config is None:
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} tells no config, nor does a configs/ folder "
-            "beside it; give the old run's with -b CONFIG"
-        )
-    return lay_over(OmegaConf.create(checkpoint.config), given)

@@ -1,4 +1,4 @@
-"""What fetching foreign weights needs: a quick answer offline, and an untouched random stream."""
+"""Checks before the Hugging Face hub is used, so that a machine without a network fails fast."""
 
 import urllib.error
 import urllib.request
@@ -8,45 +8,43 @@ from huggingface_hub import constants
 
 from ..sockets import ConfigError
 
-REACH_SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0
 DEMO_ONLY = (
-    "guide: {use: micro_clip} needs no file, but knows the words of the embedded scenes only: it "
+    "guide: {use: micro_clip} needs no file, but only knows the words of the embedded scenes; it "
     "is for them and for demos, not for photographs"
 )
 
 
 def cache_folder(repository: str, cache_dir: str | None) -> str:
-    """Return where the hub's client keeps a repository."""
+    """Return the folder in which the hub's client caches a repository."""
     root = Path(cache_dir or constants.HF_HUB_CACHE)
     return str(root / f"models--{repository.replace('/', '--')}")
 
 
-def reach(url: str, sought: str, place: str) -> None:
-    """Raise unless `url` answers soon; the hub's own client would retry for most of a minute.
+def require_reachable(url: str, sought: str, place: str) -> None:
+    """Raise unless `url` answers within seconds; the hub's own client would retry for a minute.
 
     Args:
         url: an address of the server that has the weights.
-        sought: what is looked for, in words.
-        place: where on this machine it was not.
+        sought: what is looked for, for the message.
+        place: local path that was searched, for the message.
 
     Raises:
         ConfigError: if there is no answer.
     """
-    cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
-    if cause is None:
+    cause = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
         try:
             request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=REACH_SECONDS).close()
+            urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
+            return
         except urllib.error.HTTPError:
             return  # it answered
         except (OSError, ValueError) as error:
             cause = str(getattr(error, "reason", error))
-    if cause is not None:
-        raise ConfigError(
-            f"guide: no text weights. Sought: {sought}; not in {place}, and {url} cannot be "
-            f"reached ({cause}). Copy that cache from a machine with a network (guide.cache_dir "
-            "names another folder), or give a file, guide: {use: open_clip, pretrained: PATH}, or "
-            "a folder, {use: open_clip, model: 'local-dir:PATH'}, or {use: huggingface, model: "
-            "PATH}. "
-            f"{DEMO_ONLY}"
-        )
+    raise ConfigError(
+        f"guide: no text weights. Sought: {sought}; not in {place}, and {url} cannot be reached "
+        f"({cause}). Copy that cache from a machine with a network (guide.cache_dir names another "
+        "folder), or give a file, guide: {use: open_clip, pretrained: PATH}, or a folder, {use: "
+        f"open_clip, model: 'local-dir:PATH'}}, or {{use: huggingface, model: PATH}}. {DEMO_ONLY}"
+    )

@@ -15,17 +15,17 @@ from ..functional import sample_word_mask
 from ..sockets import ConfigError, resolve, suggest
 from ..types import TextFeatures, TextTokens
 
-PLACES = ("device", "cache_dir")  # parameters that say where, and change no feature
+PLACES = ("device", "cache_dir")  # parameters that change no feature
 
 
 @dataclass(frozen=True)
 class UnknownWords:
-    """How much of some captions a guide does not know.
+    """How many words of some captions a guide does not know.
 
     Args:
-        words: in the captions, repeated ones counted each time.
-        unknown: how many of them have a part that the guide was never trained on.
-        examples: the most frequent unknown words, three at most.
+        words: number of words, repeated ones counted each time.
+        unknown: number of words with a part that the guide was never trained on.
+        examples: the most frequent unknown words, at most three.
     """
 
     words: int
@@ -36,14 +36,14 @@ class UnknownWords:
 class AbstractGuide(ABC):
     """A frozen text model, held outside the host's module tree.
 
-    It is no `nn.Module`: it never enters a checkpoint, an EMA copy or a DDP bucket. Copies share
-    the one network, and pickling stores how to build the guide, not its weights.
+    It is not an `nn.Module`, so it never enters a checkpoint, an EMA copy or a DDP bucket. Copies
+    share one network, and pickling stores how to build the guide, not its weights.
 
     Attributes:
         max_length: captions are cut to this many tokens, start and end included.
         token_dim: Dt, width of `TextFeatures.tokens` and of `vocabulary`.
         sentence_dim: Ds, width of `TextFeatures.sentence`.
-        truncated: how many captions were cut since the guide was built.
+        truncated: number of captions cut since the guide was built.
     """
 
     max_length: int
@@ -53,9 +53,9 @@ class AbstractGuide(ABC):
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
-        """Split B captions into (B, max_length) tokens; too long ones are cut, [EOT] kept.
+        """Split B captions into (B, max_length) tokens; long ones are cut, their end token kept.
 
-        `cut` of the result tells how many; the cache and `lgvq data check` go by it.
+        `cut` of the result counts them, for the text cache and `lgvq data check`.
         """
 
     @abstractmethod
@@ -64,8 +64,8 @@ class AbstractGuide(ABC):
 
         Args:
             captions: B strings; an empty one gives start and end tokens only.
-            token_mask: tokens to hide from the encoder, (B, T) bool; no feature of the result
-                depends on what stood there, and `token_ids` still tells it.
+            token_mask: tokens to mask, (B, T) bool; no feature depends on the masked words, and
+                `token_ids` of the result still holds them.
         """
 
     def draw_mask(
@@ -76,30 +76,30 @@ class AbstractGuide(ABC):
         ratio: tuple[float, float],
         generator: torch.Generator,
     ) -> Tensor:
-        """Draw which words of B captions to hide, as a `token_mask` for :meth:`encode`.
+        """Draw which words of B captions to mask, as a `token_mask` for :meth:`encode`.
 
-        A guide that has its features from disk draws among the maskings it has.
+        A guide that reads its features from disk draws one of the stored masks.
 
         Args:
             captions: B strings.
             word_ids: the word of each token, -1 for none, (B, T) int64.
             ratio: lowest and highest share of words, each in [0, 1].
-            generator: CPU generator of the draws.
+            generator: CPU generator.
 
         Returns:
-            True at every piece of a hidden word, (B, T) bool.
+            True at every piece of a masked word, (B, T) bool.
         """
         return sample_word_mask(word_ids, ratio=ratio, generator=generator)
 
     @property
     @abstractmethod
     def vocabulary(self) -> Tensor:
-        """The token embedding, (V, Dt), on :attr:`device`."""
+        """Token embedding, (V, Dt), on :attr:`device`."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """Device of the network."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> "AbstractGuide":
@@ -111,27 +111,32 @@ class AbstractGuide(ABC):
         """Keyword arguments that build this guide again."""
 
     def unknown_words(self, captions: Sequence[str]) -> "UnknownWords | None":
-        """Count the words of captions that the guide has never seen; None if it cannot tell.
-
-        Guides trained on much text cannot, and need not.
-        """
+        """Count the words that the guide has never seen; None for guides that cannot tell."""
         return None
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Return all tensors that features are computed from; a member names its own."""
+        """Return all tensors that features are computed from."""
         return {"vocabulary": self.vocabulary}
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over the weights and the config: equal ones give equal features.
+        """Sha256 of weights and config; guides with equal fingerprints give equal features.
 
-        It reads all weights the first time and remembers; a moved guide keeps it. A cache of
-        features is keyed by it.
+        It is computed once, from all weights. A cache of features is keyed by it.
         """
         known = self.__dict__.get("_fingerprint")
         if known is None:
-            known = self._fingerprint = _digest(self)
+            known = self._fingerprint = self._digest()
         return known
+
+    def _digest(self) -> str:
+        config = {key: value for key, value in self.config.items() if key not in PLACES}
+        facts = {"class": type(self).__qualname__, "max_length": self.max_length, "config": config}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.weights().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AbstractGuide":
         return self
@@ -148,11 +153,11 @@ def build_guide(config: Mapping[str, Any]) -> AbstractGuide:
     """Build `{"use": name or dotted path, ...}`; the other keys go to the constructor.
 
     Args:
-        config: the `lgvq.guide` block; `use` is open_clip if not given.
+        config: the `lgvq.guide` block; `use` defaults to open_clip.
 
     Raises:
-        ConfigError: for a member that does not exist, a key that it does not take (the nearest
-            one is named) or lacks, and for whatever the member finds wrong with the values.
+        ConfigError: for an unknown member, an unknown key (the nearest one is named), a missing
+            key, and for values that the member rejects.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"lgvq.guide: expected a mapping such as {{use: open_clip}}: {config!r}")
@@ -176,13 +181,3 @@ def build_guide(config: Mapping[str, Any]) -> AbstractGuide:
     if not isinstance(guide, AbstractGuide):
         raise ConfigError(f"lgvq.guide.use: {name!r} gave a {type(guide).__name__}, no guide")
     return guide
-
-
-def _digest(guide: AbstractGuide) -> str:
-    config = {key: value for key, value in guide.config.items() if key not in PLACES}
-    facts = {"class": type(guide).__qualname__, "max_length": guide.max_length, "config": config}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(guide.weights().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,7 +1,5 @@
 """Any text encoder of transformers as the guide: BERT, RoBERTa, sentence encoders, T5; `[hf]`."""
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +9,8 @@ from torch import Tensor, nn
 
 from ..functional import seeded
 from ..sockets import ConfigError
-from ._hub import cache_folder, reach
-from .tokens import AbstractTokenGuide, Row
+from ._hub import cache_folder, require_reachable
+from .tokens import AbstractTokenGuide, Row, require_length, with_mean_row
 
 SENTENCES = ("mean", "first", "pooled")
 
@@ -20,16 +18,16 @@ SENTENCES = ("mean", "first", "pooled")
 class HuggingFaceGuide(AbstractTokenGuide):
     """A text encoder of transformers, frozen, in float32.
 
-    Hidden words become the tokenizer's mask token. Where it has none they become one more row of
-    the vocabulary, the mean of all. Either way they are hidden before the first layer.
+    Masked words become the tokenizer's mask token. If it has none, they become an additional row of
+    the vocabulary, the mean of all. Either way they are replaced before the first layer.
 
     Args:
         model: name on the hub, or a folder.
-        max_length: tokens a caption is cut to, start and end included.
-        sentence: the caption's feature: mean over its tokens, state of the first token ([CLS]),
-            or what the model's own pooler gives.
-        device: where the encoder goes; the CPU if not given.
-        cache_dir: where downloaded weights lie; Hugging Face's own cache if not given.
+        max_length: captions are cut to this many tokens, start and end included.
+        sentence: feature of a caption: the mean over its tokens, the state of the first token
+            ([CLS]), or the output of the model's own pooler.
+        device: device of the encoder; the CPU by default.
+        cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
 
     Raises:
         ConfigError: if transformers is missing, if the model cannot be found or loaded, or if it
@@ -50,15 +48,17 @@ class HuggingFaceGuide(AbstractTokenGuide):
         self._pooling = sentence
         path = Path(model).expanduser()
         network, self._tokenizer = _load(str(path) if path.is_dir() else model, cache_dir)
-        self.max_length = _checked_length(max_length, network, self._tokenizer)
+        positions = getattr(network.config, "max_position_embeddings", None)
+        limits = (self._tokenizer.model_max_length, positions)
+        self.max_length = require_length(max_length, min(int(one) for one in limits if one))
         self._words = network.get_input_embeddings().weight.shape[0]
         self._pad = self._tokenizer.pad_token_id or 0
-        self._hidden = self._tokenizer.mask_token_id
-        if self._hidden is None:
-            self._hidden = self._words
-            _add_mean_row(network)
+        self._mask_id = self._tokenizer.mask_token_id
+        if self._mask_id is None:
+            self._mask_id = self._words
+            network.set_input_embeddings(with_mean_row(network.get_input_embeddings()))
         self._network = network.float().eval().requires_grad_(False)
-        self.token_dim = self.vocabulary.shape[1]
+        self.token_dim = self.sentence_dim = self.vocabulary.shape[1]
         self.to("cpu" if device is None else device)
         probe = self._network(input_ids=torch.tensor([self._row("")[0]], device=self.device))
         if probe.last_hidden_state.shape[-1] != self.token_dim:
@@ -68,31 +68,11 @@ class HuggingFaceGuide(AbstractTokenGuide):
             )
         if sentence == "pooled" and getattr(probe, "pooler_output", None) is None:
             raise ConfigError(f"guide.sentence: {model!r} has no pooler; expected mean or first")
-        self.sentence_dim = self.token_dim
 
     @property
-    def vocabulary(self) -> Tensor:
-        """The input embedding, (V, Dt), on :attr:`device`."""
-        return self._network.get_input_embeddings().weight[: self._words]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder lies."""
-        return self._network.get_input_embeddings().weight.device
-
-    def to(self, device: torch.device | str) -> "HuggingFaceGuide":
-        """Move the encoder; returns self."""
-        self._network.to(device)
-        return self
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that build this guide again."""
-        return {**self._source, "max_length": self.max_length, "device": str(self.device)}
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """Return the encoder's tensors."""
-        return self._network.state_dict()
+    def _embedding(self) -> nn.Embedding:
+        network: Any = self._network
+        return network.get_input_embeddings()
 
     def _row(self, caption: str) -> Row:
         return _row(self._tokenizer, caption)
@@ -110,12 +90,11 @@ class HuggingFaceGuide(AbstractTokenGuide):
 
 def _row(tokenizer: Any, caption: str) -> Row:
     encoding = tokenizer(caption)
-    words = encoding.word_ids()
-    return encoding["input_ids"], [-1 if word is None else word for word in words]
+    return encoding["input_ids"], [-1 if word is None else word for word in encoding.word_ids()]
 
 
 def _load(model: str, cache_dir: str | None) -> tuple[Any, Any]:
-    """Return encoder and tokenizer; offline, only from a folder or the cache."""
+    """Return encoder and tokenizer, from a folder, the cache, or the hub if it answers."""
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
@@ -123,12 +102,12 @@ def _load(model: str, cache_dir: str | None) -> tuple[Any, Any]:
             "guide huggingface needs transformers: pip install 'lgvq_plugin[hf]'"
         ) from error
     options: dict[str, Any] = {"cache_dir": cache_dir}
-    if not os.path.isdir(model):
+    if not Path(model).is_dir():
         cached = try_to_load_from_cache(str(model), "config.json", cache_dir=cache_dir)
         options["local_files_only"] = isinstance(cached, str)
         if not options["local_files_only"]:
             place = cache_folder(model, cache_dir)
-            reach(constants.ENDPOINT, f"folder or hub repository {model!r}", place)
+            require_reachable(constants.ENDPOINT, f"folder or hub repository {model!r}", place)
     try:
         with seeded(0):
             network = AutoModel.from_pretrained(model, **options)
@@ -140,7 +119,7 @@ def _load(model: str, cache_dir: str | None) -> tuple[Any, Any]:
     if not tokenizer.is_fast or _row(tokenizer, "")[1][-1:] != [-1]:
         raise ConfigError(
             f"guide.model: {model!r}: expected an encoder whose fast tokenizer ends a text with "
-            "a token of its own, as those of BERT, RoBERTa and T5 do"
+            "an end token, as those of BERT, RoBERTa and T5 do"
         )
     if not hasattr(network.config, "hidden_size"):
         raise ConfigError(
@@ -148,20 +127,3 @@ def _load(model: str, cache_dir: str | None) -> tuple[Any, Any]:
             "for CLIP models: guide: {use: open_clip}"
         )
     return network, tokenizer
-
-
-def _checked_length(max_length: int, network: Any, tokenizer: Any) -> int:
-    limits = (tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None))
-    most = min(int(limit) for limit in limits if limit)
-    is_int = isinstance(max_length, int) and not isinstance(max_length, bool)
-    if not is_int or not 3 <= max_length <= most:
-        raise ConfigError(f"guide.max_length: expected 3 to {most}, got {max_length!r}")
-    return max_length
-
-
-def _add_mean_row(network: Any) -> None:
-    known = network.get_input_embeddings()
-    rows = torch.cat([known.weight, known.weight.mean(dim=0, keepdim=True)]).detach()
-    network.set_input_embeddings(
-        nn.Embedding.from_pretrained(rows, padding_idx=known.padding_idx, freeze=True)
-    )

@@ -1,12 +1,10 @@
-"""Where the weights of an open_clip model lie: a path, the cache, or the network; told fast."""
+"""A text tower of open_clip as the guide; by default that of CLIP ViT-B/32, as in the paper."""
 
 import contextlib
 import logging
-import os
 import warnings
 import zipfile
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,179 +19,37 @@ from torch import Tensor, nn
 
 from ..functional import seeded
 from ..sockets import ConfigError, suggest
-from ._hub import DEMO_ONLY, cache_folder, reach
-from .tokens import AbstractTokenGuide, Row, number_words
+from ._hub import DEMO_ONLY, cache_folder, require_reachable
+from .tokens import AbstractTokenGuide, Row, require_length, with_mean_row
 
 logger = logging.getLogger(__name__)
 
 
-def load_text(
-    model: str, pretrained: str | None, *, cache_dir: str | None, seed: int
-) -> tuple[nn.Module, Any]:
-    """Return the text tower and the tokenizer of an open_clip model; the image tower is dropped.
-
-    The global random stream stays as it was.
-
-    Raises:
-        ConfigError: if the model, the tag or a file does not exist, or if its weights are
-            neither in the cache nor to be had from the network within seconds.
-    """
-    name = model.replace("/", "-") if ":" not in model else model
-    options: dict[str, Any] = {}
-    archive = None
-    if name.startswith("local-dir:"):
-        _check_folder(Path(name.removeprefix("local-dir:")), model)
-        pretrained = None
-    elif name.startswith("hf-hub:"):
-        name, pretrained = _hub_folder(name, cache_dir), None
-    elif open_clip.get_model_config(name) is None:
-        raise ConfigError(f"guide.model: no open_clip model {model!r}{_near(name)}")
-    elif pretrained is None:
-        logger.warning(
-            "guide: %s has random weights (pretrained: null); for benchmarks only", model
-        )
-    else:
-        # The tag knows whether its weights want QuickGELU; `ViT-B-32` alone would not.
-        tag = get_pretrained_cfg(name, pretrained)
-        options["force_quick_gelu"] = bool(tag.get("quick_gelu"))
-        pretrained = _weights_file(name, pretrained, tag, cache_dir)
-        if _is_archive(pretrained):
-            options["force_quick_gelu"] = True
-            archive, pretrained = pretrained, None
-    with seeded(seed), _quiet():
-        try:
-            network = open_clip.create_model(
-                name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
-            )
-            if archive is not None:
-                network.text.load_state_dict(_read_archive(archive))
-            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
-        except Exception as error:  # a foreign file can break in any way
-            raise ConfigError(
-                f"guide: open_clip cannot load model {model!r}, pretrained "
-                f"{archive or pretrained!r}: {error}"
-            ) from error
-    return network.text, tokenizer
-
-
-def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: str | None) -> str:
-    """Return a local file, or the tag itself where open_clip can download it."""
-    if not tag:
-        if os.path.isfile(os.path.expanduser(pretrained)):
-            return os.path.expanduser(pretrained)
-        tags = list_pretrained_tags_by_model(model)
-        raise ConfigError(
-            f"guide.pretrained: {pretrained!r} is neither a file nor a tag of {model}"
-            f"{suggest(pretrained, tags)}; or give a file: guide: {{use: open_clip, pretrained: "
-            f"PATH}}; null gives random weights. {DEMO_ONLY}"
-        )
-    repository, _, file = tag.get("hf_hub", "").rpartition("/")
-    if not repository:
-        url = tag.get("url", "")
-        file = Path(cache_dir or "~/.cache/clip").expanduser() / os.path.basename(url)
-        if not file.is_file():
-            reach(url, f"model {model!r}, pretrained {pretrained!r}", str(file))
-        return pretrained
-    file = file or constants.PYTORCH_WEIGHTS_NAME.replace("pytorch", "open_clip_pytorch")
-    for candidate in (*_safe_names(file), file):
-        cached = try_to_load_from_cache(repository, candidate, cache_dir=cache_dir)
-        if isinstance(cached, str):
-            return cached
-    sought = f"model {model!r}, pretrained {pretrained!r} (hub repository {repository})"
-    reach(constants.ENDPOINT, sought, cache_folder(repository, cache_dir))
-    return pretrained
-
-
-def _is_archive(file: str) -> bool:
-    """Tell whether this is TorchScript, as OpenAI's own `ViT-B-32.pt` is (with QuickGELU)."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as content:
-        return any(name.endswith("/constants.pkl") for name in content.namelist())
-
-
-def _read_archive(file: str) -> dict[str, Tensor]:
-    """Return the text half of a CLIP in TorchScript."""
-    state = torch.jit.load(file, map_location="cpu").state_dict()
-    state = convert_to_custom_text_state_dict(state)
-    return {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
-
-
-def _hub_folder(name: str, cache_dir: str | None) -> str:
-    """Return `local-dir:` of a cached snapshot, or the name itself where it can be downloaded."""
-    repository = name.removeprefix("hf-hub:")
-    cached = try_to_load_from_cache(repository, "open_clip_config.json", cache_dir=cache_dir)
-    if isinstance(cached, str) and _holds_weights(Path(cached).parent):
-        return f"local-dir:{Path(cached).parent}"
-    reach(constants.ENDPOINT, f"hub repository {repository}", cache_folder(repository, cache_dir))
-    return name
-
-
-def _check_folder(folder: Path, model: str) -> None:
-    if not (folder / "open_clip_config.json").is_file() or not _holds_weights(folder):
-        raise ConfigError(
-            f"guide.model: {model!r}: expected a folder with open_clip_config.json and weights "
-            f"(*.safetensors, *.bin, *.pth), found {sorted(p.name for p in folder.glob('*'))}"
-        )
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.glob("*"))
-
-
-def _safe_names(file: str) -> tuple[str, ...]:
-    # Hub repositories hold the safetensors twin under one of two names.
-    if file == "open_clip_pytorch_model.bin":
-        return "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"
-    return (f"{Path(file).stem}.safetensors",)
-
-
-def _near(name: str) -> str:
-    hint = suggest(name, open_clip.list_models()).partition(" Known:")[0]
-    return f"{hint} open_clip.list_models() tells all; also 'hf-hub:org/name', 'local-dir:/path'"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's notes on the root logger; we have told what matters."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-
-
-# -- What the guides on open_clip's text tower share; they differ in where the tower comes from ----
-
-
 class OpenCLIPText(AbstractTokenGuide):
-    """open_clip's own text tower, frozen, in float32, with one more row in its vocabulary.
+    """A text tower of open_clip, frozen, in float32, with an additional token for masked words.
 
-    That row stands for hidden words. CLIP has no mask token, so it is the mean of all token
-    embeddings: no word in particular, of no unusual size, and the same whatever stood there. As
-    hidden words are replaced before the first layer, nothing of them reaches any feature. The
-    caption is pooled where its end token stands, whatever the ids before it.
+    CLIP has no mask token, so the embedding of that token is the mean of all: an average word of
+    usual size, the same for every masked word. Words are replaced before the first layer, so no
+    feature depends on them. The caption is pooled at its end token.
 
-    A causal tower never looks ahead: it sees `max_length` tokens only, exactly as if it saw its
-    whole context. Others see the whole context, and the result is cut.
+    A causal tower never looks ahead, so it gets `max_length` positions only, with the same result
+    as with its whole context. Other towers get the whole context, and the result is cut.
 
-    The same batch gives the same bits. The same caption among other captions may differ in the
-    last bits (1e-5), since matrix products are split up by batch size.
+    Features of the same batch are bit-identical. Those of the same caption in another batch may
+    differ by about 1e-5, since matrix products are split by batch size.
 
     Args:
         tower: text tower, owned and changed by the guide.
         tokenizer: byte-pair tokenizer of the tower.
-        max_length: tokens a caption is cut to, start and end included.
-        device: where the tower goes; the CPU if not given.
+        max_length: captions are cut to this many tokens, start and end included.
+        device: device of the tower; the CPU by default.
 
     Raises:
         ConfigError: if max_length is no int from 3 to the tower's context, or the tower or the
             tokenizer is of another kind.
     """
+
+    _source: dict[str, Any] = {}
 
     def __init__(
         self,
@@ -210,102 +66,62 @@ class OpenCLIPText(AbstractTokenGuide):
                 "SimpleTokenizer. guide: {use: huggingface, model: ...} takes other encoders"
             )
         context = tower.context_length
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
-            raise ConfigError(f"guide.max_length: expected an int, got {max_length!r}")
-        if not 3 <= max_length <= context:
-            raise ConfigError(
-                f"guide.max_length: expected 3 to {context}, the model's context; got {max_length}"
-            )
-        self.max_length, self._tokenizer = max_length, tokenizer
+        self.max_length = require_length(max_length, context)
+        self._tokenizer, self._pad = tokenizer, tower.pad_id
         is_causal = tower.attn_mask is not None and tower.cls_emb is None
         self._span = max_length if is_causal and tower.pool_type in ("argmax", "eos") else context
-        self._words = self._hidden = tower.vocab_size
-        self._tower = _prepare(tower, end=tokenizer.eot_token_id, span=self._span)
-        self._pad = self._tower.pad_id
-        self.token_dim, self.sentence_dim = tower.width, _output_width(tower)
+        self._words = self._mask_id = tower.vocab_size
+        self._network: TextTransformer = tower.float().eval().requires_grad_(False)
+        tower.token_embedding = with_mean_row(tower.token_embedding)
+        if tower.pool_type == "argmax":
+            # The end token has the largest id except for the new one: name it instead.
+            tower.pool_type, tower.eos_id = "eos", tokenizer.eot_token_id
+        if self._span < context:
+            tower.attn_mask = tower.attn_mask[: self._span, : self._span]
+        self.token_dim = self.sentence_dim = tower.width
+        if isinstance(tower.text_projection, nn.Linear):
+            self.sentence_dim = tower.text_projection.out_features
+        elif tower.text_projection is not None:
+            self.sentence_dim = tower.text_projection.shape[1]
         self.to("cpu" if device is None else device)
 
     @property
-    def vocabulary(self) -> Tensor:
-        """The token embedding, (V, Dt), on :attr:`device`."""
-        return self._tower.token_embedding.weight[: self._words]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tower lies."""
-        return self._tower.token_embedding.weight.device
-
-    def to(self, device: torch.device | str) -> "OpenCLIPText":
-        """Move the tower; returns self."""
-        self._tower.to(device)
-        return self
-
-    @property
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that build this guide again."""
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """Return the tower's tensors."""
-        return self._tower.state_dict()
+    def _embedding(self) -> nn.Embedding:
+        return self._network.token_embedding
 
     def _row(self, caption: str) -> Row:
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
-        pieces = self._tokenizer.encode(caption)
-        ends = [self._tokenizer.decoder[piece].endswith("</w>") for piece in pieces]
-        words = number_words(ends)
-        # A caption that spells out a special token is no reason to hide or predict it.
-        special = self._tokenizer.all_special_ids
-        words = [-1 if p in special else w for p, w in zip(pieces, words, strict=True)]
+        pieces, words, word = self._tokenizer.encode(caption), [], 0
+        for piece in pieces:
+            # A special token that is spelled out in a caption is neither masked nor predicted.
+            words.append(-1 if piece in self._tokenizer.all_special_ids else word)
+            word += self._tokenizer.decoder[piece].endswith("</w>")
         return [start, *pieces, end], [-1, *words, -1]
 
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         ids = nn.functional.pad(ids, (0, self._span - ids.shape[1]), value=self._pad)
-        states = self._tower.forward_intermediates(
+        states = self._network.forward_intermediates(
             ids, indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
         return states["text_intermediates"][0][:, : self.max_length], states["text_features"]
 
 
-def _prepare(tower: TextTransformer, *, end: int, span: int) -> TextTransformer:
-    """Freeze the tower, add the row for hidden words, pool at `end`, cut to `span` positions."""
-    tower = tower.float().eval().requires_grad_(False)
-    known = tower.token_embedding.weight
-    rows = torch.cat([known, known.mean(dim=0, keepdim=True)])
-    tower.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
-    if tower.pool_type == "argmax":
-        # The end token has the largest id but for the new one: name it instead.
-        tower.pool_type, tower.eos_id = "eos", end
-    if span < tower.context_length:
-        tower.attn_mask = tower.attn_mask[:span, :span]
-    return tower
-
-
-def _output_width(tower: TextTransformer) -> int:
-    projection = tower.text_projection
-    if projection is None:
-        return tower.width
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
-
-
-# -- Any text tower of open_clip as the guide; by default that of CLIP ViT-B/32, as in the paper ---
-
-
 class OpenCLIPGuide(OpenCLIPText):
-    """A text tower of open_clip.
+    """A pretrained text tower of open_clip.
 
     Args:
         model: name of an open_clip model, `hf-hub:org/name` or `local-dir:/path`.
         pretrained: tag or local file, for a plain model name; None gives random weights, with a
             warning, for benchmarks.
-        max_length: tokens a caption is cut to, start and end included; 30 in the paper's code.
-        device: where the tower goes; the CPU if not given.
-        cache_dir: where downloaded weights lie; Hugging Face's own cache if not given.
-        seed: of random weights.
+        max_length: captions are cut to this many tokens, start and end included; 30 in the
+            paper's code.
+        device: device of the tower; the CPU by default.
+        cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
+        seed: seed of random weights.
 
     Raises:
-        ConfigError: if the model or its weights cannot be found; the message says where they
-            were sought.
+        ConfigError: if the model or its weights cannot be found; the message lists the places
+            that were searched.
 
     Example:
         >>> guide = OpenCLIPGuide("ViT-S-32-alt", pretrained=None, max_length=8)
@@ -333,7 +149,134 @@ class OpenCLIPGuide(OpenCLIPText):
         tower, tokenizer = load_text(model, pretrained, cache_dir=cache_dir, seed=seed)
         super().__init__(tower, tokenizer, max_length=max_length, device=device)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that build this guide again."""
-        return {**self._source, "max_length": self.max_length, "device": str(self.device)}
+
+def load_text(
+    model: str, pretrained: str | None, *, cache_dir: str | None, seed: int
+) -> tuple[nn.Module, Any]:
+    """Return text tower and tokenizer of an open_clip model; the global random state is kept.
+
+    Raises:
+        ConfigError: if the model, the tag or a file does not exist, or if its weights are neither
+            cached nor available from the network within seconds.
+    """
+    name = model.replace("/", "-") if ":" not in model else model
+    options: dict[str, Any] = {}
+    archive = None
+    if name.startswith("local-dir:"):
+        _check_folder(Path(name.removeprefix("local-dir:")), model)
+        pretrained = None
+    elif name.startswith("hf-hub:"):
+        name, pretrained = _hub_folder(name, cache_dir), None
+    elif open_clip.get_model_config(name) is None:
+        hint = suggest(name, open_clip.list_models()).partition(" Known:")[0]
+        raise ConfigError(
+            f"guide.model: no open_clip model {model!r}{hint} open_clip.list_models() lists all; "
+            "also 'hf-hub:org/name', 'local-dir:/path'"
+        )
+    elif pretrained is None:
+        logger.warning(
+            "guide: %s has random weights (pretrained: null); for benchmarks only", model
+        )
+    else:
+        # The tag knows whether its weights need QuickGELU; `ViT-B-32` alone does not.
+        tag = get_pretrained_cfg(name, pretrained)
+        options["force_quick_gelu"] = bool(tag.get("quick_gelu"))
+        pretrained = _weights_file(name, pretrained, tag, cache_dir)
+        if _is_torchscript(pretrained):
+            options["force_quick_gelu"] = True
+            archive, pretrained = pretrained, None
+    with seeded(seed), _quiet():
+        try:
+            network = open_clip.create_model(
+                name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
+            )
+            if archive is not None:
+                state = torch.jit.load(archive, map_location="cpu").state_dict()
+                state = convert_to_custom_text_state_dict(state)
+                text = {k: v for k, v in state.items() if k.startswith("text.")}
+                network.text.load_state_dict({k.removeprefix("text."): text[k] for k in text})
+            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+        except Exception as error:  # a foreign file can break in any way
+            raise ConfigError(
+                f"guide: open_clip cannot load model {model!r}, pretrained "
+                f"{archive or pretrained!r}: {error}"
+            ) from error
+    return network.text, tokenizer
+
+
+def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: str | None) -> str:
+    """Return a local file, or the tag itself if open_clip can download it."""
+    if not tag:
+        path = Path(pretrained).expanduser()
+        if path.is_file():
+            return str(path)
+        tags = list_pretrained_tags_by_model(model)
+        raise ConfigError(
+            f"guide.pretrained: {pretrained!r} is neither a file nor a tag of {model}"
+            f"{suggest(pretrained, tags)}; or give a file: guide: {{use: open_clip, pretrained: "
+            f"PATH}}; null gives random weights. {DEMO_ONLY}"
+        )
+    sought = f"model {model!r}, pretrained {pretrained!r}"
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if not repository:
+        url = tag.get("url", "")
+        path = Path(cache_dir or "~/.cache/clip").expanduser() / url.rpartition("/")[2]
+        if not path.is_file():
+            require_reachable(url, sought, str(path))
+        return pretrained
+    file = file or constants.PYTORCH_WEIGHTS_NAME.replace("pytorch", "open_clip_pytorch")
+    safe = [f"{Path(file).stem}.safetensors"]
+    if file == "open_clip_pytorch_model.bin":
+        safe.insert(0, "open_clip_model.safetensors")
+    for candidate in (*safe, file):
+        cached = try_to_load_from_cache(repository, candidate, cache_dir=cache_dir)
+        if isinstance(cached, str):
+            return cached
+    sought += f" (hub repository {repository})"
+    require_reachable(constants.ENDPOINT, sought, cache_folder(repository, cache_dir))
+    return pretrained
+
+
+def _is_torchscript(file: str) -> bool:
+    """Return whether this is an archive like OpenAI's own `ViT-B-32.pt` (with QuickGELU)."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as content:
+        return any(name.endswith("/constants.pkl") for name in content.namelist())
+
+
+def _hub_folder(name: str, cache_dir: str | None) -> str:
+    """Return `local-dir:` of a cached snapshot, or the name itself if it can be downloaded."""
+    repository = name.removeprefix("hf-hub:")
+    cached = try_to_load_from_cache(repository, "open_clip_config.json", cache_dir=cache_dir)
+    if isinstance(cached, str) and _has_weights(Path(cached).parent):
+        return f"local-dir:{Path(cached).parent}"
+    place = cache_folder(repository, cache_dir)
+    require_reachable(constants.ENDPOINT, f"hub repository {repository}", place)
+    return name
+
+
+def _check_folder(folder: Path, model: str) -> None:
+    if not (folder / "open_clip_config.json").is_file() or not _has_weights(folder):
+        raise ConfigError(
+            f"guide.model: {model!r}: expected a folder with open_clip_config.json and weights "
+            f"(*.safetensors, *.bin, *.pth), found {sorted(p.name for p in folder.glob('*'))}"
+        )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.glob("*"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's messages on the root logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,80 +1,41 @@
-"""Rows of token ids of unequal length become one `TextTokens`."""
+"""What guides with a network of their own share: tokenize, truncate, mask and encode captions."""
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..sockets import ConfigError
 from ..types import TextFeatures, TextTokens
 from .base import AbstractGuide
+
+logger = logging.getLogger(__name__)
 
 Row = tuple[Sequence[int], Sequence[int]]
 """Token ids and word numbers of one caption, start and end included."""
 
 
-def number_words(ends: Sequence[bool]) -> list[int]:
-    """Return the word number of each piece, given which pieces end a word.
-
-    Example:
-        >>> number_words([True, False, True, True])  # a | check er | board
-        [0, 1, 1, 2]
-    """
-    numbers, word = [], 0
-    for is_end in ends:
-        numbers.append(word)
-        word += is_end
-    return numbers
-
-
-def assemble(rows: Sequence[Row], *, length: int, pad: int) -> TextTokens:
-    """Cut rows to `length`, their last token kept, and pad the shorter ones.
-
-    Args:
-        rows: B captions; the last token of each is its end token.
-        length: T.
-        pad: token id of the padding.
-
-    Returns:
-        (B, T) tokens, which tell how many rows were cut.
-
-    Example:
-        >>> tokens = assemble([([7, 5, 6, 9], [-1, 0, 1, -1]), ([7, 9], [-1, -1])],
-        ...                   length=3, pad=0)
-        >>> tokens.token_ids.tolist(), tokens.word_ids.tolist(), tokens.cut
-        ([[7, 5, 9], [7, 9, 0]], [[-1, 0, -1], [-1, -1, -1]], 1)
-    """
-    token_ids = torch.full((len(rows), length), pad)
-    word_ids = torch.full((len(rows), length), -1)
-    attention_mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    cut = 0
-    for row, (ids, words) in enumerate(rows):
-        if len(ids) > length:
-            cut += 1
-            ids, words = [*ids[: length - 1], ids[-1]], [*words[: length - 1], words[-1]]
-        token_ids[row, : len(ids)] = torch.tensor(ids)
-        word_ids[row, : len(words)] = torch.tensor(words)
-        attention_mask[row, : len(ids)] = True
-    return TextTokens(token_ids, attention_mask, word_ids, cut)
-
-
-# -- What guides with a network of their own share: cutting, counting, hiding; members encode ----
-
-
-logger = logging.getLogger(__name__)
-
-
 class AbstractTokenGuide(AbstractGuide):
-    """Captions to rows of tokens, hidden words to one id, ids to features.
+    """A frozen network over rows of tokens; masked words become one token id.
 
-    The tokens of the last batch are kept: a step asks for them as they are and once more with
-    words hidden, and a cut caption shall count once.
+    The tokens of the last batch are kept: a step asks for them whole and once more with masked
+    words, and a truncated caption counts once.
     """
 
+    _network: nn.Module
+    _source: Mapping[str, Any]  # constructor arguments, except max_length and device
+    _words: int  # size of the vocabulary, without the row for masked words
     _pad: int
-    _hidden: int
+    _mask_id: int
     _last: tuple[tuple[str, ...], TextTokens] | None = None
+
+    @property
+    @abstractmethod
+    def _embedding(self) -> nn.Embedding:
+        """The network's token embedding."""
 
     @abstractmethod
     def _row(self, caption: str) -> Row:
@@ -84,32 +45,52 @@ class AbstractTokenGuide(AbstractGuide):
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens (B, T, Dt) and sentence (B, Ds) of ids and mask (B, T) on the device."""
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """Token embedding, (V, Dt), on :attr:`device`."""
+        return self._embedding.weight[: self._words]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self._embedding.weight.device
+
+    def to(self, device: torch.device | str) -> "AbstractTokenGuide":
+        """Move the network; returns self."""
+        self._network.to(device)
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that build this guide again."""
+        return {**self._source, "max_length": self.max_length, "device": str(self.device)}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the network's tensors."""
+        return self._network.state_dict()
+
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
-        """Split B captions into (B, max_length) tokens; too long ones are cut, the end kept."""
+        """Split B captions into (B, max_length) tokens; long ones are cut, their end token kept."""
         key = tuple(captions)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         rows = [self._row(caption) for caption in captions]
         tokens = assemble(rows, length=self.max_length, pad=self._pad)
         if tokens.cut and not self.truncated:
-            logger.warning(
-                "a caption has more than max_length = %d tokens and is cut, its end token kept; "
-                "the guide's `truncated` goes on counting",
-                self.max_length,
-            )
+            warn_of_truncation(self.max_length)
         self.truncated += tokens.cut
         self._last = key, tokens
         return tokens
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
-        """Encode B captions; `token_mask` (B, T) hides words, never start, end or padding."""
+        """Encode B captions; `token_mask` (B, T) masks words, never start, end or padding."""
         text = self.tokenize(captions)
         shape, seen = tuple(text.token_ids.shape), text.token_ids
         if token_mask is not None:
             if tuple(token_mask.shape) != shape:
                 raise ValueError(f"token_mask: expected {shape}, got {tuple(token_mask.shape)}")
-            seen = seen.masked_fill(token_mask.cpu() & (text.word_ids >= 0), self._hidden)
+            seen = seen.masked_fill(token_mask.cpu() & (text.word_ids >= 0), self._mask_id)
         attention_mask = text.attention_mask.to(self.device)
         if len(captions):
             with torch.autocast(self.device.type, enabled=False):
@@ -125,3 +106,59 @@ class AbstractTokenGuide(AbstractGuide):
             sentence=sentence,
             vocabulary=self.vocabulary,
         )
+
+
+def assemble(rows: Sequence[Row], *, length: int, pad: int) -> TextTokens:
+    """Cut rows to `length`, keeping their last token, and pad the shorter ones.
+
+    Args:
+        rows: B captions; the last token of each is its end token.
+        length: T.
+        pad: token id of the padding.
+
+    Returns:
+        (B, T) tokens, with the number of truncated rows.
+
+    Example:
+        >>> tokens = assemble([([7, 5, 6, 9], [-1, 0, 1, -1]), ([7, 9], [-1, -1])],
+        ...                   length=3, pad=0)
+        >>> tokens.token_ids.tolist(), tokens.word_ids.tolist(), tokens.cut
+        ([[7, 5, 9], [7, 9, 0]], [[-1, 0, -1], [-1, -1, -1]], 1)
+    """
+    token_ids = torch.full((len(rows), length), pad)
+    word_ids = torch.full((len(rows), length), -1)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, (ids, words) in enumerate(rows):
+        if len(ids) > length:
+            ids, words = [*ids[: length - 1], ids[-1]], [*words[: length - 1], words[-1]]
+        token_ids[row, : len(ids)] = torch.tensor(ids)
+        word_ids[row, : len(words)] = torch.tensor(words)
+        attention_mask[row, : len(ids)] = True
+    cut = sum(len(ids) > length for ids, _ in rows)
+    return TextTokens(token_ids, attention_mask, word_ids, cut)
+
+
+def warn_of_truncation(max_length: int) -> None:
+    """Log the first truncated caption of a guide."""
+    logger.warning(
+        "a caption has more than max_length = %d tokens and is cut, its end token kept; the "
+        "guide's `truncated` counts further ones",
+        max_length,
+    )
+
+
+def require_length(max_length: int, limit: int) -> int:
+    """Return `max_length`; raise ConfigError unless it is an int from 3 to `limit`."""
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise ConfigError(f"guide.max_length: expected an int, got {max_length!r}")
+    if not 3 <= max_length <= limit:
+        raise ConfigError(
+            f"guide.max_length: expected 3 to {limit}, the model's context; got {max_length}"
+        )
+    return max_length
+
+
+def with_mean_row(embedding: nn.Embedding) -> nn.Embedding:
+    """Return a frozen embedding with one more row, the mean of all: a token for masked words."""
+    rows = torch.cat([embedding.weight, embedding.weight.mean(dim=0, keepdim=True)]).detach()
+    return nn.Embedding.from_pretrained(rows, padding_idx=embedding.padding_idx, freeze=True)

@@ -1,11 +1,10 @@
-"""The VQ-VAE of DeepMind's Sonnet example, as its PyTorch ports name their weights.
+"""The VQ-VAE of DeepMind's Sonnet example, which reads the weights of its PyTorch ports.
 
 image --2 x conv 4x4 /2, conv 3x3, residual stack--> quant_conv --quantize--> decoder, mirrored
 Many small VQ-VAEs found on the web (f4, 512 codes of 64) are this one. Their files call the
-parts `_encoder`, `_pre_vq_conv`, `_vq_vae` and `_decoder`; :meth:`SonnetVQVAE.translate` knows.
+parts `_encoder`, `_pre_vq_conv`, `_vq_vae` and `_decoder`, see :meth:`SonnetVQVAE.translate`.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,90 +13,43 @@ from torch import Tensor, nn
 
 from ..config import to_plain
 from ..sockets import instantiate
-from .vqvae import AbstractImageTokenizer, VectorQuantizer
+from .vqvae import AbstractImageTokenizer, ResidualBlock, VectorQuantizer
 
-FOREIGN = (  # pattern at the start of a foreign name, ours
-    (r"_(encoder|decoder)\._conv_(\d)\.", r"\1.conv_\2."),
-    (r"_(encoder|decoder)\._residual_stack\._layers\.(\d+)\._block\.", r"\1.blocks.\2.body."),
-    (r"_decoder\._conv_trans_(\d)\.", r"decoder.conv_trans_\1."),
-    (r"_pre_vq_conv\.", "quant_conv."),
-    (r"_vq_vae\._embedding\.weight", "quantize.embedding.weight"),
-    (r"_vq_vae\._ema_w", "quantize.embed_avg"),
-    (r"_vq_vae\._ema_cluster_size", "quantize.cluster_size"),
-)
-
-
-class ResidualBlock(nn.Module):
-    """relu(x) + conv1(relu(conv3(relu(x)))): the ports' ReLU works in place, so the skip has it."""
-
-    def __init__(self, channels: int, inner: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, inner, 3, padding=1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(inner, channels, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, channels, h, w) to the same shape."""
-        return x.relu() + self.body(x)
-
-
-class Encoder(nn.Module):
-    """Image (B, 3, H, W) to features (B, channels, H / 4, W / 4)."""
-
-    def __init__(self, channels: int, inner: int, count: int):
-        super().__init__()
-        self.conv_1 = nn.Conv2d(3, channels // 2, 4, stride=2, padding=1)
-        self.conv_2 = nn.Conv2d(channels // 2, channels, 4, stride=2, padding=1)
-        self.conv_3 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*[ResidualBlock(channels, inner) for _ in range(count)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode (B, 3, H, W); H and W are multiples of 4."""
-        x = self.conv_2(self.conv_1(x).relu()).relu()
-        return self.blocks(self.conv_3(x)).relu()
-
-
-class Decoder(nn.Module):
-    """Codes (B, embed_dim, h, w) to image (B, 3, 4 h, 4 w), not clamped."""
-
-    def __init__(self, embed_dim: int, channels: int, inner: int, count: int):
-        super().__init__()
-        self.conv_1 = nn.Conv2d(embed_dim, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*[ResidualBlock(channels, inner) for _ in range(count)])
-        self.conv_trans_1 = nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
-        self.conv_trans_2 = nn.ConvTranspose2d(channels // 2, 3, 4, stride=2, padding=1)
-
-    def forward(self, quant: Tensor) -> Tensor:
-        """Decode (B, embed_dim, h, w)."""
-        x = self.blocks(self.conv_1(quant)).relu()
-        return self.conv_trans_2(self.conv_trans_1(x).relu())
+FOREIGN_NAMES = {  # part of our names: of the ports' names
+    "encoder.conv_": "_encoder._conv_",
+    "decoder.conv_": "_decoder._conv_",
+    "encoder.blocks.": "_encoder._residual_stack._layers.",
+    "decoder.blocks.": "_decoder._residual_stack._layers.",
+    ".body.": "._block.",
+    "quant_conv.": "_pre_vq_conv.",
+    "quantize.embedding.": "_vq_vae._embedding.",
+    "quantize.embed_avg": "_vq_vae._ema_w",
+    "quantize.cluster_size": "_vq_vae._ema_cluster_size",
+}
 
 
 class SonnetVQVAE(AbstractImageTokenizer):
     """A foreign VQ-VAE with the attributes and methods of taming's VQModel.
 
-    The ports divide the squared error by the variance of the data, 0.06 for CIFAR: to train such
-    a file on with `VQVAELoss`, give it `codebook_weight: 0.06`, or its codes drift together. A file
-    without moving averages wants `quantizer: gradient`; where many of its codes are dead,
-    `dead_threshold: 0.25` draws them anew from the first batches on.
+    The ports divide the squared error by the variance of the data, 0.06 for CIFAR: to continue
+    training such a file with `VQVAELoss`, set its `codebook_weight: 0.06`, or the codes drift
+    together. A file without moving averages needs `quantizer: gradient`; where many of its codes
+    are dead, `dead_threshold: 0.25` restarts them from the first batches on.
 
     Args:
-        lossconfig: `{target, params}` of a loss that is called as taming's.
+        lossconfig: `{target, params}` of a loss with taming's signature.
         n_embed: K, the number of codes.
         embed_dim: C, the width of a code.
         channels: width of the convolutions, even.
         residual_channels: width inside a residual block.
-        num_res_blocks: residual blocks in the encoder, and as many in the decoder.
+        num_res_blocks: residual blocks in the encoder, and in the decoder.
         quantizer, decay, commitment, restart_dead, dead_threshold: see
-            :class:`~lgvq_plugin.hosts.vqvae.VectorQuantizer`; "ema" for files that
-            have moving averages, "gradient" for those that have none.
-        image_key: where a batch holds its images.
+            :class:`~lgvq_plugin.hosts.vqvae.VectorQuantizer`; "ema" for files with moving
+            averages, "gradient" for those without.
+        image_key: key of the images in a batch.
 
     Attributes:
-        learning_rate: of Adam; set it before :meth:`configure_optimizers`.
+        learning_rate: learning rate of Adam; set it before :meth:`configure_optimizers`.
     """
 
     learning_rate = 1e-3
@@ -141,19 +93,17 @@ class SonnetVQVAE(AbstractImageTokenizer):
         return self.decoder.conv_trans_2.weight
 
     def translate(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a foreign file's tensors by our names; ours pass as they are.
+        """Return a foreign file's tensors under our names; our own keep theirs.
 
         What our quantizer keeps and the file lacks is filled in: the usage averages, and the
-        moving sums that give the file's very codebook.
+        moving sums that give the file's exact codebook.
         """
         ours = {_ours(key): value for key, value in state_dict.items()}
         codebook = ours.get("quantize.embedding.weight")
         if codebook is None or "quantize.steps" in ours:
             return ours
-        fresh = torch.ones(len(codebook))
-        ours.setdefault("quantize.cluster_size", fresh)
+        size = ours.setdefault("quantize.cluster_size", torch.ones(len(codebook)))
         if self.quantize.mode == "ema":
-            size = ours["quantize.cluster_size"]
             ours.setdefault("quantize.embed_avg", codebook * size[:, None])
         else:
             ours.pop("quantize.embed_avg", None)
@@ -161,44 +111,62 @@ class SonnetVQVAE(AbstractImageTokenizer):
         return ours
 
     def foreign_state_dict(self) -> dict[str, Tensor]:
-        """Return the tokenizer's tensors as the foreign file names them, the loss left out."""
-        state = {k: v for k, v in self.state_dict().items() if not k.startswith("loss.")}
-        extra = {"quantize.steps"}
+        """Return the tokenizer's tensors under the foreign file's names, without the loss."""
+        left_out = {"quantize.steps"}
         if self.quantize.mode == "gradient":
-            extra.add("quantize.cluster_size")
-        return {_foreign(key): value for key, value in state.items() if key not in extra}
+            left_out.add("quantize.cluster_size")
+        state = self.state_dict()
+        own = [key for key in state if not key.startswith("loss.") and key not in left_out]
+        return {_foreign(key): state[key] for key in own}
 
 
 def _ours(key: str) -> str:
-    """Return our name of a foreign key.
-
-    Example:
-        >>> _ours("_encoder._residual_stack._layers.0._block.1.weight")
-        'encoder.blocks.0.body.1.weight'
-    """
-    for pattern, name in FOREIGN:
-        if re.match(pattern, key):
-            return re.sub(f"^{pattern}", name, key)
+    for name, foreign in FOREIGN_NAMES.items():
+        key = key.replace(foreign, name)
     return key
 
 
 def _foreign(key: str) -> str:
-    """Return the foreign name of a key of ours.
-
-    Example:
-        >>> _foreign("decoder.conv_trans_1.bias")
-        '_decoder._conv_trans_1.bias'
-    """
-    pairs = (
-        (r"(encoder|decoder)\.conv_(\d)\.", r"_\1._conv_\2."),
-        (r"(encoder|decoder)\.blocks\.(\d+)\.body\.", r"_\1._residual_stack._layers.\2._block."),
-        (r"decoder\.conv_trans_(\d)\.", r"_decoder._conv_trans_\1."),
-        (r"quant_conv\.", "_pre_vq_conv."),
-        (r"quantize\.embedding\.weight", "_vq_vae._embedding.weight"),
-        (r"quantize\.embed_avg", "_vq_vae._ema_w"),
-        (r"quantize\.cluster_size", "_vq_vae._ema_cluster_size"),
-    )
-    for pattern, name in pairs:
-        if re.match(pattern, key):
-            return re.sub(f"^{pattern}", name, key)
+    for name, foreign in FOREIGN_NAMES.items():
+        key = key.replace(name, foreign)
     return key
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) to features (B, channels, H / 4, W / 4)."""
+
+    def __init__(self, channels: int, inner: int, count: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(3, channels // 2, 4, stride=2, padding=1)
+        self.conv_2 = nn.Conv2d(channels // 2, channels, 4, stride=2, padding=1)
+        self.conv_3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*[InPlaceBlock(channels, inner) for _ in range(count)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, H, W); H and W are multiples of 4."""
+        x = self.conv_2(self.conv_1(x).relu()).relu()
+        return self.blocks(self.conv_3(x)).relu()
+
+
+class Decoder(nn.Module):
+    """Codes (B, embed_dim, h, w) to image (B, 3, 4 h, 4 w), not clamped."""
+
+    def __init__(self, embed_dim: int, channels: int, inner: int, count: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*[InPlaceBlock(channels, inner) for _ in range(count)])
+        self.conv_trans_1 = nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
+        self.conv_trans_2 = nn.ConvTranspose2d(channels // 2, 3, 4, stride=2, padding=1)
+
+    def forward(self, quant: Tensor) -> Tensor:
+        """Decode (B, embed_dim, h, w)."""
+        x = self.blocks(self.conv_1(quant)).relu()
+        return self.conv_trans_2(self.conv_trans_1(x).relu())
+
+
+class InPlaceBlock(ResidualBlock):
+    """relu(x) + conv1(relu(conv3(relu(x)))): the ports' first ReLU works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, channels, h, w) to the same shape."""
+        return x.relu() + self.body(x)

@@ -29,7 +29,7 @@ def change(path, **tensors):
 
 
 @pytest.mark.parametrize("name", ["taming", "vqvae"])
-def test_a_loaded_host_is_the_saved_one_bit_by_bit(old, name):
+def test_a_loaded_host_is_the_saved_one_bit_identical(old, name):
     config, host, path = old(name)
     loaded = load_host(config, path)
     assert not loaded.training
@@ -47,7 +47,7 @@ def test_without_its_loss_by_default_and_with_it_on_request(old):
 def test_the_report_counts(old):
     config, host, path = old("taming")
     report = load_into(build_host(config), load_checkpoint(path))
-    assert report.is_complete
+    assert report.missing == report.unexpected == report.mismatched == ()
     assert set(report.loaded) == set(host.state_dict())
     bare = copy.deepcopy(config)
     bare["model"]["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
@@ -57,7 +57,7 @@ def test_the_report_counts(old):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"encoder.conv_in.bias": None}, r"1 missing .*\n.*encoder\.conv_in\.bias"),
         ({"encoder.strange": torch.ones(1)}, r"1 unexpected .*\n.*encoder\.strange"),
@@ -67,12 +67,12 @@ def test_the_report_counts(old):
         ),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(old, changes, told):
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(old, changes, message):
     config, _, path = old("taming")
     checkpoint = load_checkpoint(change(path, **changes))
     fresh = build_host(config)
     before = {key: value.clone() for key, value in fresh.state_dict().items()}
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_into(fresh, checkpoint)
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
 
@@ -83,7 +83,6 @@ def test_a_discriminator_of_another_size_is_left_out_and_reported(old):
     report = load_into(build_host(config), load_checkpoint(path))
     assert report.mismatched
     assert all(key.startswith("loss.discriminator.") for key, _, _ in report.mismatched)
-    assert not report.is_complete
     assert "of another shape" in str(report)
 
 
@@ -207,7 +206,7 @@ def test_the_path_of_a_yaml_file_is_a_config_too(old, tmp_path):
     ("name", "quantizer", "codes", "psnr"),
     [
         ("shuffled_model_ema", "ema", (500, 512), 23.0),
-        ("shuffled_model", "gradient", (70, 90), 19.5),
+        pytest.param("shuffled_model", "gradient", (70, 90), 19.5, marks=pytest.mark.slow),
     ],
 )
 def test_foreign_files_on_real_photos(shared, name, quantizer, codes, psnr):
@@ -232,7 +231,7 @@ def test_foreign_files_on_real_photos(shared, name, quantizer, codes, psnr):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"state_dict": None}, "state_dict is a NoneType without tensors"),
         ({"state_dict": "text", "ema": {"a": torch.zeros(1)}}, "state_dict is a str"),
@@ -246,7 +245,7 @@ def test_foreign_files_on_real_photos(shared, name, quantizer, codes, psnr):
 )
 @pytest.mark.parametrize("command", ["export", "eval", "inspect", "retrofit"])
 def test_every_command_refuses_a_tampered_file_in_one_line(
-    tmp_path, capsys, config, command, content, told
+    tmp_path, capsys, config, command, content, message
 ):
     path = tmp_path / "bad.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -256,7 +255,7 @@ def test_every_command_refuses_a_tampered_file_in_one_line(
     argv += ["--format", "host"] if command == "export" else []
     assert cli.main(argv) == 2
     shown = capsys.readouterr().err
-    assert told in shown
+    assert message in shown
     assert "bad.ckpt" in shown
     assert len(shown.splitlines()) == 1
     assert "weights_only" not in shown
@@ -269,3 +268,16 @@ def test_a_diverged_checkpoint_is_named(old, tmp_path):
     torch.save({"state_dict": host.state_dict()}, tmp_path / "nan.ckpt")
     with pytest.raises(ConfigError, match=r"NaN in encoder \(encoder\.conv_out\.weight\)"):
         load_host(config, tmp_path / "nan.ckpt")
+
+
+@pytest.mark.parametrize("name", ["taming", "vqvae"])
+def test_initial_weights_that_are_no_checkpoint_are_named(config, tmp_path, name):
+    path = tmp_path / "no.ckpt"
+    whole = config(name)
+    whole["model"]["params"]["ckpt_path"] = str(path)
+    for content in (b"hello", b"\x80\x02cos\nsystem\n."):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"no\.ckpt") as raised:
+            build_host(whole)
+        for advice in ("`weights_only`", "weights_only=", "PyTorch 2.6"):
+            assert advice not in str(raised.value)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lgvq_plugin.checkpoints import diffusers, export, pretrained
 from lgvq_plugin.checkpoints.load import load_checkpoint, load_host
-from lgvq_plugin.checkpoints.side_by_side import over_old_loss
+from lgvq_plugin.checkpoints.retrofit import over_old_loss
 from lgvq_plugin.host import encode, reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.build import build_host
@@ -26,7 +26,7 @@ def lgvq_run(config, tmp_path, name, **training):
     return whole, train(whole, name="run", logdir=tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("name", ["taming", "vqvae"])
+@pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.slow), "vqvae"])
 def test_the_bare_host_loads_strictly_and_computes_the_same(config, tmp_path, name):
     _, run = lgvq_run(config, tmp_path, name)
     assert (
@@ -43,6 +43,7 @@ def test_the_bare_host_loads_strictly_and_computes_the_same(config, tmp_path, na
     assert torch.equal(encode(bare, IMAGES).indices, encode(trained, IMAGES).indices)
 
 
+@pytest.mark.slow
 def test_tamings_own_loader_reads_it(config, tmp_path, monkeypatch):
     _, run = lgvq_run(config, tmp_path, "taming")
     export.main(["--ckpt", str(run.folder), "--format", "host", "-o", f"{tmp_path}/h.ckpt"])
@@ -79,7 +80,7 @@ def test_a_foreign_file_gets_its_own_names_back(shared, tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("name", ["taming", "vqvae"])
+@pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.slow), "vqvae"])
 def test_a_saved_folder_comes_back_without_its_loss(config, tmp_path, name):
     whole, run = lgvq_run(config, tmp_path, name)
     out = tmp_path / "saved"
@@ -110,6 +111,7 @@ def test_the_model_card_tells_the_numbers_beside_the_checkpoint(old, tmp_path):
     assert "| reconstruction/psnr | 21.5 dB | 30 |" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_diffusers_computes_the_same(config, old, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
     whole, host, path = old("taming")
@@ -132,6 +134,7 @@ def test_diffusers_refuses_another_architecture(old):
         export.export_diffusers(load_checkpoint(path), config, "never")
 
 
+@pytest.mark.slow
 def test_a_wrong_diffusers_model_is_not_written(old, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
     whole, _, path = old("taming")
@@ -188,7 +191,7 @@ def test_a_failed_upload_leaves_the_folder_and_says_so(old, tmp_path, monkeypatc
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(ConfigError, match=r"no network.*is whole"):
+    with pytest.raises(ConfigError, match=r"no network.*is complete"):
         pretrained.push_to_hub(tmp_path, "me/it")
     uploaded = {}
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kw: None)

@@ -58,7 +58,7 @@ def maskings(folder, captions):
 
 @pytest.mark.parametrize("block", [MICRO, TOY], ids=["micro_clip", "toy"])
 @pytest.mark.parametrize("padding", [True, False])
-def test_features_are_the_guides_bit_for_bit(tmp_path, block, padding):
+def test_features_are_the_guides_bit_identical(tmp_path, block, padding):
     captions = ["", *CAPTIONS, LONG]
     guide = fill(tmp_path / "c", block, captions, maskings=3, padding=padding)
     cached = build_guide({"use": "cached", "folder": str(tmp_path / "c"), "guide": block})
@@ -236,7 +236,7 @@ def test_an_overlay_over_another_block_leaves_its_keys(tmp_path):
         build_guide({"use": "cached", "folder": str(tmp_path / "c"), "foldr": 3})
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_what_is_not_there_is_reported(tmp_path):
     fill(tmp_path / "c", TOY, CAPTIONS[:2], maskings=0)
     cached = CachedGuide(str(tmp_path / "c"))
     with pytest.raises(ConfigError, match=r"caption 'a cat' is not among the 3.*lgvq cache"):
@@ -248,7 +248,7 @@ def test_what_is_not_there_is_told(tmp_path):
         CachedGuide(str(tmp_path / "nowhere"))
 
 
-def test_a_mask_of_ones_own_is_told(tmp_path):
+def test_a_mask_of_ones_own_is_reported(tmp_path):
     guide = fill(tmp_path / "c", TOY, CAPTIONS[:1], maskings=1)
     stored = maskings(tmp_path / "c", CAPTIONS[:1])[:, 0]
     other = (guide.tokenize(CAPTIONS[:1]).word_ids >= 0) & ~stored
@@ -353,10 +353,10 @@ def test_many_processes_read_while_one_writes(tmp_path, monkeypatch):
     more = [f"another caption {i}" for i in range(200)]
     _, steps = CachedGuide.write(tmp_path / "c", guide, more, block=TOY, batch_size=10)
     list(steps)
-    told = [queue.get(timeout=60) for _ in readers]
+    message = [queue.get(timeout=60) for _ in readers]
     for reader in readers:
         reader.join()
-    assert all(value == expected for sums in told for value in sums)
+    assert all(value == expected for sums in message for value in sums)
     assert len(CachedGuide(str(tmp_path / "c"))) == 221
 
 
@@ -379,11 +379,11 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from toy_guide import ToyGuide
-from lgvq_plugin.guides import _cache_writer
+from lgvq_plugin.guides import cached
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
 
-_cache_writer.SHARD_BYTES = 1
+cached.SHARD_BYTES = 1
 block = {"use": "toy_guide.ToyGuide"}
 guide = build_guide(block)
 plain = ToyGuide.encode
@@ -419,3 +419,25 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):
     # Maskings depend on seed and caption alone, so a kill changes none.
     fill(tmp_path / "d", TOY, captions)
     assert torch.equal(maskings(folder, captions), maskings(tmp_path / "d", captions))
+
+
+def test_a_cache_of_an_earlier_version_still_loads():
+    """Written before safetensors mapped the shards: two masks per caption, no padding."""
+    block = {**TOY, "width": 2}
+    guide, cached = build_guide(block), CachedGuide(str(HERE / "old_cache"), guide=block)
+    captions = ["", CAPTIONS[0], "circle", "a dog  runs", LONG]
+    assert len(cached) == len(captions)
+    for mask in (None, *maskings(HERE / "old_cache", captions).unbind(dim=1)):
+        wanted = guide.encode(captions, token_mask=mask)
+        tokens = wanted.tokens.where(wanted.attention_mask[..., None], 0.0)
+        assert_same(
+            cached.encode(captions, token_mask=mask),
+            type(wanted)(**{**vars(wanted), "tokens": tokens}),
+        )
+    assert cached.tokenize(captions).cut == guide.tokenize(captions).cut == 2
+
+
+def test_token_features_are_mapped_and_not_read(tmp_path):
+    fill(tmp_path / "c", TOY, CAPTIONS)
+    shard = Shards(tmp_path / "c", CacheFacts.read(tmp_path / "c")).shards[0]
+    assert not shard["rows"].flags.owndata

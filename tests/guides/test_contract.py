@@ -141,7 +141,7 @@ def test_hidden_words_leak_nowhere(guide):
     assert not torch.allclose(plain.sentence[0], plain.sentence[1], **TOLERANCE)
     assert torch.equal(features.tokens[0], features.tokens[1])
     assert torch.equal(features.sentence[0], features.sentence[1])
-    assert torch.equal(features.token_ids, text.token_ids)  # still told
+    assert torch.equal(features.token_ids, text.token_ids)  # still there
     assert not torch.allclose(features.sentence, plain.sentence, **TOLERANCE)
 
 

@@ -40,9 +40,9 @@ def test_hidden_words_become_the_mask_token(bert, network):
     mask = torch.zeros_like(text.attention_mask)
     mask[0, 2] = True
     seen = guide.encode(CAPTIONS[:1], token_mask=mask)
-    told = guide.encode(["a [MASK] circle above a blue square"])
-    assert torch.allclose(seen.tokens, told.tokens, atol=1e-5)
-    assert not torch.equal(seen.token_ids, told.token_ids)
+    message = guide.encode(["a [MASK] circle above a blue square"])
+    assert torch.allclose(seen.tokens, message.tokens, atol=1e-5)
+    assert not torch.equal(seen.token_ids, message.token_ids)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_without_a_mask_token_they_become_the_mean(bert_without_mask, network):
     assert len(features.vocabulary) == len(rows)
 
 
-def test_offline_it_is_told_soon(tmp_path, monkeypatch):
+def test_offline_it_is_reported_soon(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network in tests")
 

@@ -48,7 +48,7 @@ def test_the_words_of_the_scenes_are_stored_and_the_rest_is_seeded(guide, about)
     stored = load_file(FOLDER / "weights.safetensors")
     rows = stored["token_embedding.rows"].long()
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    used = {token for sample in range(40) for token in told(tokenizer, sample)}
+    used = {token for sample in range(40) for token in tokens_of(tokenizer, sample)}
     assert used <= set(rows.tolist())
     assert torch.equal(guide.vocabulary[rows], stored["token_embedding.weight"].float())
     others = torch.ones(len(guide.vocabulary), dtype=torch.bool)
@@ -62,7 +62,7 @@ def test_the_words_of_the_scenes_are_stored_and_the_rest_is_seeded(guide, about)
     assert 0.9 < spread < 1.1
 
 
-def told(tokenizer, index: int) -> list[int]:
+def tokens_of(tokenizer, index: int) -> list[int]:
     return tokenizer(Scenes(length=40)[index]["captions"]).unique().tolist()
 
 
@@ -145,7 +145,7 @@ def test_wrong_input(tmp_path):
         script.main(["--steps", "0", "-o", str(tmp_path)])
 
 
-def test_broken_weights_are_told(tmp_path):
+def test_broken_weights_are_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"about\.json.*install"):
         read_weights(tmp_path)
     (tmp_path / "about.json").write_text((FOLDER / "about.json").read_text())

@@ -190,7 +190,7 @@ def test_half_precision_features_are_matched_in_float32():
         ({"dead_threshold": -1}, "dead_threshold"),
     ],
 )
-def test_a_wrong_knob_is_told(knobs, words):
+def test_a_wrong_knob_is_reported(knobs, words):
     with pytest.raises(ConfigError, match=words):
         VectorQuantizer(K, C, **knobs)
 

@@ -46,21 +46,26 @@ def train(model: VQVAE, images: torch.Tensor, steps: int) -> list[float]:
 
 # A gradient codebook lags while the encoder's features grow: its quantization loss peaks near
 # step 40 (total 0.4 -> 0.7) and is gone by step 80, with and without restart. EMA has no peak.
-@pytest.mark.parametrize(("quantizer", "steps"), [("ema", 40), ("gradient", 100)])
+@pytest.mark.parametrize(
+    ("quantizer", "steps"), [("ema", 40), pytest.param("gradient", 100, marks=pytest.mark.slow)]
+)
 def test_the_loss_falls(quantizer, steps):
     losses = train(build(quantizer=quantizer), scenes(16), steps)
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_patch_stem_learns_colors_sooner():
     images = scenes(16)
     last = [np.mean(train(build(stem=stem), images, 60)[-5:]) for stem in ("patch", "strided")]
     assert last[0] < last[1]
 
 
-@pytest.mark.parametrize("downsample", [4, 8, 16])
+@pytest.mark.parametrize("downsample", [2, 4, 16])
 def test_grid_follows_the_factor(downsample):
-    quant, loss, (_, none, indices) = build(downsample=downsample).encode(torch.zeros(2, 3, 32, 48))
+    model, images = build(downsample=downsample), torch.zeros(2, 3, 32, 48)
+    quant, loss, (_, none, indices) = model.encode(images)
+    assert model(images)[0].shape == images.shape
     assert quant.shape == (2, 8, 32 // downsample, 48 // downsample)
     assert indices.shape == (2 * 32 * 48 // downsample**2,)
     assert loss.ndim == 0
@@ -72,7 +77,7 @@ def test_decoding_the_indices_gives_the_very_same_image():
     train(model, images, steps=3)
     model.eval()
     indices = model.encode(images)[2][2].view(4, 4, 4)
-    assert torch.equal(model.decode_code(indices), model(images)[0])
+    assert torch.equal(model.decode(model.quantize.embed_code(indices)), model(images)[0])
 
 
 def test_checkpoint_round_trip_is_bit_equal(tmp_path):
@@ -85,7 +90,7 @@ def test_checkpoint_round_trip_is_bit_equal(tmp_path):
     assert torch.equal(other.eval()(images)[0], model.eval()(images)[0])
 
 
-def test_a_wrong_checkpoint_is_told(tmp_path):
+def test_a_wrong_checkpoint_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="no file"):
         build(ckpt_path=str(tmp_path / "none.ckpt"))
     torch.save(build().state_dict(), tmp_path / "small.ckpt")
@@ -120,14 +125,6 @@ def test_images_may_have_their_channels_first_or_last(order):
     assert torch.equal(got, images.float())
 
 
-def test_log_images():
-    log = build().eval().log_images({"image": scenes(2)}, split="val")
-    assert {name: image.shape for name, image in log.items()} == {
-        "inputs": (2, 3, 32, 32),
-        "reconstructions": (2, 3, 32, 32),
-    }
-
-
 @pytest.mark.parametrize(("pixel", "power"), [("l2", 2), ("l1", 1)])
 def test_loss_equals_numpy(pixel, power):
     images, reconstructions = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
@@ -144,13 +141,13 @@ def test_loss_equals_numpy(pixel, power):
     ("knobs", "words"),
     [({"downsample": 6}, "2, 4, 8"), ({"channels": 15}, "even"), ({"stem": "pach"}, "patch")],
 )
-def test_a_wrong_knob_is_told(knobs, words):
+def test_a_wrong_knob_is_reported(knobs, words):
     with pytest.raises(ConfigError, match=words):
         build(**knobs)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 1, 32, 32), (3, 32, 32)])
-def test_a_wrong_image_is_told(shape):
+def test_a_wrong_image_is_reported(shape):
     with pytest.raises(ValueError, match="multiples of 8"):
         build().encode(torch.zeros(shape))
 

@@ -59,7 +59,7 @@ def test_gathered_is_what_the_host_chose(host, images):
 def test_decoded_patches_are_the_middle_of_one_code_everywhere(host, images):
     found = explorer.gather(host, images)
     with torch.no_grad():
-        image = host.decode_code(torch.full((1, 4, 4), 3))
+        image = host.decode(host.quantize.embed_code(torch.full((1, 4, 4), 3)))
     torch.testing.assert_close(found.decoded[3], image[0, :, 8:12, 8:12])
 
 
