@@ -33,6 +33,7 @@ MOVED = {
     "objectives.masked_text": "objectives",
     "objectives.relationship": "objectives",
     "probes": "bench.probes",
+    "probes.base": "bench.probes.features",
     "probes.questions": "bench.probes.vqa",
     "training.base": "training.build",
 }

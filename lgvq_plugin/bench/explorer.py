@@ -216,7 +216,7 @@ def associate(has_code: Tensor, has_word: Tensor) -> Association:
     joint = code.T @ word
     codes, words = code.sum(0)[:, None], word.sum(0)[None, :]
     pmi = torch.log2(joint * images / (codes * words).clamp(min=1))
-    return Association(pmi, word_code_association(has_word, has_code, least=1).T, joint.long())
+    return Association(pmi, word_code_association(has_word, has_code, min_count=1).T, joint.long())
 
 
 def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..training.build import (
     read_config,
     to_plain,
 )
-from .evaluate import NAMES, EvaluationConfig
+from .evaluate import NAMES, EvaluationConfig, renamed
 from .records import Job, Plan
 
 OBJECTIVES = [field.name for field in fields(ObjectivesConfig)]
@@ -225,10 +225,10 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     evaluation = to_plain(given or {})
     metrics = evaluation.get("metrics")
     for name in metrics if isinstance(metrics, list) else [metrics] * (metrics is not None):
-        if name not in NAMES:
+        if renamed(name) not in NAMES:
             raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), NAMES)}")
     try:
-        EvaluationConfig.of({key: v for key, v in evaluation.items() if key != "metrics"})
+        EvaluationConfig.from_dict({key: v for key, v in evaluation.items() if key != "metrics"})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return evaluation | ({"metrics": [metrics]} if isinstance(metrics, str) else {})

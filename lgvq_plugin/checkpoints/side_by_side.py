@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..bench.metrics.codebook import CodebookUsage
 from ..bench.metrics.reconstruction import psnr_and_ssim
-from ..bench.probes.base import collect_codes
+from ..bench.probes.features import collect_codes
 from ..config import laid_over, parse
 from ..datasets.base import collate
 from ..guides.base import AbstractGuide

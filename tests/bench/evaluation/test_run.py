@@ -112,10 +112,12 @@ def test_exported_png_equal_the_npz(folder):
         (["--ckpt", "HOST", "--device", "toaster"], "--device"),
         (["--ckpt", "HOST", "--device", "cuda:99"], "--device cpu"),
         (["--ckpt", "HOST", "evaluation.limt=3"], "limit"),
+        (["--ckpt", "CONFIG"], "config.yaml' is a config, not a checkpoint; give it with -b"),
     ],
 )
 def test_wrong_input_is_one_message_and_2(folder, capsys, argv, message):
-    argv = [folder / "host0.ckpt" if word == "HOST" else word for word in argv]
+    files = {"HOST": folder / "host0.ckpt", "CONFIG": folder / "config.yaml"}
+    argv = [files.get(word, word) for word in argv]
     assert lgvq(folder, *argv) == 2
     told = capsys.readouterr().err
     assert message in told
@@ -148,7 +150,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(folder, capsy
     argv = ["--ckpt", folder / "host0.ckpt", "--limit", 4, "--output", folder / "cut"]
     monkeypatch.setitem(evaluation.METRICS, "usage", interrupted)
     assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
     monkeypatch.setitem(evaluation.METRICS, "usage", usage)
     monkeypatch.setitem(evaluation.METRICS, "psnr", interrupted)  # must not be computed again
     assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 0
@@ -159,7 +161,7 @@ def test_a_file_at_json_is_kept_without_force(folder, capsys):
     (folder / "mine.json").write_text("{}")
     argv = ["--ckpt", folder / "host0.ckpt", "--json", folder / "mine.json"]
     assert lgvq(folder, *argv) == 2
-    assert "exists already; --force" in capsys.readouterr().err
+    assert "exists already; --force overwrites it" in capsys.readouterr().err
     assert (folder / "mine.json").read_text() == "{}"
 
 

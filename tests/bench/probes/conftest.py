@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.base import FrozenCodes, Question
+from lgvq_plugin.bench.probes.features import FrozenCodes
+from lgvq_plugin.bench.probes.vqa import Question
 
 COLORS = ("red", "blue", "green", "black")
 SHAPES = ("star", "ring", "cross", "heart")

@@ -40,5 +40,5 @@ def test_equal_seeds_write_equal_captions(train, test):
 
 
 def test_images_without_captions_are_told(train):
-    with pytest.raises(ValueError, match="one at least"):
+    with pytest.raises(ValueError, match="at least one"):
         CaptioningProbe().fit(train.codes, [[]] * 256)

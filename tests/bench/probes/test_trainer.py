@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgvq_plugin.bench.probes import transformer
-from lgvq_plugin.bench.probes.transformer import ProbeConfig, fit
+from lgvq_plugin.bench.probes.trainer import ProbeConfig, fit, learning_rate_at
 from lgvq_plugin.config import build
 from lgvq_plugin.functional import seeded
 from lgvq_plugin.sockets import ConfigError
@@ -78,7 +77,7 @@ def test_the_global_generator_stays_as_it_was():
 
 def test_the_rate_rises_and_falls():
     config = ProbeConfig(steps=100, learning_rate=1.0)
-    rates = [transformer._rate(step, config) for step in range(100)]
+    rates = [learning_rate_at(step, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[4] == 1
     assert rates[99] < 0.06
