@@ -127,7 +127,7 @@ class EvaluationConfig:
     attribute_words: int = 0
     """Frequent words of captions used as labels of a data set without any; 0: none."""
     tokenizer: str = "words"
-    """Of captions: words (ours), or ptb (used by papers; needs Java)."""
+    """Tokenizer of captions: words (ours), or ptb (used by papers; needs Java)."""
     lpips: LPIPSConfig = field(default_factory=LPIPSConfig)
     """LPIPS."""
     fid: FIDConfig = field(default_factory=FIDConfig)

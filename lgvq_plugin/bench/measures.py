@@ -544,8 +544,8 @@ def text_to_image(context: Context) -> Rows:
     if scorer is not None:
         scores = {"clip_score": scorer(images, captions)}
         scores["reconstructed/clip_score"] = scorer(again, captions)  # a control
-        told = {**settings, **scorer.settings}
-        rows |= rows_of("t2i", scores, len(images), neutral=["reconstructed"], settings=told)
+        used = {**settings, **scorer.settings}
+        rows |= rows_of("t2i", scores, len(images), neutral=["reconstructed"], settings=used)
     if context.train.attributes and context.test.attributes and len(images) > 1:
         return rows | _judge_rows(context, images, real, again, settings)
     return rows | _generated_distance(context, images, real, settings)

@@ -60,6 +60,7 @@ def test_the_rows_equal_numpy(palette, config):
     assert value(result, "codebook/dead_codes") == 64 - len(np.unique(indices))
 
 
+@pytest.mark.slow
 def test_an_untrained_tokenizer_is_near_chance_and_the_palette_is_not(untrained, palette, config):
     names = ["retrieval", "attributes"]
     low, high = (
@@ -83,6 +84,7 @@ def test_words_go_together_with_codes_but_not_with_others(palette, config):
     assert 0 <= value(result, "relation/mse") < 4
 
 
+@pytest.mark.slow
 def test_few_shot_results_are_means_over_sets_of_images(palette, config):
     def row(count, **options):
         options = {**config["evaluation"], "few_shot": count, **options}

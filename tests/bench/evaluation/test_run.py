@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from lgvq_plugin import cli
-from lgvq_plugin.bench.evaluate import table
+from lgvq_plugin.bench.evaluate import _parse, table
 
 
 @pytest.fixture
@@ -63,11 +63,14 @@ def test_one_checkpoint(folder, capsys):
     assert reals.dtype == np.uint8
 
 
-@pytest.mark.parametrize("again", [[], ["--ckpt"]])
-def test_two_checkpoints_side_by_side(folder, capsys, again):
-    out = folder / f"both{len(again)}"
-    hosts = [folder / "host0.ckpt", *again, folder / "host1.ckpt"]
-    ckpts = ["--ckpt", *hosts, "--names", "old", "new"]
+def test_checkpoints_may_be_given_together_or_one_by_one():
+    together, apart = (_parse(words.split())[0] for words in ("--ckpt a b", "--ckpt a --ckpt b"))
+    assert together.ckpt == apart.ckpt == ["a", "b"]
+
+
+def test_two_checkpoints_side_by_side(folder, capsys):
+    out = folder / "both"
+    ckpts = ["--ckpt", folder / "host0.ckpt", folder / "host1.ckpt", "--names", "old", "new"]
     assert lgvq(folder, *ckpts, "--limit", 8, "--metrics", "psnr", "--output", out) == 0
     head = capsys.readouterr().out.splitlines()[0].split()
     assert head == ["metric", "n", "old", "new"]

@@ -73,6 +73,7 @@ def captions(train, test):
     ]
 
 
+@pytest.mark.slow
 def test_it_needs_the_codes(train, test, captions):
     """Hidden: one of "a", color, shape, "here"; without codes color and shape are luck, 1 in 4."""
     probe = MaskedWordsProbe(CausalGuide(), CONFIG)

@@ -28,6 +28,7 @@ def captions(train, test):
     return [[t[0]] for t in train.captions], [t[0] for t in test.captions]
 
 
+@pytest.mark.slow
 def test_bits_reach_the_entropy_and_draws_follow_the_text(many, test, captions):
     probe = TextToImageProbe(CausalGuide(), CONFIG)
     probe.fit(many.codes, [t[:1] for t in many.captions], progress=False)

@@ -100,3 +100,22 @@ def test_wrong_settings_are_told_by_key(key, value):
         build(ProbeConfig, {key: value}, "here")
     with pytest.raises(ConfigError, match="steps"):
         build(ProbeConfig, {"step": 1}, "here")
+
+
+class Projection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_proj = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.in_proj(x)
+
+
+def test_checkpoints_have_the_parameter_names_of_version_0_1(tmp_path):
+    network = Projection()
+    train(network, tmp_path)
+    stored = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert set(stored["network"]) == {"enter.weight", "enter.bias"}
+    again = Projection()
+    assert train(again, tmp_path) == ([], [])
+    assert torch.equal(again.in_proj.weight, network.in_proj.weight)
