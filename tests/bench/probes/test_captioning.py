@@ -7,7 +7,7 @@ from lgvq_plugin.bench.probes.captioning import CaptioningConfig, CaptioningProb
 CONFIG = CaptioningConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def probe(train):
     return CaptioningProbe(CONFIG).fit(train.codes, train.captions, progress=False)
 
