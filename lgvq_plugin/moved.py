@@ -71,6 +71,7 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = str(new_module(spec.name))
         warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
         module, moved = types.ModuleType(spec.name), importlib.import_module(new)
+        module.__path__ = []  # not that of the new package, whose files import relatively
         module.__dict__["__getattr__"] = lambda name: getattr(moved, name)
         return module
 
