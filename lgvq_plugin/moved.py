@@ -35,6 +35,7 @@ MOVED = {
     "objectives.masked_text": "objectives",
     "objectives.relationship": "objectives",
     "probes": "bench.probes",
+    "probes.base": "bench.probes.features",
     "probes.questions": "bench.probes.vqa",
     "training.base": "training.build",
 }
@@ -72,6 +73,7 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = str(new_module(spec.name))
         warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
         module, moved = types.ModuleType(spec.name), importlib.import_module(new)
+        module.__path__ = []  # not that of the new package, whose files import relatively
         module.__dict__["__getattr__"] = lambda name: getattr(moved, name)
         return module
 

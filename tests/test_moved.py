@@ -12,7 +12,7 @@ OLD = [
     "lgvq_plugin.hosts.base.attach",
     "lgvq_plugin.metrics.retrieval.retrieval_recall",
     "lgvq_plugin.objectives.base.AbstractObjective",
-    "lgvq_plugin.probes.questions.QuestionsProbe",
+    "lgvq_plugin.probes.questions.VQAProbe",
 ]
 
 

@@ -1,4 +1,7 @@
-"""Finished metrics on disk, so that an interrupted evaluation goes on where it was."""
+"""Evaluate one host: every metric on held-out images, the tokenizer frozen.
+
+Finished metrics are kept on disk, so that an interrupted evaluation continues where it stopped.
+"""
 
 import hashlib
 import json
@@ -20,102 +23,19 @@ from ..files import write_json
 from ..sockets import ConfigError
 from ..training.build import data_mapping, lgvq_block, to_plain, with_sizes
 from . import measures
-from .evaluate import EvaluationConfig, names_of
-from .evaluation_context import Context, as_array
+from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
+from .evaluation_context import Context
 from .measures import Row, Rows
-
-
-@dataclass(frozen=True)
-class _File:
-    mark: str
-    rows: dict[str, Row]
-
-
-class Store:
-    """One JSON file a metric, with a mark of all that it depends on.
-
-    Args:
-        folder: where they lie; None keeps nothing.
-    """
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-
-    def read(self, name: str, mark: str) -> dict[str, Any] | None:
-        """Return a finished metric's rows if they were made under the same mark.
-
-        Raises:
-            ConfigError: if the file holds something else.
-        """
-        path = self._path(name)
-        if path is None or not path.is_file():
-            return None
-        again = "delete the file to measure again"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            verify(found, _File, "the file")
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}; {again}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: cannot be read as JSON: {error}; {again}") from error
-        return found["rows"] if found["mark"] == mark else None
-
-    def write(self, name: str, mark: str, rows: Mapping[str, Any]) -> None:
-        """Keep a finished metric's rows."""
-        path = self._path(name)
-        if path is not None:
-            write_json(path, {"mark": mark, "rows": rows})
-
-    def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}.json"
-
-
-def mark_of(*parts: Any) -> str:
-    """Return a hash of plain values.
-
-    Example:
-        >>> mark_of({"a": 1, "b": 2}) == mark_of({"b": 2, "a": 1})
-        True
-    """
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def host_hash(host: nn.Module) -> str:
-    """Return a hash of a host's own weights: those of its loss do not count."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(host.state_dict().items()):
-        if not name.startswith("loss."):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()[:16]
-
-
-# -- Evaluate one host: every metric on held-out images, the tokenizer frozen --------------------
-
+from .metrics.perceptual import module_hash
+from .metrics.reconstruction import to_uint8
 
 logger = logging.getLogger(__name__)
 
-METRICS: dict[str, Callable[[Context], Rows]] = {
-    "psnr": measures.psnr,
-    "ssim": measures.ssim,
-    "lpips": measures.lpips,
-    "fid": measures.fid,
-    "fd": measures.fd,
-    "usage": measures.usage,
-    "words": measures.words,
-    "relation": measures.relation,
-    "retrieval": measures.retrieval,
-    "masked_words": measures.masked_words,
-    "attributes": measures.attributes,
-    "caption": measures.caption,
-    "vqa": measures.vqa,
-    "t2i": measures.t2i,
-}
-OWN_KEYS = {  # the keys of `evaluation:` that a metric depends on, beside those of all
+METRICS: dict[str, Callable[[Context], Rows]] = {name: getattr(measures, name) for name in NAMES}
+UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage")
+"""Metrics that do not depend on the training set."""
+COMMON_KEYS = ("limit", "train_limit", "seed")
+KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common ones
     "lpips": ("lpips",),
     "fid": ("fid",),
     "fd": ("fd",),
@@ -123,11 +43,10 @@ OWN_KEYS = {  # the keys of `evaluation:` that a metric depends on, beside those
     "retrieval": ("guide",),
     "masked_words": ("guide", "masked_words"),
     "attributes": ("few_shot", "few_shot_draws", "attribute_words"),
-    "caption": ("caption", "tokenizer"),
+    "captioning": ("captioning", "tokenizer"),
     "vqa": ("vqa", "wordnet"),
-    "t2i": ("guide", "t2i", "fd", "clip_score"),
+    "text_to_image": ("guide", "text_to_image", "fd", "clip_score"),
 }
-COMMON_KEYS = ("limit", "train_limit", "seed")
 
 
 def evaluate(
@@ -140,26 +59,26 @@ def evaluate(
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a host.
+    """Evaluate a host.
 
     Args:
         host: a tokenizer in evaluation mode; it is not changed.
-        config: whose `data:` section names the images: probes train on `train`, and everything
-            is measured on `test`, or on `validation` if there is none.
-        metrics: names of :data:`METRICS`; None takes the quick ones.
-        limit: test images, the first ones; None: all.
-        output: folder where finished metrics and probes are kept; a later call with the same
-            settings reads them. None keeps nothing.
-        options: the `evaluation:` block, over that of the config.
+        config: its `data:` section gives the images: probes train on `train`, and everything is
+            measured on `test`, or on `validation` if there is no `test`.
+        metrics: names in :data:`METRICS`; None: the quick ones.
+        limit: use only the first test images; None: all.
+        output: folder where finished metrics and probes are kept and read again by a later call
+            with the same settings; None: nowhere.
+        options: the `evaluation:` block, which takes precedence over that of the config.
         progress: whether to show bars.
 
     Returns:
         `{"settings", "environment", "metrics", "skipped"}`. A metric is `{"value", "n", "unit",
-        "higher_is_better"}`, some with `settings` and `per_image`; `skipped` says why a metric
-        that was asked for could not be computed here.
+        "higher_is_better"}`, some with `settings` and `per_image`; `skipped` has the reasons why
+        requested metrics could not be computed here.
 
     Raises:
-        ConfigError: if the config or a name is wrong, or no metric at all could be computed.
+        ConfigError: if the config or a name is wrong, or no metric could be computed.
     """
     context = build_context(
         host, config, limit=limit, output=output, options=options, progress=progress
@@ -171,100 +90,129 @@ def build_context(
     host: nn.Module,
     config: Mapping[str, Any],
     *,
-    limit: int | None,
-    output: str | Path | None,
-    options: Mapping[str, Any] | None,
-    progress: bool,
+    limit: int | None = None,
+    output: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Context:
     """Return the context of a host; arguments as :func:`evaluate`."""
-    data = config.get("data")
-    if not data:
+    if not config.get("data"):
         raise ConfigError("the config has no section `data:`, which names the images")
     plain = to_plain(config, "data", "evaluation", "model")
     given = plain.get("evaluation") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"evaluation: expected a mapping, got {given!r}")
-    block = {**given, **(options or {})}
-    if limit is not None:
-        block["limit"] = limit
+    block = {**given, **(options or {})} | ({} if limit is None else {"limit": limit})
     return Context(
         host.eval(),
         with_sizes(data_mapping(plain["data"]), plain.get("model")),
         lgvq_block(config),
-        EvaluationConfig.of(block),
+        EvaluationConfig.from_dict(block),
         folder=None if output is None else Path(output) / "probes",
         progress=progress,
     )
 
 
 def run(context: Context, names: list[str], output: str | Path | None) -> dict[str, Any]:
-    """Compute the metrics of a context, those that are on disk already aside."""
-    store = Store(None if output is None else Path(output) / "metrics")
-    settings = settings_of(context)
+    """Compute the metrics of a context that are not in `output` yet; return as `evaluate`."""
+    settings = _settings(context)
     rows: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name in names:
-        mark = mark_of(name, settings["host"], _part(settings, name))
-        found = store.read(name, mark)
+        label = RESULT_NAMES.get(name, name)
+        cache_key = _hash(label, settings["host"], _settings_of_metric(settings, name))
+        path = None if output is None else Path(output) / "metrics" / f"{label}.json"
+        found = None if path is None else _read_finished(path, cache_key)
         if found is None:
             logger.info("measuring %s", name)
             try:
-                found = {key: row.plain() for key, row in METRICS[name](context).items()}
+                found = {key: row.to_dict() for key, row in METRICS[name](context).items()}
             except ConfigError as error:
                 if str(error).startswith(("unknown key", "evaluation.")):
                     raise
-                skipped[name] = str(error)
+                skipped[label] = str(error)
                 logger.warning("%s skipped: %s", name, error)
                 continue
-            store.write(name, mark, found)
+            if path is not None:
+                write_json(path, {"mark": cache_key, "rows": found})
         rows |= found
-        skipped |= _left_out(name, found)
+        skipped |= _skipped_parts(label, found)
     if not rows:
         reasons: dict[str, list[str]] = {}
-        for name, why in skipped.items():
-            reasons.setdefault(why, []).append(name)
-        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-        raise ConfigError(f"no metric could be computed: {told}")
+        for label, why in skipped.items():
+            reasons.setdefault(why, []).append(label)
+        listed = "; ".join(f"{', '.join(labels)}: {why}" for why, labels in reasons.items())
+        raise ConfigError(f"no metric could be computed: {listed}")
     return {
-        "settings": settings | {"metrics": names},
-        "environment": environment(),
+        "settings": settings | {"metrics": [RESULT_NAMES.get(name, name) for name in names]},
+        "environment": _environment(),
         "metrics": rows,
         "skipped": skipped,
     }
 
 
-def _left_out(name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the parts of a metric that could not be computed, as its settings tell."""
-    return {
-        f"{name}/{key}": told.removeprefix("skipped: ")
-        for row in rows.values()
-        for key, told in (row.get("settings") or {}).items()
-        if isinstance(told, str) and told.startswith("skipped: ")
-    }
+@dataclass(frozen=True)
+class _File:
+    """The file of a finished metric; `mark` is a hash of all that the rows depend on."""
+
+    mark: str
+    rows: dict[str, Row]
 
 
-def settings_of(context: Context) -> dict[str, Any]:
+def _read_finished(path: Path, cache_key: str) -> dict[str, Any] | None:
+    """Return a finished metric's rows if they have this cache key."""
+    if not path.is_file():
+        return None
+    hint = "delete the file to measure again"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        verify(found, _File, "the file")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; {hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; {hint}") from error
+    return found["rows"] if found["mark"] == cache_key else None
+
+
+def _hash(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _settings(context: Context) -> dict[str, Any]:
     """Return all that the numbers depend on, plain."""
-    section = context._data.get("train")
+    section = context.data.get("train")
+    block = asdict(context.config) | {"guide": context.guide_config}
     return {
-        "host": {"class": type(context.host).__name__, "weights": host_hash(context.host)},
+        # A host's weights without those of its loss.
+        "host": {
+            "class": type(context.host).__name__,
+            "weights": module_hash(context.host, skip="loss."),
+        },
         "test": context.test_section,
         "train": dict(section) if section else None,
-        "evaluation": asdict(context.config) | {"guide": context.guide_config},
+        "evaluation": {RESULT_NAMES.get(key, key): value for key, value in block.items()},
     }
 
 
-def _part(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the settings that one metric depends on."""
-    keys = (*COMMON_KEYS, *OWN_KEYS.get(name, ()))
+def _settings_of_metric(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    keys = [RESULT_NAMES.get(key, key) for key in (*COMMON_KEYS, *KEYS.get(name, ()))]
     block = {key: settings["evaluation"][key] for key in keys}
-    is_trained = name not in ("psnr", "ssim", "lpips", "fid", "fd", "usage")
-    train = settings["train"] if is_trained else None
+    train = None if name in UNTRAINED else settings["train"]
     return {"test": settings["test"], "train": train, "evaluation": block}
 
 
-def environment() -> dict[str, Any]:
-    """Return versions and the machine."""
+def _skipped_parts(label: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the parts of a metric that were skipped according to its settings, and why."""
+    return {
+        f"{label}/{key}": value.removeprefix("skipped: ")
+        for row in rows.values()
+        for key, value in (row.get("settings") or {}).items()
+        if isinstance(value, str) and value.startswith("skipped: ")
+    }
+
+
+def _environment() -> dict[str, Any]:
     names = ("lgvq_plugin", "torch", "torchmetrics", "torchvision", "open_clip_torch")
     versions: dict[str, str | None] = {}
     for name in (*names, "pycocoevalcap", "torch-fidelity", "nltk"):
@@ -281,23 +229,31 @@ def environment() -> dict[str, Any]:
     }
 
 
-# -- Pictures of an evaluation: reconstructions, how often codes are used, generated images ------
-
-
-def write_reconstructions(path: Path, contexts: Mapping[str, Context], *, count: int = 8) -> None:
-    """Write a grid: the test images, below them each host's reconstructions."""
-    rows: list[Tensor] = []
+def write_figures(folder: Path, contexts: Mapping[str, Context], names: Sequence[str]) -> None:
+    """Write the figures of these metrics and, for a single host, words.json."""
+    images: list[Tensor] = []
     for context in contexts.values():
-        images, given = next(iter(context.pairs()))
-        if not rows:
-            rows.append(images[:count])
-        rows.append(given[:count])
-    _figure(path, rows, ["input", *contexts])
+        pair = next(iter(context.pairs()))
+        images += [part[:8] for part in (pair if not images else pair[1:])]
+    _image_grid(folder / "reconstructions.png", images, ["input", *contexts])
+    if "usage" in names:
+        _usage_curves(folder / "usage.png", contexts)
+    made = {label: c.generated for label, c in contexts.items() if c.generated is not None}
+    if "text_to_image" in names and made:
+        captions = next(iter(made.values()))[0][:6]
+        rows = [images[:6] for _, images in made.values()]
+        _image_grid(folder / "generated.png", rows, [*made], captions)
+    if "words" in names and len(contexts) == 1:
+        try:
+            words = measures.words_of_codes(*contexts.values())
+        except ConfigError:
+            return  # reported as the reason why the metric was skipped
+        write_json(folder / "words.json", words)
 
 
-def write_usage(path: Path, contexts: Mapping[str, Context]) -> None:
-    """Write how often each code is used, the most frequent first, on a logarithmic scale."""
-    figure, axes = _canvas(6, 3.4)
+def _usage_curves(path: Path, contexts: Mapping[str, Context]) -> None:
+    """Plot how often each code is used, the most frequent first, on a logarithmic scale."""
+    figure, axes = _subplots(6, 3.4)
     for name, context in contexts.items():
         codes = context.test.codes
         if codes.indices is None or codes.table is None:
@@ -305,24 +261,45 @@ def write_usage(path: Path, contexts: Mapping[str, Context]) -> None:
         counts = torch.bincount(codes.indices.flatten(), minlength=len(codes.table))
         share = (counts.sort(descending=True).values.double() / counts.sum()).numpy()
         is_used = share > 0
-        dead = int((~is_used).sum())
-        label = f"{name} ({dead} of {len(share)} dead)"
+        label = f"{name} ({(~is_used).sum()} of {len(share)} dead)"
         axes.plot(np.arange(1, len(share) + 1)[is_used], share[is_used], label=label, lw=1.5)
-    axes.set(xlabel="code, by rank", ylabel="share of all places", yscale="log")
+    axes.set(xlabel="code, by rank", ylabel="share of all positions", yscale="log")
     axes.grid(alpha=0.3)
     for text in axes.legend(frameon=False, fontsize=8).get_texts():
         text.set_parse_math(False)  # "$" in a name is a dollar, not mathematics
     _save(figure, path)
 
 
-def write_generated(path: Path, contexts: Mapping[str, Context], *, count: int = 6) -> None:
-    """Write images drawn from captions, one row for each host, the captions below."""
-    made = {name: c.generated for name, c in contexts.items() if c.generated is not None}
-    if not made:
-        return
-    captions = next(iter(made.values()))[0][:count]
-    rows = [images[:count] for _, images in made.values()]
-    _figure(path, rows, list(made), captions)
+def _image_grid(
+    path: Path, rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[str] = ()
+) -> None:
+    """Draw labeled rows of images, with a caption below each column."""
+    across, height = max(map(len, rows)), 0.7 if captions else 0.1
+    size = (1.5 * across + 0.6, 1.5 * len(rows) + height)
+    figure, axes = _subplots(*size, len(rows), across, squeeze=False)
+    for line, row, label in zip(axes, rows, labels, strict=True):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        for axis, image in zip(line, _to_arrays(row), strict=False):
+            axis.imshow(image, interpolation="nearest")
+        line[0].set_ylabel(label, fontsize=9, parse_math=False)
+    for axis, caption in zip(axes[-1], captions, strict=False):
+        axis.set_xlabel("\n".join(textwrap.wrap(caption, 26)), fontsize=6, parse_math=False)
+    _save(figure, path)
+
+
+def _subplots(width: float, height: float, *args: int, **kwargs: bool) -> Any:
+    """Return a figure that needs no window, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def export(context: Context, folder: Path, kind: str) -> None:
@@ -330,58 +307,23 @@ def export(context: Context, folder: Path, kind: str) -> None:
 
     Args:
         context: of the host.
-        folder: gets `reals.npz` and `reconstructions.npz` (`arr_0`, (M, H, W, 3) uint8, as ADM's
-            evaluator reads them), or folders of PNG files of these names.
+        folder: for `reals.npz` and `reconstructions.npz` (`arr_0`, (M, H, W, 3) uint8, the format
+            of ADM's evaluator), or folders of PNG files with these names.
         kind: npz or png.
     """
-    pairs = [(_to_bytes(a), _to_bytes(b)) for a, b in context.pairs()]
-    for name, which in (("reals", 0), ("reconstructions", 1)):
-        arrays = [as_array(pair[which]) for pair in pairs]
+    pairs = [(_to_arrays(images), _to_arrays(given)) for images, given in context.pairs()]
+    for i, name in enumerate(("reals", "reconstructions")):
+        images = np.concatenate([pair[i] for pair in pairs])
+        (folder / name if kind == "png" else folder).mkdir(parents=True, exist_ok=True)
         if kind == "npz":
-            folder.mkdir(parents=True, exist_ok=True)
-            np.savez(folder / f"{name}.npz", np.concatenate(arrays))
+            np.savez(folder / f"{name}.npz", images)
             continue
         from PIL import Image
 
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(picture for part in arrays for picture in part):
-            Image.fromarray(picture).save(folder / name / f"{i:06d}.png")
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / name / f"{number:06d}.png")
 
 
-def _to_bytes(images: Tensor) -> Tensor:
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def _figure(
-    path: Path, rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[str] = ()
-) -> None:
-    """Draw rows of images with a label each, and a caption under each column."""
-    across = max(len(row) for row in rows)
-    figure, axes = _canvas(
-        1.5 * across + 0.6, 1.5 * len(rows) + (0.7 if captions else 0.1), len(rows), across
-    )
-    for i, row in enumerate(rows):
-        for j, axis in enumerate(axes[i]):
-            axis.set(xticks=[], yticks=[])
-            axis.set_frame_on(False)
-            if j < len(row):
-                axis.imshow(as_array(_to_bytes(row[j : j + 1]))[0], interpolation="nearest")
-        axes[i][0].set_ylabel(labels[i], fontsize=9, parse_math=False)
-    for axis, caption in zip(axes[-1], captions, strict=False):
-        axis.set_xlabel("\n".join(textwrap.wrap(caption, 26)), fontsize=6, parse_math=False)
-    _save(figure, path)
-
-
-def _canvas(width: float, height: float, down: int = 0, across: int = 0) -> Any:
-    """Return a figure without a window, and its axes (a grid of them if `down` is given)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if not down:
-        return figure, figure.subplots()
-    return figure, figure.subplots(down, across, squeeze=False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+def _to_arrays(images: Tensor) -> np.ndarray:
+    """Return images (B, 3, H, W) in [-1, 1] as (B, H, W, 3) uint8."""
+    return to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()

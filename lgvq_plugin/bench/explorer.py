@@ -265,7 +265,7 @@ def associate(has_code: Tensor, has_word: Tensor) -> Association:
     code, word = has_code.double(), has_word.double()
     joint = code.T @ word
     pmi = torch.log2(joint * len(code) / torch.outer(code.sum(0), word.sum(0)).clamp(min=1))
-    return Association(pmi, word_code_association(has_word, has_code, least=1).T, joint.long())
+    return Association(pmi, word_code_association(has_word, has_code, min_count=1).T, joint.long())
 
 
 def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> Tensor:

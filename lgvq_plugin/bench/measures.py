@@ -1,4 +1,4 @@
-"""One number of an evaluation, with all that it depends on."""
+"""The metrics of an evaluation: functions from a context to rows, one number each."""
 
 import logging
 from collections import Counter
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import pool_words
+from ..guides.base import AbstractGuide
 from ..host import decode
-from ..sockets import ConfigError, resolve
-from .evaluate import EvaluationConfig
+from ..sockets import ConfigError
 from .evaluation_context import Context, Encoded
 from .metrics.answers import wordnet_similarity, wups
 from .metrics.captions import (
@@ -32,12 +32,30 @@ from .metrics.codebook import (
     similarity_gap,
     word_code_association,
 )
-from .metrics.frechet import LEAST_IMAGES, FrechetDistance
+from .metrics.frechet import MIN_IMAGES, FrechetDistance
 from .metrics.perceptual import PerceptualDistance
 from .metrics.reconstruction import IMPLEMENTATION, psnr_and_ssim
-from .probes.base import CodeFeatures, FrozenCodes
+from .probes.attributes import AttributesProbe, stack_labels
+from .probes.features import FrozenCodes
+from .probes.image_judge import ImageJudge
+from .probes.retrieval import RetrievalProbe
 
-Rows = dict[str, "Row"]
+logger = logging.getLogger(__name__)
+
+MIN_COUNT, MAX_WORDS = 10, 1000
+"""Words and codes of fewer images are left out; of the words only the most frequent are kept."""
+JUDGED = 2048
+"""Maximum number of training images of the judge."""
+BATCH = 256
+FUNCTION_WORDS = {
+    *("a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "has", "he", "her", "his"),
+    *("in", "into", "is", "it", "its", "near", "next", "no", "not", "of", "on", "one", "or"),
+    *("other", "out", "over", "s", "she", "some", "that", "the", "their", "there", "these"),
+    *("they", "this", "to", "up", "while", "with"),
+}
+"""Words of captions that say nothing about an image by themselves."""
+
+Values = float | Tensor | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,11 @@ class Row:
 
     Args:
         value: of the metric.
-        n: images, or questions, it was computed on.
+        n: number of images or questions.
         unit: such as dB; "" for a share or a pure number.
-        higher_is_better: None where neither is better, as for a control.
-        per_image: the value of each test image, in order, where there is one.
-        settings: implementation, weights, resize filter and whatever else it depends on.
+        higher_is_better: None if neither is, as for a control.
+        per_image: the value of each test image, in order; None if it is no mean over images.
+        settings: implementation, weights, resize filter and everything else it depends on.
     """
 
     value: float
@@ -60,99 +78,79 @@ class Row:
     per_image: Sequence[float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def plain(self) -> dict[str, Any]:
-        """Return it for JSON; keys that say nothing are left out."""
-        told: dict[str, Any] = {
-            "value": self.value,
-            "n": self.n,
-            "unit": self.unit,
-            "higher_is_better": self.higher_is_better,
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON, without settings and per_image if there are none."""
+        row = {"value": self.value, "n": self.n, "unit": self.unit}
+        row |= {"higher_is_better": self.higher_is_better}
         if self.settings:
-            told["settings"] = dict(self.settings)
+            row |= {"settings": dict(self.settings)}
         if self.per_image is not None:
-            told["per_image"] = [round(float(value), 6) for value in self.per_image]
-        return told
+            row |= {"per_image": [round(float(value), 6) for value in self.per_image]}
+        return row
 
 
-def means_of(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the mean over images of each (M,) tensor.
-
-    Example:
-        >>> means_of({"recall@1": Tensor([0.0, 1.0])})
-        {'recall@1': 0.5}
-    """
-    return {name: float(value.double().mean()) for name, value in values.items()}
+Rows = dict[str, Row]
 
 
 def rows_of(
     prefix: str,
-    numbers: Mapping[str, float],
+    numbers: Mapping[str, Values],
     n: int,
     *,
-    lower: Sequence[str] = (),
-    neutral: Sequence[str] = (),
+    lower: Iterable[str] = (),
+    neutral: Iterable[str] = (),
     unit: str = "",
     settings: Mapping[str, Any] | None = None,
-    per_image: Mapping[str, Iterable[float]] | None = None,
 ) -> Rows:
-    """Return `prefix/NAME` -> Row of each number.
+    """Return `prefix/NAME` -> Row for each number.
 
     Args:
         prefix: of the names.
-        numbers: by name.
-        n: of all.
-        lower: parts of a name that say that lower is better.
-        neutral: parts of a name that say that neither is, such as shuffled.
-        unit: of all.
-        settings: of all.
-        per_image: values of each image, by name, of those numbers that are their mean.
+        numbers: by name; a tensor or list has the value of each image, of which the mean is taken.
+        n: number of images or questions.
+        lower: parts of names for which lower is better.
+        neutral: parts of names for which neither is, such as shuffled.
+        unit: of all numbers.
+        settings: of all numbers.
 
     Example:
-        >>> numbers = {"accuracy": 0.5, "shuffled/accuracy": 0.1}
-        >>> rows = rows_of("vqa", numbers, 8, neutral=["shuffled"])
-        >>> rows["vqa/shuffled/accuracy"].higher_is_better is None
-        True
+        >>> numbers = {"accuracy": [0.0, 1.0], "shuffled/accuracy": 0.1}
+        >>> rows = rows_of("vqa", numbers, 2, neutral=["shuffled"])
+        >>> rows["vqa/accuracy"].value, rows["vqa/shuffled/accuracy"].higher_is_better is None
+        (0.5, True)
     """
     rows: Rows = {}
     for name, value in numbers.items():
-        better: bool | None = not any(part in name for part in lower)
-        if any(part in name for part in neutral):
-            better = None
-        each = (per_image or {}).get(name)
-        values = None if each is None else [float(one) for one in each]
-        rows[f"{prefix}/{name}"] = Row(float(value), n, unit, better, values, settings or {})
+        better = None if any(part in name for part in neutral) else True
+        if better and any(part in name for part in lower):
+            better = False
+        each = None
+        if isinstance(value, Tensor):
+            value, each = float(value.double().mean()), value.tolist()
+        elif isinstance(value, Sequence):
+            value, each = sum(value) / max(len(value), 1), value
+        rows[f"{prefix}/{name}"] = Row(float(value), n, unit, better, each, settings or {})
     return rows
 
 
-# -- psnr, ssim, lpips, fid, fd: how near the reconstructions are, one by one and as a set -------
-
-
-logger = logging.getLogger(__name__)
-PIXELS = {
-    "implementation": IMPLEMENTATION,
-    "quantization": "uint8",
-    "resize": "none",
-    "mean": "over images",
-}
+# Reconstruction: how close the reconstructions are, one by one and as a set.
 
 
 def psnr(context: Context) -> Rows:
     """PSNR of each image, in dB."""
-    return {"reconstruction/psnr": _pixel_row(context, 0, "dB")}
+    return _pixel_rows(context, 0, "psnr", "dB")
 
 
 def ssim(context: Context) -> Rows:
-    """SSIM of each image, Gaussian window of 11."""
-    return {"reconstruction/ssim": _pixel_row(context, 1, "")}
+    """SSIM of each image."""
+    return _pixel_rows(context, 1, "ssim", "", window="Gaussian 11, sigma 1.5")
 
 
-def _pixel_row(context: Context, which: int, unit: str) -> Row:
-    parts = [psnr_and_ssim(images, given)[which] for images, given in context.pairs()]
-    values = torch.cat(parts).double()
-    window = {"window": "Gaussian 11, sigma 1.5"} if which else {}
-    settings = {**PIXELS, **window}
-    return Row(float(values.mean()), len(values), unit, True, values.tolist(), settings)
+def _pixel_rows(context: Context, which: int, name: str, unit: str, **settings: str) -> Rows:
+    values = torch.cat([psnr_and_ssim(*pair)[which] for pair in context.pairs()])
+    fixed = {"implementation": IMPLEMENTATION, "quantization": "uint8", "resize": "none"}
+    settings = {**fixed, "mean": "over images", **settings}
+    return rows_of("reconstruction", {name: values}, len(values), unit=unit, settings=settings)
 
 
 def lpips(context: Context) -> Rows:
@@ -163,375 +161,318 @@ def lpips(context: Context) -> Rows:
         metric.distances(images.to(context.device), given.to(context.device)).cpu()
         for images, given in context.pairs()
     ]
-    values = torch.cat(parts).double()
-    name = f"reconstruction/lpips_{options.net}"
-    settings = metric.settings
-    row = Row(float(values.mean()), len(values), "", False, values.tolist(), settings)
-    return {name: row}
+    numbers = {f"lpips_{options.net}": torch.cat(parts)}
+    n = len(torch.cat(parts))
+    return rows_of("reconstruction", numbers, n, lower=["lpips"], settings=metric.settings)
 
 
 def fid(context: Context) -> Rows:
     """FID of the reconstructions against the test images."""
-    return _frechet(context, FrechetDistance("inception", weights=context.config.fid.weights))
+    return _frechet_rows(context, FrechetDistance(weights=context.config.fid.weights))
 
 
 def fd(context: Context) -> Rows:
     """Frechet distance in another feature net."""
     options = context.config.fd
-    return _frechet(context, FrechetDistance(options.net, weights=options.weights))
+    return _frechet_rows(context, FrechetDistance(options.net, weights=options.weights))
 
 
-def _frechet(context: Context, distance: FrechetDistance) -> Rows:
-    for images, given in context.pairs():
-        distance.update(images, real=True)
-        distance.update(given, real=False)
-    value, (count, _) = distance.compute(), distance.counts
-    warn_of_few(distance.name, count)
-    settings = distance.settings | reference(context)
+def _frechet_rows(context: Context, distance: FrechetDistance) -> Rows:
+    value, count = _frechet(distance, context.pairs())
+    reference = {"set": context.test_section, "images": context.test_images}
+    settings = distance.settings | {"reference": reference}
     return {f"reconstruction/{distance.name}": Row(value, count, "", False, settings=settings)}
 
 
-def reference(context: Context) -> dict[str, Any]:
-    """Tell the reference set of a Frechet distance."""
-    return {"reference": {"set": context.test_section, "images": context.test_images}}
-
-
-def warn_of_few(name: str, count: int) -> None:
-    """Say that a Frechet distance of few images is biased."""
-    if count < LEAST_IMAGES:
+def _frechet(distance: FrechetDistance, pairs: Iterable[Sequence[Tensor]]) -> tuple[float, int]:
+    """Return the distance of pairs of real and other images, and their number."""
+    for real, other in pairs:
+        distance.update(real, real=True)
+        distance.update(other, real=False)
+    value, (count, _) = distance.compute(), distance.counts
+    if count < MIN_IMAGES and distance.name != "fd_judge":
         logger.warning(
             "%s on %d images (< %d) is biased upwards: compare it with rows of the same n only",
-            *(name, count, LEAST_IMAGES),
+            *(distance.name, count, MIN_IMAGES),
         )
+    return value, count
 
 
-# -- usage, words, relation: how the codebook is used, and which words its codes answer to -------
-
-
-LEAST_COUNT = 10
-"""Images that a word must stand at, and a code be used in, to be looked at."""
-MOST_WORDS = 1000
+# Codebook: how it is used, and which words its codes go with.
 
 
 def usage(context: Context) -> Rows:
-    """Usage, perplexity, dead codes and entropy over the whole test set; nearest-code distances."""
+    """Usage, perplexity, dead codes, entropy over the test set; nearest-code distances."""
     codes = context.test.codes
-    indices, table = indices_of(codes)
+    indices, table = _indices(codes)
     metric = CodebookUsage(len(table))
     metric.update(indices)
     numbers = {name: float(value) for name, value in metric.compute().items()}
+    entropy = {"entropy": numbers.pop("entropy")}
     settings: dict[str, Any] = {"window": f"{len(codes)} test images", "codes": len(table)}
     rows = rows_of("codebook", numbers, len(codes), lower=["dead"], settings=settings)
-    rows["codebook/entropy"] = Row(numbers["entropy"], len(codes), "bits", True, settings=settings)
+    rows |= rows_of("codebook", entropy, len(codes), unit="bits", settings=settings)
     if len(table) > 1:
         distances = nearest_code_distances(table)
-        told = {f"nearest_{k}": v for k, v in distances.items() if k != "rms_length"}
-        settings = {"unit": "root-mean-square length of a code", "length": distances["rms_length"]}
-        rows |= rows_of("codebook", told, len(table), neutral=["nearest"], settings=settings)
+        length = distances.pop("rms_length")
+        numbers = {f"nearest_{name}": value for name, value in distances.items()}
+        settings = {"unit": "root-mean-square length of a code", "length": length}
+        rows |= rows_of("codebook", numbers, len(table), neutral=["nearest"], settings=settings)
     return rows
 
 
 def words(context: Context) -> Rows:
-    """How many codes answer to a word, and how many words to a code, beside shuffled images."""
+    """How many codes go with a word and words with a code, compared with shuffled images."""
     data = context.train.captioned()
-    known, has_word = word_table(data)
-    indices, table = indices_of(data.codes)
-    found = word_code_association(has_word, used(indices, len(table)), least=LEAST_COUNT)
-    control = indices_of(data.codes.shuffled(context.config.seed))[0]
-    chance = word_code_association(has_word, used(control, len(table)), least=LEAST_COUNT)
-    numbers = {}
-    for prefix, strength in (("", found), ("shuffled/", chance)):
-        strong = strength > STRONG
-        is_used = used(indices, len(table)).sum(0) >= LEAST_COUNT
-        numbers[f"{prefix}codes_with_a_word"] = _share(strong.any(0)[is_used])
-        numbers[f"{prefix}words_with_a_code"] = _share(strong.any(1))
+    found = _WordsAndCodes(data, data.codes)
+    chance = _WordsAndCodes(data, data.codes.shuffled(context.config.seed))
+    is_frequent = found.has_code.sum(0) >= MIN_COUNT
+    numbers: dict[str, Values] = {}
+    for prefix, strength in (("", found.strength), ("shuffled/", chance.strength)):
+        is_strong = strength > STRONG
+        numbers[f"{prefix}codes_with_a_word"] = _share(is_strong.any(0)[is_frequent])
+        numbers[f"{prefix}words_with_a_code"] = _share(is_strong.any(1))
         numbers[f"{prefix}strength"] = float(strength.amax(1).mean())
-    settings = {"words": len(known), "least_images": LEAST_COUNT, "threshold": STRONG}
+    settings = {"words": len(found.words), "least_images": MIN_COUNT, "threshold": STRONG}
     return rows_of("words", numbers, len(data.codes), neutral=["shuffled"], settings=settings)
 
 
-def answering_words(context: Context, *, most: int = 5) -> dict[int, list[tuple[str, float]]]:
-    """Return the words that each code answers to, the strongest first; codes without are left out.
+def words_of_codes(context: Context, *, count: int = 5) -> dict[int, list[tuple[str, float]]]:
+    """Return the words that each code goes with, the strongest first; codes without are left out.
 
     Raises:
-        ConfigError: if the host tells no indices or the images have no captions.
+        ConfigError: if the host has no indices or the images have no captions.
     """
     data = context.train.captioned()
-    known, has_word = word_table(data)
-    indices, table = indices_of(data.codes)
-    strength = word_code_association(has_word, used(indices, len(table)), least=LEAST_COUNT)
-    best = strength.topk(min(most, len(known)), dim=0)
-    told = {}
-    for code in range(len(table)):
-        pairs = zip(best.values[:, code].tolist(), best.indices[:, code].tolist(), strict=True)
-        if kept := [(known[w], round(value, 2)) for value, w in pairs if value > STRONG]:
-            told[code] = kept
-    return told
+    found = _WordsAndCodes(data, data.codes)
+    best = found.strength.topk(min(count, len(found.words)), dim=0)
+    table = {}
+    columns = zip(best.values.mT.tolist(), best.indices.mT.tolist(), strict=True)
+    for code, (values, numbers) in enumerate(columns):
+        pairs = zip(numbers, values, strict=True)
+        if kept := [(found.words[w], round(v, 2)) for w, v in pairs if v > STRONG]:
+            table[code] = kept
+    return table
 
 
 def relation(context: Context) -> Rows:
     """MSE and correlation of word-word with code-code cosines (paper, table 4).
 
-    The paper matches words to codes by its heads, which a baseline has not. Here a word's code is
-    the one that it most goes together with on training images: the same for every host.
+    The paper matches words to codes by its heads, which a baseline does not have. Here a word's
+    code is the one with the strongest association on training images, for any host.
     """
     data = context.train.captioned()
-    known, has_word = word_table(data)
-    indices, table = indices_of(data.codes)
-    strength = word_code_association(has_word, used(indices, len(table)), least=LEAST_COUNT)
-    matched = strength.amax(1) > 0
-    if int(matched.sum()) < 3:
+    found = _WordsAndCodes(data, data.codes)
+    is_matched = found.strength.amax(1) > 0
+    if int(is_matched.sum()) < 3:
         raise ConfigError("relation: fewer than three words go together with a code")
-    texts = [word for word, is_matched in zip(known, matched.tolist(), strict=True) if is_matched]
-    features = word_features(context, texts)
-    codes = table[strength[matched].argmax(1)]
+    texts = [found.words[i] for i in is_matched.nonzero()[:, 0].tolist()]
+    features = torch.cat([_word_features(context.guide, part) for part in _batches(texts)])
+    codes = _indices(data.codes)[1][found.strength[is_matched].argmax(1)]
     numbers = similarity_gap(features, codes)
     pairs = int(numbers.pop("pairs"))
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(context.config.seed))
     control = similarity_gap(features, codes[order])
     numbers |= {f"shuffled/{name}": control[name] for name in ("mse", "pearson", "spearman")}
     settings = {"words": len(texts), "match": "likelihood ratio", "guide": context.guide_config}
-    return rows_of(
-        "relation", numbers, pairs, lower=["mse"], neutral=["shuffled"], settings=settings
-    )
+    kinds = {"lower": ["mse"], "neutral": ["shuffled"]}
+    return rows_of("relation", numbers, pairs, settings=settings, **kinds)
 
 
-def word_features(context: Context, texts: list[str]) -> Tensor:
-    """Return the guide's feature of each word said alone, (W, Dt)."""
-    parts = []
-    for begin in range(0, len(texts), 256):
-        seen = context.guide.encode(texts[begin : begin + 256])
-        parts.append(pool_words(seen.tokens, seen.word_ids)[0][:, 0].cpu())
-    return torch.cat(parts)
+class _WordsAndCodes:
+    """The frequent words of captions and their association with each code, (W, K)."""
+
+    def __init__(self, data: Encoded, codes: FrozenCodes):
+        indices, table = _indices(codes)
+        self.words, self.has_word = _word_table(data)
+        empty = torch.zeros(len(indices), len(table), dtype=torch.bool)
+        self.has_code = empty.scatter_(1, indices, True)
+        self.strength = word_code_association(self.has_word, self.has_code, min_count=MIN_COUNT)
 
 
-def word_table(data: Encoded) -> tuple[list[str], Tensor]:
-    """Return the words that stand at enough images, and which image has which, (M, W) bool."""
+def _word_table(data: Encoded) -> tuple[list[str], Tensor]:
+    """Return the words of enough images, and which image has which, (M, W) bool."""
     sets = _word_sets(data)
     counts = Counter(word for found in sets for word in found)
-    most = [word for word, n in counts.items() if LEAST_COUNT <= n <= len(sets) - LEAST_COUNT]
-    known = sorted(most, key=lambda word: (-counts[word], word))[:MOST_WORDS]
+    kept = [word for word, n in counts.items() if MIN_COUNT <= n <= len(sets) - MIN_COUNT]
+    known = sorted(kept, key=lambda word: (-counts[word], word))[:MAX_WORDS]
     if not known:
-        raise ConfigError(f"no word of the captions stands at {LEAST_COUNT} images; use more")
-    return known, _table(sets, known)
-
-
-def has_words(data: Encoded, known: Sequence[str]) -> Tensor:
-    """Return which image has which of the words in a caption, (M, W) bool."""
-    return _table(_word_sets(data), known)
+        raise ConfigError(f"no word of the captions is at {MIN_COUNT} images; use more images")
+    return known, _has_words(sets, known)
 
 
 def _word_sets(data: Encoded) -> list[set[str]]:
     return [{w for text in texts for w in tokenize_words(text).split()} for texts in data.captions]
 
 
-def _table(sets: Sequence[set[str]], known: Sequence[str]) -> Tensor:
-    number = {word: i for i, word in enumerate(known)}
-    table = torch.zeros(len(sets), len(known), dtype=torch.bool)
-    for i, found in enumerate(sets):
-        table[i, [number[word] for word in found if word in number]] = True
-    return table
+def _has_words(sets: Sequence[set[str]], known: Sequence[str]) -> Tensor:
+    return torch.tensor([[word in found for word in known] for found in sets])
 
 
-def indices_of(codes: FrozenCodes) -> tuple[Tensor, Tensor]:
-    """Return indices and table of codes; raises ConfigError for a host without indices."""
+def _word_features(guide: AbstractGuide, texts: list[str]) -> Tensor:
+    """Return the guide's feature of each word alone, (W, Dt)."""
+    seen = guide.encode(texts)
+    return pool_words(seen.tokens, seen.word_ids)[0][:, 0].cpu()
+
+
+def _batches(texts: list[str]) -> list[list[str]]:
+    return [texts[begin : begin + BATCH] for begin in range(0, len(texts), BATCH)]
+
+
+def _indices(codes: FrozenCodes) -> tuple[Tensor, Tensor]:
+    """Return indices and table of codes; ConfigError for a host without indices."""
     if codes.indices is None or codes.table is None:
-        raise ConfigError("this host's quantizer tells no code indices")
+        raise ConfigError("this host's quantizer has no code indices")
     return codes.indices, codes.table
-
-
-def used(indices: Tensor, size: int) -> Tensor:
-    """Return which image uses which code, (M, K) bool."""
-    return torch.zeros(len(indices), size, dtype=torch.bool).scatter_(1, indices, True)
 
 
 def _share(flags: Tensor) -> float:
     return float(flags.double().mean()) if len(flags) else 0.0
 
 
-# -- retrieval, masked_words, attributes: what probes of frozen codes find, the same for any host --
-
-
-FUNCTION_WORDS = {
-    *("a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "has", "he", "her", "his"),
-    *("in", "into", "is", "it", "its", "near", "next", "no", "not", "of", "on", "one", "or"),
-    *("other", "out", "over", "s", "she", "some", "that", "the", "their", "there", "these"),
-    *("they", "this", "to", "up", "while", "with"),
-}
-"""Words of captions that tell nothing of an image by themselves."""
+# Probes of frozen codes, the same for any host.
 
 
 def retrieval(context: Context) -> Rows:
     """Recall at 1, 5, 10 between test images and their first captions, by a ridge probe."""
     train, test = context.train.captioned(), context.test.captioned()
-    probe = resolve("bench.probes", "retrieval")(seed=context.config.seed)
-    probe.fit(train.codes.features(), _sentences(context, train.captions))
+    probe = RetrievalProbe(seed=context.config.seed)
+    probe.fit(train.codes.features(), _sentences(context.guide, train.captions))
     captions = [texts[0] for texts in test.captions]
-    target = _sentences(context, [[text] for text in captions])
-    values = probe.values(test.codes.features(), target, captions)
+    target = _sentences(context.guide, [[text] for text in captions])
+    values: dict[str, Values] = {**probe.values(test.codes.features(), target, captions)}
+    values["chance@1"] = float(torch.as_tensor(values["chance@1"]).mean())
     settings = {
         "probe": "ridge",
         "strength": probe.strength,
         "guide": context.guide_config,
         "train_images": len(train.codes),
     }
-    return rows_of(
-        "retrieval",
-        means_of(values),
-        len(captions),
-        lower=["mean_rank"],
-        neutral=["chance"],
-        settings=settings,
-        per_image={name: v for name, v in values.items() if name != "chance@1"},
-    )
+    kinds = {"lower": ["mean_rank"], "neutral": ["chance"]}
+    return rows_of("retrieval", values, len(captions), settings=settings, **kinds)
 
 
-def _sentences(context: Context, captions: list[list[str]]) -> Tensor:
-    """Return the guide's sentence features, (M, Ds): the mean of each image's unit features."""
-    flat = [text for texts in captions for text in texts]
+def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
+    """Return the mean of each image's normalized sentence features, (M, Ds)."""
     parts = [
-        F.normalize(context.guide.encode(flat[begin : begin + 256]).sentence, dim=-1).cpu()
-        for begin in range(0, len(flat), 256)
+        F.normalize(guide.encode(texts).sentence, dim=-1).cpu()
+        for texts in _batches([text for texts in captions for text in texts])
     ]
-    features, owners = torch.cat(parts), torch.tensor([len(texts) for texts in captions])
-    means = torch.zeros(len(captions), features.shape[1])
-    means.index_add_(0, torch.arange(len(captions)).repeat_interleave(owners), features)
-    return means / owners[:, None]
+    features, counts = torch.cat(parts), torch.tensor([len(texts) for texts in captions])
+    sums = torch.zeros(len(captions), features.shape[1])
+    sums.index_add_(0, torch.arange(len(captions)).repeat_interleave(counts), features)
+    return sums / counts[:, None]
 
 
 def masked_words(context: Context) -> Rows:
-    """Recall of hidden words by heads trained on frozen codes, leak-free and by the leaky protocol.
-
-    Nothing of an LG-VQ model's own heads is used, so a baseline is asked in the same way.
-    """
+    """Recall of masked words by a probe trained on frozen codes, leak-free and leaky."""
     member, config = context.config.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
     captions = [texts[0] for texts in test.captions]
-    rows: Rows = {}
-    told = {
+    protocols = {
         "leak_free": "words hidden before the text encoder",
         "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
     }
     if not config.leaky:
-        del told["leaky"]
-    for protocol, what in told.items():
+        del protocols["leaky"]
+    rows: Rows = {}
+    for protocol, description in protocols.items():
         probe = member(context.guide, config, protocol=protocol, device=context.device)
-        folder = context.folder
-        probe.fit(train.codes, train.captions, folder=folder, progress=context.progress)
+        _fit(context, probe, train.codes, train.captions)
         settings = {
-            "protocol": what,
+            "protocol": description,
             "heads": "trained on frozen codes",
             "guide": context.guide_config,
             "train_images": len(train.codes),
             "probe": vars(config),
         }
-        for hidden in (1, 3):
-            asked = {"hidden": hidden, "seed": context.config.seed}
-            found = probe.values(test.codes, captions, **asked)
-            blind = probe.values(test.codes.shuffled(context.config.seed), captions, **asked)
-            each = {f"mask_{hidden}/{name}": values for name, values in found.items()}
-            each |= {f"shuffled/mask_{hidden}/{name}": values for name, values in blind.items()}
-            rows |= rows_of(
-                f"masked_words/{protocol}",
-                {name: sum(values) / max(len(values), 1) for name, values in each.items()},
-                hidden * len(found["recall@1"]),
-                neutral=["shuffled"],
-                settings=settings,
-                per_image=each,
-            )
+        for number in (1, 3):
+            numbers = {}
+            for prefix, codes in (("", test.codes), ("shuffled/", _shuffled(context))):
+                found = probe.values(codes, captions, masked=number, seed=context.config.seed)
+                numbers |= {f"{prefix}mask_{number}/{name}": v for name, v in found.items()}
+            n = number * len(found["recall@1"])
+            prefix = f"masked_words/{protocol}"
+            rows |= rows_of(prefix, numbers, n, neutral=["shuffled"], settings=settings)
     return rows
 
 
+def _fit(context: Context, probe: Any, codes: FrozenCodes, target: Any) -> Any:
+    return probe.fit(codes, target, folder=context.folder, progress=context.progress)
+
+
+def _shuffled(context: Context) -> FrozenCodes:
+    """Return the codes of the captioned test images, each image with those of another."""
+    return context.test.captioned().codes.shuffled(context.config.seed)
+
+
 def attributes(context: Context) -> Rows:
-    """Accuracy of labels read off the codes by a linear map, on all and on few training images."""
-    member, config = resolve("bench.probes", "attributes"), context.config
-    train, test, wanted, target = _labelled(context)
-    few, all_rows = min(config.few_shot, len(train.codes)), torch.arange(len(train.codes))
-    draws = _few_shot_draws(len(all_rows), few, config)
+    """Accuracy of attributes read from the codes by a linear map, fitted on all and few images."""
+    config = context.config
+    train, test, labels, target = _labeled(context)
+    count = len(train.codes)
+    few = min(config.few_shot, count)
+    generator = torch.Generator().manual_seed(config.seed)
+    more = config.few_shot_draws - 1 if few < count else 0
+    draws = [torch.randperm(count, generator=generator)[:few] for _ in range(more)]
     features, seen = train.codes.features(), test.codes.features()
     control = test.codes.shuffled(config.seed).features()
     rows: Rows = {}
-    for name, sets in (("linear", [all_rows]), ("few_shot", draws)):
-        numbers, values = [], []
-        for drawn in sets:
-            labels = {key: value[drawn] for key, value in wanted.items()}
-            probe = member(seed=config.seed).fit(_rows_of(features, drawn), labels)
+    sets = {"linear": [torch.arange(count)], "few_shot": [torch.arange(few), *draws]}
+    for name, parts in sets.items():
+        sums: dict[str, Any] = {}  # floats, or tensors with the value of each image
+        for drawn in parts:
+            probe = AttributesProbe(seed=config.seed)
+            probe.fit(features.take(drawn), {key: value[drawn] for key, value in labels.items()})
             found = probe.evaluate(seen, target)
             found["shuffled/mean_accuracy"] = probe.evaluate(control, target)["mean_accuracy"]
-            numbers.append(found)
-            values.append(probe.values(seen, target))
+            for key, value in (found | probe.values(seen, target)).items():
+                sums[key] = sums.get(key, 0) + value
         rows |= rows_of(
             f"attributes/{name}",
-            {key: sum(found[key] for found in numbers) / len(sets) for key in numbers[0]},
+            {key: value / len(parts) for key, value in sums.items()},
             len(test.codes),
             neutral=["majority", "shuffled"],
-            settings={"probe": "ridge", "train_images": len(sets[0]), "draws": len(sets)},
-            per_image={key: sum(v[key] for v in values) / len(sets) for key in values[0]},
+            settings={"probe": "ridge", "train_images": len(parts[0]), "draws": len(parts)},
         )
     return rows
 
 
-def _few_shot_draws(count: int, few: int, config: EvaluationConfig) -> list[Tensor]:
-    """Return the rows of each few-shot set: the first, then draws; one set where few is all."""
-    generator = torch.Generator().manual_seed(config.seed)
-    more = config.few_shot_draws - 1 if few < count else 0
-    others = [torch.randperm(count, generator=generator)[:few] for _ in range(more)]
-    return [torch.arange(few), *others]
-
-
-def _labelled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dict[str, Tensor]]:
-    """Return training and test images and their labels, or else their captions' usual words."""
+def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dict[str, Tensor]]:
+    """Return training and test images with their labels, or with frequent words of captions."""
     train, test = context.train, context.test
     if train.attributes and test.attributes:
-        return train, test, _stack_labels(train.attributes), _stack_labels(test.attributes)
+        return train, test, stack_labels(train.attributes), stack_labels(test.attributes)
     if not context.config.attribute_words:
         raise ConfigError(
             "attributes: the data set has no labels (the scenes and CelebA have); set "
             "evaluation.attribute_words, such as 48, to take words of its captions for labels"
         )
     train, test = train.captioned(), test.captioned()
-    known, has_word = word_table(train)
+    known, has_word = _word_table(train)
     shares = has_word.double().mean(dim=0).tolist()
-    telling = [
+    kept = [
         number
         for number, (word, share) in enumerate(zip(known, shares, strict=True))
         if share <= 0.5 and word not in FUNCTION_WORDS
     ][: context.config.attribute_words]
-    wanted = {"words": has_word[:, telling].long()}
-    target = {"words": has_words(test, [known[number] for number in telling]).long()}
-    return train, test, wanted, target
+    target = _has_words(_word_sets(test), [known[number] for number in kept])
+    return train, test, {"words": has_word[:, kept].long()}, {"words": target.long()}
 
 
-def _rows_of(features: CodeFeatures, rows: Tensor) -> CodeFeatures:
-    histogram = None if features.histogram is None else features.histogram[rows]
-    return CodeFeatures(features.pooled[rows], histogram)
+# The paper's tasks, each a small network on frozen codes.
 
 
-def _stack_labels(records: list) -> dict[str, Tensor]:
-    return {
-        name: torch.stack([torch.as_tensor(record[name]) for record in records])
-        for name in records[0]
-    }
-
-
-# -- caption, vqa, t2i: the tasks of the paper, each a small net on frozen codes -----------------
-
-
-JUDGED = 2048  # training pictures that the judge sees, at most
-
-
-def caption(context: Context) -> Rows:
+def captioning(context: Context) -> Rows:
     """BLEU, ROUGE-L, CIDEr-D and METEOR of captions written from frozen codes."""
-    member, config = context.config.probe("caption")
+    member, config = context.config.probe("captioning")
     train, test = context.train.captioned(), context.test.captioned()
-    probe = member(config, device=context.device)
-    probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)
+    probe = _fit(context, member(config, device=context.device), train.codes, train.captions)
     references = _tokenized(context, test.captions)
     written = probe.write(test.codes)
     values = caption_values(written, references)
-    numbers = bleu_scores(written, references)
-    numbers |= {name: sum(each) / len(each) for name, each in values.items()}
-    blind = caption_scores(probe.write(test.codes.shuffled(context.config.seed)), references)
+    numbers: dict[str, Values] = {**bleu_scores(written, references), **values}
+    blind = caption_scores(probe.write(_shuffled(context)), references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
     settings = {
         "implementation": "pycocoevalcap",
@@ -544,14 +485,7 @@ def caption(context: Context) -> Rows:
         numbers["meteor"] = meteor_score(written, references)
     except ConfigError as error:
         settings["meteor"] = f"skipped: {error}"
-    return rows_of(
-        "caption",
-        numbers,
-        len(written),
-        neutral=["shuffled"],
-        settings=settings,
-        per_image=values,
-    )
+    return rows_of("caption", numbers, len(written), neutral=["shuffled"], settings=settings)
 
 
 def _tokenized(context: Context, captions: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -562,13 +496,12 @@ def _tokenized(context: Context, captions: Sequence[Sequence[str]]) -> list[list
 
 
 def vqa(context: Context) -> Rows:
-    """Accuracy of answers chosen from frozen codes; WUPS where WordNet is."""
+    """Accuracy of answers chosen from frozen codes; WUPS if WordNet is installed."""
     train, test = context.train, context.test
     if not train.questions or not test.questions:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
     member, config = context.config.probe("vqa")
-    probe = member(config, device=context.device)
-    probe.fit(train.codes, train.questions, folder=context.folder, progress=context.progress)
+    probe = _fit(context, member(config, device=context.device), train.codes, train.questions)
     numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed)
     settings: dict[str, Any] = {
         "train_questions": len(train.questions),
@@ -580,128 +513,90 @@ def vqa(context: Context) -> Rows:
         given = probe.answer(test.codes, test.questions)
         wanted = [question.answer for question in test.questions]
         for threshold in (0.0, 0.9):
-            name = f"wups@{threshold}"
-            numbers[name] = wups(given, wanted, similarity, threshold=threshold)
+            value = wups(given, wanted, similarity, threshold=threshold)
+            numbers[f"wups@{threshold}"] = value
     except ConfigError as error:
         settings["wups"] = f"skipped: {error}"
     neutral = ["shuffled", "majority"]
     return rows_of("vqa", numbers, len(test.questions), neutral=neutral, settings=settings)
 
 
-def t2i(context: Context) -> Rows:
-    """Bits per code with and without text; and of generated images, what a judge sees in them."""
-    model = context.config.clip_score
-    scorer = CLIPScorer(model) if model else None  # a wrong path is told before hours of training
-    member, config = context.config.probe("t2i")
+def text_to_image(context: Context) -> Rows:
+    """Bits per code with and without text; quality of generated images."""
+    model, seed = context.config.clip_score, context.config.seed
+    scorer = CLIPScorer(model) if model else None  # a wrong path fails before hours of training
+    member, config = context.config.probe("text_to_image")
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(context.guide, config, device=context.device)
-    probe.fit(train.codes, train.captions, folder=context.folder, progress=context.progress)
+    _fit(context, probe, train.codes, train.captions)
     captions = [texts[0] for texts in test.captions]
-    settings = {"probe": vars(config), "guide": context.guide_config, "train": len(train.codes)}
+    settings = {"guide": context.guide_config, "train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
     if scorer is None:
         settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
-    values = probe.values(test.codes, captions, seed=context.config.seed)
-    rows = rows_of(
-        "t2i",
-        means_of(values),
-        len(captions),
-        lower=["bits"],
-        neutral=["shuffled", "without_text"],
-        unit="bits",
-        settings=settings,
-        per_image=values,
-    )
-    count = min(config.images, len(captions))
-    indices = probe.draw(captions[:count], seed=context.config.seed, progress=context.progress)
-    images = images_of(context, test, indices)
-    context.generated = (captions[:count], images)
+    values = probe.values(test.codes, captions, seed=seed)
+    kinds = {"lower": ["bits"], "neutral": ["shuffled", "without_text"]}
+    rows = rows_of("t2i", values, len(captions), unit="bits", settings=settings, **kinds)
+    captions = captions[: config.images]
+    images = _decode(context, test, probe.draw(captions, seed=seed, progress=context.progress))
+    context.generated = (captions, images)
+    real, again = (torch.cat(part)[: len(images)] for part in zip(*context.pairs(), strict=True))
     if scorer is not None:
-        rows |= _clip_score(context, scorer, captions[:count], images, settings)
-    return rows | _judged(context, images, settings)
+        scores = {"clip_score": scorer(images, captions)}
+        scores["reconstructed/clip_score"] = scorer(again, captions)  # a control
+        used = {**settings, **scorer.settings}
+        rows |= rows_of("t2i", scores, len(images), neutral=["reconstructed"], settings=used)
+    if context.train.attributes and context.test.attributes and len(images) > 1:
+        return rows | _judge_rows(context, images, real, again, settings)
+    return rows | _generated_distance(context, images, real, settings)
 
 
-def _clip_score(
-    context: Context,
-    scorer: CLIPScorer,
-    captions: list[str],
-    images: Tensor,
-    settings: dict[str, Any],
-) -> Rows:
-    """Score generated images and, as a control, reconstructions of the real ones."""
-    again = torch.cat([pair[1] for pair in context.pairs()])[: len(images)]
-    rows = {}
-    for name, shown, better in (("", images, True), ("reconstructed/", again, None)):
-        values = scorer(shown, captions).double()
-        told = {**settings, **scorer.settings}
-        row = Row(float(values.mean()), len(values), "", better, values.tolist(), told)
-        rows[f"t2i/{name}clip_score"] = row
-    return rows
-
-
-def images_of(context: Context, data: Encoded, indices: Tensor) -> Tensor:
+def _decode(context: Context, data: Encoded, indices: Tensor) -> Tensor:
     """Decode code indices (M, N) to images (M, 3, H, W) in [-1, 1] on the CPU."""
-    _, table = indices_of(data.codes)
-    height, width = data.codes.grid
+    table = _indices(data.codes)[1]
     parts = []
     for part in indices.split(context.config.batch_size):
-        grid = table[part].mT.unflatten(-1, (height, width)).to(context.device)
+        grid = table[part].mT.unflatten(-1, data.codes.grid).to(context.device)
         parts.append(decode(context.host, grid).clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 
-def _judged(context: Context, images: Tensor, settings: dict[str, Any]) -> Rows:
-    """Let a net that was trained on real pictures name the attributes of generated ones."""
-    train, test = context.train, context.test
-    if not train.attributes or not test.attributes or len(images) < 2:
-        return _generated_distance(context, images, settings)
-    target = {name: v[: len(images)] for name, v in _stack_labels(test.attributes).items()}
-    labels = {name: v[:JUDGED] for name, v in _stack_labels(train.attributes).items()}
-    judge = resolve("bench.probes", "image_judge").train_on(
-        context.pictures("train", JUDGED),
-        labels,
-        folder=context.folder,
-        progress=context.progress,
-    )
-    pairs = list(context.pairs())
-    real = torch.cat([pair[0] for pair in pairs])[: len(images)]
-    again = torch.cat([pair[1] for pair in pairs])[: len(images)]
-    numbers: dict[str, float] = {}
-    for prefix, shown in (("", images), ("reconstructed/", again), ("real/", real)):
-        for name, value in judge.accuracy(shown, target).items():
-            numbers[f"{prefix}judge/{name}"] = value
-    order = torch.arange(len(images)).roll(1)
-    shuffled = {name: value[order] for name, value in target.items()}
+def _judge_rows(
+    context: Context, images: Tensor, real: Tensor, again: Tensor, settings: dict[str, Any]
+) -> Rows:
+    """Let a network trained on real images classify attributes of generated ones."""
+    train = stack_labels(context.train.attributes[:JUDGED])
+    target = stack_labels(context.test.attributes[: len(images)])
+    options = {"folder": context.folder, "progress": context.progress}
+    judge = ImageJudge.train_on(context.train_pictures(JUDGED), train, **options)
+    shown = {"": images, "reconstructed/": again, "real/": real}
+    numbers = {
+        f"{prefix}judge/{name}": value
+        for prefix, some in shown.items()
+        for name, value in judge.accuracy(some, target).items()
+    }
+    shuffled = {name: labels.roll(1, 0) for name, labels in target.items()}
     for name, value in judge.accuracy(images, shuffled).items():
         numbers[f"shuffled/judge/{name}"] = value
-    told = {**settings, "judge": "a small CNN trained on real training pictures"}
-    neutral = ["real/", "reconstructed/", "shuffled/"]
-    rows = rows_of("t2i", numbers, len(images), neutral=neutral, settings=told)
-    for name, shown in (("fd_judge", images), ("reconstructed/fd_judge", again)):
-        value = _distance(FrechetDistance(judge, name="judge"), real, shown)
-        better = None if "/" in name else False
-        rows[f"t2i/{name}"] = Row(value, len(images), "", better, settings=told)
-    return rows
+    for prefix in ("", "reconstructed/"):
+        pairs = zip(real.split(64), shown[prefix].split(64), strict=True)
+        numbers[f"{prefix}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
+    settings = {**settings, "judge": "a small CNN trained on real training pictures"}
+    kinds = {"lower": ["fd_judge"], "neutral": ["real/", "reconstructed/", "shuffled/"]}
+    return rows_of("t2i", numbers, len(images), settings=settings, **kinds)
 
 
-def _generated_distance(context: Context, images: Tensor, settings: dict[str, Any]) -> Rows:
-    """Return the Frechet distance of generated images in the configured net, if it is there."""
+def _generated_distance(
+    context: Context, images: Tensor, real: Tensor, settings: dict[str, Any]
+) -> Rows:
+    """Return the Frechet distance of generated images in the configured net, if available."""
     options = context.config.fd
     try:
         distance = FrechetDistance(options.net, weights=options.weights)
     except ConfigError as error:
-        logger.warning("t2i: no Frechet distance of the generated images: %s", error)
+        logger.warning("text_to_image: no Frechet distance of the generated images: %s", error)
         return {}
-    real = torch.cat([pair[0] for pair in context.pairs()])[: len(images)]
-    value = _distance(distance, real, images)
-    warn_of_few(distance.name, len(images))
-    told = {**settings, **distance.settings}
-    return {f"t2i/{distance.name}": Row(value, len(images), "", False, settings=told)}
-
-
-def _distance(distance: FrechetDistance, real: Tensor, shown: Tensor) -> float:
-    for part in real.split(64):
-        distance.update(part, real=True)
-    for part in shown.split(64):
-        distance.update(part, real=False)
-    return distance.compute()
+    pairs = zip(real.split(64), images.split(64), strict=True)
+    value, count = _frechet(distance, pairs)
+    settings = {**settings, **distance.settings}
+    return {f"t2i/{distance.name}": Row(value, count, "", False, settings=settings)}

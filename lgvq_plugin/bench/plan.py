@@ -21,7 +21,7 @@ from ..training.config import (
     read_config,
     to_plain,
 )
-from .evaluate import NAMES, EvaluationConfig
+from .evaluate import NAMES, EvaluationConfig, renamed
 from .records import Job, Plan
 
 OBJECTIVES = [field.name for field in fields(ObjectivesConfig)]
@@ -225,10 +225,10 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     if metrics is not None and not isinstance(metrics, list):
         evaluation["metrics"] = metrics = [metrics]
     for name in metrics or ():
-        if name not in NAMES:
+        if renamed(name) not in NAMES:
             raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), NAMES)}")
     try:
-        EvaluationConfig.of({key: v for key, v in evaluation.items() if key != "metrics"})
+        EvaluationConfig.from_dict({key: v for key, v in evaluation.items() if key != "metrics"})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return evaluation

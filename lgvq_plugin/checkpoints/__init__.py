@@ -15,6 +15,8 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            raise ConfigError(f"{str(path)!r} is a config, not a checkpoint; give it with -b")
         return path
     if not path.is_dir():
         raise ConfigError(f"no checkpoint {str(path)!r}")

@@ -1,8 +1,9 @@
 """Caption scores by the scorers that papers use (pycocoevalcap): BLEU, ROUGE-L, CIDEr-D, METEOR.
 
-Sentences must be tokenized: `tokenize_words` is ours, `tokenize_ptb` is what papers use (Java).
+Sentences must be tokenized: by `tokenize_words` (ours), or by `tokenize_ptb` (papers; needs Java).
 """
 
+import importlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -10,22 +11,18 @@ from typing import Any
 
 from ...sockets import ConfigError
 
-NOTHING = "_"  # stands for an empty sentence; METEOR's program cannot read one
+References = Sequence[Sequence[str]]
 
 
-def caption_scores(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """Return `bleu_1` to `bleu_4`, `rouge_l` and `cider_d` of tokenized sentences.
+def caption_scores(hypotheses: Sequence[str], references: References) -> dict[str, float]:
+    """Return `bleu_1` to `bleu_4` of the whole set, and the means of `rouge_l` and `cider_d`.
 
-    BLEU is of the whole set; the others are means over images.
-
-    CIDEr-D weighs words by how rare they are in the references given here, so numbers of two
-    sets do not compare. It is about 10 at the most, the others 1.
+    CIDEr-D weighs words by their rarity in these references, so it is not comparable between
+    sets. It is at most about 10, the others at most 1.
 
     Args:
-        hypotheses: one sentence an image, words parted by blanks.
-        references: one sentence at least for each image.
+        hypotheses: one tokenized sentence per image.
+        references: at least one tokenized sentence per image.
 
     Raises:
         ConfigError: if pycocoevalcap is not installed.
@@ -35,36 +32,30 @@ def caption_scores(
     return bleu_scores(hypotheses, references) | means
 
 
-def bleu_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def bleu_scores(hypotheses: Sequence[str], references: References) -> dict[str, float]:
     """Return `bleu_1` to `bleu_4` of the whole set; arguments as :func:`caption_scores`."""
     given, wanted = _tables(hypotheses, references)
     bleu = _scorer("bleu.bleu", "Bleu")(4).compute_score(wanted, given, verbose=0)[0]
     return {f"bleu_{n + 1}": float(bleu[n]) for n in range(4)}
 
 
-def caption_values(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, list[float]]:
-    """Return `rouge_l` and `cider_d` of each image; arguments as :func:`caption_scores`.
-
-    A CIDEr-D depends on the references of the other images, too.
-    """
+def caption_values(hypotheses: Sequence[str], references: References) -> dict[str, list[float]]:
+    """Return `rouge_l` and `cider_d` of each image; arguments as :func:`caption_scores`."""
     given, wanted = _tables(hypotheses, references)
     scorers = {"rouge_l": ("rouge.rouge", "Rouge"), "cider_d": ("cider.cider", "Cider")}
     return {
-        name: [float(value) for value in _scorer(*place)().compute_score(wanted, given)[1]]
-        for name, place in scorers.items()
+        name: [float(value) for value in _scorer(*path)().compute_score(wanted, given)[1]]
+        for name, path in scorers.items()
     }
 
 
-def meteor_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return METEOR 1.5 (English) of tokenized sentences; it needs Java.
+def meteor_score(hypotheses: Sequence[str], references: References) -> float:
+    """Return METEOR 1.5 (English) of tokenized sentences.
 
     Raises:
         ConfigError: without Java or pycocoevalcap.
     """
-    if shutil.which("java") is None:
-        raise ConfigError("METEOR needs Java: no `java` on the PATH")
+    _require_java("METEOR needs Java: no `java` on the PATH")
     given, wanted = _tables(hypotheses, references)
     scorer = _scorer("meteor.meteor", "Meteor")()
     process = scorer.meteor_p
@@ -78,7 +69,7 @@ def meteor_score(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def tokenize_words(sentence: str) -> str:
-    """Return the lower-case words and numbers of a sentence, parted by blanks.
+    """Return the lower-case words and numbers of a sentence, separated by blanks.
 
     Example:
         >>> tokenize_words("A man's twin-hulled boat, 2 dogs.")
@@ -88,35 +79,35 @@ def tokenize_words(sentence: str) -> str:
 
 
 def tokenize_ptb(sentences: Sequence[str]) -> list[str]:
-    """Return the sentences as papers' tokenizer leaves them, without punctuation; needs Java.
+    """Tokenize as papers do, with the Penn Treebank tokenizer and without punctuation.
 
     Raises:
         ConfigError: without Java or pycocoevalcap.
     """
-    if shutil.which("java") is None:
-        raise ConfigError(
-            "tokenizer ptb needs Java: no `java` on the PATH; `tokenizer: words` needs none"
-        )
+    _require_java("tokenizer ptb needs Java: no `java` on the PATH; `tokenizer: words` needs none")
     tokenizer = _scorer("tokenizer.ptbtokenizer", "PTBTokenizer")()
     table = {i: [{"caption": sentence}] for i, sentence in enumerate(sentences)}
     return [tokens[0] for tokens in tokenizer.tokenize(table).values()]
 
 
+def _require_java(message: str) -> None:
+    if shutil.which("java") is None:
+        raise ConfigError(message)
+
+
 def _tables(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    hypotheses: Sequence[str], references: References
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Return what pycocoevalcap takes; an empty sentence becomes "_", which METEOR can read."""
     if len(hypotheses) != len(references) or not hypotheses:
         raise ValueError(f"{len(hypotheses)} sentences for {len(references)} lists of references")
     if not all(len(sentences) for sentences in references):
         raise ValueError("some image has no reference; leave it out")
-    given = {i: [" ".join(text.split()) or NOTHING] for i, text in enumerate(hypotheses)}
-    wanted = {i: list(texts) for i, texts in enumerate(references)}
-    return given, wanted
+    given = {i: [" ".join(text.split()) or "_"] for i, text in enumerate(hypotheses)}
+    return given, {i: list(texts) for i, texts in enumerate(references)}
 
 
 def _scorer(module: str, name: str) -> Any:
-    import importlib
-
     try:
         return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)
     except ImportError as error:

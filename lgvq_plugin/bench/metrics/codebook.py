@@ -1,16 +1,19 @@
-"""How much of the codebook a set of images uses."""
+"""The codebook: how much of it is used, its geometry, and which words its codes go with."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+STRONG = 4.0
+"""A code goes with a word if their association is above this; by chance 1 in 16,000 pairs is."""
+
 
 class CodebookUsage(Metric):
     """Usage, perplexity, dead codes and entropy over all indices since the last reset.
 
-    The histogram is summed over ranks before anything is computed of it. All four depend on the
-    window: name it (step, epoch, evaluation set) wherever the numbers are shown.
+    The counts are summed over ranks before anything is computed from them. All four numbers depend
+    on the set of images: report it (step, epoch, evaluation set) with them.
 
     Args:
         codebook_size: K.
@@ -37,7 +40,7 @@ class CodebookUsage(Metric):
         """Count indices of any shape.
 
         Raises:
-            ValueError: if one is negative or not below `codebook_size`.
+            ValueError: if one is outside [0, `codebook_size`).
         """
         indices = indices.reshape(-1)
         if indices.numel() == 0:
@@ -45,13 +48,13 @@ class CodebookUsage(Metric):
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= self.codebook_size:
             raise ValueError(
-                f"indices must lie in [0, {self.codebook_size}), got {low} to {high}; "
+                f"indices must be in [0, {self.codebook_size}), got {low} to {high}; "
                 "is codebook_size that of the host?"
             )
         self.counts += torch.bincount(indices, minlength=self.codebook_size)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `usage` (share of codes seen), `perplexity`, `dead_codes`, `entropy` in bits."""
+        """Return `usage` (share of codes used), `perplexity`, `dead_codes`, `entropy` in bits."""
         share = self.counts.double() / self.counts.sum().clamp(min=1)
         nats = torch.special.entr(share).sum()
         is_used = self.counts > 0
@@ -63,11 +66,8 @@ class CodebookUsage(Metric):
         }
 
 
-# -- How codes lie to each other, and which words they answer to; pure functions -----------------
-
-
 def nearest_code_distances(codebook: Tensor) -> dict[str, float]:
-    """Return min, median, mean and max of each code's Euclidean distance to its nearest other.
+    """Return `min`, `median`, `mean` and `max` of the distance of codes to their nearest neighbor.
 
     Args:
         codebook: (K, C), K >= 2.
@@ -76,7 +76,7 @@ def nearest_code_distances(codebook: Tensor) -> dict[str, float]:
         The four in units of the codes' root-mean-square length, and `rms_length` itself.
 
     Raises:
-        ValueError: if there is one code only.
+        ValueError: if there is only one code.
 
     Example:
         >>> square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
@@ -84,15 +84,17 @@ def nearest_code_distances(codebook: Tensor) -> dict[str, float]:
         1.4142
     """
     if len(codebook) < 2:
-        raise ValueError(f"expected two codes at least, got {tuple(codebook.shape)}")
+        raise ValueError(f"expected at least two codes, got {tuple(codebook.shape)}")
     codes = codebook.detach().double().cpu()
+    parts = []
+    for begin in range(0, len(codes), 1024):
+        part = codes[begin : begin + 1024]
+        distances = torch.cdist(part, codes, compute_mode="use_mm_for_euclid_dist")
+        rows = torch.arange(len(part))
+        distances[rows, rows + begin] = torch.inf
+        parts.append(distances.amin(dim=1))
     length = codes.square().sum(dim=1).mean().sqrt()
-    nearest = torch.cat(
-        [
-            _without_itself(torch.cdist(part, codes, compute_mode=FAST), begin).amin(dim=1)
-            for begin, part in zip(range(0, len(codes), 1024), codes.split(1024), strict=True)
-        ]
-    ) / length.clamp(min=1e-12)
+    nearest = torch.cat(parts) / length.clamp(min=1e-12)
     return {
         "min": float(nearest.min()),
         "median": float(nearest.median()),
@@ -102,90 +104,70 @@ def nearest_code_distances(codebook: Tensor) -> dict[str, float]:
     }
 
 
-FAST = "use_mm_for_euclid_dist"  # in float64, so that near twins stay apart
-
-
-def _without_itself(distances: Tensor, begin: int) -> Tensor:
-    rows = torch.arange(len(distances))
-    distances[rows, rows + begin] = torch.inf
-    return distances
-
-
 def similarity_gap(words: Tensor, codes: Tensor, valid: Tensor | None = None) -> dict[str, float]:
     """Compare word-word with code-code cosines over pairs of distinct words (paper, table 4).
 
     Args:
-        words: word features, (W, D), or of B captions (B, W, D).
+        words: word features, (W, D), or (B, W, D) for B captions.
         codes: the code matched to each word, (W, E) or (B, W, E).
-        valid: True where a word stands, (W,) or (B, W); None for all.
+        valid: True for real words, (W,) or (B, W); None: all.
 
     Returns:
         `mse` of the cosines, their `pearson` and `spearman` correlation, and the number of
-        `pairs`; nan without two words.
+        `pairs`; nan without pairs.
 
     Example:
         >>> similarity_gap(torch.eye(3), 2 * torch.eye(3))["mse"]
         0.0
     """
-    words, codes = words.detach().double(), codes.detach().double()
     if words.ndim == 2:
         words, codes = words[None], codes[None]
         valid = None if valid is None else valid[None]
     if valid is None:
         valid = torch.ones(words.shape[:2], dtype=torch.bool)
-    length = words.shape[1]
-    pair = valid[:, :, None] & valid[:, None, :]
-    pair = pair & torch.ones(length, length, dtype=torch.bool).triu(1).to(pair.device)
-    wanted, got = _cosines(words)[pair], _cosines(codes)[pair]
+    wanted, got = (
+        torch.cat([_pair_cosines(row[keep]) for row, keep in zip(x.detach(), valid, strict=True)])
+        for x in (words, codes)
+    )
     return {
         "mse": float((wanted - got).square().mean()),
-        "pearson": _pearson(wanted, got),
-        "spearman": _pearson(_ranks(wanted), _ranks(got)),
+        **_correlations(wanted, got),
         "pairs": float(len(wanted)),
     }
 
 
-def _cosines(x: Tensor) -> Tensor:
-    x = F.normalize(x, dim=-1)
-    return x @ x.mT
+def _pair_cosines(rows: Tensor) -> Tensor:
+    """Return the cosines of all pairs of rows (N, D), (N (N - 1) / 2,) float64."""
+    unit = F.normalize(rows.double(), dim=-1)
+    return (unit @ unit.mT)[torch.triu_indices(len(rows), len(rows), offset=1).unbind()]
 
 
-def _pearson(x: Tensor, y: Tensor) -> float:
-    if len(x) < 2:
-        return float("nan")
-    x, y = x - x.mean(), y - y.mean()
-    spread = x.norm() * y.norm()
-    return float(x @ y / spread) if spread > 0 else float("nan")
+def _correlations(x: Tensor, y: Tensor) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
+        return {"pearson": float("nan"), "spearman": float("nan")}
+    pair = x.cpu().numpy(), y.cpu().numpy()
+    return {"pearson": float(pearsonr(*pair)[0]), "spearman": float(spearmanr(*pair)[0])}
 
 
-def _ranks(x: Tensor) -> Tensor:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, group, count = torch.unique(x, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double() - 1
-    return (last - (count.double() - 1) / 2)[group]
+def word_code_association(has_word: Tensor, has_code: Tensor, *, min_count: int = 5) -> Tensor:
+    """Return the signed root of Dunning's log-likelihood ratio of each word and code.
 
-
-STRONG = 4.0
-"""A code answers to a word if their association is above; chance alone: once in 16,000 pairs."""
-
-
-def word_code_association(has_word: Tensor, has_code: Tensor, *, least: int = 5) -> Tensor:
-    """Return how far each code speaks for each word: the signed root of the log-likelihood ratio.
-
-    Both are seen as events of an image. Dunning's ratio is large only where the images are many
-    enough, so rare words and codes do not win by chance; its sign is that of the association.
+    Words and codes are seen as events of an image. The ratio is large only with enough images, so
+    rare words and codes do not win by chance; the sign is that of the association.
 
     Args:
-        has_word: (M, W) bool: the captions of image m hold word w.
-        has_code: (M, K) bool: image m uses code k.
-        least: words, and codes, of fewer images get 0 everywhere.
+        has_word: True if a caption of image m has word w, (M, W) bool.
+        has_code: True if image m uses code k, (M, K) bool.
+        min_count: words and codes of fewer images get 0.
 
     Returns:
         (W, K) float64.
 
     Example:
         >>> seen = torch.tensor([[True], [True], [False], [False]])
-        >>> round(float(word_code_association(seen, seen, least=1)) ** 2, 4)  # 2 * 4 ln 2
+        >>> round(float(word_code_association(seen, seen, min_count=1)) ** 2, 4)  # 2 * 4 ln 2
         5.5452
     """
     words, codes = has_word.double(), has_code.double()
@@ -203,5 +185,5 @@ def word_code_association(has_word: Tensor, has_code: Tensor, *, least: int = 5)
     for cell, product in zip(cells, sums, strict=True):
         ratio += torch.xlogy(cell, cell * total / product.clamp(min=1e-12))
     sign = (both - of_word * of_code / total).sign()
-    enough = (of_word >= least) & (of_code >= least)
-    return sign * (2 * ratio.clamp(min=0)).sqrt() * enough
+    is_frequent = (of_word >= min_count) & (of_code >= min_count)
+    return sign * (2 * ratio.clamp(min=0)).sqrt() * is_frequent

@@ -13,22 +13,22 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ...sockets import ConfigError, import_target
 from .perceptual import NETS, file_hash, module_hash, perceptual_network
-from .reconstruction import eight_bit
+from .reconstruction import to_uint8
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
-LEAST_IMAGES = 10_000
-"""Below this the distance is biased upwards so much that only rows of one n compare."""
+MIN_IMAGES = 10_000
+"""With fewer images the distance is so biased that only rows with the same n are comparable."""
 
 
 class FrechetDistance:
-    """Distance of two sets, in float64, by torchmetrics.
+    """Frechet distance in float64, computed by torchmetrics.
 
     Args:
-        net: inception; alex, vgg or squeeze (their pooled last features); "pkg.module:factory",
-            a callable that gives a module; or a module from (B, 3, H, W) uint8 to (B, D).
-        name: of a module that is given itself; the number is called `fd_<name>`.
-        weights: file of the net's weights. None lets its library fetch them.
+        net: inception; alex, vgg or squeeze (their pooled last features); "pkg.module:factory", a
+            callable that returns a module; or a module from (B, 3, H, W) uint8 to (B, D).
+        name: for a given module: the distance is called `fd_<name>`.
+        weights: file with the net's weights; None: the library's cache or download.
 
     Example:
         >>> distance = FrechetDistance(nn.Flatten(), name="pixels")
@@ -46,7 +46,7 @@ class FrechetDistance:
         weights: str | Path | None = None,
     ):
         self.resize = "none"
-        self._metric: FrechetInceptionDistance | None
+        self._metric: FrechetInceptionDistance | None = None
         if net == "inception":
             self.name, self.resize = "fid", "bilinear, antialiased, to 299 x 299"
             self._metric, self.weights_hash = _inception(weights)
@@ -54,11 +54,11 @@ class FrechetDistance:
         else:
             module, self.weights_hash, label = _feature_net(net, weights)
             self.name = f"fd_{name or label}"
-            self._module, self._metric = _Doubles(module), None
+            self._net = _Float64Features(module)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the number depends on, beside the images."""
+        """All that the distance depends on, besides the images."""
         implementation = f"torchmetrics {torchmetrics.__version__}"
         if self.name == "fid":
             import torch_fidelity
@@ -74,19 +74,19 @@ class FrechetDistance:
     @torch.no_grad()
     def update(self, images: Tensor, *, real: bool) -> None:
         """Add images (B, 3, H, W) in [-1, 1] to the reference (real) or to the other set."""
-        pixels = (eight_bit(images) * 255).round().to(torch.uint8)
+        pixels = to_uint8(images)
         if self._metric is None:
-            self._module.num_features = self._module(pixels[:1]).shape[1]
-            self._metric = FrechetInceptionDistance(self._module)
+            self._net.num_features = self._net(pixels[:1]).shape[1]
+            self._metric = FrechetInceptionDistance(self._net)
             self._metric.set_dtype(torch.float64)
         self._metric.update(pixels, real=real)
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many images were seen of the reference and of the other set."""
-        metric = self._metric
-        if metric is None:
+        """Number of images seen of the reference and of the other set."""
+        if self._metric is None:
             return 0, 0
+        metric = self._metric
         return int(metric.real_features_num_samples), int(metric.fake_features_num_samples)
 
     def compute(self) -> float:
@@ -95,14 +95,13 @@ class FrechetDistance:
         Raises:
             ConfigError: if one of the sets has fewer than two images.
         """
-        if min(self.counts) < 2:
+        if self._metric is None or min(self.counts) < 2:
             raise ConfigError(f"{self.name}: needs two images of each set, got {self.counts}")
-        assert self._metric is not None
         return max(0.0, float(self._metric.compute()))
 
 
-class _Doubles(nn.Module):
-    """A feature net in evaluation mode, its features in float64; `set_dtype` does not reach it."""
+class _Float64Features(nn.Module):
+    """A feature net in evaluation mode; hidden from `set_dtype`, which must not convert it."""
 
     num_features: int
 
@@ -115,14 +114,14 @@ class _Doubles(nn.Module):
 
 
 class PooledFeatures(nn.Module):
-    """The mean of each channel of a perceptual net's last features: uint8 images to (B, D)."""
+    """Channel means of a perceptual net's last features: uint8 images to (B, D) float32."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return (B, D) float32."""
+        """Return (B, D)."""
         scaled = self.network.scaling_layer(pixels.float() / 127.5 - 1)  # type: ignore[operator]
         return self.network.net(scaled)[-1].mean(dim=(2, 3))  # type: ignore[operator]
 
@@ -142,7 +141,7 @@ def _inception(weights: str | Path | None) -> tuple[FrechetInceptionDistance, st
     except OSError as error:
         raise ConfigError(
             f"FID: {INCEPTION} is not in {torch.hub.get_dir()}/checkpoints and cannot be fetched "
-            f"from {INCEPTION_URL}: {error}; give the file: evaluation.fid.weights=PATH"
+            f"from {INCEPTION_URL}: {error}; set the file: evaluation.fid.weights=PATH"
         ) from error
     except (RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"FID: {str(path)!r} is not {INCEPTION}: {error}") from error

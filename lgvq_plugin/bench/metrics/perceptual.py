@@ -1,4 +1,4 @@
-"""Weights of feature nets from a file, and hashes that tell two files apart."""
+"""LPIPS v0.1 by torchmetrics, with a backbone from a file, so that no download is needed."""
 
 import hashlib
 from pathlib import Path
@@ -15,107 +15,19 @@ from ...checkpoints.read import read_raw
 from ...sockets import ConfigError, suggest
 from .reconstruction import eight_bit
 
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read tensors by name from .npz, .safetensors, or what torch.load reads as weights only.
-
-    Raises:
-        ConfigError: if the file is missing or of another kind.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"weights: no file {str(path)!r}; expected .pth, .npz or .safetensors")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                return {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found, _ = read_raw(path)
-    except ConfigError as error:
-        raise ConfigError(f"weights: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"weights: {str(path)!r} cannot be read: {error}") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ConfigError(f"weights: {str(path)!r} holds no state dict")
-    return found
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file, the first 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with Path(path).expanduser().open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def module_hash(module: nn.Module) -> str:
-    """Return a hash of a module's state dict: the same for the same names, shapes and values.
-
-    Example:
-        >>> module_hash(nn.Identity()) == module_hash(nn.Identity())
-        True
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-# -- torchmetrics' LPIPS network with a backbone from a file or from torchvision -----------------
-
-
 NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
 
-def perceptual_network(net: str, backbone: str | Path | None) -> tuple[_NoTrainLpips, str]:
-    """Return torchmetrics' LPIPS network with this backbone, and a hash of the backbone."""
-    if backbone is None:
-        try:
-            network = _NoTrainLpips(net=net)  # type: ignore[arg-type]
-        except OSError as error:  # URLError is one
-            raise ConfigError(
-                f"LPIPS: torchvision's weights of {NETS[net]} are not in its cache "
-                f"({torch.hub.get_dir()}/checkpoints) and cannot be fetched: {error}; give the "
-                "file: evaluation.lpips.backbone=PATH"
-            ) from error
-        return network, module_hash(network.net)
-    weights = read_weights(backbone)
-    network = _NoTrainLpips(net=net, pnet_rand=True)  # type: ignore[arg-type]
-    state = network.net.state_dict()
-    for name in state:
-        # slices.2.5.weight or slice3.5.weight here, features.5.weight in torchvision
-        source = name.split(".", 2)[2] if name.startswith("slices.") else name.split(".", 1)[1]
-        found = weights.get(f"features.{source}", weights.get(source))
-        if found is None or found.shape != state[name].shape:
-            told = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
-            raise ConfigError(
-                f"LPIPS: {str(backbone)!r} is no {NETS[net]} of torchvision: features.{source} of "
-                f"shape {tuple(state[name].shape)} is needed, the file {told}"
-            )
-        state[name] = found
-    network.net.load_state_dict(state)
-    return network, file_hash(backbone)
-
-
-# -- LPIPS v0.1 through torchmetrics; its backbone may come from a file, so no download is needed --
-
-
 class PerceptualDistance(Metric):
-    """Mean LPIPS over all images seen, on 8-bit values.
+    """Mean LPIPS over all images, on 8-bit values.
 
     Args:
-        net: alex (what papers report), vgg (what VQGANs train on) or squeeze.
-        backbone: file with torchvision's weights of that net (`features.…`); None lets
-            torchvision fetch them, or take them from its cache.
+        net: alex (reported by papers), vgg (trained on by VQGANs) or squeeze.
+        backbone: file with torchvision's weights of that net (`features.…`); None: torchvision's
+            cache or download.
 
     Raises:
-        ConfigError: for another net, a file that does not fit, or a download that fails.
+        ConfigError: for an unknown net, a file that does not fit, or a failed download.
     """
 
     full_state_update = False
@@ -134,7 +46,7 @@ class PerceptualDistance(Metric):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the number depends on."""
+        """All that the number depends on, besides the images."""
         return {
             "implementation": f"torchmetrics {torchmetrics.__version__}",
             "weights": self.weights_hash,
@@ -156,5 +68,88 @@ class PerceptualDistance(Metric):
         self.count += len(distances)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `lpips_<net>`; nan if no image was seen."""
+        """Return `lpips_<net>`; nan without images."""
         return {f"lpips_{self.net}": self.total / self.count}
+
+
+def perceptual_network(net: str, backbone: str | Path | None) -> tuple[_NoTrainLpips, str]:
+    """Return torchmetrics' LPIPS network with this backbone, and a hash of the backbone."""
+    if backbone is None:
+        try:
+            network = _NoTrainLpips(net=net)  # type: ignore[arg-type]
+        except OSError as error:  # URLError is one
+            raise ConfigError(
+                f"LPIPS: torchvision's weights of {NETS[net]} are not in its cache "
+                f"({torch.hub.get_dir()}/checkpoints) and cannot be fetched: {error}; set the "
+                "file: evaluation.lpips.backbone=PATH"
+            ) from error
+        return network, module_hash(network.net)
+    weights = read_weights(backbone)
+    network = _NoTrainLpips(net=net, pnet_rand=True)  # type: ignore[arg-type]
+    state = network.net.state_dict()
+    for name in state:
+        # slices.2.5.weight or slice3.5.weight here, features.5.weight in torchvision
+        source = name.split(".", 2)[2] if name.startswith("slices.") else name.split(".", 1)[1]
+        found = weights.get(f"features.{source}", weights.get(source))
+        if found is None or found.shape != state[name].shape:
+            problem = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
+            raise ConfigError(
+                f"LPIPS: {str(backbone)!r} is no {NETS[net]} of torchvision: features.{source} of "
+                f"shape {tuple(state[name].shape)} is needed, the file {problem}"
+            )
+        state[name] = found
+    network.net.load_state_dict(state)
+    return network, file_hash(backbone)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from .npz, .safetensors, or a file that torch.load reads as weights only.
+
+    Raises:
+        ConfigError: if the file is missing or of another kind.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"weights: no file {str(path)!r}; expected .pth, .npz or .safetensors")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
+        found, _ = read_raw(path)
+    except ConfigError as error:
+        raise ConfigError(f"weights: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"weights: {str(path)!r} cannot be read: {error}") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ConfigError(f"weights: {str(path)!r} holds no state dict")
+    return found
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the first 16 hexadecimal digits of a file's SHA-256."""
+    with Path(path).expanduser().open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def module_hash(module: nn.Module, *, skip: str | None = None) -> str:
+    """Return a hash of a module's state dict, equal for equal names, shapes and values.
+
+    Args:
+        module: any.
+        skip: leave out names that start with this.
+
+    Example:
+        >>> module_hash(nn.Identity()) == module_hash(nn.Identity())
+        True
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if skip is None or not name.startswith(skip):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()[:16]

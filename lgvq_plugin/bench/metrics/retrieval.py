@@ -9,7 +9,7 @@ from torch import Tensor
 def retrieval_recall(
     similarity: Tensor, relevant: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Means of :func:`retrieval_by_query`, whose arguments these are.
+    """Return the means of :func:`retrieval_by_query`; same arguments.
 
     Example:
         >>> retrieval_recall(torch.eye(4), torch.eye(4).bool(), ks=(1,))
@@ -24,22 +24,21 @@ def retrieval_recall(
 def retrieval_by_query(
     similarity: Tensor, relevant: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, Tensor]:
-    """Is a right item among the k nearest of each query, and which rank has the first?
+    """Return whether a relevant item is among the k nearest of each query, and its rank.
 
-    Equal similarities count as if their order were drawn at random: the number is the expected
-    recall, so features that say nothing give chance level and not 1.
+    Ties are resolved in expectation over random orders, so features without information give
+    chance level and not 1.
 
     Args:
-        similarity: of Q queries to G items, (Q, G), larger is nearer.
-        relevant: (Q, G) bool; several right items a query (captions of one image, images of one
-            caption) are fine, the nearest counts.
-        ks: how many nearest items to look at.
+        similarity: of Q queries to G items, (Q, G); larger is nearer.
+        relevant: (Q, G) bool; of several relevant items per query the nearest counts.
+        ks: numbers of nearest items.
 
     Returns:
-        `recall@k` for each k, in [0, 1], and `mean_rank`, counted from 1; each (Q,) float64.
+        `recall@k` for each k, in [0, 1], and `mean_rank`, starting from 1; each (Q,) float64.
 
     Raises:
-        ValueError: on unequal shapes, nan, or a query without a right item.
+        ValueError: on unequal shapes, nan, or a query without a relevant item.
     """
     if similarity.ndim != 2 or similarity.shape != relevant.shape or not len(similarity):
         raise ValueError(
@@ -47,7 +46,7 @@ def retrieval_by_query(
             f"{tuple(relevant.shape)}"
         )
     if similarity.isnan().any():
-        raise ValueError("similarity holds nan")
+        raise ValueError("similarity has nan")
     relevant = relevant.bool()
     if not relevant.any(dim=1).all():
         raise ValueError("some query has no right item; leave it out")
@@ -55,15 +54,15 @@ def retrieval_by_query(
     before = ((similarity > best) & ~relevant).sum(dim=1).double()
     wrong = ((similarity == best) & ~relevant).sum(dim=1).double()
     right = ((similarity == best) & relevant).sum(dim=1).double()
-    recalls = {f"recall@{k}": _hit(k - before, wrong, right) for k in ks}
-    # Of `wrong` items mixed with `right` ones, wrong / (right + 1) come before the first right.
+    recalls = {f"recall@{k}": _hit_probability(k - before, wrong, right) for k in ks}
+    # Of `wrong` items shuffled with `right` ones, wrong / (right + 1) precede the first right one.
     return recalls | {"mean_rank": before + wrong / (right + 1) + 1}
 
 
-def _hit(places: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
-    """Chance that a right item is among the first `places` of wrong + right shuffled ones.
+def _hit_probability(places: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
+    """Probability of a right item among the first `places` of wrong + right shuffled ones.
 
-    1 - C(wrong, places) / C(wrong + right, places): all of the first are wrong.
+    1 - C(wrong, places) / C(wrong + right, places): not all of the first are wrong.
     """
     drawn = torch.minimum(places.clamp(min=0), wrong)
     log_miss = (

@@ -1,11 +1,35 @@
-"""Downstream tasks on frozen codes, the same for any tokenizer."""
+"""Downstream tasks on frozen codes, the same for any tokenizer: the contract and the members."""
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 MEMBERS = {
     "retrieval": "retrieval.RetrievalProbe",
     "attributes": "attributes.AttributesProbe",
     "masked_words": "masked_words.MaskedWordsProbe",
     "captioning": "captioning.CaptioningProbe",
-    "questions": "vqa.QuestionsProbe",
+    "vqa": "vqa.VQAProbe",
     "text_to_image": "text_to_image.TextToImageProbe",
     "image_judge": "image_judge.ImageJudge",
 }
+
+Source = TypeVar("Source")
+Target = TypeVar("Target")
+Self = TypeVar("Self", bound="AbstractProbe")
+
+
+class AbstractProbe(ABC, Generic[Source, Target]):
+    """A small model from frozen codes to a task, trained on one split and tested on another."""
+
+    @abstractmethod
+    def fit(self: Self, codes: Source, target: Target) -> Self:
+        """Train on M images; returns self.
+
+        Args:
+            codes: of the images, or features of them.
+            target: of the task, in the order of the images.
+        """
+
+    @abstractmethod
+    def evaluate(self, codes: Source, target: Target) -> dict[str, float]:
+        """Return the task's numbers on images that were not in :meth:`fit`."""

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import require
 from ...functional import seeded
 from ..metrics.captions import caption_scores, tokenize_words
-from .features import FrozenCodes, require_captions
+from .features import BATCH, FrozenCodes, require_captions
+from .trainer import NeuralProbe, ProbeConfig, fit, pick
 from .transformer import (
     END,
     PAD,
@@ -22,146 +22,118 @@ from .transformer import (
     UNKNOWN,
     Cache,
     CodeMemory,
-    ProbeConfig,
     ProbeTransformer,
     Words,
-    fit,
     trim,
 )
-
-PART = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningConfig(ProbeConfig):
-    """How the captioning probe is trained and asked."""
+    """Training and decoding of the captioning probe."""
 
     steps: int = 800
     """Updates; 100 epochs in the paper."""
     max_words: int = 24
-    """A caption is cut to so many words, in training and when written, >= 1."""
+    """Maximum words of a caption, in training and decoding, >= 1."""
     least_count: int = 1
-    """Words in fewer training captions are unknown ones, >= 1."""
+    """Words in fewer training captions are unknown, >= 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_words", "least_count"):
-            require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
+        self._require_counts("max_words", "least_count")
 
 
-class CaptioningProbe:
-    """Write captions from codes; nothing of the host is trained."""
+class CaptioningProbe(NeuralProbe[CaptioningConfig, Sequence[Sequence[str]]]):
+    """Write captions from codes."""
 
     Config = CaptioningConfig
-
-    def __init__(
-        self, config: CaptioningConfig | None = None, *, device: torch.device | str = "cpu"
-    ):
-        self.config, self.device = config or CaptioningConfig(), torch.device(device)
 
     def fit(
         self,
         codes: FrozenCodes,
-        captions: Sequence[Sequence[str]],
+        target: Sequence[Sequence[str]],
         *,
         folder: Path | None = None,
         progress: bool = True,
     ) -> "CaptioningProbe":
-        """Train on M images with one caption at least each; a random one of them a step.
+        """Train on a random caption of each of M images per epoch.
 
         Args:
-            codes: of the M images.
-            captions: of each image.
-            folder: where the probe's checkpoint is kept, see `_fit.fit`.
+            codes: of the images.
+            target: at least one caption per image.
+            folder: of the checkpoint, see :func:`.trainer.fit`.
             progress: whether to show a bar.
 
         Raises:
             ValueError: if the numbers differ or an image has no caption.
         """
-        require_captions(codes, captions)
-        config = self.config
-        tokenized = [[tokenize_words(text) for text in texts] for texts in captions]
-        self.words = Words(
-            (text for texts in tokenized for text in texts), least=config.least_count
-        )
-        length = config.max_words + 2
-        rows = [self.words.encode(texts, length=length) for texts in tokenized]
+        require_captions(codes, target)
+        config, length = self.config, self.config.max_words + 2
+        tokenized = [[tokenize_words(text) for text in texts] for texts in target]
+        sentences = (text for texts in tokenized for text in texts)
+        self.words = Words(sentences, min_count=config.least_count)
+        rows = [[*self.words.encode(texts, length=length)] for texts in tokenized]
         with seeded(config.seed):
-            network = _Captioner(codes, config, len(self.words), length)
-        self.network = network.to(self.device)
+            self.network = _Captioner(codes, config, len(self.words), length).to(self.device)
 
         def loss_of(images: Tensor, generator: torch.Generator) -> Tensor:
             draws = torch.rand(len(images), generator=generator)
-            tokens = torch.stack(
-                [
-                    rows[int(i)][int(u * len(rows[int(i)]))]
-                    for i, u in zip(images, draws, strict=True)
-                ]
-            ).to(self.device)
-            tokens = trim(tokens)
-            logits = self.network(tokens[:, :-1], codes.codes(images).to(self.device))
+            tokens = trim(torch.stack(pick(rows, images, draws)).to(self.device))
+            memory = self.network.memory(codes.codes(images).to(self.device))
+            logits = self.network(tokens[:, :-1], memory)
             return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
 
-        fit(
-            self.network,
-            loss_of,
-            len(codes),
-            config,
-            name="captioning",
-            folder=folder,
-            progress=progress,
-            facts=[codes.fingerprint, tokenized],
-        )
+        options = {"name": "captioning", "folder": folder, "progress": progress}
+        facts = [codes.fingerprint, tokenized]
+        fit(self.network, loss_of, len(codes), config, facts=facts, **options)
         return self
 
     @torch.no_grad()
     def write(self, codes: FrozenCodes) -> list[str]:
-        """Return a caption of each image, the most likely word at each place."""
+        """Return a caption of each image by greedy decoding."""
         written = []
-        for rows in torch.arange(len(codes)).split(PART):
+        for rows in torch.arange(len(codes)).split(BATCH // 2):
             memory = self.network.memory(codes.codes(rows).to(self.device))
-            written += self._greedy(memory)
+            written += [self.words.decode(row) for row in self._greedy(memory).tolist()]
         return written
 
     def evaluate(
-        self, codes: FrozenCodes, captions: Sequence[Sequence[str]], *, seed: int = 0
+        self, codes: FrozenCodes, target: Sequence[Sequence[str]], *, seed: int = 0
     ) -> dict[str, float]:
         """Return `bleu_1` to `bleu_4`, `rouge_l`, `cider_d` of held-out images.
 
-        The same with `shuffled/` before it is the control: captions of other images' codes.
+        The control, captions written from the codes of other images, has the prefix `shuffled/`.
         """
-        references = [[tokenize_words(text) for text in texts] for texts in captions]
+        references = [[tokenize_words(text) for text in texts] for texts in target]
         results = caption_scores(self.write(codes), references)
         control = caption_scores(self.write(codes.shuffled(seed)), references)
         return results | {f"shuffled/{name}": value for name, value in control.items()}
 
-    def _greedy(self, memory: Tensor) -> list[str]:
-        cache, count = Cache(), len(memory)
-        last = torch.full((count, 1), START, device=memory.device)
+    def _greedy(self, memory: Tensor) -> Tensor:
+        cache = Cache()
+        last = torch.full((len(memory), 1), START, device=memory.device)
         words: list[Tensor] = []
-        is_done = torch.zeros(count, dtype=torch.bool, device=memory.device)
+        is_done = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
         for _ in range(self.config.max_words):
-            logits = self.network.logits(last, memory, cache)[:, -1]
+            logits = self.network(last, memory, cache)[:, -1]
             logits[:, [PAD, START, UNKNOWN]] = -torch.inf
             last = logits.argmax(dim=-1, keepdim=True)
             words.append(last)
             is_done |= last[:, 0] == END
             if is_done.all():
                 break
-        return [self.words.decode(row) for row in torch.cat(words, dim=1).tolist()]
+        return torch.cat(words, dim=1)
 
 
 class _Captioner(nn.Module):
     def __init__(self, codes: FrozenCodes, config: CaptioningConfig, words: int, length: int):
         super().__init__()
-        some = codes.codes(torch.arange(min(len(codes), 1024)))
-        self.memory = CodeMemory(some, config.width)
+        self.memory = CodeMemory(codes, config.width)
         self.text = ProbeTransformer(config, vocabulary_size=words, length=length, causal=True)
         self.bias = nn.Parameter(torch.zeros(words))
 
-    def logits(self, tokens: Tensor, memory: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, memory: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the logits of the next word after each token."""
         states = self.text(tokens, memory, cache=cache)
         return states @ self.text.embed.weight.mT + self.bias
-
-    def forward(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        return self.logits(tokens, self.memory(codes))

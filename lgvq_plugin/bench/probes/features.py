@@ -1,8 +1,11 @@
-"""Features of frozen codes that the linear probes read; pure functions."""
+"""Frozen codes of a set of images, and the features of them that the linear probes read.
+
+loader --host_encode--> Codes --CodeCollector--> FrozenCodes --features()--> CodeFeatures
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +14,21 @@ from torch import Tensor
 
 from ...types import Codes
 
-HISTOGRAM_LIMIT = 4096  # codebooks larger than this have no histogram block
+HISTOGRAM_LIMIT = 4096
+"""Larger codebooks have no histogram."""
+TOLERANCE = 1e-4
+"""Relative to the codes' scale: how far `table[indices]` may be from the vectors."""
+BATCH = 256
 
 
 @dataclass(frozen=True)
 class CodeFeatures:
-    """Features of M images, made of their frozen codes only.
+    """Features of M images, made only of their frozen codes.
 
     Args:
-        pooled: mean code vector, then the mean of each quadrant, (M, 5 * C) float32.
-        histogram: square roots of the shares of the codes, (M, K) float32; None without
-            indices, or if K is unknown or above 4096.
+        pooled: mean code vector and the means of the four quadrants, (M, 5 * C) float32.
+        histogram: square roots of the shares of codes, (M, K) float32; None without indices, or if
+            K is unknown or above 4096.
     """
 
     pooled: Tensor
@@ -33,35 +40,12 @@ class CodeFeatures:
 
     @property
     def blocks(self) -> list[Tensor]:
-        """The blocks there are, each (M, width)."""
+        """The features that exist, each (M, width)."""
         return [self.pooled] if self.histogram is None else [self.pooled, self.histogram]
 
-
-def pool_codes(codes: Codes) -> Tensor:
-    """Return the mean code and the means of 2 x 2 parts of the grid, (B, 5 * C) float32."""
-    batch, _, width = codes.codes.shape
-    grid = codes.codes.detach().float().mT.reshape(batch, width, *codes.grid)
-    parts = F.adaptive_avg_pool2d(grid, 2)
-    return torch.cat([grid.mean(dim=(2, 3)), parts.flatten(1)], dim=1)
-
-
-def code_histogram(indices: Tensor, size: int) -> Tensor:
-    """Return square roots of the shares of `size` codes: (B, N) int to (B, size), of length 1.
-
-    Example:
-        >>> code_histogram(torch.tensor([[0, 0, 0, 2]]), 3)
-        tensor([[0.8660, 0.0000, 0.5000]])
-    """
-    counts = torch.zeros(len(indices), size, device=indices.device)
-    counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=counts.dtype))
-    return (counts / indices.shape[1]).sqrt()
-
-
-# -- All codes of a set of images, encoded once and kept as small as the host allows -------------
-
-
-TOLERANCE = 1e-4  # of the codes' scale: an index whose vectors differ by more has no one vector
-PART = 256
+    def take(self, rows: Tensor) -> "CodeFeatures":
+        """Return the features of some images, in this order."""
+        return CodeFeatures(*(block[rows] for block in self.blocks))
 
 
 @dataclass(frozen=True)
@@ -70,9 +54,9 @@ class FrozenCodes:
 
     Args:
         grid: (h, w), h * w == N.
-        indices: (M, N) int64, or None if the host tells none.
-        table: the vector that stands for each index, (K, C), or None.
-        vectors: (M, N, C) float32, only where `table[indices]` is not the same.
+        indices: (M, N) int64; None if the host has no indices.
+        table: the vector of each index, (K, C); or None.
+        vectors: (M, N, C) float32, only where they differ from `table[indices]`.
     """
 
     grid: tuple[int, int]
@@ -91,7 +75,7 @@ class FrozenCodes:
 
     @property
     def fingerprint(self) -> str:
-        """A hash: equal for equal codes."""
+        """A hash, equal for equal codes."""
         digest = hashlib.sha256(str(self.grid).encode())
         for part in (self.indices, self.table, self.vectors):
             if part is not None:
@@ -102,23 +86,17 @@ class FrozenCodes:
         """Return the vectors of some images, (B, N, C) float32."""
         if self.vectors is not None:
             return self.vectors[rows]
-        assert self.indices is not None
-        assert self.table is not None
-        return self.table[self.indices[rows]]
+        return self.table[self.indices[rows]]  # type: ignore[index]
 
     def features(self) -> CodeFeatures:
         """Return what the linear probes read."""
         pooled, histograms = [], []
-        for rows in torch.arange(len(self)).split(PART):
-            indices = None if self.indices is None else self.indices[rows]
-            codes = Codes(self.codes(rows), indices, self.grid)
-            pooled.append(pool_codes(codes))
-            if (
-                indices is not None
-                and self.table is not None
-                and len(self.table) <= HISTOGRAM_LIMIT
-            ):
-                histograms.append(code_histogram(indices, len(self.table)))
+        for rows in torch.arange(len(self)).split(BATCH):
+            pooled.append(pool_codes(self.codes(rows), self.grid))
+            if self.indices is not None and self.table is not None:
+                size = len(self.table)
+                if size <= HISTOGRAM_LIMIT:
+                    histograms.append(code_histogram(self.indices[rows], size))
         return CodeFeatures(torch.cat(pooled), torch.cat(histograms) if histograms else None)
 
     def shuffled(self, seed: int) -> "FrozenCodes":
@@ -130,30 +108,26 @@ class FrozenCodes:
 
     def take(self, rows: Tensor) -> "FrozenCodes":
         """Return the codes of some images, in this order."""
-        return FrozenCodes(
-            self.grid,
-            None if self.indices is None else self.indices[rows],
-            self.table,
-            None if self.vectors is None else self.vectors[rows],
-        )
+        indices, vectors = (x if x is None else x[rows] for x in (self.indices, self.vectors))
+        return FrozenCodes(self.grid, indices, self.table, vectors)
 
 
-@dataclass
 class CodeCollector:
-    """Takes batch after batch of a host's codes.
+    """Collects a host's codes batch by batch, as indices and a table where that is enough.
 
     Args:
-        codebook_size: K, for hosts whose codes do not carry the codebook.
+        codebook_size: K, for hosts whose codes come without the codebook.
     """
 
-    codebook_size: int | None = None
-    _parts: list[Codes] = field(default_factory=list)
+    def __init__(self, codebook_size: int | None = None):
+        self.codebook_size = codebook_size
+        self._parts: list[Codes] = []
 
     def add(self, codes: Codes) -> None:
         """Add the codes of a batch.
 
         Raises:
-            ValueError: if the grid is another than before.
+            ValueError: if the grid differs from that of earlier batches.
         """
         if self._parts and self._parts[0].grid != codes.grid:
             raise ValueError(f"grids {self._parts[0].grid} and {codes.grid} in one set of images")
@@ -161,32 +135,29 @@ class CodeCollector:
         book = None if codes.codebook is None else codes.codebook.detach().cpu()
         indices = None if codes.indices is None else codes.indices.detach().cpu()
         if book is not None and indices is not None and _is_table(vectors, indices, book.float()):
-            vectors = vectors[:, :0]  # the table tells them
+            vectors = vectors[:, :0]  # redundant
         self._parts.append(Codes(vectors, indices, codes.grid, book))
 
     def result(self) -> FrozenCodes:
-        """Return all that was added.
+        """Return all codes.
 
         Raises:
-            ValueError: if nothing was.
+            ValueError: if there are none.
         """
         if not self._parts:
             raise ValueError("the loader gave no batch, so there are no codes to probe")
         first = self._parts[0]
         book = None if first.codebook is None else first.codebook.float()
-        indices = None
-        if first.indices is not None:
-            indices = torch.cat([part.indices for part in self._parts])  # type: ignore[misc]
-        if indices is None:
+        if first.indices is None:
             return FrozenCodes(first.grid, None, book, self._vectors(book))
+        indices = torch.cat([part.indices for part in self._parts])  # type: ignore[misc]
         if all(part.codes.shape[1] == 0 for part in self._parts):
             return FrozenCodes(first.grid, indices, book)
         vectors = self._vectors(book)
         size = len(book) if book is not None else self.codebook_size
-        size = int(indices.max()) + 1 if size is None else size
-        table = _mean_table(vectors, indices, size)
-        same = _is_table(vectors, indices, table)
-        return FrozenCodes(first.grid, indices, table, None if same else vectors)
+        table = _mean_table(vectors, indices, size or int(indices.max()) + 1)
+        is_enough = _is_table(vectors, indices, table)
+        return FrozenCodes(first.grid, indices, table, None if is_enough else vectors)
 
     def _vectors(self, book: Tensor | None) -> Tensor:
         return torch.cat(
@@ -198,26 +169,70 @@ class CodeCollector:
 
 
 @torch.no_grad()
-def collect_frozen(
+def collect_codes(
     host_encode: Callable[[Tensor], Codes],
     loader: Iterable[Mapping[str, Any]],
     device: torch.device | str = "cpu",
     *,
     image_key: str = "image",
     codebook_size: int | None = None,
-) -> FrozenCodes:
-    """Encode every image of a loader that does not shuffle; arguments as `collect_codes`."""
+) -> CodeFeatures:
+    """Encode every image of a loader that does not shuffle, and return the codes' features.
+
+    Args:
+        host_encode: maps (B, 3, H, W) float32 on `device` to the codes of a host in evaluation
+            mode.
+        loader: of batches with images (B, H, W, 3) or (B, 3, H, W) at `image_key`.
+        device: of the host; the features are on the CPU.
+        image_key: of the batches.
+        codebook_size: K, for hosts whose codes come without the codebook.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
     collector = CodeCollector(codebook_size)
     for batch in loader:
-        images = batch[image_key]
-        if images.shape[1] != 3:
-            images = images.movedim(-1, 1)
-        collector.add(host_encode(images.to(device).float().contiguous()))
-    return collector.result()
+        codes = host_encode(channels_first(batch[image_key]).to(device))
+        collector.add(codes)
+    features = collector.result().features()
+    is_size_known = codebook_size is not None or codes.codebook is not None
+    return features if is_size_known else CodeFeatures(features.pooled)
+
+
+def channels_first(images: Tensor) -> Tensor:
+    """Return (B, C, H, W) float32 of (B, C, H, W) or (B, H, W, C), for C of 1, 3 or 4."""
+    is_last = images.shape[-1] < images.shape[1]
+    return (images.movedim(-1, 1) if is_last else images).float().contiguous()
+
+
+def pool_codes(codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the mean code and the means of 2 x 2 parts of the grid: (B, N, C) to (B, 5 * C)."""
+    maps = codes.detach().float().mT.unflatten(2, grid)
+    return torch.cat([maps.mean(dim=(2, 3)), F.adaptive_avg_pool2d(maps, 2).flatten(1)], dim=1)
+
+
+def code_histogram(indices: Tensor, size: int) -> Tensor:
+    """Return square roots of the shares of `size` codes: (B, N) int to (B, size), of length 1.
+
+    Example:
+        >>> code_histogram(torch.tensor([[0, 0, 0, 2]]), 3)
+        tensor([[0.8660, 0.0000, 0.5000]])
+    """
+    counts = torch.zeros(len(indices), size, device=indices.device)
+    counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=counts.dtype))
+    return (counts / indices.shape[1]).sqrt()
+
+
+def require_captions(codes: FrozenCodes, captions: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError unless each image has at least one caption."""
+    if len(codes) != len(captions) or not all(len(texts) for texts in captions):
+        raise ValueError(
+            f"{len(codes)} images, {len(captions)} lists of captions; each needs at least one"
+        )
 
 
 def _is_table(vectors: Tensor, indices: Tensor, table: Tensor) -> bool:
-    """Tell whether table[indices] gives the vectors."""
+    """Return whether table[indices] equals the vectors."""
     if table.shape[-1] != vectors.shape[-1] or int(indices.max()) >= len(table):
         return False
     scale = vectors.square().mean().sqrt().clamp(min=1e-12)
@@ -225,17 +240,9 @@ def _is_table(vectors: Tensor, indices: Tensor, table: Tensor) -> bool:
 
 
 def _mean_table(vectors: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Return the mean vector of each index, (K, C); zero for those that never came."""
+    """Return the mean vector of each index, (size, C); zero for unused ones."""
     flat = indices.flatten()
     sums = torch.zeros(size, vectors.shape[-1], dtype=torch.float64)
     sums.index_add_(0, flat, vectors.flatten(0, 1).double())
     count = torch.bincount(flat, minlength=size).clamp(min=1)
     return (sums / count[:, None]).float()
-
-
-def require_captions(codes: FrozenCodes, captions: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError unless each image has a caption at least."""
-    if len(codes) != len(captions) or not all(len(texts) for texts in captions):
-        raise ValueError(
-            f"{len(codes)} images, {len(captions)} lists of captions; each needs one at least"
-        )

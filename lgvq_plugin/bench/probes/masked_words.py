@@ -1,55 +1,56 @@
-"""Masked words: can the codes tell which words of the caption were hidden?
+"""Masked words: do the codes contain the words that are masked in the caption?
 
-caption --hide words--> guide --> transformer --cross-attention--> frozen codes --> hidden words
+caption --mask words--> guide --> transformer --cross-attention--> frozen codes --> masked words
 
-A head of its own kind is trained on frozen codes: the same for a baseline, which has no heads, and
-for an LG-VQ model, whose own are not used. `leak_free` hides the words before the guide reads the
-caption. `leaky` is the released code's protocol: the guide has read them all, so that every later
-token, and the end token, still tells of them.
+The network is trained on frozen codes, so it is the same for a baseline, which has no heads, and
+an LG-VQ model, whose heads are not used. `leak_free` masks the words before the guide reads the
+caption. `leaky` is the released code's protocol: the guide has read them all, so every later token
+still contains information about them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import require
 from ...functional import seeded
 from ...guides.base import AbstractGuide
 from ...types import TextTokens
-from .features import FrozenCodes, require_captions
-from .transformer import CodeMemory, ProbeConfig, ProbeTransformer, fit, generator_at
+from .features import BATCH, FrozenCodes, require_captions
+from .trainer import NeuralProbe, ProbeConfig, fit, generator_at, pick
+from .transformer import CodeMemory, ProbeTransformer
 
 PROTOCOLS = ("leak_free", "leaky")
-PART = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedWordsConfig(ProbeConfig):
-    """How the masked-word heads are trained on frozen codes."""
+    """Training of the masked-word probe."""
 
     steps: int = 400
-    """Updates of each protocol."""
+    """Updates per protocol."""
     most_hidden: int = 3
-    """Training hides one word to so many of each caption, >= 1."""
+    """Training masks 1 to this many words per caption, >= 1."""
     leaky: bool = True
-    """An evaluation also asks by the leaky protocol, for comparison; it takes as long again."""
+    """Whether an evaluation also runs the leaky protocol, for comparison; doubles the time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.most_hidden >= 1, "most_hidden", "a whole number >= 1", self.most_hidden)
+        self._require_counts("most_hidden")
 
 
-class MaskedWordsProbe:
-    """Heads that fill in hidden words, trained on frozen codes.
+class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
+    """Fill in masked words.
 
     Args:
-        guide: reads the captions; frozen.
-        protocol: leak_free or leaky, see above.
+        guide: reads the captions.
+        config: of the training; None: defaults.
+        protocol: leak_free or leaky.
+        device: of the network.
     """
 
     Config = MaskedWordsConfig
@@ -62,140 +63,126 @@ class MaskedWordsProbe:
         protocol: Literal["leak_free", "leaky"] = "leak_free",
         device: torch.device | str = "cpu",
     ):
+        super().__init__(config, device=device)
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
-        self.guide, self.config, self.protocol = guide, config or MaskedWordsConfig(), protocol
-        self.device = torch.device(device)
+        self.guide, self.protocol = guide, protocol
 
     def fit(
         self,
         codes: FrozenCodes,
-        captions: Sequence[Sequence[str]],
+        target: Sequence[Sequence[str]],
         *,
         folder: Path | None = None,
         progress: bool = True,
     ) -> "MaskedWordsProbe":
-        """Train on M images; a random caption of each, with one to `most_hidden` words hidden."""
-        require_captions(codes, captions)
+        """Train on a random caption of each of M images per epoch, some of its words masked."""
+        require_captions(codes, target)
         config = self.config
-        counts = _count_tokens(self.guide, captions)
+        counts = _count_tokens(self.guide, target)
         with seeded(config.seed):
-            self.network = _Filler(codes, self.guide, counts, config)
-        self.network.to(self.device)
+            self.network = _Filler(codes, self.guide, counts, config).to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
-            draws = torch.rand(len(rows), generator=generator)
-            chosen = [
-                captions[int(i)][int(u * len(captions[int(i)]))]
-                for i, u in zip(rows, draws, strict=True)
-            ]
+            chosen = pick(target, rows, torch.rand(len(rows), generator=generator))
             tokens = self.guide.tokenize(chosen)
-            most = config.most_hidden
-            number = torch.randint(1, most + 1, (len(rows),), generator=generator)
-            hidden = hide_words(tokens, number, generator)
-            if not hidden.any():
+            number = torch.randint(1, config.most_hidden + 1, (len(rows),), generator=generator)
+            masked = mask_words(tokens, number, generator)
+            if not masked.any():
                 return self.network.head.bias.sum() * 0
-            logits = self._logits(chosen, hidden, codes.codes(rows))
-            return F.cross_entropy(logits, self._targets(tokens, hidden))
+            logits = self._logits(chosen, masked, codes.codes(rows))
+            return F.cross_entropy(logits, self._targets(tokens, masked))
 
-        fit(
-            self.network,
-            loss_of,
-            len(codes),
-            config,
-            name=f"masked_words_{self.protocol}",
-            folder=folder,
-            progress=progress,
-            facts=[codes.fingerprint, captions, self.protocol, self.guide.fingerprint],
-        )
+        options = {"name": f"masked_words_{self.protocol}", "folder": folder, "progress": progress}
+        facts = [codes.fingerprint, target, self.protocol, self.guide.fingerprint]
+        fit(self.network, loss_of, len(codes), config, facts=facts, **options)
         return self
 
-    def recall(
-        self, codes: FrozenCodes, captions: Sequence[str], *, hidden: int, seed: int = 0
+    def evaluate(
+        self, codes: FrozenCodes, target: Sequence[str], *, seed: int = 0
     ) -> dict[str, float]:
-        """Return the share of hidden words that are found, at 1 and at 5.
+        """Return `mask_N/recall@k` for N = 1 and 3 masked words of one caption per image.
 
-        Args:
-            codes: of held-out images.
-            captions: one of each; those of fewer than `hidden` + 1 words are left out.
-            hidden: how many words of each caption are hidden; which ones, the seed says.
-            seed: equal seeds hide equal words, whatever the host.
-
-        Returns:
-            `recall@1` and `recall@5` (a word of several tokens is found if all of them are) and
-            `words`, how many were asked for.
+        `mask_N/words` is the number of masked words; the control has the prefix `shuffled/`.
         """
-        values = self.values(codes, captions, hidden=hidden, seed=seed)
-        share = {name: sum(value) / max(len(value), 1) for name, value in values.items()}
-        return share | {"words": float(hidden * len(values["recall@1"]))}
+        results: dict[str, float] = {}
+        for number in (1, 3):
+            for prefix, seen in (("", codes), ("shuffled/", codes.shuffled(seed))):
+                found = self.recall(seen, target, masked=number, seed=seed)
+                name = f"{prefix}mask_{number}"
+                results |= {f"{name}/recall@{k}": found[f"recall@{k}"] for k in (1, 5)}
+                if not prefix:
+                    results[f"{name}/words"] = found["words"]
+        return results
+
+    def recall(
+        self, codes: FrozenCodes, captions: Sequence[str], *, masked: int, seed: int = 0
+    ) -> dict[str, float]:
+        """Return the means of :meth:`values`, and `words`, the number of masked words."""
+        values = self.values(codes, captions, masked=masked, seed=seed)
+        means = {name: sum(value) / max(len(value), 1) for name, value in values.items()}
+        return means | {"words": float(masked * len(values["recall@1"]))}
 
     @torch.no_grad()
     def values(
-        self, codes: FrozenCodes, captions: Sequence[str], *, hidden: int, seed: int = 0
+        self, codes: FrozenCodes, captions: Sequence[str], *, masked: int, seed: int = 0
     ) -> dict[str, list[float]]:
-        """Return `recall@1` and `recall@5` of each caption that is long enough; see `recall`."""
+        """Return `recall@1` and `recall@5` of each caption, the shares of masked words found.
+
+        Args:
+            codes: of held-out images.
+            captions: one per image; those with fewer than `masked` + 1 words are skipped.
+            masked: number of words masked per caption.
+            seed: of the choice of words, which is the same for any host.
+        """
         found: dict[int, list[float]] = {1: [], 5: []}
-        for part, rows in enumerate(torch.arange(len(codes)).split(PART)):
-            texts = [captions[int(i)] for i in rows]
-            tokens = self.guide.tokenize(texts)
-            enough = tokens.word_ids.amax(dim=1).cpu() >= hidden
-            number = torch.full((len(rows),), hidden)
-            mask = (
-                hide_words(tokens, number, generator_at(seed, part))
-                & enough.to(tokens.word_ids.device)[:, None]
-            )
-            if not mask.any():
-                continue
+        for rows, texts, tokens, mask in self._masked(captions, masked, seed):
             logits = self._logits(texts, mask, codes.codes(rows))
             nearest = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-            best = nearest == self._targets(tokens, mask)[:, None]
-            words, length = _word_numbers(tokens, mask), mask.shape[1]
-            asked = torch.bincount(words.unique() // length, minlength=len(rows))
+            is_right = nearest == self._targets(tokens, mask)[:, None]
+            # Tokens of one word have one number; a word is found if all its tokens are.
+            length = mask.shape[1]
+            words = (torch.arange(len(mask))[:, None] * length + tokens.word_ids.cpu())[mask.cpu()]
+            total = torch.bincount(words.unique() // length, minlength=len(rows))
             for k, shares in found.items():
-                missed = words[(~best[:, :k].any(dim=1)).cpu()].unique()
+                missed = words[(~is_right[:, :k].any(dim=1)).cpu()].unique()
                 lost = torch.bincount(missed // length, minlength=len(rows))
-                shares += (1 - lost[asked > 0] / asked[asked > 0]).tolist()
+                shares += (1 - lost[total > 0] / total[total > 0]).tolist()
         return {f"recall@{k}": shares for k, shares in found.items()}
 
-    def evaluate(
-        self, codes: FrozenCodes, captions: Sequence[str], *, seed: int = 0
-    ) -> dict[str, float]:
-        """Return the recalls with one and with three words hidden, and those of shuffled codes."""
-        results: dict[str, float] = {}
-        for hidden in (1, 3):
-            for prefix, seen in (("", codes), ("shuffled/", codes.shuffled(seed))):
-                numbers = self.recall(seen, captions, hidden=hidden, seed=seed)
-                name = f"{prefix}mask_{hidden}"
-                results |= {f"{name}/recall@{k}": numbers[f"recall@{k}"] for k in (1, 5)}
-                if not prefix:
-                    results[f"{name}/words"] = numbers["words"]
-        return results
+    def _masked(
+        self, captions: Sequence[str], number: int, seed: int
+    ) -> Iterator[tuple[Tensor, list[str], TextTokens, Tensor]]:
+        """Yield batches of rows, captions, their tokens and which of these are masked."""
+        for part, rows in enumerate(torch.arange(len(captions)).split(BATCH // 2)):
+            texts = [captions[row] for row in rows.tolist()]
+            tokens = self.guide.tokenize(texts)
+            is_long = tokens.word_ids.amax(dim=1, keepdim=True) >= number
+            numbers = torch.full((len(rows),), number)
+            mask = mask_words(tokens, numbers, generator_at(seed, part)) & is_long
+            if mask.any():
+                yield rows, texts, tokens, mask
 
-    def _logits(self, captions: Sequence[str], hidden: Tensor, codes: Tensor) -> Tensor:
-        device = self.guide.device
+    def _logits(self, captions: Sequence[str], masked: Tensor, codes: Tensor) -> Tensor:
         is_free = self.protocol == "leak_free"
-        features = self.guide.encode(captions, hidden.to(device) if is_free else None)
-        return self.network(
-            features.tokens.to(self.device),
-            hidden.to(self.device),
-            codes.to(self.device),
-            features.attention_mask.to(self.device),
-        )
+        features = self.guide.encode(captions, masked.to(self.guide.device) if is_free else None)
+        inputs = (features.tokens, masked, codes, features.attention_mask)
+        return self.network(*(x.to(self.device) for x in inputs))
 
-    def _targets(self, tokens: TextTokens, hidden: Tensor) -> Tensor:
-        """Return the output number of each hidden token; -1 for one that training never had."""
-        return self.network.number[tokens.token_ids[hidden].to(self.device)]
+    def _targets(self, tokens: TextTokens, masked: Tensor) -> Tensor:
+        """Return the class of each masked token; -1 for one that is not in the training set."""
+        return self.network.number[tokens.token_ids[masked].to(self.device)]
 
 
-def hide_words(tokens: TextTokens, number: Tensor, generator: torch.Generator) -> Tensor:
-    """Return True at all tokens of `number` (B,) words of each caption, (B, T) bool.
+def mask_words(tokens: TextTokens, number: Tensor, generator: torch.Generator) -> Tensor:
+    """Return True at all tokens of `number` (B,) random words of each caption, (B, T) bool.
 
-    A caption keeps one word at least; which are hidden, the CPU generator says.
+    At least one word per caption is left.
 
     Example:
         >>> ids = torch.tensor([[-1, 0, 1, 2, -1], [-1, 0, -1, -1, -1]])
         >>> seed = torch.Generator().manual_seed(0)
-        >>> hide_words(TextTokens(ids, ids >= 0, ids), torch.tensor([2, 2]), seed).sum(1).tolist()
+        >>> mask_words(TextTokens(ids, ids >= 0, ids), torch.tensor([2, 2]), seed).sum(1).tolist()
         [2, 0]
     """
     ids = tokens.word_ids.cpu()
@@ -203,13 +190,13 @@ def hide_words(tokens: TextTokens, number: Tensor, generator: torch.Generator) -
     words = ids.amax(dim=1, keepdim=True) + 1
     draws = torch.rand(batch, length, generator=generator)
     draws = draws.masked_fill(torch.arange(length) >= words, 2.0)
-    most = torch.minimum(number[:, None], (words - 1).clamp(min=0))
-    is_hidden = draws.argsort(dim=1).argsort(dim=1) < most
-    return (is_hidden.gather(1, ids.clamp(min=0)) & (ids >= 0)).to(tokens.word_ids.device)
+    count = torch.minimum(number[:, None], (words - 1).clamp(min=0))
+    is_masked = draws.argsort(dim=1).argsort(dim=1) < count
+    return (is_masked.gather(1, ids.clamp(min=0)) & (ids >= 0)).to(tokens.word_ids.device)
 
 
 def _count_tokens(guide: AbstractGuide, captions: Sequence[Sequence[str]]) -> Tensor:
-    """Return how often each token stands in the captions, as a piece of a word, (V,) int64."""
+    """Return how often each token is part of a word of the captions, (V,) int64."""
     counts = torch.zeros(len(guide.vocabulary), dtype=torch.long)
     flat = [text for texts in captions for text in texts]
     for begin in range(0, len(flat), 512):
@@ -219,14 +206,8 @@ def _count_tokens(guide: AbstractGuide, captions: Sequence[Sequence[str]]) -> Te
     return counts
 
 
-def _word_numbers(tokens: TextTokens, mask: Tensor) -> Tensor:
-    """Return a number of each hidden token's word, unique in the batch, (tokens,) on the CPU."""
-    rows = torch.arange(len(mask))[:, None] * mask.shape[1]
-    return (rows + tokens.word_ids.cpu())[mask.cpu()]
-
-
 class _Filler(nn.Module):
-    """Text features with hidden words and codes -> one of the tokens of training captions."""
+    """Text features with masked words, and codes -> one of the tokens of training captions."""
 
     number: Tensor
 
@@ -238,20 +219,19 @@ class _Filler(nn.Module):
         number = torch.full_like(counts, -1)
         number[kept] = torch.arange(len(kept))
         self.register_buffer("number", number)
-        some = codes.codes(torch.arange(min(len(codes), 1024)))
-        self.memory = CodeMemory(some, config.width)
-        self.enter = nn.Linear(guide.token_dim, config.width)
-        self.hidden = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.memory = CodeMemory(codes, config.width)
+        self.in_proj = nn.Linear(guide.token_dim, config.width)
+        self.mask_embed = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         self.text = ProbeTransformer(
             config, vocabulary_size=1, length=guide.max_length, causal=False
         )
         self.head = nn.Linear(config.width, len(kept))
-        with torch.no_grad():  # begin at the tokens' frequencies
+        with torch.no_grad():  # start from the tokens' frequencies
             self.head.bias.copy_((counts[kept] / counts.sum()).log())
 
-    def forward(self, text: Tensor, hidden: Tensor, codes: Tensor, attention: Tensor) -> Tensor:
-        """Return the logits of the hidden tokens, in row-major order."""
-        entered = self.enter(F.layer_norm(text, text.shape[-1:]))
-        entered = torch.where(hidden[..., None], self.hidden, entered)
-        states = self.text.states(entered, self.memory(codes), token_mask=attention)
-        return self.head(states[hidden])
+    def forward(self, text: Tensor, masked: Tensor, codes: Tensor, attention: Tensor) -> Tensor:
+        """Return the logits of the masked tokens, in row-major order."""
+        x = self.in_proj(F.layer_norm(text, text.shape[-1:]))
+        x = torch.where(masked[..., None], self.mask_embed, x)
+        states = self.text(x, self.memory(codes), token_mask=attention)
+        return self.head(states[masked])

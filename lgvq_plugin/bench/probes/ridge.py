@@ -7,30 +7,30 @@ import torch
 from torch import Tensor
 
 from ...sockets import ConfigError
-from .base import CodeFeatures
+from .features import CodeFeatures
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 2))
-"""Penalties to choose from, in units of M; the feature rows have unit mean square per block."""
-HELD_SHARE = 0.2
-LEAST_IMAGES = 10
+"""Candidate penalties in units of M; feature rows have unit mean square per block."""
+HELD_OUT_SHARE = 0.2
+MIN_IMAGES = 10
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Shifts and scales blocks of features, so that a host's code scale does not matter."""
+    """Centers and scales blocks of features, so that the scale of a host's codes is irrelevant."""
 
     means: list[Tensor]
     lengths: list[Tensor]
 
     @classmethod
-    def of(cls, features: CodeFeatures) -> "Scaling":
+    def from_features(cls, features: CodeFeatures) -> "Scaling":
         """Take mean and root-mean-square row length of each block from training images."""
         means = [block.double().mean(dim=0) for block in features.blocks]
         rows = [block.double() - mean for block, mean in zip(features.blocks, means, strict=True)]
         return cls(means, [row.square().sum(dim=1).mean().sqrt() for row in rows])
 
     def __call__(self, features: CodeFeatures) -> Tensor:
-        """Return (M, P) float64; a block that was constant in training stays zero."""
+        """Return (M, P) float64; a block that was constant in training is zero."""
         if [block.shape[1] for block in features.blocks] != [len(mean) for mean in self.means]:
             raise ValueError("these features have other widths than those of fit: another host?")
         parts = zip(features.blocks, self.means, self.lengths, strict=True)
@@ -45,7 +45,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Ridge:
-    """An affine map with the strength it was fitted at."""
+    """An affine map and the strength of its penalty."""
 
     weight: Tensor
     bias: Tensor
@@ -57,44 +57,43 @@ class Ridge:
 
 
 def fit_ridges(x: Tensor, targets: Mapping[str, Tensor], *, seed: int = 0) -> dict[str, Ridge]:
-    """Fit one ridge a target; all share the Gram matrix.
+    """Fit one ridge per target; all share the Gram matrix.
 
-    The strength of each is the one of least squared error on a fifth of the images; then it is
-    fitted again on all.
+    The strength of each minimizes the squared error on a held-out fifth; then it is fitted on all.
 
     Args:
         x: (M, P) float64.
         targets: (M, D) each.
-        seed: of the choice of the fifth.
+        seed: of the held-out fifth.
 
     Raises:
-        ConfigError: if M is below 10.
+        ConfigError: if M < 10.
         ValueError: if a target has another length.
     """
     count = len(x)
-    if count < LEAST_IMAGES:
-        raise ConfigError(f"a probe needs at least {LEAST_IMAGES} training images, got {count}")
+    if count < MIN_IMAGES:
+        raise ConfigError(f"a probe needs at least {MIN_IMAGES} training images, got {count}")
     for name, target in targets.items():
         if len(target) != count:
             raise ValueError(f"{count} images, but {len(target)} targets {name!r}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held, rest = order.split([int(count * HELD_SHARE), count - int(count * HELD_SHARE)])
-    solve = ridge_solver(x[rest])
-    errors: dict[str, list[float]] = {name: [] for name in targets}
-    for strength in STRENGTHS:
-        for name, target in targets.items():
-            guess = solve(target[rest].double(), strength)(x[held])
-            errors[name].append(float((guess - target[held]).square().mean()))
-    solve = ridge_solver(x)
-    chosen = {name: STRENGTHS[error.index(min(error))] for name, error in errors.items()}
-    return {name: solve(target.double(), chosen[name]) for name, target in targets.items()}
+    held_out, rest = order.tensor_split([int(count * HELD_OUT_SHARE)])
+    solve_rest, solve = ridge_solver(x[rest]), ridge_solver(x)
+
+    def error(target: Tensor, strength: float) -> float:
+        guess = solve_rest(target[rest].double(), strength)(x[held_out])
+        return float((guess - target[held_out]).square().mean())
+
+    return {
+        name: solve(target.double(), min(STRENGTHS, key=lambda s, t=target: error(t, s)))  # type: ignore[misc]
+        for name, target in targets.items()
+    }
 
 
 def ridge_solver(x: Tensor) -> Callable[[Tensor, float], Ridge]:
     """Return solve(y, strength): argmin_W |(x - mean) W - (y - mean)|^2 + strength M |W|^2.
 
-    It works in the smaller of the two spaces, features or images, and factors the matrix once a
-    strength.
+    It works in the smaller space, features or images, and factors the matrix once per strength.
     """
     count, width = x.shape
     mean = x.mean(dim=0)

@@ -12,92 +12,101 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import require
 from ...functional import seeded
 from ..metrics.answers import exact_accuracy, majority, vote_accuracy
 from ..metrics.captions import tokenize_words
-from .base import Question
-from .features import FrozenCodes
-from .transformer import PAD, CodeMemory, ProbeConfig, ProbeTransformer, Words, fit, trim
+from .features import BATCH, FrozenCodes
+from .trainer import NeuralProbe, ProbeConfig, fit
+from .transformer import PAD, CodeMemory, ProbeTransformer, Words, trim
 
-PART = 256
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    Args:
+        row: number of the image among the codes.
+        text: the question.
+        answer: the correct one, or the most frequent one of several people's.
+        kind: such as color or count; "" for none.
+        people: the answers of several people (VQA v2), or none.
+    """
+
+    row: int
+    text: str
+    answer: str
+    kind: str = ""
+    people: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionsConfig(ProbeConfig):
-    """How the question probe is trained."""
+class VQAConfig(ProbeConfig):
+    """Training of the VQA probe."""
 
     steps: int = 1000
     """Updates; 50 epochs in the paper."""
     max_words: int = 22
-    """A question is cut to so many words, >= 1."""
+    """Maximum words of a question, >= 1."""
     least_count: int = 1
-    """Words in fewer training questions are unknown ones, >= 1."""
+    """Words in fewer training questions are unknown, >= 1."""
     max_answers: int = 3000
     """The most frequent training answers are the classes, >= 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_words", "least_count", "max_answers"):
-            require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
+        self._require_counts("max_words", "least_count", "max_answers")
 
 
-class QuestionsProbe:
-    """Answer questions from codes; nothing of the host is trained."""
+class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
+    """Answer questions from codes."""
 
-    Config = QuestionsConfig
-
-    def __init__(
-        self, config: QuestionsConfig | None = None, *, device: torch.device | str = "cpu"
-    ):
-        self.config, self.device = config or QuestionsConfig(), torch.device(device)
+    Config = VQAConfig
 
     def fit(
         self,
         codes: FrozenCodes,
-        questions: Sequence[Question],
+        target: Sequence[Question],
         *,
         folder: Path | None = None,
         progress: bool = True,
-    ) -> "QuestionsProbe":
+    ) -> "VQAProbe":
         """Train on questions about the images of `codes`.
 
+        Args:
+            codes: of the images.
+            target: questions.
+            folder: of the checkpoint, see :func:`.trainer.fit`.
+            progress: whether to show a bar.
+
         Raises:
-            ValueError: if there are none.
+            ValueError: without questions.
         """
-        if not questions:
+        if not target:
             raise ValueError("there is no question to train on")
         config = self.config
-        counts = Counter(question.answer for question in questions)
-        usual = sorted(counts, key=lambda answer: (-counts[answer], answer))
-        self.answers = usual[: config.max_answers]
+        counts = Counter(question.answer for question in target)
+        frequent = sorted(counts, key=lambda answer: (-counts[answer], answer))
+        self.answers = frequent[: config.max_answers]
         number = {answer: i for i, answer in enumerate(self.answers)}
-        kept = [question for question in questions if question.answer in number]
-        texts = [tokenize_words(question.text) for question in kept]
-        self.words = Words(texts, least=config.least_count)
+        kept = [question for question in target if question.answer in number]
         self.majorities = _majorities(kept)
+        texts = [tokenize_words(question.text) for question in kept]
+        self.words = Words(texts, min_count=config.least_count)
         tokens = self.words.encode(texts, length=config.max_words + 2)
         images = torch.tensor([question.row for question in kept])
-        targets = torch.tensor([number[question.answer] for question in kept])
+        answers = torch.tensor([number[question.answer] for question in kept])
         with seeded(config.seed):
             network = _Answerer(codes, config, len(self.words), len(self.answers))
         self.network = network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
-            seen = codes.codes(images[rows]).to(self.device)
-            logits = self.network(trim(tokens[rows]).to(self.device), seen)
-            return F.cross_entropy(logits, targets[rows].to(self.device))
+            logits = self._logits(codes, tokens[rows], images[rows])
+            return F.cross_entropy(logits, answers[rows].to(self.device))
 
-        fit(
-            self.network,
-            loss_of,
-            len(kept),
-            config,
-            name="questions",
-            folder=folder,
-            progress=progress,
-            facts=[codes.fingerprint, texts, targets.tolist(), images.tolist()],
-        )
+        # Checkpoints have the file name of version 0.1.
+        options = {"name": "questions", "folder": folder, "progress": progress}
+        facts = [codes.fingerprint, texts, answers.tolist(), images.tolist()]
+        fit(self.network, loss_of, len(kept), config, facts=facts, **options)
         return self
 
     @torch.no_grad()
@@ -107,49 +116,53 @@ class QuestionsProbe:
         tokens = self.words.encode(texts, length=self.config.max_words + 2)
         images = torch.tensor([question.row for question in questions])
         chosen: list[int] = []
-        for rows in torch.arange(len(questions)).split(PART):
-            seen = codes.codes(images[rows]).to(self.device)
-            chosen += self.network(trim(tokens[rows]).to(self.device), seen).argmax(dim=1).tolist()
+        for rows in torch.arange(len(questions)).split(BATCH):
+            chosen += self._logits(codes, tokens[rows], images[rows]).argmax(dim=1).tolist()
         return [self.answers[i] for i in chosen]
 
     def evaluate(
-        self, codes: FrozenCodes, questions: Sequence[Question], *, seed: int = 0
+        self, codes: FrozenCodes, target: Sequence[Question], *, seed: int = 0
     ) -> dict[str, float]:
-        """Return the accuracy on held-out images' questions.
+        """Return the accuracy on questions about held-out images.
 
-        `accuracy` (exact match), `accuracy/KIND`, `vote_accuracy` where people's answers are
-        known; `shuffled/accuracy`: with the codes of other images, so from the question alone;
-        `majority/accuracy`: always the training answer that is usual for the question's kind.
+        `accuracy` (exact match), `accuracy/KIND`, and `vote_accuracy` with people's answers.
+        Controls: `shuffled/accuracy`, with the codes of other images; `majority/accuracy`, the
+        most frequent training answer of the question's kind.
         """
-        given = self.answer(codes, questions)
-        wanted = [question.answer for question in questions]
-        kinds = [question.kind for question in questions]
+        given = self.answer(codes, target)
+        wanted = [question.answer for question in target]
+        kinds = [question.kind for question in target]
         results = exact_accuracy(given, wanted, kinds if any(kinds) else None)
-        if all(question.people for question in questions):
-            votes = [vote_accuracy(g, q.people) for g, q in zip(given, questions, strict=True)]
+        if all(question.people for question in target):
+            votes = [vote_accuracy(g, q.people) for g, q in zip(given, target, strict=True)]
             results["vote_accuracy"] = sum(votes) / len(votes)
-        blind = self.answer(codes.shuffled(seed), questions)
+        blind = self.answer(codes.shuffled(seed), target)
         usual = [self.majorities.get(kind, self.majorities[None]) for kind in kinds]
         return results | {
             "shuffled/accuracy": exact_accuracy(blind, wanted)["accuracy"],
             "majority/accuracy": exact_accuracy(usual, wanted)["accuracy"],
         }
 
+    def _logits(self, codes: FrozenCodes, tokens: Tensor, images: Tensor) -> Tensor:
+        seen = codes.codes(images).to(self.device)
+        return self.network(trim(tokens).to(self.device), seen)
+
+
+QuestionsProbe, QuestionsConfig = VQAProbe, VQAConfig  # names of version 0.1
+
 
 def _majorities(questions: Sequence[Question]) -> dict[str | None, str]:
-    """Return the usual answer of each kind, and of all under None."""
-    kinds = {question.kind for question in questions}
-    found: dict[str | None, str] = {None: majority([question.answer for question in questions])}
-    for kind in kinds:
-        found[kind] = majority([q.answer for q in questions if q.kind == kind])
-    return found
+    """Return the most frequent answer of each kind, and that of all under None."""
+    answers: dict[str | None, list[str]] = {None: [question.answer for question in questions]}
+    for question in questions:
+        answers.setdefault(question.kind, []).append(question.answer)
+    return {kind: majority(some) for kind, some in answers.items()}
 
 
 class _Answerer(nn.Module):
-    def __init__(self, codes: FrozenCodes, config: QuestionsConfig, words: int, answers: int):
+    def __init__(self, codes: FrozenCodes, config: VQAConfig, words: int, answers: int):
         super().__init__()
-        some = codes.codes(torch.arange(min(len(codes), 1024)))
-        self.memory = CodeMemory(some, config.width)
+        self.memory = CodeMemory(codes, config.width)
         self.text = ProbeTransformer(
             config, vocabulary_size=words, length=config.max_words + 2, causal=False
         )

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from lgvq_plugin.evaluation import evaluate
 from PIL import Image
 
 from lgvq_plugin.bench import evaluation
+from lgvq_plugin.bench.evaluate import OLD_NAMES, RESULT_NAMES, EvaluationConfig, names_of
+from lgvq_plugin.bench.evaluation import evaluate
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 
@@ -59,6 +60,7 @@ def test_the_rows_equal_numpy(palette, config):
     assert value(result, "codebook/dead_codes") == 64 - len(np.unique(indices))
 
 
+@pytest.mark.slow
 def test_an_untrained_tokenizer_is_near_chance_and_the_palette_is_not(untrained, palette, config):
     names = ["retrieval", "attributes"]
     low, high = (
@@ -82,6 +84,7 @@ def test_words_go_together_with_codes_but_not_with_others(palette, config):
     assert 0 <= value(result, "relation/mse") < 4
 
 
+@pytest.mark.slow
 def test_few_shot_results_are_means_over_sets_of_images(palette, config):
     def row(count, **options):
         options = {**config["evaluation"], "few_shot": count, **options}
@@ -120,11 +123,11 @@ def test_all_tasks_run_and_are_the_same_again(palette, config, tmp_path):
     pytest.importorskip("pycocoevalcap", reason="caption scores need the extra [eval]")
     config["evaluation"] |= {
         "masked_words": TINY,
-        "caption": TINY,
+        "captioning": TINY,
         "vqa": TINY,
-        "t2i": {**TINY, "images": 8},
+        "text_to_image": {**TINY, "images": 8},
     }
-    names = ["masked_words", "caption", "vqa", "t2i"]
+    names = ["masked_words", "captioning", "vqa", "text_to_image"]
     first, again = (
         evaluate(palette, config, metrics=names, limit=24, progress=False) for _ in range(2)
     )
@@ -188,7 +191,7 @@ def test_finished_metrics_are_not_computed_again(palette, config, tmp_path, monk
     palette.quantize.embedding.weight.data += 0.01
     evaluate(palette, config, metrics=["usage"], **{**keys, "limit": 9})
     assert len(calls) == 3
-    block = {**config["evaluation"], "caption": {"steps": 5}}
+    block = {**config["evaluation"], "captioning": {"steps": 5}}
     evaluate(palette, config, metrics=["usage"], options=block, **{**keys, "limit": 9})
     assert len(calls) == 3  # another metric's key
 
@@ -208,8 +211,12 @@ def test_what_cannot_be_computed_is_told_and_the_rest_is_done(palette, config):
         ({}, ["psnrr"], "did you mean 'psnr'"),
         ({"limt": 3}, ["psnr"], r"evaluation\.limt; did you mean 'limit'"),
         ({"limit": 1}, ["psnr"], r"evaluation\.limit"),
-        ({"caption": {"stepz": 1}}, ["caption"], r"evaluation\.caption\.stepz"),
-        ({"t2i": {"sampling": {"top_p": 2}}}, ["t2i"], r"evaluation\.t2i\.sampling\.top_p"),
+        ({"captioning": {"stepz": 1}}, ["captioning"], r"evaluation\.captioning\.stepz"),
+        (
+            {"text_to_image": {"sampling": {"top_p": 2}}},
+            ["text_to_image"],
+            r"evaluation\.text_to_image\.sampling\.top_p",
+        ),
         ({"tokenizer": "bpe"}, ["psnr"], "words or ptb"),
     ],
 )
@@ -222,9 +229,11 @@ def test_wrong_input_is_told(palette, config, block, metrics, message):
 def test_a_wrong_key_of_the_last_probe_is_told_before_the_first_is_trained(
     palette, config, tmp_path
 ):
-    config["evaluation"] |= {"masked_words": TINY, "t2i": {"stepz": 1}}
-    names = ["psnr", "masked_words", "t2i"]
-    with pytest.raises(ConfigError, match=r"evaluation\.t2i\.stepz; did you mean 'steps'"):
+    config["evaluation"] |= {"masked_words": TINY, "text_to_image": {"stepz": 1}}
+    names = ["psnr", "masked_words", "text_to_image"]
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.text_to_image\.stepz; did you mean 'steps'"
+    ):
         evaluate(palette, config, metrics=names, output=tmp_path, progress=False)
     assert not [*tmp_path.rglob("*")]
 
@@ -235,17 +244,21 @@ def test_a_wrong_key_of_the_last_probe_is_told_before_the_first_is_trained(
         ("retrieval", ["image_to_text/recall@5", "text_to_image/mean_rank"]),
         ("masked_words", ["leak_free/mask_1/recall@1", "leaky/mask_3/recall@5"]),
         ("attributes", ["linear/mean_accuracy", "few_shot/main_color/accuracy"]),
-        ("caption", ["cider_d", "rouge_l"]),
-        ("t2i", ["bits_per_code", "text_gain"]),
+        ("captioning", ["cider_d", "rouge_l"]),
+        ("text_to_image", ["bits_per_code", "text_gain"]),
     ],
 )
 def test_values_of_each_image_have_the_mean_that_is_told(palette, config, metric, names):
-    if metric == "caption":
+    if metric == "captioning":
         pytest.importorskip("pycocoevalcap", reason=SCORERS)
-    config["evaluation"] |= {"masked_words": TINY, "caption": TINY, "t2i": {**TINY, "images": 4}}
+    config["evaluation"] |= {
+        "masked_words": TINY,
+        "captioning": TINY,
+        "text_to_image": {**TINY, "images": 4},
+    }
     result = evaluate(palette, config, metrics=[metric], limit=16, progress=False)
     for name in names:
-        row = result["metrics"][f"{metric}/{name}"]
+        row = result["metrics"][f"{RESULT_NAMES.get(metric, metric)}/{name}"]
         assert len(row["per_image"]) == 16
         assert np.mean(row["per_image"]) == pytest.approx(row["value"], abs=2e-6)
     for name, row in result["metrics"].items():  # no means over images
@@ -255,15 +268,15 @@ def test_values_of_each_image_have_the_mean_that_is_told(palette, config, metric
 def test_captions_without_java_are_told(palette, config, monkeypatch):
     pytest.importorskip("pycocoevalcap", reason=SCORERS)
     monkeypatch.setenv("PATH", "")
-    config["evaluation"] |= {"caption": TINY}
-    result = evaluate(palette, config, metrics=["caption"], limit=16, progress=False)
+    config["evaluation"] |= {"captioning": TINY}
+    result = evaluate(palette, config, metrics=["captioning"], limit=16, progress=False)
     assert "Java" in result["skipped"]["caption/meteor"]
     assert "caption/meteor" not in result["metrics"]
 
 
 def test_generated_images_without_a_clip_are_told(palette, config):
-    config["evaluation"]["t2i"] = {**TINY, "images": 4}
-    result = evaluate(palette, config, metrics=["t2i"], limit=16, progress=False)
+    config["evaluation"]["text_to_image"] = {**TINY, "images": 4}
+    result = evaluate(palette, config, metrics=["text_to_image"], limit=16, progress=False)
     assert "evaluation.clip_score" in result["skipped"]["t2i/clip_score"]
     assert not any("clip" in name for name in result["metrics"])
 
@@ -275,8 +288,13 @@ def test_sections_that_are_missing_are_told(palette, config):
         evaluate(palette, {"data": {"train": config["data"]["train"]}}, progress=False)
 
 
-def test_the_package_gives_what_others_need():
-    assert set(evaluation.__all__) == {"METRICS", "EvaluationConfig", "evaluate", "main"}
+def test_old_names_still_work_with_a_warning():
+    for old, new in OLD_NAMES.items():
+        with pytest.warns(DeprecationWarning, match=f"{old!r} is deprecated; use {new!r}"):
+            assert names_of([old]) == [new]
+        with pytest.warns(DeprecationWarning, match=f"use {new!r}"):
+            block = EvaluationConfig.from_dict({new: {"steps": 3}, old: {"width": 8, "heads": 2}})
+        assert getattr(block, new) == {"steps": 3, "width": 8, "heads": 2}
 
 
 def test_words_of_captions_stand_in_for_labels(palette, config, tmp_path):

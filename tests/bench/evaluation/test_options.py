@@ -1,4 +1,4 @@
-"""Every overlay of configs/eval is taken, and every option is read and told."""
+"""Every overlay of configs/eval is taken, and every option is read and source."""
 
 import inspect
 import re
@@ -6,29 +6,23 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from lgvq_plugin.evaluation import EvaluationConfig
 from omegaconf import OmegaConf
 
 import lgvq_plugin
 from lgvq_plugin.bench import evaluate as options
+from lgvq_plugin.bench.evaluate import TRAINED, EvaluationConfig
 from lgvq_plugin.sockets import resolve
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "eval").glob("*.yaml"))
-PROBES = {
-    "masked_words": "masked_words",
-    "caption": "captioning",
-    "vqa": "questions",
-    "t2i": "text_to_image",
-}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_overlay_is_taken_whole(path):
     content = OmegaConf.to_container(OmegaConf.load(path))
     assert set(content) == {"evaluation"}
-    block = EvaluationConfig.of(content["evaluation"])
-    for key, member in PROBES.items():
-        assert block.probe(key)[0] is resolve("bench.probes", member)
+    block = EvaluationConfig.from_dict(content["evaluation"])
+    for name in TRAINED:
+        assert block.probe(name)[0] is resolve("bench.probes", name)
 
 
 def test_there_are_overlays():
@@ -37,17 +31,17 @@ def test_there_are_overlays():
 
 def classes():
     found = [EvaluationConfig, options.LPIPSConfig, options.FIDConfig, options.FDConfig]
-    found += [resolve("bench.probes", member).Config for member in PROBES.values()]
+    found += [resolve("bench.probes", name).Config for name in TRAINED]
     return [*found, resolve("bench.probes", "text_to_image").Config().sampling.__class__]
 
 
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
 def test_every_option_is_told_and_read(cls):
-    package = Path(lgvq_plugin.__path__[0])
-    rooms = [package / "evaluation", package / "probes"]
-    code = "\n".join(path.read_text() for room in rooms for path in room.glob("*.py"))
-    told = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
+    bench = Path(lgvq_plugin.__path__[0]) / "bench"
+    files = [*bench.glob("probes/*.py"), *bench.glob("eval*.py"), bench / "measures.py"]
+    code = "\n".join(path.read_text() for path in files)
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
     for field in fields(cls):
-        assert re.search(rf'\n    {field.name}: [^\n]*\n    """', told), field.name
+        assert re.search(rf'\n    {field.name}: [^\n]*\n    """', source), field.name
         read = rf"(config|options|sampling)\.{field.name}\b|\.probe\(.{field.name}.\)"
         assert re.search(read, code), field.name

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from lgvq_plugin import cli
-from lgvq_plugin.bench.evaluate import table
+from lgvq_plugin.bench.evaluate import _parse, table
 
 
 @pytest.fixture
@@ -63,11 +63,14 @@ def test_one_checkpoint(folder, capsys):
     assert reals.dtype == np.uint8
 
 
-@pytest.mark.parametrize("again", [[], ["--ckpt"]])
-def test_two_checkpoints_side_by_side(folder, capsys, again):
-    out = folder / f"both{len(again)}"
-    hosts = [folder / "host0.ckpt", *again, folder / "host1.ckpt"]
-    ckpts = ["--ckpt", *hosts, "--names", "old", "new"]
+def test_checkpoints_may_be_given_together_or_one_by_one():
+    together, apart = (_parse(words.split())[0] for words in ("--ckpt a b", "--ckpt a --ckpt b"))
+    assert together.ckpt == apart.ckpt == ["a", "b"]
+
+
+def test_two_checkpoints_side_by_side(folder, capsys):
+    out = folder / "both"
+    ckpts = ["--ckpt", folder / "host0.ckpt", folder / "host1.ckpt", "--names", "old", "new"]
     assert lgvq(folder, *ckpts, "--limit", 8, "--metrics", "psnr", "--output", out) == 0
     head = capsys.readouterr().out.splitlines()[0].split()
     assert head == ["metric", "n", "old", "new"]
@@ -112,10 +115,12 @@ def test_exported_png_equal_the_npz(folder):
         (["--ckpt", "HOST", "--device", "toaster"], "--device"),
         (["--ckpt", "HOST", "--device", "cuda:99"], "--device cpu"),
         (["--ckpt", "HOST", "evaluation.limt=3"], "limit"),
+        (["--ckpt", "CONFIG"], "config.yaml' is a config, not a checkpoint; give it with -b"),
     ],
 )
 def test_wrong_input_is_one_message_and_2(folder, capsys, argv, message):
-    argv = [folder / "host0.ckpt" if word == "HOST" else word for word in argv]
+    files = {"HOST": folder / "host0.ckpt", "CONFIG": folder / "config.yaml"}
+    argv = [files.get(word, word) for word in argv]
     assert lgvq(folder, *argv) == 2
     told = capsys.readouterr().err
     assert message in told
@@ -148,7 +153,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(folder, capsy
     argv = ["--ckpt", folder / "host0.ckpt", "--limit", 4, "--output", folder / "cut"]
     monkeypatch.setitem(evaluation.METRICS, "usage", interrupted)
     assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
     monkeypatch.setitem(evaluation.METRICS, "usage", usage)
     monkeypatch.setitem(evaluation.METRICS, "psnr", interrupted)  # must not be computed again
     assert lgvq(folder, *argv, "--metrics", "psnr,usage") == 0
@@ -159,7 +164,7 @@ def test_a_file_at_json_is_kept_without_force(folder, capsys):
     (folder / "mine.json").write_text("{}")
     argv = ["--ckpt", folder / "host0.ckpt", "--json", folder / "mine.json"]
     assert lgvq(folder, *argv) == 2
-    assert "exists already; --force" in capsys.readouterr().err
+    assert "exists already; --force overwrites it" in capsys.readouterr().err
     assert (folder / "mine.json").read_text() == "{}"
 
 

@@ -108,6 +108,6 @@ def test_a_missing_wordnet_is_told(monkeypatch, tmp_path):
     try:
         wordnet_similarity()
     except ConfigError as error:
-        assert "evaluation.vqa.wordnet" in str(error)  # noqa: PT017
+        assert "evaluation.wordnet" in str(error)  # noqa: PT017
     else:
         assert Path(nltk.corpus.wordnet._root).is_dir()  # was loaded by a test before

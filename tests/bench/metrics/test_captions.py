@@ -34,6 +34,7 @@ def published(expected):
 
 
 @needs_scorers
+@pytest.mark.slow
 def test_the_published_values_to_three_decimals(oracle):
     records, expected = oracle
     got = caption_scores([r["hyp_tok"] for r in records], [r["refs_tok"] for r in records])

@@ -91,4 +91,4 @@ def test_rare_words_and_codes_speak_for_nothing():
     seen = torch.zeros(50, 1, dtype=torch.bool)
     seen[:4] = True
     assert float(word_code_association(seen, seen)) == 0
-    assert float(word_code_association(seen, seen, least=4)) > 0
+    assert float(word_code_association(seen, seen, min_count=4)) > 0

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.base import FrozenCodes, Question
+from lgvq_plugin.bench.probes.features import FrozenCodes
+from lgvq_plugin.bench.probes.vqa import Question
 
 COLORS = ("red", "blue", "green", "black")
 SHAPES = ("star", "ring", "cross", "heart")
@@ -39,17 +40,17 @@ def draw(count, seed):
     return World(FrozenCodes((2, 2), indices, table), captions, questions)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train():
     return draw(256, 0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def test():
     return draw(64, 1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def many():
     """So many images that noise cannot be learnt by heart."""
     return draw(4096, 2)

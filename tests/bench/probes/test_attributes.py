@@ -6,7 +6,7 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from lgvq_plugin.bench.probes.attributes import AttributesProbe, stack_labels
-from lgvq_plugin.bench.probes.base import CodeFeatures
+from lgvq_plugin.bench.probes.features import CodeFeatures
 from lgvq_plugin.datasets.scenes import Scenes
 
 

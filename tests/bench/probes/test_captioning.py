@@ -7,7 +7,7 @@ from lgvq_plugin.bench.probes.captioning import CaptioningConfig, CaptioningProb
 CONFIG = CaptioningConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def probe(train):
     return CaptioningProbe(CONFIG).fit(train.codes, train.captions, progress=False)
 
@@ -40,5 +40,5 @@ def test_equal_seeds_write_equal_captions(train, test):
 
 
 def test_images_without_captions_are_told(train):
-    with pytest.raises(ValueError, match="one at least"):
+    with pytest.raises(ValueError, match="at least one"):
         CaptioningProbe().fit(train.codes, [[]] * 256)

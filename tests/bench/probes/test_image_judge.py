@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.image_judge import ImageJudge, to_bytes
-from lgvq_plugin.bench.probes.transformer import ProbeConfig
+from lgvq_plugin.bench.metrics.reconstruction import to_uint8
+from lgvq_plugin.bench.probes.image_judge import ImageJudge
+from lgvq_plugin.bench.probes.trainer import ProbeConfig
 
 CONFIG = ProbeConfig(steps=60, batch_size=32, learning_rate=3e-3, heads=1, dropout=0.0)
 
@@ -25,7 +26,7 @@ def pictures(count, seed):
 def test_it_names_what_is_there(tmp_path):
     images, target = pictures(128, 0)
     judge = ImageJudge.train_on(
-        to_bytes(images), target, folder=tmp_path, progress=False, config=CONFIG
+        to_uint8(images), target, folder=tmp_path, progress=False, config=CONFIG
     )
     test, wanted = pictures(64, 1)
     got = judge.accuracy(test, wanted)
@@ -36,6 +37,6 @@ def test_it_names_what_is_there(tmp_path):
     moved = {name: labels[order] for name, labels in wanted.items()}
     assert judge.accuracy(test, moved)["both"] < 0.5  # 1 in 4
     again = ImageJudge.train_on(
-        to_bytes(images), target, folder=tmp_path, progress=False, config=CONFIG
+        to_uint8(images), target, folder=tmp_path, progress=False, config=CONFIG
     )
-    assert torch.equal(judge(to_bytes(test)), again(to_bytes(test)))
+    assert torch.equal(judge(to_uint8(test)), again(to_uint8(test)))

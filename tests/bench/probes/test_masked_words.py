@@ -5,8 +5,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.masked_words import MaskedWordsConfig, MaskedWordsProbe, hide_words
-from lgvq_plugin.bench.probes.transformer import generator_at
+from lgvq_plugin.bench.probes.masked_words import MaskedWordsConfig, MaskedWordsProbe, mask_words
+from lgvq_plugin.bench.probes.trainer import generator_at
 from lgvq_plugin.guides.base import AbstractGuide
 from lgvq_plugin.types import TextFeatures, TextTokens
 
@@ -73,6 +73,7 @@ def captions(train, test):
     ]
 
 
+@pytest.mark.slow
 def test_it_needs_the_codes(train, test, captions):
     """Hidden: one of "a", color, shape, "here"; without codes color and shape are luck, 1 in 4."""
     probe = MaskedWordsProbe(CausalGuide(), CONFIG)
@@ -103,7 +104,7 @@ def test_whole_words_are_hidden_and_one_is_left(number):
     tokens = TextTokens(ids, ids >= 0, ids)
     counts = torch.zeros(5)
     for seed in range(300):
-        mask = hide_words(tokens, torch.full((2,), number), generator_at(seed, 0))
+        mask = mask_words(tokens, torch.full((2,), number), generator_at(seed, 0))
         assert not mask[ids < 0].any()
         words = {int(w) for w in ids[0][mask[0]]}
         assert len(words) == number
@@ -117,7 +118,7 @@ def test_words_unknown_to_training_are_never_found(train, captions):
     probe = MaskedWordsProbe(CausalGuide(), MaskedWordsConfig(steps=1, width=16, heads=1, depth=1))
     probe.fit(train.codes, captions[0], progress=False)
     strange = ["zebra okapi quokka dingo"] * len(train.codes)
-    got = probe.recall(train.codes, strange, hidden=1)
+    got = probe.recall(train.codes, strange, masked=1)
     assert got["recall@5"] == 0
     assert got["words"] == len(train.codes)
 
@@ -126,9 +127,9 @@ def test_short_captions_are_left_out_and_the_seed_fixes_the_words(train, caption
     probe = MaskedWordsProbe(CausalGuide(), MaskedWordsConfig(steps=1, width=16, heads=1, depth=1))
     probe.fit(train.codes, captions[0], progress=False)
     texts = ["a red star here"] * 100 + ["red star"] * 156
-    first = probe.recall(train.codes, texts, hidden=3, seed=1)
+    first = probe.recall(train.codes, texts, masked=3, seed=1)
     assert first["words"] == 300
-    assert first == probe.recall(train.codes, texts, hidden=3, seed=1)
+    assert first == probe.recall(train.codes, texts, masked=3, seed=1)
 
 
 def test_another_protocol_is_told():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.base import CodeFeatures
+from lgvq_plugin.bench.probes.features import CodeFeatures
 from lgvq_plugin.bench.probes.ridge import STRENGTHS, Scaling, fit_ridges, ridge_solver
 
 
@@ -35,12 +35,14 @@ def test_the_scale_of_the_codes_does_not_matter():
     pooled, histogram = torch.randn(20, 4), torch.rand(20, 3)
     one = CodeFeatures(pooled, histogram)
     two = CodeFeatures(1000 * pooled + 7, histogram)
-    torch.testing.assert_close(Scaling.of(one)(one), Scaling.of(two)(two), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        Scaling.from_features(one)(one), Scaling.from_features(two)(two), atol=1e-4, rtol=0
+    )
 
 
 def test_a_collapsed_codebook_gives_zeros():
     features = CodeFeatures(torch.ones(20, 4))
-    assert torch.equal(Scaling.of(features)(features), torch.zeros(20, 4).double())
+    assert torch.equal(Scaling.from_features(features)(features), torch.zeros(20, 4).double())
 
 
 def test_wrong_input_is_told():
@@ -49,4 +51,4 @@ def test_wrong_input_is_told():
     with pytest.raises(ValueError, match="20 images, but 19"):
         fit_ridges(torch.zeros(20, 2).double(), {"a": torch.zeros(19, 1)})
     with pytest.raises(ValueError, match="another host"):
-        Scaling.of(CodeFeatures(torch.ones(20, 4)))(CodeFeatures(torch.ones(20, 5)))
+        Scaling.from_features(CodeFeatures(torch.ones(20, 4)))(CodeFeatures(torch.ones(20, 5)))

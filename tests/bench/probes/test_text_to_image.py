@@ -1,11 +1,12 @@
 """Text to image: bits per code reach the entropy, draws follow their distribution and the text."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.base import FrozenCodes
+from lgvq_plugin.bench.probes.features import FrozenCodes
 from lgvq_plugin.bench.probes.text_to_image import (
     Sampling,
     TextToImageConfig,
@@ -27,6 +28,7 @@ def captions(train, test):
     return [[t[0]] for t in train.captions], [t[0] for t in test.captions]
 
 
+@pytest.mark.slow
 def test_bits_reach_the_entropy_and_draws_follow_the_text(many, test, captions):
     probe = TextToImageProbe(CausalGuide(), CONFIG)
     probe.fit(many.codes, [t[:1] for t in many.captions], progress=False)
@@ -73,13 +75,14 @@ def test_guidance_sharpens_towards_the_text(train, captions):
     codes = torch.zeros(2, 0, dtype=torch.long)
     from lgvq_plugin.bench.probes.transformer import Cache
 
-    first = probe.network.step(codes, 2, memory, mask, Cache())
+    first = probe.network.step(codes, memory, mask, Cache())
     whole = probe.network(torch.zeros(2, 3, dtype=torch.long), memory, mask)[:, 0]
     torch.testing.assert_close(first, whole, atol=1e-5, rtol=1e-5)
     given, free = first
     wanted = (free + 4.0 * (given - free)).argmax()
     sampling = Sampling(guidance=4.0, temperature=0)
-    drawn = probe._draw_part(["a red star"], sampling, torch.Generator())
+    probe.config = replace(config, sampling=sampling)
+    drawn = probe.draw(["a red star"])
     assert drawn[0, 0] == wanted
 
 
@@ -105,4 +108,4 @@ def test_hosts_without_indices_and_wrong_settings_are_told(train, captions):
         ({"images": 1}, "images"),
     ):
         with pytest.raises(ConfigError, match=name):
-            build(TextToImageConfig, keys, "evaluation.t2i")
+            build(TextToImageConfig, keys, "evaluation.text_to_image")

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from lgvq_plugin.bench.probes.features import FrozenCodes
+from lgvq_plugin.bench.probes.trainer import ProbeConfig
 from lgvq_plugin.bench.probes.transformer import (
     UNKNOWN,
     Cache,
     CodeMemory,
-    ProbeConfig,
     ProbeTransformer,
     Words,
     trim,
@@ -53,14 +54,14 @@ def test_masked_memory_and_padding_do_not_matter():
 def test_the_memory_does_not_depend_on_the_codes_scale():
     codes = torch.randn(40, 4, 6)
     torch.manual_seed(1)
-    plain = CodeMemory(codes, 16)
+    plain = CodeMemory(FrozenCodes((2, 2), vectors=codes), 16)
     torch.manual_seed(1)
-    large = CodeMemory(codes * 50 + 3, 16)
+    large = CodeMemory(FrozenCodes((2, 2), vectors=codes * 50 + 3), 16)
     torch.testing.assert_close(plain(codes), large(codes * 50 + 3), atol=1e-3, rtol=1e-3)
 
 
 def test_words_that_training_never_had_are_unknown():
-    words = Words(["a red star", "a red ring"], least=2)
+    words = Words(["a red star", "a red ring"], min_count=2)
     rows = words.encode(["a red star star star", ""], length=5)
     assert len(words) == 6
     assert rows.tolist()[0][3] == UNKNOWN

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgvq_plugin.bench.probes import transformer
-from lgvq_plugin.bench.probes.transformer import ProbeConfig, fit
+from lgvq_plugin.bench.probes.trainer import ProbeConfig, fit, learning_rate_at
 from lgvq_plugin.config import build
 from lgvq_plugin.functional import seeded
 from lgvq_plugin.sockets import ConfigError
@@ -78,7 +77,7 @@ def test_the_global_generator_stays_as_it_was():
 
 def test_the_rate_rises_and_falls():
     config = ProbeConfig(steps=100, learning_rate=1.0)
-    rates = [transformer._rate(step, config) for step in range(100)]
+    rates = [learning_rate_at(step, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[4] == 1
     assert rates[99] < 0.06
@@ -101,3 +100,22 @@ def test_wrong_settings_are_told_by_key(key, value):
         build(ProbeConfig, {key: value}, "here")
     with pytest.raises(ConfigError, match="steps"):
         build(ProbeConfig, {"step": 1}, "here")
+
+
+class Projection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_proj = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.in_proj(x)
+
+
+def test_checkpoints_have_the_parameter_names_of_version_0_1(tmp_path):
+    network = Projection()
+    train(network, tmp_path)
+    stored = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert set(stored["network"]) == {"enter.weight", "enter.bias"}
+    again = Projection()
+    assert train(again, tmp_path) == ([], [])
+    assert torch.equal(again.in_proj.weight, network.in_proj.weight)

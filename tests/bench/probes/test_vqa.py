@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from lgvq_plugin.bench.probes.vqa import QuestionsConfig, QuestionsProbe
+from lgvq_plugin.bench.probes import vqa
+from lgvq_plugin.bench.probes.vqa import VQAConfig, VQAProbe
 
-CONFIG = QuestionsConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
+CONFIG = VQAConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
 
 
 def test_it_reads_codes_and_questions(train, test):
-    probe = QuestionsProbe(CONFIG).fit(train.codes, train.questions, progress=False)
+    probe = VQAProbe(CONFIG).fit(train.codes, train.questions, progress=False)
     got = probe.evaluate(test.codes, test.questions)
     assert got["accuracy"] > 0.95
     assert got["accuracy/color"] > 0.9
@@ -26,7 +27,7 @@ def test_it_reads_codes_and_questions(train, test):
 
 def test_peoples_answers_give_the_vote(train, test):
     short = replace(CONFIG, steps=2)
-    probe = QuestionsProbe(short).fit(train.codes, train.questions, progress=False)
+    probe = VQAProbe(short).fit(train.codes, train.questions, progress=False)
     people = [replace(q, people=("zebra",) * 10) for q in test.questions]
     assert probe.evaluate(test.codes, people)["vote_accuracy"] == 0
     given = probe.answer(test.codes, test.questions)
@@ -36,7 +37,11 @@ def test_peoples_answers_give_the_vote(train, test):
 
 def test_only_the_usual_answers_are_classes(train):
     short = replace(CONFIG, steps=1, max_answers=3)
-    probe = QuestionsProbe(short).fit(train.codes, train.questions, progress=False)
+    probe = VQAProbe(short).fit(train.codes, train.questions, progress=False)
     assert len(probe.answers) == 3
     with pytest.raises(ValueError, match="no question"):
-        QuestionsProbe(short).fit(train.codes, [])
+        VQAProbe(short).fit(train.codes, [])
+
+
+def test_the_names_of_version_0_1_still_exist():
+    assert (vqa.QuestionsProbe, vqa.QuestionsConfig) == (VQAProbe, VQAConfig)

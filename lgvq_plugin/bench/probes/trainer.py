@@ -1,0 +1,213 @@
+"""The trainer of the probes: AdamW, a progress bar, and checkpoints to resume from."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...checkpoints.read import read_raw
+from ...config import require
+from ...files import replacing
+from ...sockets import ConfigError
+from . import AbstractProbe, Target
+from .features import FrozenCodes
+
+logger = logging.getLogger(__name__)
+
+LossFunction = Callable[[Tensor, torch.Generator], Tensor]
+"""Rows (B,) int64 on the CPU and a CPU generator -> scalar loss."""
+STORED_NAMES = {"in_proj": "enter", "pos_embed": "positions", "mask_embed": "hidden"}
+"""Parameters whose names in checkpoint files are those of version 0.1."""
+Config = TypeVar("Config", bound="ProbeConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Training and size of a probe."""
+
+    steps: int = 600
+    """Updates, >= 1."""
+    batch_size: int = 64
+    """Images per update, >= 1."""
+    learning_rate: float = 2e-3
+    """AdamW's peak learning rate, > 0: linear warmup over a twentieth of the steps, then cosine."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, >= 0; none for biases and norms."""
+    width: int = 128
+    """Width of the network; a multiple of `heads`."""
+    depth: int = 2
+    """Number of blocks, >= 1."""
+    heads: int = 4
+    """Attention heads, >= 1."""
+    dropout: float = 0.1
+    """Dropout rate in [0, 1)."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images, and all random draws."""
+    checkpoint_every: int = 200
+    """Updates between checkpoints, >= 1."""
+
+    def __post_init__(self) -> None:
+        self._require_counts("steps", "batch_size", "width", "depth", "heads", "checkpoint_every")
+        require(self.width % self.heads == 0, "width", f"a multiple of {self.heads}", self.width)
+        require(self.learning_rate > 0, "learning_rate", "a number > 0", self.learning_rate)
+        require(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
+        require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)", self.dropout)
+
+    def _require_counts(self, *names: str) -> None:
+        for name in names:
+            require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
+
+
+class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
+    """A probe with a network; nothing of the host or the guide is trained.
+
+    Args:
+        config: of the class's `Config`; None: its defaults.
+        device: of the network.
+    """
+
+    Config: ClassVar[type[ProbeConfig]]
+    network: Any
+
+    def __init__(self, config: Config | None = None, *, device: torch.device | str = "cpu"):
+        self.config: Config = config or self.Config()  # type: ignore[assignment]
+        self.device = torch.device(device)
+
+
+def fit(
+    network: nn.Module,
+    loss_of: LossFunction,
+    count: int,
+    config: ProbeConfig,
+    *,
+    name: str,
+    folder: Path | None = None,
+    progress: bool = True,
+    facts: Any = None,
+) -> list[float]:
+    """Train a network; a finished one is not trained again.
+
+    Args:
+        network: in evaluation mode afterwards.
+        loss_of: the loss of the network on some of `count` rows.
+        count: number of rows.
+        config: of the training.
+        name: of the progress bar and the checkpoint.
+        folder: of the checkpoint `<name>.pt`; None: no checkpoint.
+        progress: whether to show the bar.
+        facts: further plain values that the result depends on; a checkpoint that was made with
+            other values is not used.
+
+    Returns:
+        The loss of each step of this call.
+    """
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(network, config.weight_decay), betas=(0.9, 0.98)
+    )
+    path = None if folder is None else folder / f"{name}.pt"
+    cache_key = _cache_key(network, count, config, facts)
+    start = 0 if path is None else _restore(path, cache_key, network, optimizer)
+    losses: list[float] = []
+    device = next(network.parameters()).device
+    network.train()
+    bar = tqdm(range(start, config.steps), desc=name, disable=not progress, leave=False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for step in bar:
+            torch.manual_seed(config.seed * 1_000_003 + step)  # for dropout
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            loss = loss_of(_rows(step, count, config), generator_at(config.seed, step))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            is_due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            if path is not None and is_due:
+                _save(path, cache_key, step + 1, network, optimizer)
+    network.eval()
+    return losses
+
+
+def generator_at(seed: int, step: int) -> torch.Generator:
+    """Return the CPU generator of a step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**62))
+
+
+def pick(choices: Sequence[Sequence[Any]], rows: Tensor, draws: Tensor) -> list[Any]:
+    """Return one of the choices of each row, by draws in [0, 1)."""
+    several = [choices[row] for row in rows.tolist()]
+    return [some[int(draw * len(some))] for some, draw in zip(several, draws, strict=True)]
+
+
+def learning_rate_at(step: int, config: ProbeConfig) -> float:
+    """Return the learning rate of a step: linear warmup, then a cosine down to a twentieth."""
+    warm = max(1, config.steps // 20)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    done = torch.tensor((step - warm) / max(1, config.steps - warm))
+    return config.learning_rate * float(0.05 + 0.475 * (1 + torch.cos(done * torch.pi)))
+
+
+def _parameter_groups(network: nn.Module, decay: float) -> list[dict[str, Any]]:
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _rows(step: int, count: int, config: ProbeConfig) -> Tensor:
+    """Return the rows of a step: each epoch is a permutation of all rows, cut into batches."""
+    batch = min(config.batch_size, count)
+    epoch, place = divmod(step, count // batch)
+    order = torch.randperm(count, generator=generator_at(config.seed + 1, epoch))
+    return order[place * batch : (place + 1) * batch]
+
+
+def _cache_key(network: nn.Module, count: int, config: ProbeConfig, facts: Any) -> str:
+    shapes = {_stored_name(key): list(value.shape) for key, value in network.state_dict().items()}
+    settings = {key: value for key, value in asdict(config).items() if key != "checkpoint_every"}
+    text = json.dumps([shapes, count, settings, facts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stored_name(key: str) -> str:
+    return ".".join(STORED_NAMES.get(part, part) for part in key.split("."))
+
+
+def _restore(
+    path: Path, cache_key: str, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Load a checkpoint that has this cache key; return the step to start from."""
+    if not path.is_file():
+        return 0
+    try:
+        saved, _ = read_raw(path)
+    except ConfigError as error:
+        logger.warning("%s; the probe is trained from the start", error)
+        return 0
+    if not isinstance(saved, Mapping) or saved.get("mark") != cache_key:
+        return 0
+    stored = saved["network"]
+    network.load_state_dict({key: stored[_stored_name(key)] for key in network.state_dict()})
+    optimizer.load_state_dict(saved["optimizer"])
+    return int(saved["step"])
+
+
+def _save(
+    path: Path, cache_key: str, step: int, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    state = {_stored_name(key): value for key, value in network.state_dict().items()}
+    content = {"mark": cache_key, "step": step, "network": state}
+    with replacing(path) as part:
+        torch.save({**content, "optimizer": optimizer.state_dict()}, part)
