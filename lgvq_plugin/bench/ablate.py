@@ -14,7 +14,7 @@ from ..arguments import parse_words
 from ..checkpoints import find_checkpoint
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, path_of
-from ..training.build import Sections, lgvq_block, read_config
+from ..training.config import Sections, lgvq_block, read_config
 from .records import DIFFERENCES, REPORT, RESULTS, SUMMARY, VALUES, Results, summary
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def inspect(argv: list[str]) -> int:
         for name, checkpoint in zip(names, read, strict=True)
     }
     configs = [found for found in (config, *(one.config for one in read)) if found]
-    data = Sections.of(configs[0]).data
+    data = Sections.from_config(configs[0]).data
     samples = read_samples(data.test or data.validation or data.train, given.limit)
     block = next((found for one in configs if (found := lgvq_block(one).get("guide"))), None)
     chosen = {"use": given.guide} if given.guide else block or {"use": "micro_clip"}

@@ -20,14 +20,8 @@ from ..checkpoints import find_checkpoint
 from ..config import build, require
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve, suggest
-from ..training.build import (
-    data_mapping,
-    lay_over,
-    read_config,
-    to_plain,
-    with_shortcuts,
-    with_sizes,
-)
+from ..training.build import with_shortcuts
+from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
 
 NAMES = (  # of the metrics, in the order of the table; base.METRICS says what computes them
     *("psnr", "ssim", "lpips", "fid", "fd", "usage", "words", "relation"),

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ObjectivesConfig, parse
 from ..sockets import ConfigError, suggest
-from ..training.build import (
+from ..training.config import (
     Sections,
     lay_over,
     lgvq_block,
@@ -269,7 +269,7 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
         raise ConfigError("training.seed is the plan's: give --seeds, or `seeds:` in the plan")
     changed = lay_over(lay_over(config, given), {"training": {"seed": seed}})
     try:
-        plain = Sections.of(changed).plain
+        plain = Sections.from_config(changed).plain
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     loss, block = loss_section(plain), lgvq_block(plain)

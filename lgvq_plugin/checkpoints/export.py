@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from ..files import replacing, require_writable
 from ..sockets import ConfigError
-from ..training.build import read_config, to_plain
+from ..training.config import read_config, to_plain
 from . import find_checkpoint
 
 if TYPE_CHECKING:

@@ -21,16 +21,14 @@ from ..arguments import add_shortcuts, parse_words
 from ..config import parse
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, Problems
-from ..training.build import (
+from ..training.build import build_dataset, build_parts, with_shortcuts
+from ..training.config import (
     Sections,
-    build_dataset,
-    build_parts,
     lay_over,
     lgvq_block,
     model_section,
     read_config,
     to_plain,
-    with_shortcuts,
 )
 from ..training.run import TrainResult, train
 from . import find_checkpoint
@@ -112,7 +110,7 @@ def retrofit(
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
-    sections = Sections.of(new)
+    sections = Sections.from_config(new)
     require_steps_for_host(sections.training)
     guide = build_guide(parse(lgvq_block(sections.plain)).guide)  # before hours of training
     held_out = build_dataset(sections.data.validation or sections.data.train)
@@ -148,7 +146,7 @@ def _require_all(plain: dict[str, Any], lgvq: Any) -> None:
 
     problems = Problems()
     new: dict[str, Any] = {**plain, "model": over_old_loss(model_section(plain), lgvq)}
-    sections = Sections.of(new, problems)
+    sections = Sections.from_config(new, problems)
     if problems:
         build_parts(new, sections, problems)
 

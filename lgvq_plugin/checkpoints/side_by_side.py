@@ -17,7 +17,8 @@ from ..datasets.base import collate
 from ..guides.base import AbstractGuide
 from ..host import encode, reconstruct
 from ..sockets import ConfigError, resolve
-from ..training.build import FROZEN, LOSS_KEYS, TrainingConfig, loss_key
+from ..training.config import LOSS_KEYS, loss_key
+from ..training.settings import FROZEN, TrainingConfig
 from .load import Checkpoint
 
 logger = logging.getLogger(__name__)

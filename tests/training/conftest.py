@@ -1,10 +1,14 @@
 """A tiny taming VQGAN on a tiny data set; its perceptual weight is 0, so nothing is downloaded."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).parent))  # configs name `toy.ToyHost`, tests import it
 
 CONFIG = {
     "model": {

@@ -5,13 +5,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import (
-    Sections,
-    TrainingConfig,
-    build_dataset,
-    build_host,
-    read_config,
-)
+from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.config import Sections, read_config
+from lgvq_plugin.training.settings import TrainingConfig
 
 
 def test_later_files_and_overrides_win(tmp_path):
@@ -62,7 +58,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
 )
 def test_a_wrong_config_says_what_and_where(config, change, told):
     with pytest.raises(ConfigError, match=told):
-        Sections.of(config(change))
+        Sections.from_config(config(change))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +98,7 @@ def test_the_keys_of_data_may_stand_where_taming_has_them(config):
     direct = config()
     nested = config()
     nested.data = {"target": "main.DataModuleFromConfig", "params": direct.data}
-    assert Sections.of(nested).data == Sections.of(direct).data
+    assert Sections.from_config(nested).data == Sections.from_config(direct).data
 
 
 def test_tamings_learning_rate_rule(config):
@@ -112,17 +108,19 @@ def test_tamings_learning_rate_rule(config):
         "data.batch_size=8",
         "training.accumulate_grad_batches=2",
     ]
-    assert Sections.of(config(*given)).learning_rate(4) == pytest.approx(4.5e-6 * 8 * 2 * 4)
+    assert Sections.from_config(config(*given)).learning_rate(4) == pytest.approx(
+        4.5e-6 * 8 * 2 * 4
+    )
     given[1] = "training.scale_lr=false"
-    assert Sections.of(config(*given)).learning_rate(4) == 4.5e-6
+    assert Sections.from_config(config(*given)).learning_rate(4) == 4.5e-6
     given[1] = "model.learning_rate=1e-4"
-    assert Sections.of(config(*given)).learning_rate(4) == 1e-4
+    assert Sections.from_config(config(*given)).learning_rate(4) == 1e-4
 
 
 def test_the_lightning_section_of_old_configs_is_passed_over(config, caplog):
-    Sections.of(config("lightning.trainer.max_steps=7"))
+    Sections.from_config(config("lightning.trainer.max_steps=7")).warn()
     assert "`lightning:` section is not read" in caplog.text
 
 
 def test_training_needs_only_max_steps():
-    assert TrainingConfig(max_steps=1) == TrainingConfig.of({"max_steps": 1})
+    assert TrainingConfig(max_steps=1) == TrainingConfig.from_dict({"max_steps": 1})

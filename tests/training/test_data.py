@@ -1,8 +1,6 @@
 """Loaders: the same samples for any number of workers, processes and resumes."""
 
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from toy import Ones, Random
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.data import Stream, train_loader, validation_loader
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def draws(count, **given):

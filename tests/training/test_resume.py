@@ -2,8 +2,6 @@
 
 import csv
 import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +9,6 @@ import torch
 
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.run import Interrupted, train
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def assert_same(a, b, where=""):

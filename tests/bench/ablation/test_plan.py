@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from lgvq_plugin.bench.plan import apply_changes, read_plan
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import Sections, build_dataset, build_host
+from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.config import Sections
 
 PLANS = sorted((Path(__file__).parents[3] / "configs" / "ablation").glob("*.yaml"))
 SMALL = {
@@ -47,7 +48,7 @@ def test_every_plan_of_ours_is_good(path):
     seeds, datasets = {job.seed for job in plan.jobs}, {job.data for job in plan.jobs}
     assert len(plan.jobs) == len(plan.variants) * len(seeds) * len(datasets)
     for job in plan.jobs:
-        Sections.of(job.config)
+        Sections.from_config(job.config)
 
 
 def test_jobs_are_every_combination(write):
@@ -198,7 +199,7 @@ def test_variants_of_a_seed_start_alike():
     for job in read_plan(path, seeds=2).jobs[:3]:  # baseline of two seeds, LG-VQ of the first
         torch.manual_seed(job.seed)
         hosts.append(build_host(job.config).state_dict())
-        dataset = build_dataset(Sections.of(job.config).data.train)
+        dataset = build_dataset(Sections.from_config(job.config).data.train)
         samples.append([dataset[i]["caption"] for i in range(5)])
     plain, other, ours = hosts
     assert {key for key in ours if not key.startswith("loss.lgvq.")} == {*plain}
