@@ -1,4 +1,4 @@
-"""Train the embedded guide `micro_clip` on the embedded scenes: CLIP's loss, some minutes of CPU.
+"""Train the embedded guide `micro_clip` on the embedded scenes: CLIP's loss, minutes on a CPU.
 
 python -m lgvq_plugin.training.micro_clip
     scenes -> image tower, text tower -> symmetric InfoNCE -> guides/_micro_clip/
@@ -24,9 +24,9 @@ from ..sockets import ConfigError, resolve
 
 FOLDER = Path(__file__).parents[1] / "guides" / "_micro_clip"
 WARMUP = 0.05  # share of the steps
-JOINED = 0.2  # share of captions that are two captions of the scene, for the late positions
-HIDDEN = 0.1  # share of words hidden from the text tower, so that it knows hidden words
-HIGHEST_SCALE = 100.0  # of the logits, as in CLIP
+JOINED = 0.2  # share of captions that are two captions of the scene, to train late positions
+MASKED = 0.1  # share of words masked for the text tower, so that it knows masked words
+MAX_SCALE = 100.0  # of the logits, as in CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +34,21 @@ class Plan:
     """How the embedded model is trained; defaults are those of the shipped weights."""
 
     seed: int = 0
-    """Of weights, scenes and batches."""
+    """Seeds weights, scenes and batches."""
     steps: int = 700
     """Optimizer steps."""
     batch: int = 128
-    """Scenes a step."""
+    """Scenes per step."""
     scenes: int = 8192
     """Training scenes."""
     held_out: int = 512
     """Scenes of the validation split, for retrieval."""
     learning_rate: float = 1e-3
-    """Highest; cosine to 0 behind a warm-up."""
+    """Peak; cosine decay to 0 after a warm-up."""
     weight_decay: float = 0.1
-    """Of matrices; token embeddings have none, so rows without a gradient stay."""
+    """For matrices only; without decay, token embeddings that get no gradient stay the same."""
     threads: int = 1
-    """Of torch; part of the plan since the last bits depend on it."""
+    """torch's threads; the last bits of the weights depend on it."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(plan: Plan, output: Path) -> dict[str, Any]:
-    """Train and write the weights; returns what is known of them."""
+    """Train and write the weights; returns their metadata."""
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
@@ -95,8 +95,7 @@ def _train(plan: Plan, output: Path) -> dict[str, Any]:
     tokenizer = guide.new_tokenizer()
     network = guide.new_network(plan.seed)
     pairs = _draw("train", plan.scenes, plan.seed)
-    # Tokenized once: (captions of all scenes in a row), C a scene.
-    tokens = tokenizer([caption for told in pairs.captions for caption in told])
+    tokens = tokenizer([caption for captions in pairs.captions for caption in captions])
     start = time.perf_counter()
     loss = _fit(network, pairs, tokenizer, plan)
     minutes = (time.perf_counter() - start) / 60
@@ -123,7 +122,7 @@ def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     generator = torch.Generator().manual_seed(plan.seed)
     network.train()
     hook = network.text.token_embedding.register_forward_hook(
-        lambda _, ids, rows: _hide(ids[0], rows, tokenizer, generator)
+        lambda _, ids, rows: _mask(ids[0], rows, tokenizer, generator)
     )
     losses: list[float] = []
     bar = tqdm(range(plan.steps), desc="micro_clip", mininterval=2)
@@ -137,7 +136,7 @@ def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            network.logit_scale.clamp_(0, math.log(HIGHEST_SCALE))
+            network.logit_scale.clamp_(0, math.log(MAX_SCALE))
         losses.append(float(loss.detach()))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     hook.remove()
@@ -166,18 +165,19 @@ def _draw(split: str, length: int, seed: int) -> Pairs:
     return Pairs(images, [sample["captions"] for sample in samples])
 
 
-def _caption(told: list[str], generator: torch.Generator) -> str:
+def _caption(captions: list[str], generator: torch.Generator) -> str:
     # Where two captions meet there may be a "..", the one token whose row is not kept.
     first, second, chance = torch.rand(3, generator=generator).tolist()
-    caption = told[int(first * len(told))]
-    return f"{caption}. {told[int(second * len(told))]}" if chance < JOINED else caption
+    caption = captions[int(first * len(captions))]
+    other = captions[int(second * len(captions))]
+    return f"{caption}. {other}" if chance < JOINED else caption
 
 
-def _hide(ids: Tensor, rows: Tensor, tokenizer: Any, generator: torch.Generator) -> Tensor:
-    """Set some words' embeddings (B, T, Dt) to zero, which is the vocabulary's mean all but."""
+def _mask(ids: Tensor, rows: Tensor, tokenizer: Any, generator: torch.Generator) -> Tensor:
+    """Set some words' embeddings (B, T, Dt) to zero, nearly the vocabulary's mean."""
     is_special = torch.isin(ids, torch.tensor([0, *tokenizer.all_special_ids]))
-    is_hidden = (torch.rand(ids.shape, generator=generator) < HIDDEN) & ~is_special
-    return rows.masked_fill(is_hidden[..., None], 0.0)
+    is_masked = (torch.rand(ids.shape, generator=generator) < MASKED) & ~is_special
+    return rows.masked_fill(is_masked[..., None], 0.0)
 
 
 def _groups(network: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -200,8 +200,8 @@ def _rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _retrieval(network: Any, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
-    """Return R@1 both ways among held-out scenes, each with its caption that tells of all."""
-    captions = [told[0] for told in pairs.captions]
+    """Return R@1 both ways among held-out scenes, each with its most complete caption."""
+    captions = [texts[0] for texts in pairs.captions]
     image = network.encode_image(pairs.images, normalize=True)
     text = network.encode_text(tokenizer(captions), normalize=True)
     relevant = torch.tensor([[a == b for b in captions] for a in captions])

@@ -61,6 +61,20 @@ CONFIG = {
 }
 
 
+SMALL_HOST = {
+    "learning_rate": 1e-3,
+    "target": "lgvq_plugin.hosts.vqvae.VQVAE",
+    "params": {
+        "n_embed": 8,
+        "embed_dim": 4,
+        "channels": 8,
+        "num_res_blocks": 1,
+        "downsample": 4,
+        "lossconfig": {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss"},
+    },
+}
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -69,7 +69,7 @@ def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
         (f"{BLOCK}.recipe=papier", "paper"),
         (f"{BLOCK}.guide.use=micro_clop", "did you mean 'micro_clip'"),
         (f"{BLOCK}.caption_key=words", "words"),
-        ("model=3", "no section `model:`"),
+        ("model=3", "model: expected a mapping"),
         (f"{BLOCK}.caption_key=index", "captions must be a list with one entry per image"),
         (f"{BLOCK}.code_dim=5", "lgvq.code_dim: 4"),
     ],

@@ -42,8 +42,14 @@ LGVQ = [
 ]
 
 
-@pytest.mark.parametrize("lgvq", [[], LGVQ], ids=["host", "lgvq"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("lgvq", "workers"),
+    [
+        ([], 0),
+        pytest.param(LGVQ, 0, marks=pytest.mark.slow),
+        pytest.param(LGVQ, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     # 11 samples, batches of 2: an epoch ends in the middle of the second half.
     extra = [
@@ -88,8 +94,15 @@ def test_accumulation_and_clipping_resume_too(config, tmp_path):
     assert_same_run(resumed, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", [0, 4])  # while the loader is set up, and in the run
+@pytest.mark.parametrize(  # place: while the loader is set up, and in the run
+    ("number", "place"),
+    [
+        (signal.SIGTERM, 4),
+        (signal.SIGINT, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_is_saved_and_goes_on(config, tmp_path, monkeypatch, number, place):
     import toy
 
