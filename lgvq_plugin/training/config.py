@@ -264,7 +264,7 @@ class Sections:
         """
         whole = lay_over(OmegaConf.create({}), config)
         plain = to_plain(whole)
-        ignored = _settle_root(plain, helpers_of(whole))
+        ignored, notes = _settle_root(plain, helpers_of(whole)), list[str]()
         found = Problems() if problems is None else problems
         parts: dict[str, Any] = dict.fromkeys(SECTIONS[:3])
         with found.collecting():
@@ -272,19 +272,18 @@ class Sections:
             ignored += [f"model.{k}" for k in plain["model"] if k not in (*model, "scale_lr")]
             plain["model"] = model
         with found.collecting():
-            parts["data"] = data_section(plain)
+            parts["data"] = data_section(plain, notes)
             ignored += [f"data.{k}" for k in _flat(plain["data"]) if k not in (*DATA_KEYS, "wrap")]
-            plain["data"] = with_sizes(plain["data"], plain.get("model"))
+            plain["data"] = with_sizes(plain["data"], plain.get("model"), [])
         with found.collecting():
             section = _section(plain, "training", default={})
             parts["training"] = TrainingConfig.from_dict(section)
         if problems is None:
             found.raise_any()
-        notes = [f"the config's {', '.join(ignored)}: not read, no effect here"] if ignored else []
+        if ignored:
+            notes.append(f"the config's {', '.join(ignored)}: not read, no effect here")
         if "lightning" in plain:
             notes.append("the `lightning:` section is not read; `training:` takes its place")
-        if parts["data"] is not None:
-            notes += _wrong_sizes(parts["data"], plain.get("model"))
         return cls(**parts, plain=plain, warnings=notes)
 
     def check_names(self) -> None:
@@ -379,14 +378,7 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
 def helpers_of(config: DictConfig) -> set[str]:
     """Return the keys of the root beside the sections that the config's interpolations name."""
 
-    def strings(node: Any) -> Iterator[str]:
-        for value in node.values() if isinstance(node, dict) else node:
-            if isinstance(value, dict | list):
-                yield from strings(value)
-            elif isinstance(value, str):
-                yield value
-
-    text = "\n".join(strings(OmegaConf.to_container(config, resolve=False)))
+    text = OmegaConf.to_yaml(config, resolve=False)
     return {*re.findall(r"\$\{([A-Za-z_]\w*)", text)} - {*SECTIONS, *SHORT_FORMS}
 
 
@@ -488,14 +480,14 @@ def data_mapping(data: Any) -> Mapping[str, Any]:
     return data
 
 
-def data_section(plain: Mapping[str, Any]) -> DataSection:
-    """Return the checked `data:` section of a plain config, its sizes the host's resolution.
+def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> DataSection:
+    """Return the checked `data:` section of a plain config, see :func:`with_sizes`.
 
     Raises:
         ConfigError: for what is missing or unknown in it.
     """
     data = data_mapping(_section(plain, "data", DATA_HINT))
-    given = _flat(with_sizes(data, plain.get("model")))
+    given = _flat(with_sizes(data, plain.get("model"), notes))
     _refuse_near("data", given, [*DATA_KEYS, "wrap"])
     for key in ("batch_size", "train"):
         if given.get(key) is None:
@@ -521,58 +513,54 @@ def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """
 
     def search(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, Mapping):
-            yield from ((f"{path}.{key}", node[key]) for key in RESOLUTION_KEYS if key in node)
-            for key in node.keys() - {*LOSS_KEYS}:
-                yield from search(node[key], f"{path}.{key}")
+        inner = node if isinstance(node, Mapping) else {}
+        yield from ((f"{path}.{key}", inner[key]) for key in RESOLUTION_KEYS if key in inner)
+        for key, value in inner.items():
+            if key not in LOSS_KEYS:
+                yield from search(value, f"{path}.{key}")
 
-    for key, value in search(
-        model.get("params") if isinstance(model, Mapping) else 0, "model.params"
-    ):
+    params = model.get("params") if isinstance(model, Mapping) else None
+    for key, value in search(params, "model.params"):
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
             return key, sides[0] if sides[0] == sides[1] else sides
     return None
 
 
-def with_sizes(data: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def with_sizes(
+    data: Mapping[str, Any], model: Any, notes: list[str] | None = None
+) -> dict[str, Any]:
     """Return the `data:` section with the host's resolution as `size` where it names none.
 
     Args:
         data: the section; only data sets of this package get a size.
         model: the `model:` section, if there is one.
+        notes: collects warnings of other sizes, which are logged if it is None.
     """
     known, made = resolution_of(model), dict(data)
-    for name in DATA_SETS if known else ():
-        section = data.get(name)
-        if isinstance(section, Mapping) and _is_ours(section.get("target")):
-            params = {"size": known[1], **(section.get("params") or {})}
-            made[name] = {**section, "params": params}
-    if isinstance(data.get("params"), Mapping):
-        made["params"] = with_sizes(data["params"], model)
-    return made
-
-
-def _wrong_sizes(data: DataSection, model: Any) -> list[str]:
-    if (known := resolution_of(model)) is None:
-        return []
+    if known is None:
+        return made
     key, size = known
-    named = ((name, getattr(data, name)) for name in DATA_SETS)
-    return [
-        f"data.{name}: size {given}, but the host is built for {size} ({key}); leave `size` out "
-        "to train at the host's resolution"
-        for name, section in named
-        if section is not None and _is_ours(section["target"])
-        if (given := section["params"]["size"]) not in (size, [size, size])
-    ]
-
-
-def _is_ours(target: Any) -> bool:
-    """Whether a data set is one of this package, which all take `size`; imports none of them."""
     folder = f"{__package__.partition('.')[0]}.datasets."
-    return target in MEMBERS or str(target).replace(":", ".").removeprefix(folder) in (
-        *MEMBERS.values(),
-    )
+    ours = {*MEMBERS, *(f"{folder}{path}" for path in MEMBERS.values())}  # these all take `size`
+    for name in DATA_SETS:
+        section = data.get(name)
+        if (
+            not isinstance(section, Mapping)
+            or str(section.get("target")).replace(":", ".") not in ours
+        ):
+            continue
+        params = {"size": size, **(section.get("params") or {})}
+        made[name] = {**section, "params": params}
+        if params["size"] not in (size, [size, size]):
+            note = (
+                f"data.{name}: size {params['size']}, but the host is built for {size} ({key}); "
+                "leave `size` out to train at the host's resolution"
+            )
+            logger.warning("%s", note) if notes is None else notes.append(note)
+    if isinstance(data.get("params"), Mapping):
+        made["params"] = with_sizes(data["params"], model, notes)
+    return made
 
 
 def loss_key(config: Mapping[str, Any]) -> str | None:

@@ -56,12 +56,7 @@ class Plan:
                 raise ConfigError(f"micro_clip: --{name} must be positive, got {value}")
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Scenes in memory: images (N, 3, S, S) in [-1, 1], and their captions."""
-
-    images: Tensor
-    captions: list[list[str]]
+Pairs = tuple[Tensor, list[list[str]]]  # images (N, 3, S, S) in [-1, 1], captions of each
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,38 +80,40 @@ def train(plan: Plan, output: Path) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     try:
         with seeded(plan.seed):
-            return _train(plan, output)
+            guide = resolve("guides", "micro_clip")
+            tokenizer, network = guide.new_tokenizer(), guide.new_network(plan.seed)
+            pairs = _draw("train", plan.scenes, plan.seed)
+            tokens = tokenizer([caption for captions in pairs[1] for caption in captions])
+            start = time.perf_counter()
+            loss = _fit(network, pairs, tokenizer, plan)
+            minutes = (time.perf_counter() - start) / 60
+            held_out = _draw("validation", plan.held_out, plan.seed)
+            facts = {
+                **asdict(plan),
+                "data": "lgvq_plugin.datasets.scenes",
+                "loss": round(loss, 4),
+                "retrieval": _retrieval(network, held_out, tokenizer),
+                "minutes": round(minutes, 1),
+                "machine": platform.machine(),
+                "torch": torch.__version__,
+                "command": "python -m lgvq_plugin.training.micro_clip",
+            }
+            guide.save(network, tokens.unique(), output, facts)
+            return facts
     finally:
         torch.set_num_threads(threads)
-
-
-def _train(plan: Plan, output: Path) -> dict[str, Any]:
-    guide = resolve("guides", "micro_clip")
-    tokenizer = guide.new_tokenizer()
-    network = guide.new_network(plan.seed)
-    pairs = _draw("train", plan.scenes, plan.seed)
-    tokens = tokenizer([caption for captions in pairs.captions for caption in captions])
-    start = time.perf_counter()
-    loss = _fit(network, pairs, tokenizer, plan)
-    minutes = (time.perf_counter() - start) / 60
-    facts = {
-        **asdict(plan),
-        "data": "lgvq_plugin.datasets.scenes",
-        "loss": round(loss, 4),
-        "retrieval": _retrieval(network, _draw("validation", plan.held_out, plan.seed), tokenizer),
-        "minutes": round(minutes, 1),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "command": "python -m lgvq_plugin.training.micro_clip",
-    }
-    guide.save(network, tokens.unique(), output, facts)
-    return facts
 
 
 def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     """Train in place; returns the mean loss of the last tenth of the steps."""
     network.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    groups = _groups(network, plan.weight_decay)
+    named = [*network.named_parameters()]
+    decayed = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "embedding" in name]
+    groups = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
     generator = torch.Generator().manual_seed(plan.seed)
@@ -127,9 +124,9 @@ def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     losses: list[float] = []
     bar = tqdm(range(plan.steps), desc="micro_clip", mininterval=2)
     for _ in bar:
-        batch = torch.randperm(len(pairs.images), generator=generator)[: plan.batch]
-        captions = [_caption(pairs.captions[i], generator) for i in batch.tolist()]
-        loss = global_semantic_loss_both(network, pairs.images[batch], captions, tokenizer)
+        batch = torch.randperm(len(pairs[0]), generator=generator)[: plan.batch]
+        captions = [_caption(pairs[1][i], generator) for i in batch.tolist()]
+        loss = _clip_loss(network, pairs[0][batch], captions, tokenizer)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -145,10 +142,8 @@ def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     return sum(last) / len(last)
 
 
-def global_semantic_loss_both(
-    network: Any, images: Tensor, captions: list[str], tokenizer: Any
-) -> Tensor:
-    """Return CLIP's loss; unlike our objective it trains the text tower too."""
+def _clip_loss(network: Any, images: Tensor, captions: list[str], tokenizer: Any) -> Tensor:
+    """Return CLIP's loss, which unlike our objective also trains the text tower."""
     image, text = network.encode_image(images), network.encode_text(tokenizer(captions))
     temperature = 1 / network.logit_scale.exp()
     same = torch.tensor([[a == b for b in captions] for a in captions])
@@ -162,7 +157,7 @@ def _draw(split: str, length: int, seed: int) -> Pairs:
     scenes = resolve("datasets", "scenes")(split, size, length, seed, channel_first=True)
     samples = [scenes[i] for i in tqdm(range(length), desc=f"scenes, {split}", mininterval=2)]
     images = torch.stack([torch.from_numpy(sample["image"]) for sample in samples])
-    return Pairs(images, [sample["captions"] for sample in samples])
+    return images, [sample["captions"] for sample in samples]
 
 
 def _caption(captions: list[str], generator: torch.Generator) -> str:
@@ -180,17 +175,6 @@ def _mask(ids: Tensor, rows: Tensor, tokenizer: Any, generator: torch.Generator)
     return rows.masked_fill(is_masked[..., None], 0.0)
 
 
-def _groups(network: Any, weight_decay: float) -> list[dict[str, Any]]:
-    def decays(name: str, parameter: Tensor) -> bool:
-        return parameter.ndim > 1 and "embedding" not in name
-
-    named = list(network.named_parameters())
-    return [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
-
-
 def _rate(step: int, steps: int) -> float:
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
@@ -201,15 +185,18 @@ def _rate(step: int, steps: int) -> float:
 @torch.no_grad()
 def _retrieval(network: Any, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
     """Return R@1 both ways among held-out scenes, each with its most complete caption."""
-    captions = [texts[0] for texts in pairs.captions]
-    image = network.encode_image(pairs.images, normalize=True)
+    captions = [texts[0] for texts in pairs[1]]
+    image = network.encode_image(pairs[0], normalize=True)
     text = network.encode_text(tokenizer(captions), normalize=True)
     relevant = torch.tensor([[a == b for b in captions] for a in captions])
     similarity = image @ text.T
+    ways = {"image_to_text": similarity, "text_to_image": similarity.T}
     return {
         "scenes": len(captions),
-        "image_to_text_recall@1": retrieval_recall(similarity, relevant, ks=(1,))["recall@1"],
-        "text_to_image_recall@1": retrieval_recall(similarity.T, relevant, ks=(1,))["recall@1"],
+        **{
+            f"{k}_recall@1": retrieval_recall(v, relevant, ks=(1,))["recall@1"]
+            for k, v in ways.items()
+        },
         "chance": 1 / len(captions),
     }
 

@@ -7,6 +7,7 @@ from torch import nn
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.build import build_dataset, build_host
 from lgvq_plugin.training.config import Sections, lay_over, lgvq_block, read_config, to_plain
+from lgvq_plugin.training.run import train
 
 LOSS = "model.params.lossconfig"
 OURS = f"{LOSS}.target=lgvq_plugin.LGVQLoss"
@@ -195,6 +196,28 @@ def test_an_unknown_guide_is_refused_by_name(read):
     sections = Sections.from_config(read(OURS, "lgvq.guide.use=micro_clop"))
     with pytest.raises(ConfigError, match="did you mean 'micro_clip'"):
         sections.check_names()
+
+
+@pytest.mark.parametrize("start", [4, 9])
+def test_objectives_that_would_start_after_the_last_step_are_refused(read, start):
+    config = read(OURS, f"lgvq.start={start}", "training.max_steps=4", "lgvq.stop=10")
+    with pytest.raises(ConfigError, match=rf"lgvq\.start: {start} .* training\.max_steps: 4: "):
+        Sections.from_config(config).check_names()
+    Sections.from_config(read(OURS, "lgvq.start=3", "training.max_steps=4")).check_names()
+
+
+def test_a_null_block_over_the_loss_s_own_is_refused(read):
+    with pytest.raises(ConfigError, match=r"lgvq: expected .* got null.*without LG-VQ"):
+        read(OURS, f"{LOSS}.params.lgvq.stop=6", "lgvq=null")
+    assert lgvq_block(read(OURS, lgvq=None)) == {}
+
+
+@pytest.mark.parametrize("word", ["lgvq.rmp=1", "data.train.target=scens", "training.max_stps=1"])
+def test_a_config_error_comes_without_warnings_about_other_keys(read, caplog, word, tmp_path):
+    config = read(OURS, word, width=1, lightning={"a": 1})
+    with pytest.raises(ConfigError):
+        train(config, name="a", logdir=tmp_path, progress=False)
+    assert not caplog.records
 
 
 def test_an_interpolation_into_a_replaced_data_set_says_what_to_give():

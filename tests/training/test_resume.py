@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training import run as training_run
 from lgvq_plugin.training.run import Interrupted, train
 
 
@@ -132,10 +133,10 @@ def test_rows_after_the_checkpoint_are_written_anew(config, tmp_path):
 
 
 def test_auto_begins_anew_where_nothing_is(config, tmp_path):
-    run = train(
+    result = train(
         config("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
     )
-    assert run.steps == 1
+    assert result.steps == 1
 
 
 def test_a_finished_run_stays_as_it_is(config, tmp_path):
@@ -145,10 +146,21 @@ def test_a_finished_run_stays_as_it_is(config, tmp_path):
     assert_same(first.host.state_dict(), again.host.state_dict())
 
 
+@pytest.mark.parametrize("rank", ["LOCAL_RANK", "NODE_RANK", "GROUP_RANK"])
+def test_all_processes_of_a_run_get_the_first_one_s_name(monkeypatch, rank):
+    monkeypatch.delenv("LGVQ_RUN_NAME", raising=False)
+    assert training_run._new_name("tiny").endswith("_tiny")
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(ConfigError, match="give --name"):
+        training_run._new_name("tiny")
+    monkeypatch.setenv("LGVQ_RUN_NAME", "first")
+    assert training_run._new_name("tiny") == training_run._new_name() == "first"
+
+
 def test_only_the_newest_checkpoints_stay(config, tmp_path):
     extra = ["training.checkpoint_every=1", "training.keep_checkpoints=2"]
-    run = train(config(*extra), name="a", logdir=tmp_path, progress=False)
-    files = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    result = train(config(*extra), name="a", logdir=tmp_path, progress=False)
+    files = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
     assert files == ["last.ckpt", "step=00000003.ckpt", "step=00000004.ckpt"]
 
 
