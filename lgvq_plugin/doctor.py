@@ -154,7 +154,10 @@ def _missing(file: Path) -> list[str]:
 
 def _source_of(distribution: str) -> str | None:
     """Return the folder that `pip install -e` was run in, if it was."""
-    text = metadata.distribution(distribution).read_text("direct_url.json")
+    try:
+        text = metadata.distribution(distribution).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
     url = json.loads(text or "{}").get("url", "")
     return unquote(urlparse(url).path) if url.startswith("file:") else None
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..files import replacing, writing
 from ..finite import all_finite, in_groups
 from . import rng, state
+from .data import validation_loader
 from .driver import HostDriver
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class TrainingCallback(pl.Callback):
 
     Args:
         folder: of the run.
-        validation: returns the loader of validation batches; or None.
+        validation: the data set to validate on; or None.
         progress: whether to show a bar.
         signals: that stop the run.
         begin: called after the first batch, before anything is written; returns the loggers.
@@ -53,14 +54,14 @@ class TrainingCallback(pl.Callback):
         self,
         folder: Path,
         *,
-        validation: Callable[[], DataLoader] | None,
+        validation: Any,
         progress: bool,
         signals: "Signals",
         begin: Callable[[], list[Any]],
     ):
         self.folder, self.progress, self.signals = folder, progress, signals
-        self.validation: DataLoader | None = None
-        self._make_validation, self._begin = validation, begin
+        self._dataset, self._begin = validation, begin
+        self._validation: DataLoader | None = None
         self.metrics: dict[str, float] = {}
         self._loggers: list[Any] | None = None
         self._bar: Any = None
@@ -88,15 +89,25 @@ class TrainingCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: HostDriver) -> None:  # type: ignore[override]
         """Install the signal handlers again (Lightning replaced them), start the EMA and bar."""
         self.signals.install()
-        self.validation = self._make_validation() if self._make_validation else None
-        if module.settings.ema_decay is not None:
-            self._ema = EMA(module.host, module.settings.ema_decay)
+        settings = module.settings
+        if self._dataset is not None and (settings.val_every or settings.images_every):
+            self._validation = validation_loader(
+                self._dataset,
+                batch_size=module.batch_size,
+                num_workers=module.num_workers,
+                seed=settings.seed,
+                max_batches=settings.val_batches,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+        if settings.ema_decay is not None:
+            self._ema = EMA(module.host, settings.ema_decay)
             if self._saved is not None:
                 self._ema.load_state_dict(self._saved)
             elif trainer.global_step:
-                logger.warning("the checkpoint has no EMA weights: the averages start anew")
+                logger.warning("the checkpoint has no EMA weights: averaging starts again here")
         if self.progress and trainer.is_global_zero:
-            total, done = module.settings.max_steps, trainer.global_step
+            total, done = settings.max_steps, trainer.global_step
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(  # type: ignore[override]
@@ -172,12 +183,12 @@ class TrainingCallback(pl.Callback):
                 each.log_metrics(values, step)
 
     def _validate(self, trainer: pl.Trainer, module: HostDriver, step: int) -> None:
-        if self.validation is None:
+        if self._validation is None:
             return
         sums: dict[str, Tensor] = {}
         count = torch.zeros((), device=module.device, dtype=torch.float64)
         with self._evaluating(trainer, module):
-            for batch in self.validation:
+            for batch in self._validation:
                 if self.signals.received is not None and trainer.world_size == 1:
                     return  # the other processes would wait for this one
                 batch = trainer.strategy.batch_to_device(batch)
@@ -194,8 +205,8 @@ class TrainingCallback(pl.Callback):
         if not trainer.is_global_zero:
             return
         batches = {"train": batch}
-        if self.validation is not None:
-            batches["val"] = next(iter(self.validation))
+        if self._validation is not None:
+            batches["val"] = next(iter(self._validation))
         with self._evaluating(trainer, module):
             for split, some in batches.items():
                 rows = module.reconstruct(trainer.strategy.batch_to_device(some))

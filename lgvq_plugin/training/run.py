@@ -33,7 +33,6 @@ from .config import Sections, read_config
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import nn
-    from torch.utils.data import DataLoader
 
     from .callbacks import Signals
 
@@ -199,7 +198,7 @@ class _Run:
         host.learning_rate = sections.learning_rate(trainer.world_size)
         callback = TrainingCallback(
             folder,
-            validation=_validation(validation, sections, trainer),
+            validation=validation,
             progress=self.progress,
             signals=self.signals,
             begin=lambda: _begin(folder, sections.plain, trainer, at),
@@ -307,26 +306,6 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
     except (MisconfigurationException, ValueError) as error:
         wanted = ", ".join(f"{key}: {value}" for key, value in machine.items())
         raise ConfigError(f"training ({wanted}) is not available here: {error}") from error
-
-
-def _validation(
-    dataset: Any, sections: Sections, trainer: pl.Trainer
-) -> Callable[[], DataLoader] | None:
-    """Return what makes the loader of validation batches, once the process knows its rank."""
-    data, settings = sections.data, sections.training
-    if dataset is None or not (settings.val_every or settings.images_every):
-        return None
-    from .data import validation_loader
-
-    return lambda: validation_loader(
-        dataset,
-        batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        seed=settings.seed,
-        max_batches=settings.val_batches,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-    )
 
 
 def _begin(

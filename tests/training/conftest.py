@@ -89,3 +89,15 @@ def config():
         return OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
 
     return build
+
+
+@pytest.fixture
+def small(config):
+    """The same for a smaller host with one optimizer."""
+
+    def build(*overrides):
+        given = config(*overrides)
+        given.model = SMALL_HOST
+        return given
+
+    return build

@@ -78,15 +78,15 @@ def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     assert_same_run(resumed, whole)
 
 
-def test_accumulation_and_clipping_resume_too(config, tmp_path):
+def test_accumulation_and_clipping_resume_too(small, tmp_path):
     extra = ["training.accumulate_grad_batches=3", "training.gradient_clip_val=0.5"]
     whole = train(
-        config(*extra, "training.max_steps=4"), name="whole", logdir=tmp_path, progress=False
+        small(*extra, "training.max_steps=4"), name="whole", logdir=tmp_path, progress=False
     )
-    half = config(*extra, "training.max_steps=2")
+    half = small(*extra, "training.max_steps=2")
     train(half, name="half", logdir=tmp_path, progress=False)
     resumed = train(
-        config(*extra, "training.max_steps=4"),
+        small(*extra, "training.max_steps=4"),
         name="half",
         logdir=tmp_path,
         resume=tmp_path / "half",
@@ -104,13 +104,13 @@ def test_accumulation_and_clipping_resume_too(config, tmp_path):
         pytest.param(signal.SIGINT, 4, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_is_saved_and_goes_on(config, tmp_path, monkeypatch, number, place):
+def test_a_killed_run_is_saved_and_goes_on(small, tmp_path, monkeypatch, number, place):
     import toy
 
     monkeypatch.setattr(toy.Killer, "sent", False)
     before = signal.getsignal(number)
-    whole = train(config("training.max_steps=6"), name="whole", logdir=tmp_path, progress=False)
-    killed = config("training.max_steps=6")
+    whole = train(small("training.max_steps=6"), name="whole", logdir=tmp_path, progress=False)
+    killed = small("training.max_steps=6")
     at = int(np.random.default_rng([0, 0]).permutation(11)[place])
     params = {"size": 16, "length": 11, "at": at, "number": int(number)}
     killed.data.train = {"target": "toy.Killer", "params": params}
@@ -122,26 +122,26 @@ def test_a_killed_run_is_saved_and_goes_on(config, tmp_path, monkeypatch, number
     assert_same_run(resumed, whole)
 
 
-def test_rows_after_the_checkpoint_are_written_anew(config, tmp_path):
-    first = train(config(), name="a", logdir=tmp_path, progress=False)
+def test_rows_after_the_checkpoint_are_written_anew(small, tmp_path):
+    first = train(small(), name="a", logdir=tmp_path, progress=False)
     with (first.folder / "metrics.csv").open("a") as file:
         file.write("5,1,2,3\n6,1,2,3\n")  # steps of a run that died without a checkpoint
-    train(config("training.max_steps=6"), name="a", logdir=tmp_path, resume="auto", progress=False)
+    train(small("training.max_steps=6"), name="a", logdir=tmp_path, resume="auto", progress=False)
     with (first.folder / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_auto_begins_anew_where_nothing_is(config, tmp_path):
+def test_auto_begins_anew_where_nothing_is(small, tmp_path):
     result = train(
-        config("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
+        small("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
     )
     assert result.steps == 1
 
 
-def test_a_finished_run_stays_as_it_is(config, tmp_path):
-    first = train(config(), name="a", logdir=tmp_path, progress=False)
-    again = train(config(), name="a", logdir=tmp_path, resume="auto", progress=False)
+def test_a_finished_run_stays_as_it_is(small, tmp_path):
+    first = train(small(), name="a", logdir=tmp_path, progress=False)
+    again = train(small(), name="a", logdir=tmp_path, resume="auto", progress=False)
     assert again.steps == 4
     assert_same(first.host.state_dict(), again.host.state_dict())
 
@@ -157,9 +157,9 @@ def test_all_processes_of_a_run_get_the_first_one_s_name(monkeypatch, rank):
     assert training_run._new_name("tiny") == training_run._new_name() == "first"
 
 
-def test_only_the_newest_checkpoints_stay(config, tmp_path):
+def test_only_the_newest_checkpoints_stay(small, tmp_path):
     extra = ["training.checkpoint_every=1", "training.keep_checkpoints=2"]
-    result = train(config(*extra), name="a", logdir=tmp_path, progress=False)
+    result = train(small(*extra), name="a", logdir=tmp_path, progress=False)
     files = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
     assert files == ["last.ckpt", "step=00000003.ckpt", "step=00000004.ckpt"]
 
