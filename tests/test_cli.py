@@ -128,8 +128,8 @@ def test_the_script_sees_the_working_folder_as_python_m_does(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(script), "doctor", "--json"]
     shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
-    told = [f["told"] for f in json.loads(shown.stdout) if f["what"] == "taming"]
-    assert told[0].startswith(f"clone at {tmp_path / 'taming'}"), told
+    reason = [f["reason"] for f in json.loads(shown.stdout) if f["what"] == "taming"]
+    assert reason[0].startswith(f"clone at {tmp_path / 'taming'}"), reason
 
 
 def test_wrong_input_is_one_line_and_2():
@@ -156,7 +156,7 @@ def test_what_cannot_be_parsed_is_2(argv, capsys):
     assert "lgvq" in capsys.readouterr().err
 
 
-def test_version_is_told(capsys):
+def test_version_is_reported(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["-V"])
     assert not stopped.value.code
@@ -164,7 +164,7 @@ def test_version_is_told(capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "reason"),
     [
         (None, 0, ""),
         (ConfigError("no such thing"), 2, "lgvq: error: no such thing"),
@@ -174,7 +174,7 @@ def test_version_is_told(capsys):
         (BrokenPipeError(), 1, "lgvq: the output was closed before its end"),
     ],
 )
-def test_exit_codes(monkeypatch, capsys, error, code, told):
+def test_exit_codes(monkeypatch, capsys, error, code, reason):
     def command(argv):
         assert argv == ["a", "--b"]
         if error is not None:
@@ -187,7 +187,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, told):
     monkeypatch.setitem(sys.modules, "lgvq_plugin.fake", fake)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # a closed one is replaced
     assert cli.main(["train", "a", "--b"]) == code
-    assert capsys.readouterr().err.strip().endswith(told)
+    assert capsys.readouterr().err.strip().endswith(reason)
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
@@ -240,11 +240,11 @@ def test_a_file_where_a_folder_is_needed_is_2(argv, tmp_path, capsys, monkeypatc
     names = {"CONFIG": ROOT / "configs/vqvae_scenes_64.yaml", "PLAN": ROOT / "configs/none.yaml"}
     before = sorted(tmp_path.rglob("*"))
     assert cli.main([str(names.get(word, word)) for word in argv]) == 2
-    told = capsys.readouterr().err
-    assert "lgvq: error: " in told
-    assert "file" in told
-    assert "a file, where a folder is needed" in told
-    assert "Traceback" not in told
+    reason = capsys.readouterr().err
+    assert "lgvq: error: " in reason
+    assert "file" in reason
+    assert "a file, where a folder is needed" in reason
+    assert "Traceback" not in reason
     assert sorted(tmp_path.rglob("*")) == before
 
 

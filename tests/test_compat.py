@@ -44,7 +44,7 @@ def test_a_weight_of_zero_builds_no_network_and_downloads_nothing(monkeypatch):
     assert log["val/nll_loss"].item() == pytest.approx(images.mean().item(), rel=1e-6)
 
 
-def test_missing_vgg_weights_are_told_in_full(monkeypatch, tmp_path):
+def test_missing_vgg_weights_are_reported_in_full(monkeypatch, tmp_path):
     import torchvision.models._api as api
 
     def offline(*args, **kwargs):
@@ -54,11 +54,11 @@ def test_missing_vgg_weights_are_told_in_full(monkeypatch, tmp_path):
     monkeypatch.setattr(api, "load_state_dict_from_url", offline)
     with pytest.raises(ConfigError) as error:
         compat.build_loss(LOSS, (), SMALL)
-    told = str(error.value)
-    assert "vgg16-397923af.pth" in told  # which file
-    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in told  # from where
-    assert str(tmp_path / "checkpoints") in told  # to where
-    assert "perceptual_weight: 0" in told  # which option does without
+    message = str(error.value)
+    assert "vgg16-397923af.pth" in message  # which file
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message  # from where
+    assert str(tmp_path / "checkpoints") in message  # to where
+    assert "perceptual_weight: 0" in message  # which option does without
 
 
 @pytest.mark.slow

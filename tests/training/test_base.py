@@ -20,23 +20,23 @@ def test_later_files_and_overrides_win(tmp_path):
     }
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path):
+def test_a_file_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "broken.yaml").write_text("model:\n  a: [1,\ntraining: }\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    for path, told in [
+    for path, message in [
         (tmp_path, "is a folder"),
         (tmp_path / "brokn.yaml", r"does not exist; did you mean 'broken\.yaml'"),
         (tmp_path / "broken.yaml", r"broken\.yaml:3: broken YAML"),
         (tmp_path / "list.yaml", "expected a mapping"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             read_config([path])
     with pytest.raises(ConfigError, match="'max_steps': expected key=value"):
         read_config([], ["max_steps"])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("trainig.max_steps=1", "no section 'trainig' in a config; did you mean 'training'"),
         ("training.val_evry=1", "training: no key 'val_evry'; did you mean 'val_every'"),
@@ -56,13 +56,13 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
         ("data=null", "has no section `data:`"),
     ],
 )
-def test_a_wrong_config_says_what_and_where(config, change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_wrong_config_says_what_and_where(config, change, message):
+    with pytest.raises(ConfigError, match=message):
         Sections.from_config(config(change))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("model.target=taming.models.vqgan.VQModle", "did you mean 'VQModel'"),
         ("model.target=no_such_package.Host", "no module named 'no_such_package'"),
@@ -71,8 +71,8 @@ def test_a_wrong_config_says_what_and_where(config, change, told):
         ("model.params.n_codes=1", "n_codes"),
     ],
 )
-def test_a_host_that_cannot_be_built_is_told(config, change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_host_that_cannot_be_built_is_reported(config, change, message):
+    with pytest.raises(ConfigError, match=message):
         build_host(config(change))
 
 

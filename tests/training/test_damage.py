@@ -50,7 +50,7 @@ def finite(path):
 
 
 @pytest.mark.parametrize(
-    ("part", "told", "extra"),
+    ("part", "message", "extra"),
     [
         ("decoder", "in decoder", ["training.gradient_clip_val=1.0"]),
         ("loss.discriminator", "discriminator's gradient is not finite in discriminator", []),
@@ -64,10 +64,10 @@ def finite(path):
     "value", [float("nan"), pytest.param(float("-inf"), marks=pytest.mark.slow)]
 )
 def test_a_gradient_that_is_not_finite_reaches_no_weight(
-    config, tmp_path, monkeypatch, part, told, extra, value
+    config, tmp_path, monkeypatch, part, message, extra, value
 ):
     poison(monkeypatch, part, value, since=3)
-    with pytest.raises(FloatingPointError, match=rf"step [23]: .*{told} .*last\.ckpt"):
+    with pytest.raises(FloatingPointError, match=rf"step [23]: .*{message} .*last\.ckpt"):
         train(config(*EVERY, *extra), name="a", logdir=tmp_path, progress=False)
     files = sorted((tmp_path / "a/checkpoints").iterdir())
     assert [file.name for file in files][:2] == ["last.ckpt", "step=00000001.ckpt"]
@@ -237,9 +237,9 @@ def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(good, tmp_path
         assert cli.main(argv) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    told = capsys.readouterr().err
-    assert re.search(r"cannot write '.*step=00000003\.ckpt': .*last checkpoint is .*last", told)
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert re.search(r"cannot write '.*step=00000003\.ckpt': .*last checkpoint is .*last", message)
+    assert "Traceback" not in message
     assert not [*run.rglob("*.part")]
     assert torch.load(run / "checkpoints/last.ckpt")["global_step"] == 2
     assert cli.main(argv) == 0

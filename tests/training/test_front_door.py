@@ -277,7 +277,7 @@ def test_overrides_about_data_apply_to_the_folder(tmp_path):
     )
 
 
-def test_helper_keys_of_the_root_are_not_told_as_unread(photos, caplog):
+def test_helper_keys_of_the_root_are_not_reported_as_unread(photos, caplog):
     config = OmegaConf.create({**shipped("custom_vqgan"), "width": 32, "unused": 1})
     config.model.params.ddconfig.ch = "${width}"
     Sections.from_config(with_shortcuts(config, data=photos, max_steps=1)).warn()
@@ -363,7 +363,7 @@ DDCONFIG = "model.params.ddconfig"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         ([f"{DDCONFIG}.in_channels=1"], ["data gives 3 × 32 × 32", "this host takes 1 channel"]),
         ([f"{DDCONFIG}.in_channels=7"], ["this host takes 7 channels"]),
@@ -380,12 +380,12 @@ DDCONFIG = "model.params.ddconfig"
         (["data.train.params.channel_first=true"], ["this host takes 3 channels"]),
     ],
 )
-def test_a_first_batch_that_does_not_fit_is_explained(run, photos, tmp_path, overrides, told):
+def test_a_first_batch_that_does_not_fit_is_explained(run, photos, tmp_path, overrides, message):
     part = {"target": "folder", "params": {"root": str(photos), "size": 32}}
     config = {**shipped("custom_vqgan"), "data": {"batch_size": 2, "train": part}}
     code, said = run(config, "--max-steps", 1, *OFFLINE, *overrides)
     assert code == 2
-    assert all(part in said for part in told), said
+    assert all(part in said for part in message), said
     assert "Traceback" not in said
     assert not (tmp_path / "logs").exists()
 

@@ -129,7 +129,7 @@ def test_the_known_options_of_a_data_set_are_all_listed():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["model.params=null"], "missing a required argument: 'ddconfig'"),
         (["model.params.ddconfig.ch_mult=null"], "model.params.ddconfig.ch_mult: None"),
@@ -148,10 +148,10 @@ def test_the_known_options_of_a_data_set_are_all_listed():
         (["model.base_learning_rate=.inf"], "model.base_learning_rate"),
     ],
 )
-def test_one_message_names_the_key(read, words, told):
+def test_one_message_names_the_key(read, words, message):
     with pytest.raises(ConfigError) as raised:
         build_host(Sections.from_config(read(*words)).plain)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_params_that_are_no_mapping_are_refused(read, tiny):
@@ -171,7 +171,7 @@ def test_a_data_set_that_cannot_be_built_names_the_key():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["model=5"], "model: expected a mapping"),
         (["model.params=5"], "model.params: expected a mapping"),
@@ -180,12 +180,12 @@ def test_a_data_set_that_cannot_be_built_names_the_key():
         (["objectives=5"], "objectives: expected some of global_semantic"),
     ],
 )
-def test_a_section_that_is_no_mapping_is_named(read, words, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_section_that_is_no_mapping_is_named(read, words, message):
+    with pytest.raises(ConfigError, match=message):
         Sections.from_config(read(*words))
 
 
-def test_only_what_the_trainer_section_decides_is_told_as_taken(read, caplog):
+def test_only_what_the_trainer_section_decides_is_reported_as_taken(read, caplog):
     sections = Sections.from_config(read("training.max_steps=2", "trainer.max_steps=1"))
     assert sections.training.max_steps == 2
     sections.warn()

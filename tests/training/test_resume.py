@@ -104,7 +104,7 @@ def test_accumulation_and_clipping_resume_too(small, tmp_path):
         pytest.param(signal.SIGINT, 4, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_is_saved_and_goes_on(small, tmp_path, monkeypatch, number, place):
+def test_a_killed_run_is_saved_and_resumed(small, tmp_path, monkeypatch, number, place):
     import toy
 
     monkeypatch.setattr(toy.Killer, "sent", False)
@@ -122,7 +122,7 @@ def test_a_killed_run_is_saved_and_goes_on(small, tmp_path, monkeypatch, number,
     assert_same_run(resumed, whole)
 
 
-def test_rows_after_the_checkpoint_are_written_anew(small, tmp_path):
+def test_rows_after_the_checkpoint_are_written_again(small, tmp_path):
     first = train(small(), name="a", logdir=tmp_path, progress=False)
     with (first.folder / "metrics.csv").open("a") as file:
         file.write("5,1,2,3\n6,1,2,3\n")  # steps of a run that died without a checkpoint
@@ -132,14 +132,14 @@ def test_rows_after_the_checkpoint_are_written_anew(small, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_auto_begins_anew_where_nothing_is(small, tmp_path):
+def test_auto_starts_a_new_run_where_there_is_none(small, tmp_path):
     result = train(
         small("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
     )
     assert result.steps == 1
 
 
-def test_a_finished_run_stays_as_it_is(small, tmp_path):
+def test_a_finished_run_stays_unchanged(small, tmp_path):
     first = train(small(), name="a", logdir=tmp_path, progress=False)
     again = train(small(), name="a", logdir=tmp_path, resume="auto", progress=False)
     assert again.steps == 4
@@ -164,16 +164,16 @@ def test_only_the_newest_checkpoints_stay(small, tmp_path):
     assert files == ["last.ckpt", "step=00000003.ckpt", "step=00000004.ckpt"]
 
 
-def test_what_cannot_be_resumed_is_told(config, tmp_path):
+def test_what_cannot_be_resumed_is_reported(config, tmp_path):
     train(config("training.max_steps=1"), name="a", logdir=tmp_path, progress=False)
     other = config("training.max_steps=2")
     other.model.params.n_embed = 32
-    for resume, given, told in [
+    for resume, given, message in [
         (tmp_path / "nothing.ckpt", config(), "no such checkpoint"),
         (tmp_path, config(), "no checkpoint in its checkpoints/"),
         ("auto", other, r"another config: model\.params\.n_embed: 16 then, 32 now"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             train(given, name="a", logdir=tmp_path, resume=resume, progress=False)
     with pytest.raises(ConfigError, match="holds a run already"):
         train(config(), name="a", logdir=tmp_path, progress=False)
