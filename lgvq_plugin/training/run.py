@@ -283,8 +283,13 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
     from .state import AtomicCheckpointIO
 
     settings = sections.training
-    names = ("devices", "num_nodes", "accelerator", "strategy", "precision")
-    machine: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    machine: dict[str, Any] = {
+        "devices": settings.devices,
+        "num_nodes": settings.num_nodes,
+        "accelerator": settings.accelerator,
+        "strategy": settings.strategy,
+        "precision": settings.precision,
+    }
     if settings.strategy in ("auto", "ddp") and (settings.devices, settings.num_nodes) != (1, 1):
         # Two losses reach two sets of parameters, so each backward pass leaves some unused.
         machine["strategy"] = "ddp_find_unused_parameters_true"
