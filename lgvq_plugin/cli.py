@@ -1,4 +1,4 @@
-"""The command `lgvq`: a table of commands and what to do with their errors; no logic."""
+"""The command `lgvq`: a table of commands and their error handling; no logic."""
 
 import argparse
 import errno
@@ -23,78 +23,65 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
     "configs": ("shipped:main", "list or copy the configs that come with the package"),
-    "doctor": ("doctor:main", "tell what is installed, what is missing, how to mend it"),
+    "doctor": ("doctor:main", "report what is installed, what is missing, how to fix it"),
     "data": ("datasets.commands:main", "check a data set, or convert it for fast reading"),
     "cache": ("datasets.cache:main", "encode all captions once, so that training needs no guide"),
 }
 """Resolved below this package, and only when called: `lgvq --help` imports no torch."""
 
-PATHS = (
+PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
-"""Errors that are about a path the user chose."""
+"""Errors about a path the user chose."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `lgvq`.
 
     Returns:
-        0 done; 2 the user's input is wrong; 1 a failure of ours; 130 interrupted.
+        0 success; 2 wrong input; 1 internal failure; 130 interrupted.
     """
     if argv is None:
-        _see_working_folder()
+        _add_working_folder()
     options, command, rest = _parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="lgvq: %(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.DEBUG if options.debug else logging.INFO)
     try:
         module, _, function = COMMANDS[command][0].partition(":")
         return getattr(_import(f"{__package__}.{module}"), function)(rest)
-    except ConfigError as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"lgvq: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        return _report_os_error(error, options.debug)
     except KeyboardInterrupt as interrupt:
-        told = str(interrupt) or "interrupted; go on with: lgvq train ... --name RUN --resume auto"
-        print(f"lgvq: {told}", file=sys.stderr)
+        default = "interrupted; resume with: lgvq train ... --name RUN --resume auto"
+        print(f"lgvq: {str(interrupt) or default}", file=sys.stderr)
         return 130
-    except FloatingPointError as error:  # a run that diverged: the message says where
-        if options.debug:
-            traceback.print_exc()
-        print(f"lgvq: failed: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
-        return _report_failure(error)
+        return _report(error, options.debug)
 
 
-def _report_os_error(error: OSError, debug: bool) -> int:
-    """Report a path that cannot be used as the user's input, anything else as a failure."""
-    if isinstance(error, BrokenPipeError):  # `lgvq ... | head`: nobody reads on
-        sys.stderr.write("lgvq: the output was closed before its end\n")
+def _report(error: Exception, debug: bool) -> int:
+    """Print an error; return 2 if it is about the user's input, 1 otherwise."""
+    code, text = 1, f"failed: {type(error).__name__}: {error}"
+    if isinstance(error, ConfigError):
+        code, text = 2, f"error: {error}"
+    elif isinstance(error, FloatingPointError):  # a run that diverged: the message says where
+        text = f"failed: {error}"
+    elif isinstance(error, BrokenPipeError):  # `lgvq ... | head`: nobody reads on
+        text = "the output was closed before its end"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
-        return 1
-    if error.errno not in PATHS or error.filename is None:
-        return _report_failure(error)
-    if debug:
-        traceback.print_exc()
-    print(
-        f"lgvq: error: {str(error.filename)!r}: {error.strerror}; check the path and its "
-        "permissions, or give another place (-o, --output, --logdir)",
-        file=sys.stderr,
-    )
-    return 2
+    elif isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
+        code, text = 2, (
+            f"error: {str(error.filename)!r}: {error.strerror}; check the path and its "
+            "permissions, or give another place (-o, --output, --logdir)"
+        )  # fmt: skip
+    else:
+        debug = True
+    if debug and not isinstance(error, BrokenPipeError):
+        traceback.print_exception(error)
+    print(f"lgvq: {text}", file=sys.stderr)
+    return code
 
 
-def _report_failure(error: Exception) -> int:
-    traceback.print_exc()
-    print(f"lgvq: failed: {type(error).__name__}: {error}", file=sys.stderr)
-    return 1
-
-
-def _see_working_folder() -> None:
+def _add_working_folder() -> None:
     """Put the working folder on the path, as `python -m` does: a checkout there is importable."""
     here = os.getcwd()
     if not getattr(sys.flags, "safe_path", False) and not {"", here} & {*sys.path}:
@@ -104,19 +91,19 @@ def _see_working_folder() -> None:
 def _import(module: str) -> ModuleType:
     """Import a command's module; Ctrl-C meanwhile ends the process at once.
 
-    Libraries drop a KeyboardInterrupt in their imports, and stay half imported.
+    Libraries drop a KeyboardInterrupt during their imports, and stay half imported.
     """
     if threading.current_thread() is not threading.main_thread():
         return importlib.import_module(module)
-    before = signal.signal(signal.SIGINT, _leave)
+    before = signal.signal(signal.SIGINT, _exit)
     try:
         return importlib.import_module(module)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave(number: int, frame: object) -> None:
-    os.write(2, b"lgvq: interrupted; nothing was begun\n")
+def _exit(number: int, frame: object) -> None:
+    os.write(2, b"lgvq: interrupted; nothing was started\n")
     os._exit(130)
 
 
@@ -127,7 +114,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
         prog="lgvq",
         usage="lgvq [-V] [--debug] COMMAND ...",
         description="Language-guided codebooks (LG-VQ) for VQ image tokenizers.",
-        epilog=f"commands:\n{lines}\n\n`lgvq COMMAND --help` tells a command's options.",
+        epilog=f"commands:\n{lines}\n\n`lgvq COMMAND --help` shows a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
@@ -137,15 +124,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     rest = [word for word in argv[own:] if word != "--debug"]
     options = parser.parse_args(argv[:own] + ["--debug"] * ("--debug" in argv[own:]))
     if options.version:
-        print(f"lgvq {_version()}")
+        try:
+            version = metadata.version("lgvq_plugin")
+        except metadata.PackageNotFoundError:
+            version = "(not installed: run from a checkout)"
+        print(f"lgvq {version}")
         parser.exit()
     if options.command is None:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
     return options, options.command, rest
-
-
-def _version() -> str:
-    try:
-        return metadata.version("lgvq_plugin")
-    except metadata.PackageNotFoundError:
-        return "(not installed: run from a checkout)"

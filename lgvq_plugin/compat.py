@@ -6,7 +6,7 @@
     taming                                                a clone on the path, before the wheel
 
 so that `from taming.models.vqgan import VQModel` works after it. Nothing that exists is replaced.
-`patches/` holds the same mends as diffs.
+`patches/` holds the same fixes as diffs.
 """
 
 import importlib
@@ -36,7 +36,8 @@ TAMING_CLONE = (
     "git clone https://github.com/CompVis/taming-transformers && "
     "export PYTHONPATH=$PWD/taming-transformers:$PYTHONPATH"
 )
-"""The command after which every taming is there: VectorQuantizer2, GumbelVQ, taming.data."""
+"""The command that gets a complete taming: VectorQuantizer2, GumbelVQ, taming.data."""
+ONLY_IN_CLONE = ("VectorQuantizer2", "GumbelVQ", "taming.data", "taming.modules.misc")
 LPIPS_NAMES = re.compile(
     r"(\w*_)?LPIPS(Loss)?|LearnedPerceptualImagePatchSimilarity|Perceptual(Loss|Network)",
     re.IGNORECASE,
@@ -50,15 +51,39 @@ def _rank_zero_only() -> dict[str, Any]:
     return {"rank_zero_only": rank_zero.rank_zero_only}
 
 
-def _types_of_six() -> dict[str, Any]:
-    return {"string_classes": (str, bytes), "int_classes": int, "inf": float("inf")}
-
-
 SUPPLIED: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     # module: (why it is missing, the names in it that taming reads)
     "pytorch_lightning.utilities.distributed": ("removed in Lightning 1.8", _rank_zero_only),
-    "torch._six": ("removed in torch 2.0", _types_of_six),
+    "torch._six": (
+        "removed in torch 2.0",
+        lambda: {"string_classes": (str, bytes), "int_classes": int, "inf": float("inf")},
+    ),
 }
+
+
+def install() -> None:
+    """Install the two finders; idempotent. `import lgvq_plugin` calls it."""
+    present = {(type(f).__module__, type(f).__name__) for f in sys.meta_path}
+    if (__name__, "_CloneFirst") not in present:
+        sys.meta_path.insert(0, _CloneFirst())
+    if (__name__, "_Supplier") not in present:
+        sys.meta_path.append(_Supplier())
+
+
+def patch() -> dict[str, str]:
+    """Import now what the finders would supply on demand; idempotent.
+
+    Returns:
+        What is supplied: module name -> why.
+    """
+    install()
+    supplied = {}
+    for name, (why, _) in SUPPLIED.items():
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            spec = importlib.import_module(name).__spec__
+            if spec is not None and isinstance(spec.loader, _Supplier):
+                supplied[name] = why
+    return supplied
 
 
 class _Supplier(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -78,7 +103,7 @@ class _Supplier(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _CloneFirst(importlib.abc.MetaPathFinder):
-    """The first finder: a clone of taming on the path is what `import taming` means.
+    """The first finder: `import taming` means a clone on the path, if there is one.
 
     Python itself prefers the wheel, wherever it is on the path, because a clone has no
     `taming/__init__.py`; and the wheel lacks VectorQuantizer2, GumbelVQ and half of taming.data.
@@ -87,63 +112,32 @@ class _CloneFirst(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        roots = clones() if name == "taming" else []
-        if not roots:
+        root = _clone() if name == "taming" else None
+        if root is None:
             return None
-        folder = roots[0] / "taming"
-        wheel = taming_wheel()
-        if wheel:
-            logger.info("taming: the clone in %s is used, not the installed %s", roots[0], wheel)
-        found = [str(folder)]
+        if wheel := _taming_wheel():
+            logger.info("taming: the clone in %s is used, not the installed %s", root, wheel)
+        folder = root / "taming"
         if (folder / "__init__.py").is_file():
             return importlib.util.spec_from_file_location(
-                name, folder / "__init__.py", submodule_search_locations=found
+                name, folder / "__init__.py", submodule_search_locations=[str(folder)]
             )
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = found
+        spec.submodule_search_locations = [str(folder)]
         return spec
 
 
-def install() -> None:
-    """Install the two finders; idempotent. `import lgvq_plugin` calls it."""
-    present = {(type(f).__module__, type(f).__name__) for f in sys.meta_path}
-    if (__name__, "_CloneFirst") not in present:
-        sys.meta_path.insert(0, _CloneFirst())
-    if (__name__, "_Supplier") not in present:
-        sys.meta_path.append(_Supplier())
+def _clone() -> Path | None:
+    """Return the first folder on `sys.path`, outside site-packages, with a clone of taming."""
+    for place in (Path(entry or ".").absolute() for entry in sys.path):
+        is_installed = {"site-packages", "dist-packages"} & {*place.parts}
+        if not is_installed and (place / "taming" / "models" / "vqgan.py").is_file():
+            return place
+    return None
 
 
-def patch() -> dict[str, str]:
-    """Import now what the finders would supply on demand; idempotent.
-
-    Returns:
-        What is supplied: module name -> why.
-    """
-    install()
-    for name in SUPPLIED:
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            importlib.import_module(name)
-    return {
-        name: why
-        for name, (why, _) in SUPPLIED.items()
-        if isinstance(getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None),
-                      _Supplier)
-    }  # fmt: skip
-
-
-def clones() -> list[Path]:
-    """Return the folders on `sys.path`, outside site-packages, that hold a clone of taming."""
-    places = dict.fromkeys(Path(entry or ".").absolute() for entry in sys.path)
-    return [
-        place
-        for place in places
-        if not {"site-packages", "dist-packages"} & {*place.parts}
-        and (place / "taming" / "models" / "vqgan.py").is_file()
-    ]
-
-
-def taming_wheel() -> str | None:
-    """Return name and version of the installed distribution that carries taming, or None."""
+def _taming_wheel() -> str | None:
+    """Return name and version of the installed distribution of taming, or None."""
     for name in TAMING_WHEELS:
         try:
             return f"{name} {metadata.version(name)}"
@@ -153,76 +147,17 @@ def taming_wheel() -> str | None:
 
 
 def explain_import(error: BaseException | None) -> str:
-    """Return what to do about an ImportError that the wheel of taming causes; "" for any other."""
-    names_lacking = ("VectorQuantizer2", "GumbelVQ", "taming.data", "taming.modules.misc")
-    if isinstance(error, ImportError) and any(name in str(error) for name in names_lacking):
+    """Return the fix for an ImportError that the wheel of taming causes; "" for any other."""
+    if isinstance(error, ImportError) and any(name in str(error) for name in ONLY_IN_CLONE):
         return f"; the wheel of taming-transformers lacks it, a clone has it: {TAMING_CLONE}"
     return ""
-
-
-@contextmanager
-def lpips_only_if_used(perceptual_weight: float, target: str | None = None) -> Iterator[None]:
-    """Inside the context the loss class `target` builds no LPIPS network if its weight is 0.
-
-    Whatever module the network comes from: the loss's own, `lpips`, torchmetrics. With a weight
-    above 0 taming's linear heads come from torchmetrics, which carries the very file that would
-    be downloaded, and missing VGG16 weights are reported in full.
-
-    Raises:
-        ConfigError: if VGG16's weights are needed, not there, and cannot be downloaded.
-    """
-    with ExitStack() as undo:
-        for network in _lpips_classes(target):
-            if perceptual_weight == 0:
-                undo.enter_context(_replaced(network, "__init__", _no_lpips))
-            else:
-                undo.enter_context(_replaced(network, "__init__", _reporting(network.__init__)))
-                owner = sys.modules[network.__module__]
-                if hasattr(owner, "get_ckpt_path"):
-                    heads = _heads_path(owner.get_ckpt_path)
-                    undo.enter_context(_replaced(owner, "get_ckpt_path", heads))
-        yield
-
-
-def _lpips_classes(target: str | None) -> list[Any]:
-    """Return the LPIPS networks that the module of a loss class, or of a base of it, names."""
-    loss = import_target(target) if target else None
-    if not isinstance(loss, type) or loss.__module__.startswith(f"{__package__}."):
-        return []  # LGVQLoss builds its base by `build_loss`
-    from torch import nn
-
-    seen: list[Any] = []
-    for module in {sys.modules.get(cls.__module__) for cls in loss.__mro__}:
-        values = list(vars(module).values()) if module else []
-        for inner in [value for value in values if isinstance(value, types.ModuleType)]:
-            values += [v for k, v in vars(inner).items() if LPIPS_NAMES.fullmatch(k)]
-        seen += [v for v in values if isinstance(v, type) and issubclass(v, nn.Module)]
-    return [
-        cls
-        for cls in dict.fromkeys(seen)
-        if LPIPS_NAMES.fullmatch(cls.__name__) and cls not in loss.__mro__
-    ]
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute; afterwards it is as before, absent where it was inherited."""
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
 
 
 def build_loss(target: str, args: tuple[Any, ...], params: Mapping[str, Any]) -> Any:
     """Build the loss class at `target`; its LPIPS network only if the weight is not 0.
 
     Raises:
-        ConfigError: if it does not exist or does not take the params, or misses weights.
+        ConfigError: if it does not exist or does not take the params, or weights are missing.
     """
     loss = import_target(target)
     check_loss(target, loss, args, params)
@@ -250,31 +185,71 @@ def check_loss(
 def perceptual_weight_of(target: str | None, params: Mapping[str, Any] | None) -> float:
     """Return the weight of LPIPS in `params`, else the loss class's own default, else 1."""
     given = {key: value for key, value in (params or {}).items() if LPIPS_WEIGHTS.fullmatch(key)}
-    if not given and target:
-        try:
-            signature = inspect.signature(import_target(target)).parameters
-        except (ConfigError, TypeError, ValueError):
-            return 1.0
-        given = {
-            key: entry.default
-            for key, entry in signature.items()
-            if LPIPS_WEIGHTS.fullmatch(key) and entry.default is not entry.empty
-        }
     try:
+        if not given and target:
+            signature = inspect.signature(import_target(target)).parameters.items()
+            named = {key: entry.default for key, entry in signature if LPIPS_WEIGHTS.fullmatch(key)}
+            given = {k: v for k, v in named.items() if v is not inspect.Parameter.empty}
         return max((abs(float(value)) for value in given.values()), default=1.0)
-    except (TypeError, ValueError):
+    except (ConfigError, TypeError, ValueError):
         return 1.0
 
 
-def vgg_path() -> Path:
-    """Return where torchvision looks for VGG16's weights."""
-    import torch
+@contextmanager
+def lpips_only_if_used(perceptual_weight: float, target: str | None = None) -> Iterator[None]:
+    """Inside the context the loss class `target` builds no LPIPS network if its weight is 0.
 
-    return Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+    Whatever module the network comes from: the loss's own, `lpips`, torchmetrics. With a weight
+    above 0 taming's linear heads come from torchmetrics, which carries the very file that would
+    be downloaded, and missing VGG16 weights are reported in full.
+
+    Raises:
+        ConfigError: if VGG16's weights are needed, missing, and cannot be downloaded.
+    """
+    with ExitStack() as stack:
+        for network in _lpips_classes(target):
+            build = _no_lpips if perceptual_weight == 0 else _reporting(network.__init__)
+            stack.enter_context(_replaced(network, "__init__", build))
+            owner = sys.modules[network.__module__]
+            if perceptual_weight != 0 and hasattr(owner, "get_ckpt_path"):
+                heads = _heads_path(owner.get_ckpt_path)
+                stack.enter_context(_replaced(owner, "get_ckpt_path", heads))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute inside the context; afterwards it is as before, or inherited again."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+def _lpips_classes(target: str | None) -> list[Any]:
+    """Return the LPIPS networks named in the module of a loss class, or of a base of it."""
+    loss = import_target(target) if target else None
+    if not isinstance(loss, type) or loss.__module__.startswith(f"{__package__}."):
+        return []  # LGVQLoss builds its base by `build_loss`
+    from torch import nn
+
+    seen: list[Any] = []
+    for module in {sys.modules.get(cls.__module__) for cls in loss.__mro__}:
+        values = list(vars(module).values()) if module else []
+        for inner in [value for value in values if isinstance(value, types.ModuleType)]:
+            values += [v for k, v in vars(inner).items() if LPIPS_NAMES.fullmatch(k)]
+        seen += [v for v in values if isinstance(v, type) and issubclass(v, nn.Module)]
+    return [
+        cls
+        for cls in dict.fromkeys(seen)
+        if LPIPS_NAMES.fullmatch(cls.__name__) and cls not in loss.__mro__
+    ]
 
 
 def _no_lpips(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Stand in for a network's `__init__`: it becomes a module without parameters."""
+    """Replace a network's `__init__`: it becomes a module without parameters."""
     from torch import nn
 
     nn.Module.__init__(self)
@@ -288,7 +263,7 @@ def _zero_distance(inputs: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reporting(build: Callable[..., None]) -> Callable[..., None]:
-    """Return a network's `__init__` that says which weights could not be had."""
+    """Return a network's `__init__` that reports which weights could not be loaded."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -305,8 +280,15 @@ def _reporting(build: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _heads_path(fallback: Any) -> Any:
-    """Return a stand-in for taming's get_ckpt_path that finds the file in torchmetrics' wheel."""
+def vgg_path() -> Path:
+    """Return where torchvision looks for VGG16's weights."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+
+
+def _heads_path(fallback: Callable[..., str]) -> Callable[..., str]:
+    """Return a replacement for taming's get_ckpt_path that finds torchmetrics' copy of the file."""
     spec = importlib.util.find_spec("torchmetrics")
     root = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     bundled = root / "functional" / "image" / "lpips_models" / "vgg.pth"

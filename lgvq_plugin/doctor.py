@@ -1,4 +1,4 @@
-"""`lgvq doctor`: what is installed, which taming that is, what is missing, and how to mend it.
+"""`lgvq doctor`: what is installed, which taming that is, what is missing, and how to fix it.
 
 Every check is a function that returns findings; one that fails is a finding itself.
 """
@@ -29,6 +29,7 @@ EXTRAS = {  # distribution: what it is for
     "nltk": "WUPS",
 }
 CLIP = ("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
+INSTALL_VGG = "python -c \"import torchvision as t; t.models.vgg16(weights='IMAGENET1K_V1')\""
 Level = Literal["ok", "note", "problem"]
 
 
@@ -40,7 +41,7 @@ class Finding:
         level: ok, note (something works without it) or problem.
         what: the subject.
         told: what was found.
-        command: the one command that mends it, or "".
+        command: the one command that fixes it, or "".
     """
 
     level: Level
@@ -56,10 +57,8 @@ def examine(*, full: bool = False) -> list[Finding]:
         full: also import what training imports, which takes some seconds.
     """
     checks: list[Callable[[], list[Finding]]] = [stack, taming, supplied, devices, weights]
-    if full:
-        checks.append(imports)
     found: list[Finding] = []
-    for check in checks:
+    for check in [*checks, imports] if full else checks:
         try:
             found += check()
         except Exception as error:  # a broken installation can fail in any way
@@ -77,7 +76,7 @@ def required() -> list[str]:
     return [
         wish.strip()
         for wish, _, condition in wishes
-        if "extra" not in condition and not wish.startswith("taming")  # `taming` looks closer
+        if "extra" not in condition and not wish.startswith("taming")  # see `taming`
     ]
 
 
@@ -87,46 +86,39 @@ def stack() -> list[Finding]:
     for wish in required():
         name, _, oldest = wish.partition(">=")
         version = _version(name)
-        told = version or "not installed"
-        if version is None or _numbers(version) < _numbers(oldest):
-            told += f", needed: {wish}"
-            found.append(Finding("problem", name, told, f"pip install '{wish}'"))
+        if version is not None and _numbers(version) >= _numbers(oldest):
+            found.append(Finding("ok", name, version))
         else:
-            found.append(Finding("ok", name, told))
+            text = f"{version or 'not installed'}, needed: {wish}"
+            found.append(Finding("problem", name, text, f"pip install '{wish}'"))
     for name, purpose in EXTRAS.items():
-        version = _version(name)
-        if version is None:
-            found.append(Finding("note", name, f"not installed: {purpose}", f"pip install {name}"))
-        else:
+        if version := _version(name):
             found.append(Finding("ok", name, f"{version} ({purpose})"))
+        else:
+            found.append(Finding("note", name, f"not installed: {purpose}", f"pip install {name}"))
     return found
 
 
 def taming() -> list[Finding]:
-    """Tell which `taming` an import would give, and whether it can be imported."""
+    """Report which `taming` an import would give, and whether it can be imported."""
     installed = [f"{name} {_version(name)}" for name in compat.TAMING_WHEELS if _version(name)]
     spec = importlib.util.find_spec("taming")
+    if spec is None and installed:
+        text = f"{installed[0]} is installed without its files (a clone with no __init__.py)"
+        source = _source_of(installed[0].split()[0])
+        command = f"export PYTHONPATH={source}:$PYTHONPATH" if source else compat.TAMING_CLONE
+        return [Finding("problem", "taming", text, command)]
     if spec is None:
-        if installed:
-            told = f"{installed[0]} is installed without its files (a clone with no __init__.py)"
-            source = _source_of(installed[0].split()[0])
-            command = f"export PYTHONPATH={source}:$PYTHONPATH" if source else compat.TAMING_CLONE
-            return [Finding("problem", "taming", told, command)]
         return [Finding("problem", "taming", "not found", "pip install taming-transformers")]
     place = Path(next(iter(spec.submodule_search_locations or [""])))
     kind = "wheel" if {"site-packages", "dist-packages"} & {*place.parts} else "clone"
-    has = {
-        name: _mentions(place / file, f"class {name}")
-        for name, file in (
-            ("VectorQuantizer2", "modules/vqvae/quantize.py"),
-            ("GumbelVQ", "models/vqgan.py"),
-        )
-    }
-    told = f"{kind} at {place}"
+    files = {"VectorQuantizer2": "modules/vqvae/quantize.py", "GumbelVQ": "models/vqgan.py"}
+    has = {name: _mentions(place / file, f"class {name}") for name, file in files.items()}
+    text = f"{kind} at {place}"
     if installed:
-        told += f", used before {installed[0]}" if kind == "clone" else f" ({installed[0]})"
+        text += f", used before {installed[0]}" if kind == "clone" else f" ({installed[0]})"
     parts = (f"{name}: {'yes' if found else 'no'}" for name, found in has.items())
-    return [Finding("ok", "taming", f"{told}; {', '.join(parts)}"), *_unusable(place, kind, has)]
+    return [Finding("ok", "taming", f"{text}; {', '.join(parts)}"), *_unusable(place, kind, has)]
 
 
 def _unusable(place: Path, kind: str, has: Mapping[str, bool]) -> list[Finding]:
@@ -135,17 +127,17 @@ def _unusable(place: Path, kind: str, has: Mapping[str, bool]) -> list[Finding]:
     ldm = importlib.util.find_spec("ldm")
     if ldm is not None and not has["VectorQuantizer2"]:
         where = next(iter(ldm.submodule_search_locations or [""]))
-        told = f"ldm ({where}) imports VectorQuantizer2, which the {kind} of taming lacks"
-        found.append(Finding("problem", "ldm", told, compat.TAMING_CLONE))
-    if _mentions(place / "models/vqgan.py", "from main import"):
-        if importlib.util.find_spec("main") is None:
-            told = "its models import main.py, which is not on the path"
-            command = f"export PYTHONPATH={place.parent}:$PYTHONPATH"
-            return [*found, Finding("problem", "taming", told, command)]
-        missing = _missing(place.parent / "main.py")
-        if missing:
-            told = f"its models import main.py, which needs {', '.join(missing)}"
-            found.append(Finding("problem", "taming", told, f"pip install {' '.join(missing)}"))
+        text = f"ldm ({where}) imports VectorQuantizer2, which the {kind} of taming lacks"
+        found.append(Finding("problem", "ldm", text, compat.TAMING_CLONE))
+    if not _mentions(place / "models/vqgan.py", "from main import"):
+        return found
+    if importlib.util.find_spec("main") is None:
+        text = "its models import main.py, which is not on the path"
+        command = f"export PYTHONPATH={place.parent}:$PYTHONPATH"
+        found.append(Finding("problem", "taming", text, command))
+    elif missing := _missing(place.parent / "main.py"):
+        text = f"its models import main.py, which needs {', '.join(missing)}"
+        found.append(Finding("problem", "taming", text, f"pip install {' '.join(missing)}"))
     return found
 
 
@@ -171,14 +163,21 @@ def _source_of(distribution: str) -> str | None:
 
 
 def supplied() -> list[Finding]:
-    """Tell what old code misses in today's stack, and compat supplies at run time."""
-    lightning, torch = _folder("pytorch-lightning"), _folder("torch")
-    gone = []
-    if lightning and not (lightning / "pytorch_lightning/utilities/distributed.py").is_file():
-        gone.append("pytorch_lightning.utilities.distributed")
-    if torch and not (torch / "torch/_six.py").is_file():
-        gone.append("torch._six")
-    return [Finding("ok", "compat", f"supplies {name} after `import lgvq_plugin`") for name in gone]
+    """Report what old code misses in today's stack, and compat supplies at run time."""
+    owners = {
+        "pytorch_lightning.utilities.distributed": "pytorch-lightning",
+        "torch._six": "torch",
+    }
+    return [
+        Finding("ok", "compat", f"supplies {module} after `import lgvq_plugin`")
+        for module, owner in owners.items()
+        if _version(owner) and not _has_module(owner, module)
+    ]
+
+
+def _has_module(distribution: str, module: str) -> bool:
+    file = metadata.distribution(distribution).locate_file(f"{module.replace('.', '/')}.py")
+    return Path(str(file)).is_file()
 
 
 def devices() -> list[Finding]:
@@ -189,49 +188,47 @@ def devices() -> list[Finding]:
     found = [Finding("ok", "cpu", f"{cores} cores, {torch.get_num_threads()} threads of torch")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        told = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-        found.append(Finding("ok", f"gpu {index}", told))
+        text = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+        found.append(Finding("ok", f"gpu {index}", text))
     if torch.backends.mps.is_available():
         found.append(Finding("ok", "gpu", "Apple's (mps)"))
-    if len(found) == 1:
-        driver = Path("/proc/driver/nvidia/version").is_file()
-        told = "none that torch can use" + (", though there is a driver" if driver else "")
-        level: Level = "problem" if driver else "note"
-        command = "pip install --force-reinstall torch" if driver else ""
-        found.append(Finding(level, "gpu", told, command))
+    if len(found) == 1 and Path("/proc/driver/nvidia/version").is_file():
+        text = "none that torch can use, though there is a driver"
+        found.append(Finding("problem", "gpu", text, "pip install --force-reinstall torch"))
+    elif len(found) == 1:
+        found.append(Finding("note", "gpu", "none that torch can use"))
     return found
 
 
 def weights() -> list[Finding]:
-    """Tell which frozen weights lie on this machine already."""
+    """Report which frozen weights are on this machine already."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = []
     cached = try_to_load_from_cache(*CLIP)
-    if isinstance(cached, str):
-        found.append(Finding("ok", "guide open_clip", f"ViT-B-32/openai: {cached}"))
-    else:
-        told = "CLIP ViT-B-32/openai is not here: it is downloaded at first use (605 MB), or "
-        told += "give a file: guide: {use: open_clip, pretrained: PATH}"
-        command = f"hf download {CLIP[0]} {CLIP[1]}"
-        found.append(Finding("note", "guide open_clip", told, command))
-    embedded = sorted((Path(__file__).parent / "guides").glob("*micro_clip/*.safetensors"))
-    if embedded:
-        size = embedded[0].stat().st_size / 1e6
-        found.append(Finding("ok", "guide micro_clip", f"embedded, {size:.1f} MB"))
-    else:
-        told = "its weights are not in this installation"
-        command = "pip install --force-reinstall --no-deps lgvq_plugin"
-        found.append(Finding("problem", "guide micro_clip", told, command))
+    folder = Path(__file__).parent / "guides"
+    embedded = next(folder.glob("*micro_clip/*.safetensors"), None)
+    size = embedded.stat().st_size / 1e6 if embedded else 0.0
     vgg = compat.vgg_path()
-    if vgg.is_file():
-        found.append(Finding("ok", "LPIPS", f"VGG16's weights: {vgg}"))
-    else:
-        told = f"VGG16's weights are not at {vgg}: downloaded at first use (528 MB), or set "
-        told += "perceptual_weight: 0"
-        command = "python -c \"import torchvision as t; t.models.vgg16(weights='IMAGENET1K_V1')\""
-        found.append(Finding("note", "LPIPS", told, command))
-    return found
+    missing_clip = "CLIP ViT-B-32/openai is not here: it is downloaded at first use (605 MB), or "
+    missing_clip += "give a file: guide: {use: open_clip, pretrained: PATH}"
+    missing_vgg = f"VGG16's weights are not at {vgg}: downloaded at first use (528 MB), or set "
+    missing_vgg += "perceptual_weight: 0"
+    return [
+        Finding("ok", "guide open_clip", f"ViT-B-32/openai: {cached}")
+        if isinstance(cached, str)
+        else Finding("note", "guide open_clip", missing_clip, f"hf download {CLIP[0]} {CLIP[1]}"),
+        Finding("ok", "guide micro_clip", f"embedded, {size:.1f} MB")
+        if embedded
+        else Finding(
+            "problem",
+            "guide micro_clip",
+            "its weights are not in this installation",
+            "pip install --force-reinstall --no-deps lgvq_plugin",
+        ),
+        Finding("ok", "LPIPS", f"VGG16's weights: {vgg}")
+        if vgg.is_file()
+        else Finding("note", "LPIPS", missing_vgg, INSTALL_VGG),
+    ]
 
 
 def imports() -> list[Finding]:
@@ -243,10 +240,10 @@ def imports() -> list[Finding]:
             import_module(name)
             found.append(Finding("ok", f"import {name}", "works"))
         except Exception as error:  # whatever its module level does
-            told = f"{type(error).__name__}: {error}"
             missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
             command = f"pip install {missing.split('.')[0]}" if missing else ""
-            found.append(Finding("problem", f"import {name}", told, command))
+            text = f"{type(error).__name__}: {error}"
+            found.append(Finding("problem", f"import {name}", text, command))
     return found
 
 
@@ -264,10 +261,8 @@ def report(found: Sequence[Finding]) -> str:
     lines = [f"  {f.what:<17} {f.told}" for f in found if f.level == "ok"]
     for level, title in (("note", "works without"), ("problem", "problem")):
         chosen = [f for f in found if f.level == level]
-        if not chosen:
-            continue
         plural = "s" if level == "problem" and len(chosen) > 1 else ""
-        lines += ["", f"{len(chosen)} {title}{plural}:"]
+        lines += ["", f"{len(chosen)} {title}{plural}:"] if chosen else []
         for number, finding in enumerate(chosen, 1):
             lines.append(f"{number}. {finding.what}: {finding.told}")
             lines += [f"     {finding.command}"] if finding.command else []
@@ -283,15 +278,15 @@ def main(argv: Sequence[str]) -> int:
         argv: `[--full] [--json]`.
 
     Returns:
-        0 if there is no problem to mend, else 1; notes are none.
+        0 if there is no problem to fix, else 1; notes are none.
     """
     parser = argparse.ArgumentParser(
         prog="lgvq doctor",
-        description="Tell what is installed, which taming is found, and how to mend what is not. "
+        description="Report what is installed, which taming is found, and how to fix what is not. "
         "Exit code 1: there is a problem.",
     )
     parser.add_argument("--full", action="store_true", help="also import all of it (slower)")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
     given = parser.parse_args(argv)
     found = examine(full=given.full)
     print(json.dumps([asdict(f) for f in found], indent=2) if given.json else report(found))
@@ -314,13 +309,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     """
     head = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in head[0].split(".")) if head else (0,)
-
-
-def _folder(distribution: str) -> Path | None:
-    try:
-        return Path(str(metadata.distribution(distribution).locate_file("")))
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _mentions(file: Path, word: str) -> bool:

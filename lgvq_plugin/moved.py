@@ -42,6 +42,10 @@ MOVED = {
 """Old module: new one, below this package; a package's other modules kept their names in it."""
 
 
+SPLIT = {"training.base": ("training.config", "training.settings")}
+"""Old modules whose names are now in further ones."""
+
+
 def new_module(name: str) -> str | None:
     """Return where the module `name` is now, None if it has not moved.
 
@@ -72,9 +76,18 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         new = str(new_module(spec.name))
         warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
-        module, moved = types.ModuleType(spec.name), importlib.import_module(new)
-        module.__path__ = []  # not that of the new package, whose files import relatively
-        module.__dict__["__getattr__"] = lambda name: getattr(moved, name)
+        old = spec.name.partition(".")[2]
+        paths = [new, *(f"{__package__}.{path}" for path in SPLIT.get(old, ()))]
+        modules = [importlib.import_module(path) for path in paths]
+
+        def find(name: str) -> Any:
+            if name.startswith("__"):  # with the new module's __path__ it would be imported twice
+                raise AttributeError(name)
+            owner = next((each for each in modules if hasattr(each, name)), modules[0])
+            return getattr(owner, name)
+
+        module = types.ModuleType(spec.name)
+        module.__dict__["__getattr__"] = find
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

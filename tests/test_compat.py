@@ -44,7 +44,7 @@ def test_a_weight_of_zero_builds_no_network_and_downloads_nothing(monkeypatch):
     assert log["val/nll_loss"].item() == pytest.approx(images.mean().item(), rel=1e-6)
 
 
-def test_missing_vgg_weights_are_told_in_full(monkeypatch, tmp_path):
+def test_missing_vgg_weights_are_reported_in_full(monkeypatch, tmp_path):
     import torchvision.models._api as api
 
     def offline(*args, **kwargs):
@@ -54,13 +54,14 @@ def test_missing_vgg_weights_are_told_in_full(monkeypatch, tmp_path):
     monkeypatch.setattr(api, "load_state_dict_from_url", offline)
     with pytest.raises(ConfigError) as error:
         compat.build_loss(LOSS, (), SMALL)
-    told = str(error.value)
-    assert "vgg16-397923af.pth" in told  # which file
-    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in told  # from where
-    assert str(tmp_path / "checkpoints") in told  # to where
-    assert "perceptual_weight: 0" in told  # which option does without
+    message = str(error.value)
+    assert "vgg16-397923af.pth" in message  # which file
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in message  # from where
+    assert str(tmp_path / "checkpoints") in message  # to where
+    assert "perceptual_weight: 0" in message  # which option does without
 
 
+@pytest.mark.slow
 def test_with_vgg_there_lpips_is_torchmetrics_own(monkeypatch, tmp_path):
     """The linear heads taming would download are those in torchmetrics' wheel; no download."""
     import torchvision
@@ -121,11 +122,15 @@ def python(code, *, path=(), cwd):
     return shown.stdout.strip()
 
 
-def test_taming_imports_after_the_package_which_itself_imports_nothing(tmp_path):
+def test_the_package_itself_imports_nothing(tmp_path):
+    code = "import sys, lgvq_plugin; print(*{'torch', 'taming', 'omegaconf'} & {*sys.modules})"
+    assert not python(code, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_taming_imports_after_the_package(tmp_path):
     code = """
-import sys
 import lgvq_plugin
-assert not {"torch", "pytorch_lightning", "taming", "omegaconf"} & {*sys.modules}
 from taming.models.vqgan import VQModel
 from torch._six import string_classes
 print(VQModel.__name__, string_classes)

@@ -14,7 +14,8 @@ import lgvq_plugin
 from lgvq_plugin.bench.demo import PLAN as DEMO_PLAN
 from lgvq_plugin.bench.plan import read_plan
 from lgvq_plugin.sockets import import_target, resolve
-from lgvq_plugin.training.build import Sections, TrainingConfig, read_config
+from lgvq_plugin.training.config import Sections, read_config
+from lgvq_plugin.training.settings import TrainingConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = ["guide_micro_clip", "guide_minilm", "recipe", "recipe_pictures"]
@@ -51,7 +52,7 @@ def test_lgvq_is_one_line(stem):
 
 @pytest.mark.parametrize("stem", FULL)
 def test_a_config_is_complete(stem):
-    sections = Sections.of(load(stem))
+    sections = Sections.from_config(load(stem))
     assert sections.data.validation is not None
     assert sections.learning_rate(1) > 0
 
@@ -61,7 +62,7 @@ def test_targets_exist_and_take_their_params(stem):
     from lgvq_plugin import compat
 
     compat.patch()
-    sections = Sections.of(load(stem))
+    sections = Sections.from_config(load(stem))
     loss = sections.model["params"]["lossconfig"]
     import_target(loss["target"])
     inspect.signature(import_target(sections.model["target"])).bind(**sections.model["params"])
@@ -74,7 +75,7 @@ def test_the_base_loss_takes_the_params(stem):
     from lgvq_plugin import compat
 
     compat.patch()
-    loss = Sections.of(load(stem)).model["params"]["lossconfig"]
+    loss = Sections.from_config(load(stem)).model["params"]["lossconfig"]
     inspect.signature(import_target(loss["target"])).bind(**loss["params"])
 
 
@@ -83,7 +84,7 @@ def test_the_papers_numbers():
     params = config.model.params
     assert (params.n_embed, params.embed_dim, params.ddconfig.ch) == (1024, 256, 128)
     assert 256 // 2 ** (len(params.ddconfig.ch_mult) - 1) == 16  # tokens a side
-    assert Sections.of(config).learning_rate(1) == pytest.approx(3.6e-5)
+    assert Sections.from_config(config).learning_rate(1) == pytest.approx(3.6e-5)
 
 
 def test_the_overlay_names_the_embedded_guide():

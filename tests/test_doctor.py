@@ -181,5 +181,6 @@ def test_a_broken_import_names_its_command(monkeypatch):
             raise ModuleNotFoundError("No module named 'requests'", name="requests")
 
     monkeypatch.setattr(doctor, "import_module", fail)
+    monkeypatch.setattr(compat, "patch", dict)
     (finding,) = problems(doctor.imports())
     assert finding.command == "pip install requests"

@@ -30,6 +30,13 @@ def test_an_old_module_can_be_imported():
     assert old.FrechetDistance is FrechetDistance
 
 
+def test_the_names_of_a_module_that_was_split_are_all_found():
+    with pytest.warns(DeprecationWarning, match="has moved to lgvq_plugin.training.build"):
+        old = importlib.import_module("lgvq_plugin.training.base")
+    assert all(hasattr(old, name) for name in ("build_host", "read_config", "TrainingConfig"))
+    assert not hasattr(old, "nothing")
+
+
 def test_every_old_path_leads_somewhere():
     for old in MOVED:
         importlib.import_module(new_module(f"lgvq_plugin.{old}"))

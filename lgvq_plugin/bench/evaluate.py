@@ -21,14 +21,8 @@ from ..checkpoints import find_checkpoint
 from ..config import build, laid_over, require
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve, suggest
-from ..training.build import (
-    data_mapping,
-    lay_over,
-    read_config,
-    to_plain,
-    with_shortcuts,
-    with_sizes,
-)
+from ..training.build import with_shortcuts
+from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
 
 if TYPE_CHECKING:
     from ..checkpoints.load import Checkpoint

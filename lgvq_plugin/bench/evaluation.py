@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import verify
 from ..files import write_json
 from ..sockets import ConfigError
-from ..training.build import data_mapping, lgvq_block, to_plain, with_sizes
+from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
 from . import measures
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context

@@ -57,7 +57,7 @@ class Samples:
 
 def read_samples(config: Any, limit: int, *, progress: bool = True) -> Samples:
     """Read the first `limit` samples of the test, else validation, else training data."""
-    data = Sections.of(config).data
+    data = Sections.from_config(config).data
     section = data.test or data.validation or data.train
     dataset = build_dataset(section)
     images, captions = [], []

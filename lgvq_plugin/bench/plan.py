@@ -254,7 +254,7 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
         lay_over(config, given) if overrides else config, {"training": {"seed": seed}}
     )
     try:
-        plain = Sections.of(changed).plain
+        plain = Sections.from_config(changed).plain
         loss, block = loss_section(plain), lgvq_block(plain)
         target = str(loss.get("target", ""))
         if target == "lgvq_plugin.LGVQLoss" or target.startswith("lgvq_plugin.over."):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import replacing, require_writable
 from ..sockets import ConfigError
-from ..training.build import read_config
+from ..training.config import read_config
 from . import find_checkpoint
 
 if TYPE_CHECKING:

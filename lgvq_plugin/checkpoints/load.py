@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..finite import in_groups
 from ..sockets import ConfigError
-from ..training.build import LOSS_KEYS, build_host, read_config, to_plain
+from ..training.build import build_host
+from ..training.config import LOSS_KEYS, read_config, to_plain
 from . import find_checkpoint
 from .layout import Layout, sort_tensors, unflatten
 from .read import How, plain, read_raw

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..files import write_bytes, write_json, write_text
 from ..host import HEADS_CONFIG, HEADS_WEIGHTS
 from ..sockets import ConfigError
-from ..training.build import lgvq_block, loss_section
+from ..training.config import lgvq_block, loss_section
 from .load import HEADS, Checkpoint, load_host, sizes_of
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

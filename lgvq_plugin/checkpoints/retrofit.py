@@ -23,22 +23,19 @@ from ..arguments import add_shortcuts, parse_words
 from ..config import laid_over, parse
 from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, Problems
-from ..training.build import (
-    FROZEN,
+from ..training.build import build_dataset, build_parts, with_shortcuts
+from ..training.config import (
     LOSS_KEYS,
     Sections,
-    TrainingConfig,
-    build_dataset,
-    build_parts,
     lay_over,
     lgvq_block,
     loss_key,
     model_section,
     read_config,
     to_plain,
-    with_shortcuts,
 )
 from ..training.run import TrainResult, train
+from ..training.settings import FROZEN, TrainingConfig
 from . import find_checkpoint
 
 if TYPE_CHECKING:
@@ -208,7 +205,7 @@ def retrofit(
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
     new = {**plain, "model": over_old_loss(plain["model"], lgvq)}
-    sections = Sections.of(new)
+    sections = Sections.from_config(new)
     require_steps_for_host(sections.training)
     data = {"train": sections.data.train, "test": sections.data.validation or sections.data.train}
     reports: list[LoadReport] = []
@@ -304,7 +301,7 @@ def _require_complete(config: dict[str, Any]) -> None:
             missing.
     """
     problems = Problems()
-    sections = Sections.of(config, problems)
+    sections = Sections.from_config(config, problems)
     problems.raise_wrong()
     if problems:
         build_parts(config, sections, problems)

@@ -20,16 +20,9 @@ from ..arguments import add_shortcuts, parse_words
 from ..config import parse
 from ..files import require_writable, write_text
 from ..sockets import ConfigError, resolve
-from ..training.build import (
-    DataSection,
-    TrainingConfig,
-    build_dataset,
-    data_section,
-    lgvq_block,
-    read_config,
-    to_plain,
-    with_shortcuts,
-)
+from ..training.build import build_dataset, with_shortcuts
+from ..training.config import DataSection, data_section, lgvq_block, read_config, to_plain
+from ..training.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
     config = parse(lgvq_block(plain))
-    TrainingConfig.of({"max_steps": 1, **(plain.get("training") or {})})  # a wrong key is an error
+    TrainingConfig.from_dict(
+        {"max_steps": 1, **(plain.get("training") or {})}
+    )  # a wrong key is an error
     from tqdm import tqdm
 
     from ..device import choose_device

@@ -1,4 +1,4 @@
-"""Loaders whose samples depend on (seed, position) alone: not on workers, nor on a resume.
+"""Loaders whose samples depend only on (seed, position), not on workers or a resume.
 
 position in the stream -> (epoch, index) -> worker: set_epoch(epoch), dataset[index] -> batch
 """
@@ -19,7 +19,7 @@ Draw = tuple[int, int]
 
 
 class Stream(Sampler[list[Draw]]):
-    """Endless batches of (epoch, index), in the order that (seed, epoch) gives.
+    """Endless batches of (epoch, index), in the order given by (seed, epoch).
 
     Args:
         length: samples in the data set.
@@ -44,37 +44,31 @@ class Stream(Sampler[list[Draw]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
-        self.rank, self.world_size = rank, world_size
+        self.length, self.seed, self.start, self.rank = length, seed, start, rank
+        self.world_size, self.step = world_size, batch_size * world_size
+        self.per_epoch = length // self.step * self.step  # of all processes; the rest is dropped
         if self.per_epoch == 0:
             raise ConfigError(
                 f"the data set has {length} samples, fewer than a batch of {batch_size} "
                 f"on {world_size} process(es); lower data.batch_size"
             )
 
-    @property
-    def per_epoch(self) -> int:
-        """Samples that all processes together take in an epoch; the rest is dropped."""
-        step = self.batch_size * self.world_size
-        return self.length // step * step
-
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the batches of this process, for ever."""
-        step = self.batch_size * self.world_size
+        """Yield the batches of this process, without end."""
         epoch, begin = divmod(self.start, self.per_epoch)
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            for at in range(begin, self.per_epoch - step + 1, step):
-                mine = order[at : at + step][self.rank :: self.world_size]
+            for at in range(begin, self.per_epoch - self.step + 1, self.step):
+                mine = order[at : at + self.step][self.rank :: self.world_size]
                 yield [(epoch, int(index)) for index in mine]
             epoch, begin = epoch + 1, 0
 
 
 class AtEpoch(Dataset):
-    """A data set that is asked for (epoch, index).
+    """A data set indexed by (epoch, index).
 
-    One that has `set_epoch` is told the epoch. Any other may draw from the global generators
-    (as torchvision's transforms do): they are seeded by (seed, epoch, index) for the sample.
+    Its `set_epoch` is called, if it has one. Any other data set may draw from the global
+    generators (as torchvision's transforms do): each sample is seeded by (seed, epoch, index).
     """
 
     def __init__(self, dataset: Any, seed: int):
@@ -133,10 +127,9 @@ def validation_loader(
         raise ConfigError(f"{len(dataset)} validation samples for {world_size} processes")
     count = each if max_batches is None else min(each, max_batches * batch_size)
     draws = [(0, rank + i * world_size) for i in range(count)]
-    batches = [draws[i : i + batch_size] for i in range(0, count, batch_size)]
     return DataLoader(
         AtEpoch(dataset, seed),
-        batch_sampler=batches,
+        batch_sampler=[draws[i : i + batch_size] for i in range(0, count, batch_size)],
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator().manual_seed(seed),

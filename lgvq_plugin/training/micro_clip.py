@@ -1,4 +1,4 @@
-"""Train the embedded guide `micro_clip` on the embedded scenes: CLIP's loss, some minutes of CPU.
+"""Train the embedded guide `micro_clip` on the embedded scenes: CLIP's loss, minutes on a CPU.
 
 python -m lgvq_plugin.training.micro_clip
     scenes -> image tower, text tower -> symmetric InfoNCE -> guides/_micro_clip/
@@ -24,9 +24,9 @@ from ..sockets import ConfigError, resolve
 
 FOLDER = Path(__file__).parents[1] / "guides" / "_micro_clip"
 WARMUP = 0.05  # share of the steps
-JOINED = 0.2  # share of captions that are two captions of the scene, for the late positions
-HIDDEN = 0.1  # share of words hidden from the text tower, so that it knows hidden words
-HIGHEST_SCALE = 100.0  # of the logits, as in CLIP
+JOINED = 0.2  # share of captions that are two captions of the scene, to train late positions
+MASKED = 0.1  # share of words masked for the text tower, so that it knows masked words
+MAX_SCALE = 100.0  # of the logits, as in CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +34,21 @@ class Plan:
     """How the embedded model is trained; defaults are those of the shipped weights."""
 
     seed: int = 0
-    """Of weights, scenes and batches."""
+    """Seeds weights, scenes and batches."""
     steps: int = 700
     """Optimizer steps."""
     batch: int = 128
-    """Scenes a step."""
+    """Scenes per step."""
     scenes: int = 8192
     """Training scenes."""
     held_out: int = 512
     """Scenes of the validation split, for retrieval."""
     learning_rate: float = 1e-3
-    """Highest; cosine to 0 behind a warm-up."""
+    """Peak; cosine decay to 0 after a warm-up."""
     weight_decay: float = 0.1
-    """Of matrices; token embeddings have none, so rows without a gradient stay."""
+    """For matrices only; without decay, token embeddings that get no gradient stay the same."""
     threads: int = 1
-    """Of torch; part of the plan since the last bits depend on it."""
+    """torch's threads; the last bits of the weights depend on it."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -56,12 +56,7 @@ class Plan:
                 raise ConfigError(f"micro_clip: --{name} must be positive, got {value}")
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Scenes in memory: images (N, 3, S, S) in [-1, 1], and their captions."""
-
-    images: Tensor
-    captions: list[list[str]]
+Pairs = tuple[Tensor, list[list[str]]]  # images (N, 3, S, S) in [-1, 1], captions of each
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,64 +75,65 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(plan: Plan, output: Path) -> dict[str, Any]:
-    """Train and write the weights; returns what is known of them."""
+    """Train and write the weights; returns their metadata."""
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
         with seeded(plan.seed):
-            return _train(plan, output)
+            guide = resolve("guides", "micro_clip")
+            tokenizer, network = guide.new_tokenizer(), guide.new_network(plan.seed)
+            pairs = _draw("train", plan.scenes, plan.seed)
+            tokens = tokenizer([caption for captions in pairs[1] for caption in captions])
+            start = time.perf_counter()
+            loss = _fit(network, pairs, tokenizer, plan)
+            minutes = (time.perf_counter() - start) / 60
+            held_out = _draw("validation", plan.held_out, plan.seed)
+            facts = {
+                **asdict(plan),
+                "data": "lgvq_plugin.datasets.scenes",
+                "loss": round(loss, 4),
+                "retrieval": _retrieval(network, held_out, tokenizer),
+                "minutes": round(minutes, 1),
+                "machine": platform.machine(),
+                "torch": torch.__version__,
+                "command": "python -m lgvq_plugin.training.micro_clip",
+            }
+            guide.save(network, tokens.unique(), output, facts)
+            return facts
     finally:
         torch.set_num_threads(threads)
-
-
-def _train(plan: Plan, output: Path) -> dict[str, Any]:
-    guide = resolve("guides", "micro_clip")
-    tokenizer = guide.new_tokenizer()
-    network = guide.new_network(plan.seed)
-    pairs = _draw("train", plan.scenes, plan.seed)
-    # Tokenized once: (captions of all scenes in a row), C a scene.
-    tokens = tokenizer([caption for told in pairs.captions for caption in told])
-    start = time.perf_counter()
-    loss = _fit(network, pairs, tokenizer, plan)
-    minutes = (time.perf_counter() - start) / 60
-    facts = {
-        **asdict(plan),
-        "data": "lgvq_plugin.datasets.scenes",
-        "loss": round(loss, 4),
-        "retrieval": _retrieval(network, _draw("validation", plan.held_out, plan.seed), tokenizer),
-        "minutes": round(minutes, 1),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "command": "python -m lgvq_plugin.training.micro_clip",
-    }
-    guide.save(network, tokens.unique(), output, facts)
-    return facts
 
 
 def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     """Train in place; returns the mean loss of the last tenth of the steps."""
     network.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    groups = _groups(network, plan.weight_decay)
+    named = [*network.named_parameters()]
+    decayed = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "embedding" in name]
+    groups = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
     generator = torch.Generator().manual_seed(plan.seed)
     network.train()
     hook = network.text.token_embedding.register_forward_hook(
-        lambda _, ids, rows: _hide(ids[0], rows, tokenizer, generator)
+        lambda _, ids, rows: _mask(ids[0], rows, tokenizer, generator)
     )
     losses: list[float] = []
     bar = tqdm(range(plan.steps), desc="micro_clip", mininterval=2)
     for _ in bar:
-        batch = torch.randperm(len(pairs.images), generator=generator)[: plan.batch]
-        captions = [_caption(pairs.captions[i], generator) for i in batch.tolist()]
-        loss = global_semantic_loss_both(network, pairs.images[batch], captions, tokenizer)
+        batch = torch.randperm(len(pairs[0]), generator=generator)[: plan.batch]
+        captions = [_caption(pairs[1][i], generator) for i in batch.tolist()]
+        loss = _clip_loss(network, pairs[0][batch], captions, tokenizer)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            network.logit_scale.clamp_(0, math.log(HIGHEST_SCALE))
+            network.logit_scale.clamp_(0, math.log(MAX_SCALE))
         losses.append(float(loss.detach()))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     hook.remove()
@@ -146,10 +142,8 @@ def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     return sum(last) / len(last)
 
 
-def global_semantic_loss_both(
-    network: Any, images: Tensor, captions: list[str], tokenizer: Any
-) -> Tensor:
-    """Return CLIP's loss; unlike our objective it trains the text tower too."""
+def _clip_loss(network: Any, images: Tensor, captions: list[str], tokenizer: Any) -> Tensor:
+    """Return CLIP's loss, which unlike our objective also trains the text tower."""
     image, text = network.encode_image(images), network.encode_text(tokenizer(captions))
     temperature = 1 / network.logit_scale.exp()
     same = torch.tensor([[a == b for b in captions] for a in captions])
@@ -163,32 +157,22 @@ def _draw(split: str, length: int, seed: int) -> Pairs:
     scenes = resolve("datasets", "scenes")(split, size, length, seed, channel_first=True)
     samples = [scenes[i] for i in tqdm(range(length), desc=f"scenes, {split}", mininterval=2)]
     images = torch.stack([torch.from_numpy(sample["image"]) for sample in samples])
-    return Pairs(images, [sample["captions"] for sample in samples])
+    return images, [sample["captions"] for sample in samples]
 
 
-def _caption(told: list[str], generator: torch.Generator) -> str:
+def _caption(captions: list[str], generator: torch.Generator) -> str:
     # Where two captions meet there may be a "..", the one token whose row is not kept.
     first, second, chance = torch.rand(3, generator=generator).tolist()
-    caption = told[int(first * len(told))]
-    return f"{caption}. {told[int(second * len(told))]}" if chance < JOINED else caption
+    caption = captions[int(first * len(captions))]
+    other = captions[int(second * len(captions))]
+    return f"{caption}. {other}" if chance < JOINED else caption
 
 
-def _hide(ids: Tensor, rows: Tensor, tokenizer: Any, generator: torch.Generator) -> Tensor:
-    """Set some words' embeddings (B, T, Dt) to zero, which is the vocabulary's mean all but."""
+def _mask(ids: Tensor, rows: Tensor, tokenizer: Any, generator: torch.Generator) -> Tensor:
+    """Set some words' embeddings (B, T, Dt) to zero, nearly the vocabulary's mean."""
     is_special = torch.isin(ids, torch.tensor([0, *tokenizer.all_special_ids]))
-    is_hidden = (torch.rand(ids.shape, generator=generator) < HIDDEN) & ~is_special
-    return rows.masked_fill(is_hidden[..., None], 0.0)
-
-
-def _groups(network: Any, weight_decay: float) -> list[dict[str, Any]]:
-    def decays(name: str, parameter: Tensor) -> bool:
-        return parameter.ndim > 1 and "embedding" not in name
-
-    named = list(network.named_parameters())
-    return [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
+    is_masked = (torch.rand(ids.shape, generator=generator) < MASKED) & ~is_special
+    return rows.masked_fill(is_masked[..., None], 0.0)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -200,16 +184,19 @@ def _rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _retrieval(network: Any, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
-    """Return R@1 both ways among held-out scenes, each with its caption that tells of all."""
-    captions = [told[0] for told in pairs.captions]
-    image = network.encode_image(pairs.images, normalize=True)
+    """Return R@1 both ways among held-out scenes, each with its most complete caption."""
+    captions = [texts[0] for texts in pairs[1]]
+    image = network.encode_image(pairs[0], normalize=True)
     text = network.encode_text(tokenizer(captions), normalize=True)
     relevant = torch.tensor([[a == b for b in captions] for a in captions])
     similarity = image @ text.T
+    ways = {"image_to_text": similarity, "text_to_image": similarity.T}
     return {
         "scenes": len(captions),
-        "image_to_text_recall@1": retrieval_recall(similarity, relevant, ks=(1,))["recall@1"],
-        "text_to_image_recall@1": retrieval_recall(similarity.T, relevant, ks=(1,))["recall@1"],
+        **{
+            f"{k}_recall@1": retrieval_recall(v, relevant, ks=(1,))["recall@1"]
+            for k, v in ways.items()
+        },
         "chance": 1 / len(captions),
     }
 

@@ -43,7 +43,7 @@ def restore(kept: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved(*, cuda: bool = True) -> Iterator[None]:
-    """Leave all generators as they were, whatever is drawn inside."""
+    """Restore all generators at the end of the context."""
     kept = state(cuda=cuda)
     try:
         yield

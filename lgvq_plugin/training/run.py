@@ -10,13 +10,15 @@ checked without them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,35 +27,25 @@ from omegaconf import DictConfig, OmegaConf
 from ..arguments import add_shortcuts, parse_words
 from ..files import remove_parts, require_writable, write_text
 from ..sockets import ConfigError, Problems
-from .build import (
-    Sections,
-    build_host,
-    build_parts,
-    check_names,
-    read_config,
-    require_captions,
-    tell_shared_images,
-    tell_unknown_words,
-    with_shortcuts,
-)
-from .quiet import quiet_lightning
+from .build import build_parts, check_data, with_shortcuts
+from .config import Sections, read_config
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import nn
-    from torch.utils.data import DataLoader
 
     from .callbacks import Signals
-    from .driver import HostDriver
-
-__all__ = ["Interrupted", "TrainResult", "build_host", "main", "train"]
 
 logger = logging.getLogger(__name__)
-NAME_OF_RUN = "LGVQ_RUN_NAME"  # tells the processes that Lightning starts what the first chose
+RUN_NAME = "LGVQ_RUN_NAME"  # passes the name to the processes that Lightning starts
+RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")  # of Lightning and of torchrun
+# `lightning` and `pytorch_lightning` share one variable for their logger: the last import sets it.
+LIGHTNING = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+EXPECTED_WARNINGS = ("many workers", "in eval mode at the start", "LeafSpec")  # LPIPS is in eval
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user or the system stopped a run; it is saved, and the message says how to go on."""
+    """The user or the system stopped a run; the message says how to resume it."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +53,9 @@ class TrainResult:
     """What a run left behind."""
 
     folder: Path
-    """Of the run."""
+    """The run folder."""
     steps: int
-    """Updates in all, those before a resume included."""
+    """Total updates, those before a resume included."""
     metrics: dict[str, float]
     """The last logged value of every key of metrics.csv."""
     checkpoint: Path
@@ -84,12 +76,12 @@ def train(
     """Train the host of `config`.
 
     Args:
-        config: sections `model`, `data`, `training`; `base.read_config` reads them from YAML.
+        config: sections `model`, `data`, `training`; `config.read_config` reads them from YAML.
             Of `training` only `max_steps` has no default.
         name: of the run folder under `logdir`; a new one by default, from the time.
-        logdir: where run folders lie.
-        resume: "auto" goes on from the newest checkpoint of the run folder if there is one; a
-            path is a checkpoint, or a run folder.
+        logdir: folder of run folders.
+        resume: "auto" resumes from the newest sound checkpoint of the run folder if there is one;
+            a path is a checkpoint, or a run folder.
         progress: whether to show a bar.
         prepare: called with the host before a new run starts, not when one is resumed.
 
@@ -101,181 +93,193 @@ def train(
             the parameters, the step, and the last checkpoint.
     """
     problems = Problems()
-    sections = Sections.of(config, problems)
+    sections = Sections.from_config(config, problems)
     problems.raise_wrong()
     if not problems:
-        check_names(sections)
-    _require_resumable(resume)
-    if name and resume is None and any((Path(logdir) / name / "checkpoints").glob("*.ckpt")):
+        sections.check_names()
+    if resume not in (None, "auto") and not Path(str(resume)).exists():
+        raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
+    if resume == "auto" and not name:
+        raise ConfigError("--resume auto needs --name: the run folder to resume")
+    if name and resume is None:
         _refuse_used(Path(logdir) / name)
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from .callbacks import Signals
 
     with Signals() as signals:
+        run = _Run(config, sections, problems, name, Path(logdir), progress, prepare, signals)
         try:
-            return _train(
-                config, sections, problems, name, Path(logdir), resume, progress, prepare, signals
-            )
+            return run.resume(resume) if resume is not None else run.fit(None, {})
         except Interrupted:
             raise
         except (KeyboardInterrupt, SIGTERMException, SystemExit, Exception) as error:
             # An import that drops the KeyboardInterrupt fails in its own way later.
             is_other = signals.is_training and isinstance(error, Exception)
-            if signals.noted is None or (is_other and not isinstance(error, SIGTERMException)):
+            if signals.received is None or (is_other and not isinstance(error, SIGTERMException)):
                 raise
             raise Interrupted(
-                "stopped at once, without saving; go on with the newest checkpoint, if there is "
+                "stopped at once, without saving; resume from the newest checkpoint, if there is "
                 "one: --resume auto"
                 if signals.is_training
                 else "stopped before the first step; nothing new to save"
             ) from error
 
 
-def _train(
-    config: DictConfig | Mapping[str, Any],
-    sections: Sections,
-    problems: Problems,
-    name: str | None,
-    logdir: Path,
-    resume: str | Path | None,
-    progress: bool,
-    prepare: Callable[[nn.Module], None] | None,
-    signals: Signals,
-) -> TrainResult:
-    from . import rng, state
-    from .callbacks import Stopped, Watch
-    from .driver import HostDriver
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of one call of :func:`train`."""
 
-    if problems:
-        build_parts(config, sections, problems)  # says what else is missing, and raises
-    found, checkpoint = _find_checkpoint(resume, name, logdir) or (None, {})
-    folder = _run_folder(name, found, logdir, sections)
-    require_writable(folder)
-    if found:
-        state.check_config(checkpoint, sections.plain, found)
-    rng.seed_all(sections.training.seed)
-    host, dataset, validation = build_parts(config, sections, problems)
-    _look_at_data(host, dataset, validation, sections)
-    if prepare is not None and found is None:
-        prepare(host)
-    driver = HostDriver(
-        host,
-        sections.training,
-        dataset=dataset,
-        batch_size=sections.data.batch_size,
-        num_workers=sections.data.num_workers,
-        config=sections.plain,
-    )
-    with quiet_lightning():
-        trainer = _trainer(sections, driver, folder, int(checkpoint.get("global_step", 0)))
-    del checkpoint  # Lightning reads it again; a large one need not lie in memory meanwhile
-    host.learning_rate = sections.learning_rate(trainer.world_size)
-    watch = Watch(
-        folder,
-        validation=_validation(validation, sections, trainer),
-        progress=progress,
-        signals=signals,
-        begin=partial(_begin, folder, sections.plain, trainer),
-    )
-    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-    try:
-        with watch.guarding(), quiet_lightning():
-            trainer.fit(driver, ckpt_path=str(found) if found else None)
-    except Stopped as stop:
-        raise Interrupted(f"{stop}; go on with: --name {folder.name} --resume auto") from None
-    except (ConfigError, FloatingPointError) as error:
-        if not driver.latest:  # it has not begun
-            raise
-        last = state.newest(folder)
-        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise type(error)(f"{error}; {kept}") from error
-    last = state.newest(folder) or found or folder
-    return TrainResult(folder, trainer.global_step, watch.metrics, last, host)
+    config: DictConfig | Mapping[str, Any]
+    sections: Sections
+    problems: Problems
+    name: str | None
+    logdir: Path
+    progress: bool
+    prepare: Callable[[nn.Module], None] | None
+    signals: Signals
 
+    def resume(self, given: str | Path) -> TrainResult:
+        """Resume from a checkpoint, or from the newest sound one of a run folder."""
+        from . import state
 
-def _look_at_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> None:
-    """Refuse images without captions where heads need them; warn of what will not help."""
-    alignment = getattr(host.loss, "alignment", None) if hasattr(host, "loss") else None
-    if alignment is not None:
-        captions = require_captions(dataset, alignment.config)
-        if captions is not None:
-            alignment.expects_captions = False  # a batch without any is chance
-            tell_unknown_words(alignment.guide, captions)
-    if validation is not None:
-        tell_shared_images(dataset, validation, sections)
+        path = self.logdir / str(self.name) if given == "auto" else Path(given)
+        if path.is_file():
+            return self.fit(path, state.read(path))
+        paths = state.candidates(path)
+        if not paths and given != "auto":
+            raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
+        failed: list[ConfigError] = []
+        for found in paths:
+            try:
+                checkpoint = state.read(found)
+                if failed:
+                    logger.warning("resuming from the one before it: %s", found)
+                return self.fit(found, checkpoint)
+            except state.CheckpointError as error:
+                logger.warning("%s", error)
+                failed.append(error)
+        if failed:
+            message = f"{failed[0]}; no older checkpoint of {str(path)!r} can be resumed"
+            raise ConfigError(message) from failed[0]
+        return self.fit(None, {})
 
+    def fit(self, found: Path | None, checkpoint: Mapping[str, Any]) -> TrainResult:
+        """Train from the checkpoint at `found`, or from the start."""
+        from . import rng, state
+        from .callbacks import Stopped, TrainingCallback
+        from .driver import HostDriver
 
-def _require_resumable(resume: str | Path | None) -> None:
-    """Refuse a path that does not exist, before anything heavy is imported."""
-    if resume is not None and str(resume) != "auto" and not Path(resume).exists():
-        raise ConfigError(f"--resume {str(resume)!r}: no such checkpoint or run folder")
+        sections = self.sections
+        if self.problems:
+            build_parts(self.config, sections, self.problems)  # adds what else is missing; raises
+        folder = self._folder(found)
+        require_writable(folder)
+        if found:
+            state.check_config(checkpoint, sections.plain, found)
+        rng.seed_all(sections.training.seed)
+        host, dataset, validation = build_parts(self.config, sections, self.problems)
+        sections.warn()
+        check_data(host, dataset, validation, sections)
+        if self.prepare is not None and found is None:
+            self.prepare(host)
+        driver = HostDriver(
+            host,
+            sections.training,
+            dataset=dataset,
+            batch_size=sections.data.batch_size,
+            num_workers=sections.data.num_workers,
+            config=sections.plain,
+        )
+        with _quiet_lightning():
+            trainer = _trainer(sections, folder)
+        at = int(checkpoint.get("global_step", 0))
+        del checkpoint  # Lightning reads it again
+        host.learning_rate = sections.learning_rate(trainer.world_size)
+        callback = TrainingCallback(
+            folder,
+            validation=validation,
+            progress=self.progress,
+            signals=self.signals,
+            begin=lambda: _begin(folder, sections.plain, trainer, at),
+        )
+        trainer.callbacks.append(callback)  # type: ignore[attr-defined]
+        try:
+            with contextlib.closing(callback), _quiet_lightning():
+                trainer.fit(driver, ckpt_path=str(found) if found else None)
+        except Stopped as stop:
+            raise Interrupted(f"{stop}; resume with: --name {folder.name} --resume auto") from None
+        except (ConfigError, FloatingPointError) as error:
+            if not driver.latest:  # training has not begun
+                raise
+            saved = state.candidates(folder)
+            kept = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+            raise type(error)(f"{error}; {kept}") from error
+        last = next(iter(state.candidates(folder)), found or folder)
+        return TrainResult(folder, trainer.global_step, callback.metrics, last, host)
+
+    def _folder(self, checkpoint: Path | None) -> Path:
+        """Return the run's folder; all processes of a run get the same."""
+        if not self.name and checkpoint is not None and checkpoint.parent.name == "checkpoints":
+            return checkpoint.parent.parent
+        name = self.name or _new_name()
+        if self.sections.training.devices != 1:
+            os.environ[RUN_NAME] = name
+        if checkpoint is None and not _is_child():
+            _refuse_used(self.logdir / name)
+        return self.logdir / name
 
 
 def _refuse_used(folder: Path) -> None:
-    raise ConfigError(
-        f"{str(folder)!r} holds a run already; go on with it by --resume auto, "
-        "or choose another folder (--name, or -o of `lgvq retrofit`)"
-    )
+    if any(folder.glob("checkpoints/*.ckpt")):
+        raise ConfigError(
+            f"{str(folder)!r} holds a run already; resume it with --resume auto, "
+            "or choose another folder (--name, or -o of `lgvq retrofit`)"
+        )
 
 
-def _find_checkpoint(
-    resume: str | Path | None, name: str | None, logdir: Path
-) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint to resume from, read and checked."""
-    if resume is None:
-        return None
-    from . import state
-
-    if str(resume) == "auto":
-        if not name:
-            raise ConfigError("--resume auto needs --name: the run folder to go on in")
-        return state.newest_whole(logdir / name)
-    path = Path(resume)
-    if path.is_dir():
-        found = state.newest_whole(path)
-        if found is None:
-            raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
-        return found
-    return path, state.read(path)
+def _is_child() -> bool:
+    return any(os.environ.get(name, "0") != "0" for name in RANKS)
 
 
-def _run_folder(
-    name: str | None, checkpoint: Path | None, logdir: Path, sections: Sections
-) -> Path:
-    """Choose the run's folder; all processes of a run choose the same."""
-    is_child = os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
-    if not name and checkpoint is not None and checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent
-    if not name:
-        name = _common_name(is_child)
-    if sections.training.devices != 1:
-        os.environ[NAME_OF_RUN] = name
-    folder = logdir / name
-    if checkpoint is None and not is_child and any(folder.glob("checkpoints/*.ckpt")):
-        _refuse_used(folder)
-    return folder
+def _new_name(stem: str = "") -> str:
+    """Return the name of a new run: the same one in all its processes.
 
-
-def _common_name(is_child: bool) -> str:
-    """Return a new name: the first process's, where there are several."""
-    import torch
-
-    name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}"]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(name, src=0)  # from a run before
-    elif is_child:
-        name = [os.environ.get(NAME_OF_RUN, "")]
+    Raises:
+        ConfigError: if another process chose it and there is no way to learn it.
+    """
+    name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}{stem and '_' + stem}"]
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(name, src=0)  # by a run before, in this process
+    elif _is_child():
+        name = [os.environ.get(RUN_NAME, "")]
         if not name[0]:
             raise ConfigError("several processes must agree on a run folder: give --name")
     return name[0]
 
 
-def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: int) -> pl.Trainer:
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Hide Lightning's notes (devices, tips, `Trainer.fit stopped`); its warnings pass."""
+    loggers = [logging.getLogger(name) for name in LIGHTNING]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            for known in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", f".*{known}")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
     import lightning.pytorch as pl
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from .callbacks import MetricsFile
     from .state import AtomicCheckpointIO
 
     settings = sections.training
@@ -283,70 +287,51 @@ def _trainer(sections: Sections, driver: HostDriver, folder: Path, resumed_at: i
         "devices": settings.devices,
         "num_nodes": settings.num_nodes,
         "accelerator": settings.accelerator,
-        "strategy": _strategy(settings.strategy, settings.devices, settings.num_nodes),
+        "strategy": settings.strategy,
         "precision": settings.precision,
     }
-    build = partial(
-        pl.Trainer,
-        max_steps=settings.max_steps,
-        max_epochs=-1,
-        logger=[MetricsFile(folder, resumed_at)],  # it writes nothing before the first row
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,  # Stream deals the samples out itself
-        limit_val_batches=0,  # Watch validates: at steps, with the generators put back
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    if settings.strategy in ("auto", "ddp") and (settings.devices, settings.num_nodes) != (1, 1):
+        # Two losses reach two sets of parameters, so each backward pass leaves some unused.
+        machine["strategy"] = "ddp_find_unused_parameters_true"
     try:
-        return build(**machine)
+        return pl.Trainer(
+            **machine,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            logger=False,  # TrainingCallback logs, validates and saves: at steps, with the
+            limit_val_batches=0,  # generators restored, and writes nothing before the first step
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,  # Stream distributes the samples itself
+            default_root_dir=folder,
+        )
     except (MisconfigurationException, ValueError) as error:
-        asked = ", ".join(f"{key}: {value}" for key, value in machine.items())
-        raise ConfigError(f"training ({asked}) cannot be had here: {error}") from error
+        wanted = ", ".join(f"{key}: {value}" for key, value in machine.items())
+        raise ConfigError(f"training ({wanted}) is not available here: {error}") from error
 
 
-def _strategy(name: str, devices: int | str, num_nodes: int) -> str:
-    # Two losses reach two sets of parameters, so each backward pass leaves some unused.
-    is_single = devices == 1 and num_nodes == 1
-    return "ddp_find_unused_parameters_true" if name in ("auto", "ddp") and not is_single else name
-
-
-def _validation(
-    dataset: Any, sections: Sections, trainer: pl.Trainer
-) -> Callable[[], DataLoader] | None:
-    """Return what makes the loader of validation batches, once the process knows its rank."""
-    data, settings = sections.data, sections.training
-    if dataset is None or not (settings.val_every or settings.images_every):
-        return None
-    from .data import validation_loader
-
-    return lambda: validation_loader(
-        dataset,
-        batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        seed=settings.seed,
-        max_batches=settings.val_batches,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-    )
-
-
-def _begin(folder: Path, plain: Mapping[str, Any], trainer: pl.Trainer) -> None:
-    """Make the run folder, once a first batch has passed: a failed start leaves nothing."""
+def _begin(
+    folder: Path, plain: Mapping[str, Any], trainer: pl.Trainer, resumed_at: int
+) -> list[Any]:
+    """Make the run folder, once a first batch has passed, and return the loggers."""
+    if not trainer.is_global_zero:
+        return []
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_parts(folder)
-        text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
-        write_text(folder / "configs" / "merged.yaml", text)
+    from .callbacks import MetricsFile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder)
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
+    write_text(folder / "configs" / "merged.yaml", text)
+    loggers: list[Any] = [MetricsFile(folder, resumed_at)]
     if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        at = trainer.global_step - 1
-        purge: dict[str, Any] = {"purge_step": at + 1} if at > 0 else {}
-        board = TensorBoardLogger(folder, name="tensorboard", version="", **purge)
-        trainer.loggers = [*trainer.loggers, board]
+        purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
+    return loggers
 
 
 def main(argv: list[str]) -> int:
@@ -357,7 +342,7 @@ def main(argv: list[str]) -> int:
             [--logdir D] [key=value ...]`.
 
     Returns:
-        0; what went wrong is raised.
+        0; errors are raised.
     """
     parser = argparse.ArgumentParser(
         prog="lgvq train",
@@ -367,10 +352,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-b", "--base", nargs="+", action="extend", required=True,
                         metavar="CONFIG", help="YAML files; later ones win")  # fmt: skip
     add_shortcuts(parser, steps=True)
-    parser.add_argument("-n", "--name", help="of the run folder; default: time and config's name")
-    parser.add_argument("--logdir", default="logs", help="where run folders lie (default: logs)")
+    parser.add_argument("-n", "--name", help="run folder; default: time and name of the config")
+    parser.add_argument("--logdir", default="logs", help="folder of run folders (default: logs)")
     parser.add_argument("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     given, overrides = parse_words(parser, argv, "base")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
@@ -380,17 +365,14 @@ def main(argv: list[str]) -> int:
         max_steps=given.max_steps,
         overrides=overrides,
     )
-    name, logdir = given.name, Path(given.logdir)
-    stem = Path(given.base[0]).stem
-    if given.resume == "auto" and not name:
-        from . import state
-
-        runs = sorted(run for run in logdir.glob(f"*_{stem}") if state.newest(run))
-        name = runs[-1].name if runs else None
-    is_child = os.environ.get("LOCAL_RANK", "0") != "0"
-    if not name and given.resume in (None, "auto") and not is_child:
-        name = f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{stem}"
-    resume = None if given.resume == "auto" and not name else given.resume
-    result = train(config, name=name, logdir=logdir, resume=resume, progress=not given.no_progress)
+    name, resume, stem = given.name, given.resume, Path(given.base[0]).stem
+    if resume == "auto" and not name:
+        runs = sorted(Path(given.logdir).glob(f"*_{stem}/checkpoints/*.ckpt"))
+        name, resume = (runs[-1].parents[1].name, resume) if runs else (None, None)
+    if not name and resume is None:
+        name = _new_name(stem)
+    result = train(
+        config, name=name, logdir=given.logdir, resume=resume, progress=not given.no_progress
+    )
     logger.info("%d steps in %s", result.steps, result.folder)
     return 0

@@ -1,47 +1,66 @@
-"""Checkpoint files: written whole or not at all, finite, and checked before a run goes on."""
+"""Checkpoint files: written atomically, and checked before a run resumes from them."""
 
 import logging
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from ..checkpoints.read import read_raw
 from ..config import differing
 from ..files import replacing
-from ..finite import all_finite, in_groups
+from ..finite import all_finite
 from ..sockets import ConfigError
 
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 STATE = "lgvq_training"  # our own entry of a checkpoint
-TENSORS, ENTRIES = "a mapping of names to tensors", "a list of mappings"
-EXPECTED: dict[str, Any] = {  # of a checkpoint to resume from
-    "state_dict": TENSORS,
-    "optimizer_states": ENTRIES,
-    "lr_schedulers": ENTRIES,
+EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
+    "state_dict": {},
+    "optimizer_states": list,
+    "lr_schedulers": list,
     "loops": {"fit_loop": {}},
     "callbacks": {},
     "global_step": 0,
     "epoch": 0,
     "pytorch-lightning_version": "",
-    STATE: {"samples": 0, "generators": ENTRIES, "config": {}},
+    STATE: {"samples": 0, "generators": list, "config": {}},
 }
-OPTIONAL: dict[str, Any] = {"ema_state_dict": TENSORS, "MixedPrecision": {}}
 VERSION = re.compile(r"([2-9]|\d{2,})(\.\d+)+((a|b|rc|\.post|\.?dev)\d+)?")  # of Lightning
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # shaped as the parameter
+RANGES = {  # settings of a parameter group and what must be below or equal to: torch's own limits
+    "lr": ("learning rate", math.inf),
+    "betas": ("beta parameter", 1.0),
+    "eps": ("epsilon value", math.inf),
+    "weight_decay": ("weight_decay value", math.inf),
+    "momentum": ("momentum value", math.inf),
+}
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be resumed; `--resume auto` then tries the one before it."""
+
+
+def unusable(path: Path | str, problem: str) -> CheckpointError:
+    """Return an error that names a checkpoint and what is wrong with it."""
+    return CheckpointError(
+        f"checkpoint {str(path)!r} cannot be resumed: {problem}; the file was damaged or changed "
+        "after it was written, resume from another"
+    )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves beside the target and renames, so that a kill leaves the old file or the new one."""
+    """Writes a temporary file and renames it, so that a kill leaves the old or the new one."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -53,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read `path`, on the CPU, refusing anything that could run code."""
+        """Read `path` to the CPU without running code from it."""
         return read(Path(path))
 
 
@@ -61,174 +80,123 @@ def read(path: Path) -> dict[str, Any]:
     """Return the checkpoint at `path`.
 
     Raises:
-        ConfigError: if there is none, it is damaged, was not written by `lgvq train`, an entry is
-            missing or of another type, or its weights are NaN.
+        CheckpointError: if it does not exist, is damaged, was not written by `lgvq train`, or an
+            entry is missing or of another type.
     """
-    raw, _ = read_raw(path)
+    try:
+        raw, _ = read_raw(path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(raw, Mapping) or STATE not in raw:
         has_optimizers = isinstance(raw, Mapping) and "optimizer_states" in raw
         kind = "is another trainer's" if has_optimizers else "holds no optimizers"
-        raise ConfigError(
+        raise CheckpointError(
             f"checkpoint {str(path)!r} {kind}: only a checkpoint of `lgvq train` can be resumed; "
             f"to start from its weights: lgvq retrofit -b CONFIG --ckpt {path} -o DIR"
         )
-    for key, expected in {**EXPECTED, **{k: v for k, v in OPTIONAL.items() if k in raw}}.items():
-        require_like(raw.get(key), expected, key, path)
+    optional = {key: {} for key in ("ema_state_dict", "MixedPrecision") if key in raw}
+    for key, example in {**EXPECTED, **optional}.items():
+        require_like(raw.get(key), example, key, path)
     samples, version = raw[STATE]["samples"], raw["pytorch-lightning_version"]
-    is_count = isinstance(samples, int) and samples >= 0
-    is_known = VERSION.fullmatch(version)
-    if not (is_count and raw[STATE]["generators"] and is_known):
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be resumed: {STATE}.samples is {samples!r}, "
-            f"{STATE}.generators has {len(raw[STATE]['generators'])} entries, "
-            f"pytorch-lightning_version is {version!r}; the file was changed, resume from another"
-        )
-    bad = [key for key, value in raw["state_dict"].items() if value.isnan().any()]
-    if bad:
-        raise ConfigError(
-            f"checkpoint {str(path)!r} is of a run that diverged: NaN in {in_groups(bad)}; resume "
-            "from an older one"
-        )
+    if not (isinstance(samples, int) and 0 <= samples < 2**63):
+        raise unusable(path, f"{STATE}.samples is {samples!r}")
+    if not raw[STATE]["generators"]:
+        raise unusable(path, f"{STATE}.generators has 0 entries")
+    if not VERSION.fullmatch(version):
+        raise unusable(path, f"pytorch-lightning_version is {version!r}")
     return dict(raw)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta
-
-
-def require_like(given: Any, expected: Any, where: str, path: Path | str) -> None:
-    """Check that a part of a checkpoint has the entries and the types of an example.
+def require_like(given: Any, example: Any, where: str, path: Path | str) -> None:
+    """Check that a part of a checkpoint has the entries, types and shapes of an example.
 
     Args:
         given: the part.
-        expected: TENSORS, ENTRIES, or an example: a mapping's keys must all be in `given`; None
-            is like anything.
+        example: its keys must all be in `given`; a list must have its length, a tensor its shape
+            and kind, and finite values if the example's are. `list` is any list of mappings,
+            None is anything.
         where: name of the part, for the message.
         path: of the checkpoint, for the message.
 
     Raises:
-        ConfigError: if it has not.
+        CheckpointError: if it does not.
 
     Example:
         >>> require_like({"step": "two"}, {"step": 1}, "loops", "last.ckpt")
         Traceback (most recent call last):
         ...
-        lgvq_plugin.sockets.ConfigError: checkpoint 'last.ckpt' cannot be resumed: loops.step is ...
+        lgvq_plugin.training.state.CheckpointError: ...: loops.step is of type str, expected int...
     """
-    kind: Any = type(expected)
-    if expected is TENSORS:
-        good = isinstance(given, Mapping) and given and all(
-            isinstance(k, str) and isinstance(v, Tensor) and _is_dense(v) for k, v in given.items()
-        )  # fmt: skip
-    elif expected is ENTRIES:
-        good = isinstance(given, list | tuple) and all(isinstance(e, Mapping) for e in given)
-    elif isinstance(expected, Mapping):
-        good, kind = isinstance(given, Mapping), "a mapping"
-    elif isinstance(expected, bool):
-        good = isinstance(given, bool)
-    elif isinstance(expected, int | float):
-        good = isinstance(given, int | float) and not isinstance(given, bool)
-    elif isinstance(expected, list | tuple):
-        good = isinstance(given, list | tuple) and len(given) == len(expected)
-        kind = f"a list of {len(expected)}"
-    else:
-        good = expected is None or isinstance(given, kind)
-    if not good:
-        wanted = expected if expected is TENSORS or expected is ENTRIES else kind
-        wanted = wanted if isinstance(wanted, str) else f"type {wanted.__name__}"
-        found = "missing" if given is None else f"of type {type(given).__name__}"
-        found += " with other entries" if isinstance(given, Mapping | list | tuple) else ""
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be resumed: {where} is {found}, expected "
-            f"{wanted}; the file was changed after it was written, resume from another"
-        )
-    if isinstance(expected, Mapping):
-        for key, value in expected.items():
+    if example is None:
+        return
+    if given is None:
+        raise unusable(path, f"{where} is missing")
+    if isinstance(example, Tensor):
+        _require_tensor(given, example, where, path)
+    elif example is list:
+        require_like(given, [{}] * len(given) if isinstance(given, list) else [], where, path)
+    elif isinstance(example, Mapping) and isinstance(given, Mapping):
+        for key, value in example.items():
             require_like(given.get(key), value, f"{where}.{key}", path)
-    elif isinstance(expected, list | tuple):
-        for i, value in enumerate(expected):
+    elif isinstance(example, list | tuple) and isinstance(given, list | tuple):
+        if len(given) != len(example):
+            problem = f"{where} has {len(given)} entries, expected {len(example)}"
+            raise unusable(path, problem)
+        for i, value in enumerate(example):
             require_like(given[i], value, f"{where}[{i}]", path)
+    else:
+        is_number = isinstance(example, int | float) and not isinstance(example, bool)
+        kinds = (int, float) if is_number else (type(example),)
+        if not isinstance(given, kinds) or isinstance(given, bool) != isinstance(example, bool):
+            problem = f"{where} is of type {type(given).__name__}, expected {kinds[0].__name__}"
+            raise unusable(path, problem)
 
 
-def require_fit(given: Mapping[str, Tensor], host: nn.Module, where: str, path: str) -> None:
-    """Check that a checkpoint's state dict, or its averages, has the host's keys and shapes.
+def _require_tensor(given: Any, example: Tensor, where: str, path: Path | str) -> None:
+    if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta:
+        kind = getattr(given, "layout", type(given).__name__)
+        raise unusable(path, f"{where} is of type {kind}, expected a dense tensor")
+    if given.shape != example.shape:
+        shapes = f"{tuple(given.shape)}, the host's {tuple(example.shape)}"
+        raise unusable(path, f"{where} is {shapes}")
+    if given.is_floating_point() != example.is_floating_point() or given.is_complex():
+        raise unusable(path, f"{where} is of {given.dtype}, the host's of {example.dtype}")
+    if not all_finite([given]) and all_finite([example]):  # masks may hold -inf from the start
+        raise unusable(path, f"{where} holds NaN or inf: the run diverged")
+
+
+def require_fit(given: Any, host: nn.Module, where: str, path: str) -> None:
+    """Check that a state dict, or its EMA weights, has the host's keys, shapes and kinds.
 
     Raises:
-        ConfigError: if it has not; it names the keys.
+        CheckpointError: if it does not; the message names the key.
     """
     wanted = host.state_dict()
-    bad = [f"{key} is missing" for key in wanted if key not in given]
-    bad += [f"{key} is not the host's" for key in given if key not in wanted]
-    bad += [
-        f"{key} is {tuple(given[key].shape)}, the host's {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in given and given[key].shape != value.shape
-    ]
-    bad += [
-        f"{key} is of {given[key].dtype}, the host's of {value.dtype}"
-        for key, value in wanted.items()
-        if key in given and given[key].is_floating_point() != value.is_floating_point()
-    ]
-    bad += [
-        f"{key} is infinite"
-        for key, _ in host.named_parameters()
-        if key in given and not all_finite([given[key]])
-    ]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ConfigError(
-            f"checkpoint {path!r}: its {where} does not fit {type(host).__name__}: "
-            f"{'; '.join(bad[:3])}{more}; resume from another"
-        )
+    require_like(given, wanted, where, path)
+    if strange := given.keys() - wanted.keys():
+        raise unusable(path, f"{where}.{min(strange)} is not {type(host).__name__}'s")
 
 
 def require_optimizers(
-    given: list[Mapping[str, Any]],
-    optimizers: list[Optimizer],
-    schedulers: list[Any],
-    saved: Any,
-    path: str,
+    checkpoint: Mapping[str, Any], optimizers: list[Optimizer], schedulers: list[Any], path: str
 ) -> None:
-    """Check that saved states of optimizers and of schedulers fit those of the host.
+    """Check that the states of optimizers and of schedulers fit those of the host.
 
     Raises:
-        ConfigError: if they do not.
+        CheckpointError: if they do not.
     """
-    require_like(given, [{}] * len(optimizers), "optimizer_states", path)
+    states, saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    require_like(states, [{"state": {}}] * len(optimizers), "optimizer_states", path)
+    counts = checkpoint[STATE].get("moments") or [None] * len(states)  # older files have no counts
+    for i, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
+        where, found = f"optimizer_states[{i}]", len(state["state"])
+        wanted = counts[i] if i < len(counts) else None
+        if wanted is None and i == 0 and isinstance(optimizer, Adam) and not found:
+            wanted = 1 if checkpoint["global_step"] else 0
+        if wanted not in (None, found):
+            raise unusable(path, f"{where}.state has {found} entries, expected {wanted}")
+        _require_optimizer(state, optimizer, where, path)
     require_like(saved, [{}] * len(schedulers), "lr_schedulers", path)
-    for i, (state, optimizer) in enumerate(zip(given, optimizers, strict=True)):
-        where, example = f"optimizer_states[{i}]", optimizer.param_groups
-        require_like(state, {"state": {}}, where, path)
-        groups: Any = state.get("param_groups")
-        require_like(groups, ENTRIES, f"{where}.param_groups", path)
-        for group in groups:
-            count = len(group["params"]) if hasattr(group.get("params"), "__len__") else 1
-            like = {"params": [0] * count, "lr": 0.0}
-            require_like(group, like, f"{where}.param_groups", path)
-            _require_settings(group, optimizer, f"{where}.param_groups", path)
-        for accept in optimizer._optimizer_load_state_dict_pre_hooks.values():
-            state = accept(optimizer, dict(state)) or state  # other groups of heads, or none
-        groups = state["param_groups"]
-        if len(groups) == len(example):  # else the optimizer itself says whether it takes them
-            for j, (group, own) in enumerate(zip(groups, example, strict=True)):
-                like = _shared(own, group) | {"params": [0] * len(own["params"])}
-                require_like(group, like, f"{where}.param_groups[{j}]", path)
-        parameters = [p for group in example for p in group["params"]]
-        numbers = [number for group in groups for number in group["params"]]
-        shapes = {n: p.shape for n, p in zip(numbers, parameters, strict=False)}
-        kept = {name for moments in state["state"].values() for name in moments}
-        if kept and isinstance(optimizer, torch.optim.Adam):  # AdamW too
-            kept |= {"step", *MOMENTS[:2]}
-        for key, moments in state["state"].items():
-            require_like(moments, dict.fromkeys(kept), f"{where}.state[{key}]", path)
-            missing = sorted(kept - moments.keys())
-            shape = shapes.get(key) if isinstance(key, int) else None
-            is_whole, wrong = shape is not None and not missing, "does not fit the host's parameter"
-            if not (is_whole and all(_is_moment(*m, shape=shape) for m in moments.items())):
-                raise ConfigError(
-                    f"checkpoint {path!r} cannot be resumed: {where}.state[{key}] "
-                    f"{f'has no {missing[0]}' if missing else wrong}; resume from another"
-                )
     for i, (state, scheduler) in enumerate(zip(saved, schedulers, strict=True)):
         like = _shared(scheduler.state_dict(), state)
         for key, value in like.items():  # lists by group: earlier versions had fewer groups
@@ -237,32 +205,59 @@ def require_optimizers(
         require_like(state, like, f"lr_schedulers[{i}]", path)
 
 
-def _require_settings(
-    group: Mapping[str, Any], optimizer: Optimizer, where: str, path: str
+def _require_optimizer(
+    state: Mapping[str, Any], optimizer: Optimizer, where: str, path: str
 ) -> None:
-    """Check that one of torch's own optimizers would take a saved group's rate, betas and so on."""
-    own = type(optimizer)
-    if not own.__module__.startswith("torch.optim"):
-        return
-    plain = (bool, int, float, tuple, list)
-    usual = {k: v for k, v in optimizer.defaults.items() if k in group and type(v) in plain}
-    settings = {k: group[k] for k in usual}
-    try:
-        own([nn.Parameter(torch.zeros(1))], **settings)
-    except Exception as error:  # whatever the optimizer makes of them
-        raise ConfigError(
-            f"checkpoint {path!r} cannot be resumed: {where}: {type(error).__name__}: "
-            f"{error}; the file was changed after it was written, resume from another"
-        ) from error
+    groups: Any = state.get("param_groups")
+    require_like(groups, list, f"{where}.param_groups", path)
+    for group in groups:
+        numbers = group["params"] if isinstance(group.get("params"), list) else [0]
+        like = {"params": [0] * len(numbers), "lr": 0.0}
+        require_like(group, like, f"{where}.param_groups", path)
+        _require_settings(group, f"{where}.param_groups", path)
+    for accept in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state = accept(optimizer, dict(state)) or state  # heads in other groups, or none
+    groups, own = state["param_groups"], optimizer.param_groups
+    if len(groups) == len(own):  # otherwise the optimizer itself reports it
+        likes = [
+            _shared(a, b) | {"params": [0] * len(a["params"])}
+            for a, b in zip(own, groups, strict=True)
+        ]
+        require_like(groups, likes, f"{where}.param_groups", path)
+    parameters = [p for group in own for p in group["params"]]
+    shapes = dict(zip_longest((n for group in groups for n in group["params"]), parameters))
+    kept = {name for moments in state["state"].values() for name in moments}
+    if kept and isinstance(optimizer, Adam):  # AdamW too
+        kept |= {"step", *MOMENTS[:2]}
+    for key, moments in state["state"].items():
+        entry = f"{where}.state[{key}]"
+        require_like(moments, {}, entry, path)
+        if missing := sorted(kept - moments.keys()):
+            raise unusable(path, f"{entry} has no {missing[0]}")
+        parameter = shapes.get(key) if isinstance(key, int) else None
+        if parameter is None or not all(_is_moment(*m, like=parameter) for m in moments.items()):
+            raise unusable(path, f"{entry} does not fit the host's parameter")
 
 
-def _is_moment(name: str, value: Any, *, shape: torch.Size | None) -> bool:
-    """Whether an optimizer may keep `value` as `name` for a parameter of that shape."""
+def _require_settings(group: Mapping[str, Any], where: str, path: str) -> None:
+    """Check a saved group's learning rate, betas and so on against torch's limits."""
+    for key in RANGES.keys() & group.keys():
+        name, limit = RANGES[key]
+        values = group[key] if isinstance(group[key], list | tuple) else [group[key]]
+        for value in values:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < limit:
+                raise unusable(path, f"{where}: Invalid {name}: {group[key]!r}")
+
+
+def _is_moment(name: str, value: Any, *, like: Tensor) -> bool:
+    """Whether an optimizer may keep `value` as `name` for a parameter."""
     if name in MOMENTS:
-        is_plain_sgd = name == MOMENTS[-1] and value is None
-        is_like = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
-        if not (is_like and _is_dense(value)):
-            return is_plain_sgd
+        if name == "momentum_buffer" and value is None:  # plain SGD
+            return True
+        is_like = isinstance(value, Tensor) and value.shape == like.shape
+        if not (is_like and value.is_floating_point() and value.layout == torch.strided):
+            return False
         return bool(all_finite([value]) and (not name.endswith("_sq") or value.ge(0).all()))
     if isinstance(value, Tensor):
         return bool(name != "step" or (value.numel() == 1 and value.ge(0).all()))
@@ -276,19 +271,16 @@ def _shared(example: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def save(trainer: Any, folder: Path, step: int, keep: int | None) -> Path:
-    """Save `step=....ckpt` and `last.ckpt`; all processes must call it.
+    """Save `step=....ckpt` and `last.ckpt`, and return the latter; all processes must call it.
 
     Args:
         trainer: Lightning's.
         folder: of the run's checkpoints.
         step: in the file's name.
-        keep: how many `step=....ckpt` stay; None = all.
-
-    Returns:
-        The path of last.ckpt.
+        keep: number of `step=....ckpt` to keep; None = all.
 
     Raises:
-        ConfigError: if the disk is full; the checkpoints before stay as they were.
+        ConfigError: if the disk is full; earlier checkpoints are unchanged.
     """
     path = folder / f"step={step:08d}.ckpt"
     trainer.save_checkpoint(path, weights_only=False)  # False = optimizers too
@@ -305,38 +297,10 @@ def save(trainer: Any, folder: Path, step: int, keep: int | None) -> Path:
 
 
 def candidates(run: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, the newest first."""
+    """Return the checkpoints of a run folder, newest first."""
     last = run / "checkpoints" / LAST
     steps = sorted((run / "checkpoints").glob("step=*.ckpt"), reverse=True)
     return ([last] if last.is_file() else []) + steps
-
-
-def newest(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run folder, or None."""
-    return next(iter(candidates(run)), None)
-
-
-def newest_whole(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint of a run folder that can be read, and what it holds.
-
-    Raises:
-        ConfigError: if there are checkpoints, and none of them can be read.
-    """
-    failed: list[ConfigError] = []
-    for path in candidates(run):
-        try:
-            found = read(path)
-        except ConfigError as error:
-            failed.append(error)
-            continue
-        for earlier in failed:
-            logger.warning("%s", earlier)
-        if failed:
-            logger.warning("resuming from the one before it: %s", path)
-        return path, found
-    if failed:
-        raise ConfigError(f"{failed[0]}; no older checkpoint of {str(run)!r} is whole")
-    return None
 
 
 def check_config(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

@@ -27,7 +27,8 @@ from lgvq_plugin.datasets.base import collate, recognize
 from lgvq_plugin.datasets.convert import Settings, convert
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
-from lgvq_plugin.training.build import build_host, read_config
+from lgvq_plugin.training.build import build_host
+from lgvq_plugin.training.config import read_config
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, SIZE, BATCH = 10, 256, 8

@@ -11,7 +11,7 @@ from lgvq_plugin.cli import main
 from lgvq_plugin.config import parse
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.guides.base import build_guide
-from lgvq_plugin.training.build import Sections, lgvq_block, read_config
+from lgvq_plugin.training.config import Sections, lgvq_block, read_config
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsy
     path, out = config(), tmp_path / "cache"
     assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0
     assert f"{len(captions()) + 1} different captions" in capsys.readouterr().out
-    merged = Sections.of(read_config([path, out / "guide.yaml"]))
+    merged = Sections.from_config(read_config([path, out / "guide.yaml"]))
     block = parse(lgvq_block(merged.plain))
     cached = build_guide(block.guide)
     texts = sorted(captions())

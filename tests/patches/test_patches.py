@@ -163,12 +163,11 @@ def test_the_wheel_imports_only_with_the_patch(wheel):
     assert snapshot(wheel) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
-        pytest.param(
-            "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", marks=pytest.mark.slow
-        ),
+        "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
         "lgvq_plugin.LGVQLoss",
     ],
 )

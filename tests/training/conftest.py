@@ -1,10 +1,14 @@
 """A tiny taming VQGAN on a tiny data set; its perceptual weight is 0, so nothing is downloaded."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).parent))  # configs name `toy.ToyHost`, tests import it
 
 CONFIG = {
     "model": {
@@ -57,6 +61,20 @@ CONFIG = {
 }
 
 
+SMALL_HOST = {
+    "learning_rate": 1e-3,
+    "target": "lgvq_plugin.hosts.vqvae.VQVAE",
+    "params": {
+        "n_embed": 8,
+        "embed_dim": 4,
+        "channels": 8,
+        "num_res_blocks": 1,
+        "downsample": 4,
+        "lossconfig": {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss"},
+    },
+}
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
@@ -69,5 +87,17 @@ def config():
     def build(*overrides):
         base = OmegaConf.create(copy.deepcopy(CONFIG))
         return OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+
+    return build
+
+
+@pytest.fixture
+def small(config):
+    """The same for a smaller host with one optimizer."""
+
+    def build(*overrides):
+        given = config(*overrides)
+        given.model = SMALL_HOST
+        return given
 
     return build

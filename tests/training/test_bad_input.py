@@ -49,13 +49,13 @@ def run(config, tmp_path, capsys, monkeypatch):
 def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
     code, err = run()
     assert code == 0
-    told = err + caplog.text
-    assert not [word for word in ("GPU", "TPU", "Tip", "Trainer.fit") if word in told]
-    assert "masked_text x 0.01" in told
+    said = err + caplog.text
+    assert not [word for word in ("GPU", "TPU", "Tip", "Trainer.fit") if word in said]
+    assert "masked_text x 0.01" in said
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "said"),
     [
         ("model.params.lossconfig.target=lgvq_plugin.LGVQLos", "did you mean 'LGVQLoss'"),
         ("training.precision=13-bits", "precision: 13-bits"),
@@ -69,15 +69,15 @@ def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
         (f"{BLOCK}.recipe=papier", "paper"),
         (f"{BLOCK}.guide.use=micro_clop", "did you mean 'micro_clip'"),
         (f"{BLOCK}.caption_key=words", "words"),
-        ("model=3", "no section `model:`"),
+        ("model=3", "model: expected a mapping"),
         (f"{BLOCK}.caption_key=index", "captions must be a list with one entry per image"),
         (f"{BLOCK}.code_dim=5", "lgvq.code_dim: 4"),
     ],
 )
-def test_a_wrong_key_or_value_is_named(run, override, told):
+def test_a_wrong_key_or_value_is_named(run, override, said):
     code, err = run(override)
     assert code == 2
-    assert told in err
+    assert said in err
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("lgvq: error:")]) == 1
 
@@ -90,7 +90,7 @@ def test_a_missing_guide_checkpoint_says_what_does_without(run):
     assert "guide: {use: micro_clip}" in err
 
 
-def test_a_batch_with_no_captions_is_told(run, monkeypatch):
+def test_a_batch_with_no_captions_is_reported(run, monkeypatch):
     import lgvq_plugin.datasets.scenes as scenes
 
     monkeypatch.setattr(scenes, "Captionless", Captionless, raising=False)

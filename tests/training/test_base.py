@@ -5,13 +5,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import (
-    Sections,
-    TrainingConfig,
-    build_dataset,
-    build_host,
-    read_config,
-)
+from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.config import Sections, read_config
+from lgvq_plugin.training.settings import TrainingConfig
 
 
 def test_later_files_and_overrides_win(tmp_path):
@@ -24,23 +20,23 @@ def test_later_files_and_overrides_win(tmp_path):
     }
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path):
+def test_a_file_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "broken.yaml").write_text("model:\n  a: [1,\ntraining: }\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    for path, told in [
+    for path, message in [
         (tmp_path, "is a folder"),
         (tmp_path / "brokn.yaml", r"does not exist; did you mean 'broken\.yaml'"),
         (tmp_path / "broken.yaml", r"broken\.yaml:3: broken YAML"),
         (tmp_path / "list.yaml", "expected a mapping"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             read_config([path])
     with pytest.raises(ConfigError, match="'max_steps': expected key=value"):
         read_config([], ["max_steps"])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("trainig.max_steps=1", "no section 'trainig' in a config; did you mean 'training'"),
         ("training.val_evry=1", "training: no key 'val_evry'; did you mean 'val_every'"),
@@ -60,13 +56,13 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
         ("data=null", "has no section `data:`"),
     ],
 )
-def test_a_wrong_config_says_what_and_where(config, change, told):
-    with pytest.raises(ConfigError, match=told):
-        Sections.of(config(change))
+def test_a_wrong_config_says_what_and_where(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        Sections.from_config(config(change))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("model.target=taming.models.vqgan.VQModle", "did you mean 'VQModel'"),
         ("model.target=no_such_package.Host", "no module named 'no_such_package'"),
@@ -75,8 +71,8 @@ def test_a_wrong_config_says_what_and_where(config, change, told):
         ("model.params.n_codes=1", "n_codes"),
     ],
 )
-def test_a_host_that_cannot_be_built_is_told(config, change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_host_that_cannot_be_built_is_reported(config, change, message):
+    with pytest.raises(ConfigError, match=message):
         build_host(config(change))
 
 
@@ -102,7 +98,7 @@ def test_the_keys_of_data_may_stand_where_taming_has_them(config):
     direct = config()
     nested = config()
     nested.data = {"target": "main.DataModuleFromConfig", "params": direct.data}
-    assert Sections.of(nested).data == Sections.of(direct).data
+    assert Sections.from_config(nested).data == Sections.from_config(direct).data
 
 
 def test_tamings_learning_rate_rule(config):
@@ -112,17 +108,19 @@ def test_tamings_learning_rate_rule(config):
         "data.batch_size=8",
         "training.accumulate_grad_batches=2",
     ]
-    assert Sections.of(config(*given)).learning_rate(4) == pytest.approx(4.5e-6 * 8 * 2 * 4)
+    assert Sections.from_config(config(*given)).learning_rate(4) == pytest.approx(
+        4.5e-6 * 8 * 2 * 4
+    )
     given[1] = "training.scale_lr=false"
-    assert Sections.of(config(*given)).learning_rate(4) == 4.5e-6
+    assert Sections.from_config(config(*given)).learning_rate(4) == 4.5e-6
     given[1] = "model.learning_rate=1e-4"
-    assert Sections.of(config(*given)).learning_rate(4) == 1e-4
+    assert Sections.from_config(config(*given)).learning_rate(4) == 1e-4
 
 
 def test_the_lightning_section_of_old_configs_is_passed_over(config, caplog):
-    Sections.of(config("lightning.trainer.max_steps=7"))
+    Sections.from_config(config("lightning.trainer.max_steps=7")).warn()
     assert "`lightning:` section is not read" in caplog.text
 
 
 def test_training_needs_only_max_steps():
-    assert TrainingConfig(max_steps=1) == TrainingConfig.of({"max_steps": 1})
+    assert TrainingConfig(max_steps=1) == TrainingConfig.from_dict({"max_steps": 1})

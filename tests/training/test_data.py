@@ -1,8 +1,6 @@
 """Loaders: the same samples for any number of workers, processes and resumes."""
 
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from toy import Ones, Random
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.data import Stream, train_loader, validation_loader
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def draws(count, **given):
@@ -28,7 +24,7 @@ def test_an_epoch_holds_each_sample_once_and_drops_the_tail():
 
 
 @pytest.mark.parametrize("done", [1, 5, 7])
-def test_a_stream_goes_on_where_it_stopped(done):
+def test_a_stream_continues_where_it_stopped(done):
     assert draws(10)[done:] == draws(10 - done, start=2 * done)
 
 
@@ -70,6 +66,6 @@ def test_validation_is_the_same_number_everywhere():
     assert indices(rank=1, world_size=2) == [[1, 3], [5]]
 
 
-def test_a_batch_larger_than_the_set_is_told():
+def test_a_batch_larger_than_the_set_is_reported():
     with pytest.raises(ConfigError, match="11 samples, fewer than a batch of 8 on 2 process"):
         draws(1, batch_size=8, world_size=2)

@@ -1,8 +1,6 @@
 """HostDriver: taming's own scheme, step for step, and what it adds to it."""
 
 import csv
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +9,11 @@ import torch
 from lgvq_plugin.datasets.base import collate
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import TrainingConfig, build_host
+from lgvq_plugin.training.build import build_host
 from lgvq_plugin.training.driver import HostDriver
 from lgvq_plugin.training.run import train
+from lgvq_plugin.training.settings import TrainingConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
 TOY = {"target": "toy.ToyHost", "learning_rate": 0.1}
 
 

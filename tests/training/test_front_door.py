@@ -11,7 +11,8 @@ from PIL import Image
 from lgvq_plugin.checkpoints.load import load_checkpoint
 from lgvq_plugin.cli import main
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import Sections, read_config, with_shortcuts
+from lgvq_plugin.training.build import with_shortcuts
+from lgvq_plugin.training.config import Sections, read_config
 
 LOSS = "model.params.lossconfig.params"
 OFFLINE = [f"{LOSS}.perceptual_weight=0", f"{LOSS}.lgvq.guide.use=micro_clip"]
@@ -155,7 +156,10 @@ def run(tmp_path, capsys, caplog, monkeypatch, ldm):
     return call
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "vq-f4" else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED],
+)
 def test_a_shipped_config_trains_with_data_and_steps(run, photos, tmp_path, name):
     config = shipped(name)
     workers = [] if name == "custom_vqgan" else ["data.num_workers=0"]
@@ -273,10 +277,10 @@ def test_overrides_about_data_apply_to_the_folder(tmp_path):
     )
 
 
-def test_helper_keys_of_the_root_are_not_told_as_unread(photos, caplog):
+def test_helper_keys_of_the_root_are_not_reported_as_unread(photos, caplog):
     config = OmegaConf.create({**shipped("custom_vqgan"), "width": 32, "unused": 1})
     config.model.params.ddconfig.ch = "${width}"
-    Sections.of(with_shortcuts(config, data=photos, max_steps=1))
+    Sections.from_config(with_shortcuts(config, data=photos, max_steps=1)).warn()
     assert "unused: not read" in caplog.text
     assert "width" not in caplog.text
 
@@ -297,15 +301,16 @@ def test_a_folder_that_is_not_there_is_named(run):
 def test_size_is_the_hosts_resolution(photos, caplog):
     data = {"batch_size": 2, "train": {"target": "folder", "params": {"root": str(photos)}}}
     config = {**shipped("custom_vqgan"), "data": data, "training": {"max_steps": 1}}
-    sections = Sections.of(config)
+    sections = Sections.from_config(config)
     assert sections.data.train["params"]["size"] == 32
     assert sections.plain["data"]["train"]["params"]["size"] == 32
-    assert not caplog.records
+    assert not sections.warnings
     data["train"]["params"]["size"] = 16
-    assert Sections.of(config).data.train["params"]["size"] == 16
-    (warning,) = caplog.records
-    assert "size 16" in warning.message
-    assert "32 (model.params.ddconfig.resolution)" in warning.message
+    sections = Sections.from_config(config)
+    assert sections.data.train["params"]["size"] == 16
+    (warning,) = sections.warnings
+    assert "size 16" in warning
+    assert "32 (model.params.ddconfig.resolution)" in warning
 
 
 def test_validation_on_training_images_is_warned_of(run, photos):
@@ -358,7 +363,7 @@ DDCONFIG = "model.params.ddconfig"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         ([f"{DDCONFIG}.in_channels=1"], ["data gives 3 × 32 × 32", "this host takes 1 channel"]),
         ([f"{DDCONFIG}.in_channels=7"], ["this host takes 7 channels"]),
@@ -375,12 +380,12 @@ DDCONFIG = "model.params.ddconfig"
         (["data.train.params.channel_first=true"], ["this host takes 3 channels"]),
     ],
 )
-def test_a_first_batch_that_does_not_fit_is_explained(run, photos, tmp_path, overrides, told):
+def test_a_first_batch_that_does_not_fit_is_explained(run, photos, tmp_path, overrides, message):
     part = {"target": "folder", "params": {"root": str(photos), "size": 32}}
     config = {**shipped("custom_vqgan"), "data": {"batch_size": 2, "train": part}}
     code, said = run(config, "--max-steps", 1, *OFFLINE, *overrides)
     assert code == 2
-    assert all(part in said for part in told), said
+    assert all(part in said for part in message), said
     assert "Traceback" not in said
     assert not (tmp_path / "logs").exists()
 
@@ -401,7 +406,7 @@ def test_a_hosts_own_failure_is_said_to_be_its_own(run, photos, tmp_path):
 
 
 def test_a_resumed_run_keeps_its_folder_and_metrics(run, photos, tmp_path):
-    words = ["--data", photos, *OFFLINE]
+    words = ["--data", photos, "data.num_workers=0", *OFFLINE]
     assert run(shipped("custom_vqgan"), *words, "--max-steps", 1)[0] == 0
     assert run(shipped("custom_vqgan"), *words, "--max-steps", 2, "--resume", "auto")[0] == 0
     steps = [
@@ -410,6 +415,7 @@ def test_a_resumed_run_keeps_its_folder_and_metrics(run, photos, tmp_path):
     assert steps == ["step", "1", "2"]
 
 
+@pytest.mark.slow
 def test_retrofit_cache_and_eval_take_the_folder(run, photos, tmp_path):
     old = shipped(
         "custom_vqgan", loss="taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
@@ -442,7 +448,7 @@ def test_max_steps_is_a_number_of_the_section():
     config = with_shortcuts(read_config([], ["training.seed=1"]), max_steps=5)
     assert config.training == {"seed": 1, "max_steps": 5}
     with pytest.raises(ConfigError, match=r"training\.max_steps must be"):
-        Sections.of({**shipped("vq-f4"), "training": {"max_steps": 0}})
+        Sections.from_config({**shipped("vq-f4"), "training": {"max_steps": 0}})
 
 
 def test_batches_are_as_they_were(photos):
@@ -450,6 +456,6 @@ def test_batches_are_as_they_were(photos):
     from lgvq_plugin.training.build import build_dataset
 
     config = with_shortcuts(OmegaConf.create(shipped("vq-f4")), data=photos, max_steps=1)
-    sample = build_dataset(Sections.of(config).data.train)[0]
+    sample = build_dataset(Sections.from_config(config).data.train)[0]
     assert sample["image"].shape == (32, 32, 3)
     assert sample["image"].dtype == np.float32

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +10,13 @@ from PIL import Image
 from torch import nn
 
 from lgvq_plugin.training import callbacks, rng
-from lgvq_plugin.training.callbacks import Average, MetricsFile
+from lgvq_plugin.training.callbacks import EMA, MetricsFile
 from lgvq_plugin.training.run import train
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def test_the_average_follows_its_closed_form():
     host = nn.BatchNorm1d(1)  # a host with buffers
-    average = Average(host, decay=0.9)
+    average = EMA(host, decay=0.9)
     for value in (1.0, 2.0, 3.0):
         host.weight.data.fill_(value)
         host.running_mean.fill_(value)
@@ -28,7 +24,7 @@ def test_the_average_follows_its_closed_form():
     expected = 0.9**3 * 1 + 0.1 * (0.9**2 * 1 + 0.9 * 2 + 3)
     assert average.state_dict()["weight"].item() == pytest.approx(expected)
     assert average.state_dict()["running_mean"] == 3  # buffers are not averaged
-    with average.in_place():
+    with average.applied():
         assert host.weight.item() == pytest.approx(expected)
     assert host.weight == 3
     assert average.weights["weight"].item() == pytest.approx(expected)
@@ -37,7 +33,7 @@ def test_the_average_follows_its_closed_form():
 def test_grids_are_what_another_library_reads(tmp_path):
     top, bottom = torch.full((2, 3, 4, 5), -1.0), torch.full((2, 3, 4, 5), 7.0)
     top[0, 0] = 1.0
-    callbacks.write_grid(tmp_path / "a" / "grid.png", [top, bottom], gap=1)
+    callbacks.write_grid(tmp_path / "a" / "grid.png", (top, bottom), gap=1)
     pixels = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
     assert pixels.shape == (1 + 2 * 5, 1 + 2 * 6, 3)
     assert (pixels[1:5, 1:6] == (255, 0, 0)).all()
@@ -113,7 +109,7 @@ def test_validation_is_with_the_averaged_weights_and_by_sample(config, tmp_path)
     assert run.host.seen == 2  # eval mode: the buffer counts training samples alone
 
 
-def test_what_is_watched_does_not_change_the_run(config, tmp_path):
+def test_logging_and_saving_do_not_change_the_run(config, tmp_path):
     plain = train(config(), name="plain", logdir=tmp_path, progress=False)
     extra = ["training.val_every=1", "training.images_every=1", "training.checkpoint_every=1"]
     watched = train(config(*extra), name="watched", logdir=tmp_path, progress=False)

@@ -1,4 +1,4 @@
-"""Two processes (gloo): one run, the same weights on both, resumed bit by bit."""
+"""Two processes (gloo): one run, the same weights on both, resumed bit for bit."""
 
 import os
 import subprocess

@@ -1,25 +1,14 @@
 """Configs as they are found: other programs' layouts, interpolations, wrong params."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.build import (
-    Sections,
-    build_dataset,
-    build_host,
-    check_names,
-    lay_over,
-    lgvq_block,
-    read_config,
-    to_plain,
-)
+from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.config import Sections, lay_over, lgvq_block, read_config, to_plain
+from lgvq_plugin.training.run import train
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that `toy.RatedHost` can be named
 LOSS = "model.params.lossconfig"
 OURS = f"{LOSS}.target=lgvq_plugin.LGVQLoss"
 
@@ -43,7 +32,7 @@ def read(tmp_path, tiny):
 
 def test_short_forms_reach_the_loss(read):
     config = read(OURS, "lgvq.stop=6", "recipe=paper", "objectives=[masked_text]")
-    block = lgvq_block(Sections.of(config).plain)
+    block = lgvq_block(Sections.from_config(config).plain)
     assert (block["stop"], block["recipe"]) == (6, "paper")
     assert block["objectives"]["relationship"]["weight"] == 0
     assert "masked_text" not in block["objectives"]
@@ -53,7 +42,7 @@ def test_short_forms_reach_the_loss(read):
 
 def test_a_short_form_over_a_loss_that_takes_none_is_refused(read):
     with pytest.raises(ConfigError, match=r"target to lgvq_plugin\.LGVQLoss"):
-        Sections.of(read("lgvq.stop=6"))
+        Sections.from_config(read("lgvq.stop=6"))
 
 
 def test_another_guide_loses_the_options_of_the_first(read):
@@ -68,7 +57,7 @@ def test_interpolations_lead_across_sections_and_to_helpers(read):
         "data.train.params.size=${sizes.image}",
         sizes={"image": 16},
     )
-    sections = Sections.of(config)
+    sections = Sections.from_config(config)
     assert sections.model["params"]["ddconfig"]["resolution"] == 16
     assert "sizes" not in sections.plain
     build_host(config)
@@ -89,7 +78,8 @@ def test_lightning_cli_configs_are_mapped(read, tiny, caplog):
     }
     trainer = {"max_steps": 5, "devices": 8, "precision": "bf16-mixed"}
     config = read(model=model, data=data, trainer=trainer, training={}, seed_everything=42)
-    sections = Sections.of(config)
+    sections = Sections.from_config(config)
+    sections.warn()
     assert sections.data.batch_size == 2
     assert (sections.training.seed, sections.training.max_steps) == (42, 5)
     assert sections.learning_rate(8) == 3e-4
@@ -108,15 +98,16 @@ def test_vit_vqgan_configs_are_mapped(tmp_path, tiny):
     OmegaConf.save(OmegaConf.create(whole), tmp_path / "c.yaml")
     config = read_config([tmp_path / "c.yaml"], ["dataset.params.batch_size=3"])
     built = build_host(config)
-    assert built.width == Sections.of(config).data.batch_size == 3
+    assert built.width == Sections.from_config(config).data.batch_size == 3
     assert isinstance(built.given, DictConfig)
 
 
 def test_keys_that_taming_ignores_are_warned_of(read, caplog):
-    sections = Sections.of(
+    sections = Sections.from_config(
         read("model.name=x", "model.scale_lr=true", "data.shuffle=1", wandb={"a": 1})
     )
-    assert all(f"{key}: not read" in caplog.text for key in ("model.name", "data.shuffle", "wandb"))
+    sections.warn()
+    assert all(key in caplog.text for key in ("model.name", "data.shuffle", "wandb", "not read"))
     assert "name" not in sections.model
 
 
@@ -126,7 +117,7 @@ def test_another_data_set_loses_the_params_of_the_first(read, tiny, nested, flip
     words = ["data.train.target=folder", "data.train.params.root=/x"]
     data = tiny["data"]
     data = {"target": "main.D", "params": data} if nested else data
-    sections = Sections.of(read(*words[:: -1 if flip else 1], data=data))
+    sections = Sections.from_config(read(*words[:: -1 if flip else 1], data=data))
     assert sections.data.train == {"target": "folder", "params": {"root": "/x", "size": 16}}
     assert sections.data.validation["target"] == "scenes"
 
@@ -138,7 +129,7 @@ def test_the_known_options_of_a_data_set_are_all_listed():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["model.params=null"], "missing a required argument: 'ddconfig'"),
         (["model.params.ddconfig.ch_mult=null"], "model.params.ddconfig.ch_mult: None"),
@@ -157,10 +148,10 @@ def test_the_known_options_of_a_data_set_are_all_listed():
         (["model.base_learning_rate=.inf"], "model.base_learning_rate"),
     ],
 )
-def test_one_message_names_the_key(read, words, told):
+def test_one_message_names_the_key(read, words, message):
     with pytest.raises(ConfigError) as raised:
-        build_host(Sections.of(read(*words)).plain)
-    assert told in str(raised.value)
+        build_host(Sections.from_config(read(*words)).plain)
+    assert message in str(raised.value)
 
 
 def test_params_that_are_no_mapping_are_refused(read, tiny):
@@ -180,7 +171,7 @@ def test_a_data_set_that_cannot_be_built_names_the_key():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["model=5"], "model: expected a mapping"),
         (["model.params=5"], "model.params: expected a mapping"),
@@ -189,21 +180,44 @@ def test_a_data_set_that_cannot_be_built_names_the_key():
         (["objectives=5"], "objectives: expected some of global_semantic"),
     ],
 )
-def test_a_section_that_is_no_mapping_is_named(read, words, told):
-    with pytest.raises(ConfigError, match=told):
-        Sections.of(read(*words))
+def test_a_section_that_is_no_mapping_is_named(read, words, message):
+    with pytest.raises(ConfigError, match=message):
+        Sections.from_config(read(*words))
 
 
-def test_only_what_the_trainer_section_decides_is_told_as_taken(read, caplog):
-    sections = Sections.of(read("training.max_steps=2", "trainer.max_steps=1"))
+def test_only_what_the_trainer_section_decides_is_reported_as_taken(read, caplog):
+    sections = Sections.from_config(read("training.max_steps=2", "trainer.max_steps=1"))
     assert sections.training.max_steps == 2
+    sections.warn()
     assert "trainer.max_steps: not read" in caplog.text
 
 
 def test_an_unknown_guide_is_refused_by_name(read):
-    sections = Sections.of(read(OURS, "lgvq.guide.use=micro_clop"))
+    sections = Sections.from_config(read(OURS, "lgvq.guide.use=micro_clop"))
     with pytest.raises(ConfigError, match="did you mean 'micro_clip'"):
-        check_names(sections)
+        sections.check_names()
+
+
+@pytest.mark.parametrize("start", [4, 9])
+def test_objectives_that_would_start_after_the_last_step_are_refused(read, start):
+    config = read(OURS, f"lgvq.start={start}", "training.max_steps=4", "lgvq.stop=10")
+    with pytest.raises(ConfigError, match=rf"lgvq\.start: {start} .* training\.max_steps: 4: "):
+        Sections.from_config(config).check_names()
+    Sections.from_config(read(OURS, "lgvq.start=3", "training.max_steps=4")).check_names()
+
+
+def test_a_null_block_over_the_loss_s_own_is_refused(read):
+    with pytest.raises(ConfigError, match=r"lgvq: expected .* got null.*without LG-VQ"):
+        read(OURS, f"{LOSS}.params.lgvq.stop=6", "lgvq=null")
+    assert lgvq_block(read(OURS, lgvq=None)) == {}
+
+
+@pytest.mark.parametrize("word", ["lgvq.rmp=1", "data.train.target=scens", "training.max_stps=1"])
+def test_a_config_error_comes_without_warnings_about_other_keys(read, caplog, word, tmp_path):
+    config = read(OURS, word, width=1, lightning={"a": 1})
+    with pytest.raises(ConfigError):
+        train(config, name="a", logdir=tmp_path, progress=False)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_an_interpolation_into_a_replaced_data_set_says_what_to_give():

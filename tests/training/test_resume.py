@@ -2,17 +2,14 @@
 
 import csv
 import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lgvq_plugin.sockets import ConfigError
+from lgvq_plugin.training import run as training_run
 from lgvq_plugin.training.run import Interrupted, train
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def assert_same(a, b, where=""):
@@ -46,8 +43,14 @@ LGVQ = [
 ]
 
 
-@pytest.mark.parametrize("lgvq", [[], LGVQ], ids=["host", "lgvq"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("lgvq", "workers"),
+    [
+        ([], 0),
+        pytest.param(LGVQ, 0, marks=pytest.mark.slow),
+        pytest.param(LGVQ, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     # 11 samples, batches of 2: an epoch ends in the middle of the second half.
     extra = [
@@ -75,15 +78,15 @@ def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     assert_same_run(resumed, whole)
 
 
-def test_accumulation_and_clipping_resume_too(config, tmp_path):
+def test_accumulation_and_clipping_resume_too(small, tmp_path):
     extra = ["training.accumulate_grad_batches=3", "training.gradient_clip_val=0.5"]
     whole = train(
-        config(*extra, "training.max_steps=4"), name="whole", logdir=tmp_path, progress=False
+        small(*extra, "training.max_steps=4"), name="whole", logdir=tmp_path, progress=False
     )
-    half = config(*extra, "training.max_steps=2")
+    half = small(*extra, "training.max_steps=2")
     train(half, name="half", logdir=tmp_path, progress=False)
     resumed = train(
-        config(*extra, "training.max_steps=4"),
+        small(*extra, "training.max_steps=4"),
         name="half",
         logdir=tmp_path,
         resume=tmp_path / "half",
@@ -92,15 +95,22 @@ def test_accumulation_and_clipping_resume_too(config, tmp_path):
     assert_same_run(resumed, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", [0, 4])  # while the loader is set up, and in the run
-def test_a_killed_run_is_saved_and_goes_on(config, tmp_path, monkeypatch, number, place):
+@pytest.mark.parametrize(  # place: while the loader is set up, and in the run
+    ("number", "place"),
+    [
+        (signal.SIGTERM, 4),
+        (signal.SIGINT, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_is_saved_and_resumed(small, tmp_path, monkeypatch, number, place):
     import toy
 
     monkeypatch.setattr(toy.Killer, "sent", False)
     before = signal.getsignal(number)
-    whole = train(config("training.max_steps=6"), name="whole", logdir=tmp_path, progress=False)
-    killed = config("training.max_steps=6")
+    whole = train(small("training.max_steps=6"), name="whole", logdir=tmp_path, progress=False)
+    killed = small("training.max_steps=6")
     at = int(np.random.default_rng([0, 0]).permutation(11)[place])
     params = {"size": 16, "length": 11, "at": at, "number": int(number)}
     killed.data.train = {"target": "toy.Killer", "params": params}
@@ -112,47 +122,58 @@ def test_a_killed_run_is_saved_and_goes_on(config, tmp_path, monkeypatch, number
     assert_same_run(resumed, whole)
 
 
-def test_rows_after_the_checkpoint_are_written_anew(config, tmp_path):
-    first = train(config(), name="a", logdir=tmp_path, progress=False)
+def test_rows_after_the_checkpoint_are_written_again(small, tmp_path):
+    first = train(small(), name="a", logdir=tmp_path, progress=False)
     with (first.folder / "metrics.csv").open("a") as file:
         file.write("5,1,2,3\n6,1,2,3\n")  # steps of a run that died without a checkpoint
-    train(config("training.max_steps=6"), name="a", logdir=tmp_path, resume="auto", progress=False)
+    train(small("training.max_steps=6"), name="a", logdir=tmp_path, resume="auto", progress=False)
     with (first.folder / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_auto_begins_anew_where_nothing_is(config, tmp_path):
-    run = train(
-        config("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
+def test_auto_starts_a_new_run_where_there_is_none(small, tmp_path):
+    result = train(
+        small("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
     )
-    assert run.steps == 1
+    assert result.steps == 1
 
 
-def test_a_finished_run_stays_as_it_is(config, tmp_path):
-    first = train(config(), name="a", logdir=tmp_path, progress=False)
-    again = train(config(), name="a", logdir=tmp_path, resume="auto", progress=False)
+def test_a_finished_run_stays_unchanged(small, tmp_path):
+    first = train(small(), name="a", logdir=tmp_path, progress=False)
+    again = train(small(), name="a", logdir=tmp_path, resume="auto", progress=False)
     assert again.steps == 4
     assert_same(first.host.state_dict(), again.host.state_dict())
 
 
-def test_only_the_newest_checkpoints_stay(config, tmp_path):
+@pytest.mark.parametrize("rank", ["LOCAL_RANK", "NODE_RANK", "GROUP_RANK"])
+def test_all_processes_of_a_run_get_the_first_one_s_name(monkeypatch, rank):
+    monkeypatch.delenv("LGVQ_RUN_NAME", raising=False)
+    assert training_run._new_name("tiny").endswith("_tiny")
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(ConfigError, match="give --name"):
+        training_run._new_name("tiny")
+    monkeypatch.setenv("LGVQ_RUN_NAME", "first")
+    assert training_run._new_name("tiny") == training_run._new_name() == "first"
+
+
+def test_only_the_newest_checkpoints_stay(small, tmp_path):
     extra = ["training.checkpoint_every=1", "training.keep_checkpoints=2"]
-    run = train(config(*extra), name="a", logdir=tmp_path, progress=False)
-    files = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    result = train(small(*extra), name="a", logdir=tmp_path, progress=False)
+    files = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
     assert files == ["last.ckpt", "step=00000003.ckpt", "step=00000004.ckpt"]
 
 
-def test_what_cannot_be_resumed_is_told(config, tmp_path):
+def test_what_cannot_be_resumed_is_reported(config, tmp_path):
     train(config("training.max_steps=1"), name="a", logdir=tmp_path, progress=False)
     other = config("training.max_steps=2")
     other.model.params.n_embed = 32
-    for resume, given, told in [
+    for resume, given, message in [
         (tmp_path / "nothing.ckpt", config(), "no such checkpoint"),
         (tmp_path, config(), "no checkpoint in its checkpoints/"),
         ("auto", other, r"another config: model\.params\.n_embed: 16 then, 32 now"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             train(given, name="a", logdir=tmp_path, resume=resume, progress=False)
     with pytest.raises(ConfigError, match="holds a run already"):
         train(config(), name="a", logdir=tmp_path, progress=False)

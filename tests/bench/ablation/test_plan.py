@@ -57,7 +57,7 @@ def test_every_plan_of_ours_is_good(path):
     seeds, datasets = {job.seed for job in plan.jobs}, {job.data for job in plan.jobs}
     assert len(plan.jobs) == len(plan.variants) * len(seeds) * len(datasets)
     for job in plan.jobs:
-        Sections.of(job.config)
+        Sections.from_config(job.config)
 
 
 def test_jobs_are_every_combination(write):
@@ -208,7 +208,7 @@ def test_variants_of_a_seed_start_alike():
     for job in read_plan(path, seeds=2).jobs[:3]:  # baseline of two seeds, LG-VQ of the first
         torch.manual_seed(job.seed)
         hosts.append(build_host(job.config).state_dict())
-        dataset = build_dataset(Sections.of(job.config).data.train)
+        dataset = build_dataset(Sections.from_config(job.config).data.train)
         samples.append([dataset[i]["caption"] for i in range(5)])
     plain, other, ours = hosts
     assert {key for key in ours if not key.startswith("loss.lgvq.")} == {*plain}
