@@ -1,12 +1,12 @@
-"""Whether numbers are finite, with one read from the device, and how to say which are not."""
+"""Check that numbers are finite with one read from the device, and name those that are not."""
 
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-MOST_SKIPPED = 25
-"""Updates in a row that may be left out: fp16's scale has fallen from 2^16 to 2^-9 by then."""
+MAX_SKIPPED = 25
+"""Updates in a row that may be left out: by then fp16's scale has fallen from 2^16 to 2^-9."""
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -23,17 +23,17 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
-    """Name the parameters `among` those of `module` whose gradient is not finite, by group."""
+    """Name the parameters `among` those of `module` whose gradient is not finite, by part."""
     held = {id(p) for p in among}
     return in_groups([
         name
-        for name, parameter in module.named_parameters()
-        if id(parameter) in held and parameter.grad is not None and not all_finite([parameter.grad])
+        for name, p in module.named_parameters()
+        if id(p) in held and p.grad is not None and not all_finite([p.grad])
     ])  # fmt: skip
 
 
 def in_groups(names: Sequence[str]) -> str:
-    """Return parameters' names by the part of the host that they belong to.
+    """Summarize parameters' names by the part of the host that they belong to.
 
     Example:
         >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])
