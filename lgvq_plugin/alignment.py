@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import LGVQConfig, ObjectivesConfig
-from .finite import MAX_SKIPPED, all_finite
-from .functional import batch_perplexity, join_levels, seeded, world_size
+from .finite import MAX_SKIPPED
+from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
 from .heads import CodeViT
 from .objectives import Caption
@@ -218,7 +218,8 @@ class Alignment(nn.Module):
         last, count = self._draws.get(split, (-1, 0))
         count = count + 1 if step == last else 0
         self._draws[split] = (step, count)
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if is_distributed else 0
         seed = torch.tensor([self.config.seed, step, count, rank], dtype=torch.int64)
         primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
         return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))

@@ -1,25 +1,13 @@
-"""Check that numbers are finite with one read from the device, and name those that are not."""
+"""Name the parameters whose numbers are not finite."""
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch import nn
+
+from .functional import all_finite
 
 MAX_SKIPPED = 25
 """Updates in a row that may be left out: by then fp16's scale has fallen from 2^16 to 2^-9."""
-
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a boolean scalar on the tensors' device: whether all floating values are finite.
-
-    Example:
-        >>> import torch
-        >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
-        tensor(False)
-    """
-    dense = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    floating = [t for t in dense if t.is_floating_point() and t.numel()]
-    return get_total_norm(floating, norm_type=float("inf")).isfinite()
 
 
 def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:

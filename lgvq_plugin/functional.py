@@ -8,7 +8,7 @@ count), the quotient here is exact: values differ by less than 3e-6 (L_gsa, batc
 more) and by 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from .types import Codes, PastPairs
 
@@ -385,6 +386,18 @@ def pool_phrases(words: Tensor, is_word: Tensor, span: int) -> tuple[Tensor, Ten
     runs = runs / count.clamp(min=1, max=span)[..., None]
     number = torch.arange(words.shape[1], device=words.device)
     return runs, is_word & (number < (count - span + 1).clamp(min=1))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a boolean scalar on the tensors' device: whether all floating values are finite.
+
+    Example:
+        >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
+        tensor(False)
+    """
+    dense = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    floating = [t for t in dense if t.is_floating_point() and t.numel()]
+    return get_total_norm(floating, norm_type=float("inf")).isfinite()
 
 
 @contextmanager

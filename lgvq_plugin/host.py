@@ -37,7 +37,6 @@ from .types import Codes
 logger = logging.getLogger(__name__)
 
 HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
-CAPTION_KEYS = ("caption", "captions", "text", "txt")
 
 
 # -- attach and detach ---------------------------------------------------------------------------
@@ -562,44 +561,6 @@ class HostEMA:
         finally:
             modules.clear()
             modules.update(kept)
-
-
-# -- captions of a batch -------------------------------------------------------------------------
-
-
-def captions_of(batch: Any, key: str | None) -> Captions | None:
-    """Return the captions of a batch, at `key` or one of the usual keys; None if it has none.
-
-    Raises:
-        ConfigError: if `key` is missing, or there is no list at it.
-    """
-    if not isinstance(batch, Mapping):
-        if key is not None:
-            raise ConfigError(
-                f"lgvq.caption_key: {key!r} needs a batch with keys, got a {type(batch).__name__}"
-            )
-        return None
-    if key is not None and key not in batch:
-        raise ConfigError(
-            f"lgvq.caption_key: the batch has no {key!r}; it has {', '.join(map(str, batch))}"
-        )
-    found = next((batch[k] for k in ((key,) if key else CAPTION_KEYS) if k in batch), None)
-    if found is not None and (isinstance(found, str) or not hasattr(found, "__len__")):
-        raise ConfigError(
-            f"captions of a batch must be a list with one entry per image, got {found!r:.80}"
-        )
-    return found
-
-
-def require_captions(batch: Any, key: str | None) -> None:
-    """Raise ConfigError if `batch` has no captions."""
-    if captions_of(batch, key) is None:
-        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ConfigError(
-            f"a batch with no captions: expected one of {', '.join(CAPTION_KEYS)} among its keys, "
-            f"got {keys}; name theirs with lgvq.caption_key, give --data FOLDER (images with "
-            "captions; taming's own data sets have none), or train the host's own loss"
-        )
 
 
 # -- the heads' parameter group ------------------------------------------------------------------

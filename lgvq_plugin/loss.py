@@ -18,18 +18,16 @@ from torch.optim.optimizer import (
 from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
-from .finite import MAX_SKIPPED, all_finite, nonfinite_gradients
-from .functional import world_size
+from .finite import MAX_SKIPPED, nonfinite_gradients
+from .functional import all_finite, world_size
 from .host import (
     HostMethods,
     add_heads,
     await_host,
     build_alignment,
-    captions_of,
     gets_quantizer,
     grid_of,
     replace_module,
-    require_captions,
     status,
     stop_awaiting_host,
     undecayed_parameters,
@@ -38,6 +36,8 @@ from .quantizer_hook import QuantizerHook, require_quantizers
 from .sockets import ConfigError, params_of
 
 logger = logging.getLogger(__name__)
+
+CAPTION_KEYS = ("caption", "captions", "text", "txt")
 
 
 class BaseLossWrapper(nn.Module):
@@ -357,6 +357,41 @@ class LGVQLoss(BaseLossWrapper):
         # Copies and files hold no batch and no pending check.
         dropped = ("_captions", "_optimizer_check", "_gradient_check", "latest")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
+
+
+def captions_of(batch: Any, key: str | None) -> Captions | None:
+    """Return the captions of a batch, at `key` or one of the usual keys; None if it has none.
+
+    Raises:
+        ConfigError: if `key` is missing, or there is no list at it.
+    """
+    if not isinstance(batch, Mapping):
+        if key is not None:
+            raise ConfigError(
+                f"lgvq.caption_key: {key!r} needs a batch with keys, got a {type(batch).__name__}"
+            )
+        return None
+    if key is not None and key not in batch:
+        raise ConfigError(
+            f"lgvq.caption_key: the batch has no {key!r}; it has {', '.join(map(str, batch))}"
+        )
+    found = next((batch[k] for k in ((key,) if key else CAPTION_KEYS) if k in batch), None)
+    if found is not None and (isinstance(found, str) or not hasattr(found, "__len__")):
+        raise ConfigError(
+            f"captions of a batch must be a list with one entry per image, got {found!r:.80}"
+        )
+    return found
+
+
+def require_captions(batch: Any, key: str | None) -> None:
+    """Raise ConfigError if `batch` has no captions."""
+    if captions_of(batch, key) is None:
+        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ConfigError(
+            f"a batch with no captions: expected one of {', '.join(CAPTION_KEYS)} among its keys, "
+            f"got {keys}; name theirs with lgvq.caption_key, give --data FOLDER (images with "
+            "captions; taming's own data sets have none), or train the host's own loss"
+        )
 
 
 def is_on(config: LGVQConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Modules that have moved: their old dotted paths still work, with a DeprecationWarning."""
+"""Old dotted paths of modules that have moved still work, with a DeprecationWarning."""
 
 import importlib
 import importlib.abc
@@ -36,7 +36,7 @@ MOVED = {
     "probes.questions": "bench.probes.vqa",
     "training.base": "training.build",
 }
-"""Old module: new one, below this package; a package's other modules kept their names in it."""
+"""Old module: new one, both relative to this package."""
 
 
 def new_module(name: str) -> str | None:
@@ -71,6 +71,7 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
         module, moved = types.ModuleType(spec.name), importlib.import_module(new)
         module.__dict__["__getattr__"] = lambda name: getattr(moved, name)
+        module.__path__ = []  # submodules come from this finder, not from the new folder
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -244,8 +244,9 @@ def check_call(
         names = [one.name for one in known if one.kind in (one.KEYWORD_ONLY, POSITIONAL)]
         strange = [key for key in params if key not in names]
         if strange:
+            unknown = ", ".join(map(repr, strange))
             raise ConfigError(
-                f"{name}: unexpected keyword argument {', '.join(map(repr, strange))}{suggest(strange[0], names)}; "
+                f"{name}: unexpected keyword argument {unknown}{suggest(strange[0], names)}; "
                 f"given params: {sorted(params)}{hint}"
             )
     try:
