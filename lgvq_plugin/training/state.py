@@ -17,6 +17,7 @@ from ..checkpoints.read import read_raw
 from ..config import differing
 from ..files import replacing
 from ..finite import all_finite, in_groups
+from ..objectives import rename_old_heads
 from ..sockets import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ def require_fit(given: Mapping[str, Tensor], host: nn.Module, where: str, path: 
     Raises:
         ConfigError: if it has not; it names the keys.
     """
+    rename_old_heads(given)  # type: ignore[arg-type]  # in place: this is what is loaded next
     wanted = host.state_dict()
     bad = [f"{key} is missing" for key in wanted if key not in given]
     bad += [f"{key} is not the host's" for key in given if key not in wanted]
