@@ -321,7 +321,7 @@ class RelationshipConfig:
         expected = f"> 0 (>= {lowest:g}) and <= {highest:g}"
         require(lowest <= self.temperature <= highest, "temperature", expected, self.temperature)
         holds = self.between == "words" or self.variant == "pairs"
-        require(holds, "between", "words, or variant: pairs beside it", self.between)
+        require(holds, "between", "words, or variant: pairs with it", self.between)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,7 +411,7 @@ class LGVQConfig:
         ratio = self.gradient_ratio
         require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
         require(ratio is None or ratio <= 1000, "gradient_ratio", "<= 1000, or null", ratio)
-        expected = "null beside codebook_gradient: true, which goes past the codes"
+        expected = "null with codebook_gradient: true, whose gradient bypasses the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         require(self.start >= 0, "start", ">= 0", self.start)
         require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
