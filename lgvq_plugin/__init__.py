@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are asked for: the package itself imports nothing."""
+    """Import a public name on first access, so that the package itself imports nothing heavy."""
     if name == "functional":
         return import_module(f"{__name__}.functional")
     if name in _LAZY:

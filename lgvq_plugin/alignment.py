@@ -1,4 +1,4 @@
-"""Alignment: codes and captions in, one weighted sum of objectives out; the heads live here.
+"""Alignment: codes and captions in, one weighted sum of objectives out; it owns the heads.
 
 Codes --code-ViT--> CodeView --|
 captions --guide--> Caption ---|--> objectives --> sum of weight * term, and what to log
@@ -14,37 +14,38 @@ import torch
 from torch import Tensor, nn
 
 from .config import LGVQConfig, ObjectivesConfig
-from .finite import MOST_SKIPPED, all_finite
-from .functional import batch_perplexity, join_levels, seeded, world_size
+from .finite import MAX_SKIPPED
+from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
 from .heads import CodeViT
-from .objectives import AbstractObjective, Caption
+from .objectives import Caption
+from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED_BROKEN = 3
+MAX_SKIPPED_BROKEN = 3  # updates in a row without a term, if the heads' own weights are not finite
 PAPER_GRID = (16, 16)
 PATIENCE = 5  # training batches without any caption before it is an error
 Captions = Sequence[str | Sequence[str] | None]
 
 
 class Alignment(nn.Module):
-    """The heads of LG-VQ and the frozen guide beside them; objectives of weight 0 are not built.
+    """The heads of LG-VQ and their frozen guide; objectives of weight 0 are not built.
+
+    The heads' initial weights and all later draws come from `config.seed`, never from torch's
+    global generators, so the host's own random stream is the same as without LG-VQ.
 
     Args:
         config: the `lgvq:` block.
         guide: frozen text model; not a submodule, so in no checkpoint, EMA copy or DDP bucket.
         code_dim: C, width of a code.
-        grid: (h, w) that the code-ViT's positions are trained for.
+        grid: (h, w) of the code-ViT's position embeddings; `config.grid` takes precedence.
 
     Attributes:
-        expects_captions: raise if none of the first training batches has a caption; false once
-            one had, or where the data set is known to have some.
-
-    The heads' first weights and all later draws come from `config.seed`, never from torch's
-    global generators, so that the host's own random stream stays as it is without us.
+        expects_captions: raise if none of the first training batches has a caption; set to False
+            by the first caption, or where the data set is known to have some.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class Alignment(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.guide, self.code_dim = config, guide, code_dim
-        self._places: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
-        self._told: set[str] = set()
+        self.expects_captions, self._batches_without = True, 0
+        self._draws: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
-        self.expects_captions, self._captionless = True, 0
+        self._warned: set[str] = set()
         with seeded(config.seed):
             self.code_vit = CodeViT(
                 code_dim,
@@ -70,19 +71,30 @@ class Alignment(nn.Module):
                 out_dim=guide.token_dim,
                 grid=config.grid or grid or PAPER_GRID,
             )
-            self.objectives = nn.ModuleDict(_objectives(config, guide, code_dim))
+            self.objectives = nn.ModuleDict({
+                name: resolve("objectives", name)(own, guide=guide, code_dim=code_dim)
+                for name in [each.name for each in fields(ObjectivesConfig)]
+                if (own := getattr(config.objectives, name)).weight > 0
+            })  # fmt: skip
 
     def forward(
-        self, codes: Codes, captions: Captions, *, step: int = 0, split: str = "train"
+        self,
+        codes: Codes,
+        captions: Captions,
+        *,
+        step: int = 0,
+        split: str = "train",
+        balance: GradientBalance | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of the objectives and its parts.
+        """Return the weighted sum of the objectives, and what to log.
 
         Args:
-            codes: of B images.
-            captions: B entries; a string, several of which one is drawn, or None or "" for an
-                image without a caption, which takes no part.
+            codes: codes of B images.
+            captions: B entries: a string, several of which one is drawn, or None or "" for an
+                image without a caption, which does not contribute.
             step: batches trained so far; masks and captions are drawn from (seed, step).
             split: prefix of the log's keys.
+            balance: takes the schedule's share of this step; its ratio is logged.
 
         Raises:
             ConfigError: if the codes or the number of captions do not fit, or none of the first
@@ -92,67 +104,75 @@ class Alignment(nn.Module):
         self._check(codes, captions)
         generator = self._generator(step, split)
         strings = [_draw(caption, generator) for caption in captions]
-        if self.expects_captions and self.training and torch.is_grad_enabled():
-            self._wait_for_captions(any(strings))
+        self._count_batches_without(any(strings))
         log = _codebook_log(codes, split)
-        scale = self.scale(step) if split == "train" else 1.0
-        if scale == 0.0 or (not any(strings) and world_size() == 1):
-            if not any(strings):
-                self._tell_once("no captions in a batch: it trains the base loss alone")
-            # Other ranks may have captions, and DDP waits for a gradient of every parameter.
-            nothing = zero_of(self) if world_size() > 1 else codes.codes.new_zeros(())
-            return nothing, log
-        view, caption = self._see(codes, strings, generator)
+        share = self.scale(step)
+        scale = share if split == "train" else 1.0
+        if scale > 0 and (any(strings) or world_size() > 1):  # other ranks may have captions
+            total = self._weighted_sum(codes, strings, generator, scale, step, split, log)
+        elif world_size() > 1:  # DDP waits for a gradient of every parameter
+            total = zero_of(self)
+        else:
+            total = codes.codes.new_zeros(())
+        if balance is not None:
+            balance.scale = share
+            if balance.measured is not None and split == "train":
+                log[f"{split}/lgvq/gradient_ratio"] = balance.measured
+        return total, log
+
+    def _weighted_sum(
+        self,
+        codes: Codes,
+        strings: list[str],
+        generator: torch.Generator,
+        scale: float,
+        step: int,
+        split: str,
+        log: dict[str, Tensor],
+    ) -> Tensor:
+        device = codes.codes.device
+        if self.guide.device != device:
+            self.guide.to(device)
+        has_caption = torch.tensor([bool(string) for string in strings], device=device)
+        features = self.guide.encode(strings)
+        view = self.view(codes)
+        caption = Caption(strings, has_caption, features, self.guide, generator)
         terms: dict[str, Term] = {n: each(view, caption) for n, each in self.objectives.items()}
         bad = self._not_finite(terms, step, split)
-        total: Tensor = torch.zeros((), device=codes.codes.device)
+        total: Tensor = torch.zeros((), device=device)
         for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
             log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}
-            if name in bad:  # the code-ViT too: it may be the only objective
+            if name in bad:  # a gradient for the code-ViT too: this may be the only objective
                 total = total + zero_of(self)
             else:
                 total = total + scale * self.weight(name) * term.value
         log[f"{split}/lgvq/total"] = total.detach()
-        return total, log
-
-    def _wait_for_captions(self, is_there: bool) -> None:
-        self.expects_captions = not is_there
-        self._captionless += not is_there
-        if self._captionless >= PATIENCE:
-            raise ConfigError(
-                f"none of the first {PATIENCE} training batches has a caption, so the objectives "
-                "of LG-VQ learn nothing. A batch carries a list of captions under `caption` (or "
-                "`text`, `txt`; lgvq.caption_key names another): taming's own data sets have none, "
-                "those of lgvq_plugin.datasets do, as data.train.target: "
-                "lgvq_plugin.datasets.folder.CaptionedFolder. To train without text, use the "
-                "host's own loss; if captions come later, set loss.alignment.expects_captions = "
-                "False"
-            )
+        return total
 
     def view(self, codes: Codes) -> CodeView:
-        """Return the code-ViT's view of codes, with the codebook's gradient if it is on."""
+        """Return the code-ViT's view of codes, with the codebook's gradient if configured."""
         if self.config.codebook_gradient:
             codes = _with_codebook_gradient(codes)
-        seen = self.code_vit(codes.codes, codes.grid)
-        return CodeView(codes, seen[:, 0], seen[:, 1:])
+        tokens = self.code_vit(codes.codes, codes.grid)
+        return CodeView(codes, tokens[:, 0], tokens[:, 1:])
 
     def weight(self, name: str) -> float:
         """Return the configured weight of an objective."""
         return float(getattr(self.config.objectives, name).weight)
 
-    def _see(
-        self, codes: Codes, strings: list[str], generator: torch.Generator
-    ) -> tuple[CodeView, Caption]:
-        device = codes.codes.device
-        if self.guide.device != device:
-            self.guide.to(device)
-        present = torch.tensor([bool(string) for string in strings], device=device)
-        features = self.guide.encode(strings)
-        return self.view(codes), Caption(strings, present, features, self.guide, generator)
+    def scale(self, step: int) -> float:
+        """Return the schedule's share of the weights at `step`, in [0, 1].
+
+        It is 0 before `start`, grows to 1 over `ramp` steps, and is 0 again from `stop` on.
+        """
+        stop, done = self.config.stop, step - self.config.start
+        if done < 0 or (stop is not None and step >= stop):
+            return 0.0
+        return min(1.0, (done + 1) / (self.config.ramp + 1))
 
     def _check(self, codes: Codes, captions: Captions) -> None:
-        _check_captions(captions)
+        _require_list_of_captions(captions)
         batch, _, width = codes.codes.shape
         if width != self.code_dim:
             raise ConfigError(
@@ -161,34 +181,48 @@ class Alignment(nn.Module):
             )
         if len(captions) != batch:
             lengths = {len(c) if isinstance(c, list | tuple) else -1 for c in captions}
-            hint = "; torch's default_collate turns lists of captions over"
+            hint = "; torch's default_collate transposes lists of captions"
             raise ConfigError(
                 f"{len(captions)} captions for {batch} images: expected one entry per image "
                 f"(a string, a list of strings, or None){hint if lengths == {batch} else ''}. "
                 "The codes are those of the last forward pass: was there another one, of a batch "
                 "of another size, between the model's and its loss?"
             )
+        trained = self.config.grid or codes.grid
+        if tuple(trained) != tuple(codes.grid):
+            self._warn_once(
+                f"lgvq.grid: {[*trained]}, but the codes have a {codes.grid[0]} x "
+                f"{codes.grid[1]} grid: the code-ViT interpolates its position embeddings; leave "
+                f"the key out, or set lgvq.grid: {[*codes.grid]}, to train them for this grid"
+            )
+
+    def _count_batches_without(self, has_captions: bool) -> None:
+        if not has_captions:
+            self._warn_once("no captions in a batch: it trains the base loss alone")
+        if not (self.expects_captions and self.training and torch.is_grad_enabled()):
+            return
+        self.expects_captions = not has_captions
+        self._batches_without += not has_captions
+        if self._batches_without >= PATIENCE:
+            raise ConfigError(
+                f"none of the first {PATIENCE} training batches has a caption, so the objectives "
+                "of LG-VQ learn nothing. A batch needs a list of captions under `caption` (or "
+                "`text`, `txt`; lgvq.caption_key names another): taming's own data sets have none, "
+                "those of lgvq_plugin.datasets do, as data.train.target: "
+                "lgvq_plugin.datasets.folder.CaptionedFolder. To train without text, use the "
+                "host's own loss; if captions come later, set loss.alignment.expects_captions = "
+                "False"
+            )
 
     def _generator(self, step: int, split: str = "train") -> torch.Generator:
-        last, count = self._places.get(split, (-1, 0))
+        last, count = self._draws.get(split, (-1, 0))
         count = count + 1 if step == last else 0
-        self._places[split] = (step, count)
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        self._draws[split] = (step, count)
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if is_distributed else 0
         seed = torch.tensor([self.config.seed, step, count, rank], dtype=torch.int64)
         primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
         return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
-
-    def scale(self, step: int) -> float:
-        """Return the share of the weights at `step`: 0 before `start`, then up to 1 by `ramp`.
-
-        From `stop` on it is 0 again.
-        """
-        if self.config.stop is not None and step >= self.config.stop:
-            return 0.0
-        done = step - self.config.start
-        if done < 0:
-            return 0.0
-        return min(1.0, (done + 1) / (self.config.ramp + 1))
 
     def _not_finite(self, terms: dict[str, Term], step: int, split: str) -> list[str]:
         """Return the names of terms that are not finite; one read from the device for all."""
@@ -199,34 +233,32 @@ class Alignment(nn.Module):
         if split == "train":
             self._skipped = {name: self._skipped.get(name, 0) + 1 for name in bad}
         for name, value in bad.items():
-            told = f"step {step}: lgvq objective {name} is {value}"
+            what = f"step {step}: lgvq objective {name} is {value}"
             if self.config.on_nonfinite == "raise":
                 raise FloatingPointError(
-                    f"{told}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
+                    f"{what}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
                 )
-            self._give_up(told, self._skipped.get(name, 0))
-            logger.warning("%s; left out of this step", told)
+            self._raise_if_hopeless(what, self._skipped.get(name, 0))
+            logger.warning("%s; left out of this step", what)
         return list(bad)
 
-    def _give_up(self, told: str, skipped: int) -> None:
-        """Raise if a term was left out too often: for ever, where a head itself is broken."""
+    def _raise_if_hopeless(self, what: str, skipped: int) -> None:
         broken = [key for key, p in self.named_parameters() if not all_finite([p])]
-        if skipped < (MOST_SKIPPED_BROKEN if broken else MOST_SKIPPED):
-            return
-        if broken:
+        if broken and skipped >= MAX_SKIPPED_BROKEN:
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             raise FloatingPointError(
-                f"{told}: the heads' own weights are not finite ({broken[0]}{more}), which no "
-                "later step mends; go on from an older checkpoint with a lower learning rate"
+                f"{what}: the heads' own weights are not finite ({broken[0]}{more}), which no "
+                "later step fixes; resume from an older checkpoint with a lower learning rate"
             )
-        raise FloatingPointError(
-            f"{told}, left out {skipped} steps in a row (lgvq.on_nonfinite: skip); lower the "
-            "learning rate or its weight, or take the objective out (weight: 0)"
-        )
+        if skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{what}, left out {skipped} steps in a row (lgvq.on_nonfinite: skip); lower the "
+                "learning rate or its weight, or disable the objective (weight: 0)"
+            )
 
-    def _tell_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             logger.warning("%s", message)
 
 
@@ -243,23 +275,7 @@ def zero_of(module: nn.Module) -> Tensor:
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
-def _objectives(
-    config: LGVQConfig, guide: AbstractGuide, code_dim: int
-) -> dict[str, AbstractObjective]:
-    chosen = {each.name: getattr(config.objectives, each.name) for each in fields(ObjectivesConfig)}
-    return {
-        name: resolve("objectives", name)(own, guide=guide, code_dim=code_dim)
-        for name, own in chosen.items()
-        if own.weight > 0
-    }
-
-
-def _check_captions(captions: Any) -> None:
-    """Refuse a text or a batch where a list is needed, and entries that are no texts.
-
-    Raises:
-        ConfigError: if `captions` is not a list of texts, of lists of texts, or None.
-    """
+def _require_list_of_captions(captions: Any) -> None:
     is_list = hasattr(captions, "__len__") and not isinstance(captions, str | bytes | Mapping)
     for entry in captions if is_list else [captions]:
         is_several = hasattr(entry, "__len__") and not isinstance(entry, bytes | Mapping | Tensor)
@@ -272,17 +288,15 @@ def _check_captions(captions: Any) -> None:
 
 
 def _draw(caption: str | Sequence[str] | None, generator: torch.Generator) -> str:
-    """Return one caption, "" for none; several: one of them."""
+    """Return one caption of an image, "" if it has none."""
     if caption is None or isinstance(caption, str):
         return (caption or "").strip()
     kept = [text.strip() for text in caption if text and text.strip()]
-    if not kept:
-        return ""
-    return kept[int(torch.randint(len(kept), (), generator=generator))]
+    return kept[int(torch.randint(len(kept), (), generator=generator))] if kept else ""
 
 
 def _with_codebook_gradient(codes: Codes) -> Codes:
-    """Add e_k - sg(e_k): the value stays, and the objectives' gradient reaches the codebook too."""
+    """Add e_k - sg(e_k): same value, and the objectives' gradient reaches the codebook too."""
     if codes.levels:
         return join_levels({k: _with_codebook_gradient(each) for k, each in codes.levels.items()})
     if codes.codebook is None or codes.indices is None or not codes.codebook.requires_grad:
@@ -295,12 +309,12 @@ def _with_codebook_gradient(codes: Codes) -> Codes:
 
 
 def _codebook_log(codes: Codes, split: str) -> dict[str, Tensor]:
-    """Usage (share of codes) and perplexity of this batch; for levels, of each and the mean."""
+    """Usage (share of codes) and perplexity of this batch; of several levels, each and the mean."""
+    head = f"{split}/codebook/"
     if codes.levels:
         logs = {name: _codebook_log(each, split) for name, each in codes.levels.items()}
         keys = dict.fromkeys(key for log in logs.values() for key in log)
         means = {k: torch.stack([log[k] for log in logs.values() if k in log]).mean() for k in keys}
-        head = f"{split}/codebook/"
         return means | {
             f"{head}{name}/{key.removeprefix(head)}": value
             for name, log in logs.items()
@@ -312,7 +326,4 @@ def _codebook_log(codes: Codes, split: str) -> dict[str, Tensor]:
     counts = torch.zeros(len(codes.codebook), device=chosen.device)  # bincount reads the device
     counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
     usage = (counts > 0).float().mean()
-    return {
-        f"{split}/codebook/usage": usage,
-        f"{split}/codebook/perplexity": batch_perplexity(counts),
-    }
+    return {f"{head}usage": usage, f"{head}perplexity": batch_perplexity(counts)}

@@ -1,4 +1,4 @@
-"""Plain YAML values -> frozen dataclasses: types checked, unknown keys refused by name."""
+"""The `lgvq:` block, its two recipes, and how plain YAML values become checked dataclasses."""
 
 import math
 import types
@@ -14,13 +14,13 @@ WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "
 
 
 def require(holds: bool, key: str, expected: str, got: Any) -> None:
-    """Raise a ConfigError that names the key and what it should hold, unless `holds`."""
+    """Raise a ConfigError that names the key and what was expected, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key}: expected {expected}, got {got!r}")
 
 
 def to_plain(value: Any) -> Any:
-    """Turn OmegaConf's (or any) mappings and sequences into dicts and lists, all the way down."""
+    """Convert OmegaConf's (or any) mappings and sequences to dicts and lists, recursively."""
     if isinstance(value, Mapping):
         return {key: to_plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -29,7 +29,7 @@ def to_plain(value: Any) -> Any:
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` merged over it, key by key, all the way down.
+    """Return `below` with `above` merged over it, recursively.
 
     Example:
         >>> laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
@@ -44,7 +44,7 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 
 def differing(old: Any, new: Any) -> list[str]:
-    """Return what differs between two configs, each as "key: old then, new now".
+    """Return the differences between two configs, each as "key: old then, new now".
 
     Example:
         >>> differing({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
@@ -68,13 +68,13 @@ def build(cls: type[T], given: Any, path: str) -> T:
     """Build a dataclass from a mapping.
 
     Args:
-        cls: whose field types are numbers, booleans, strings, Literals, pairs, mappings, None
-            or dataclasses of the same kind.
+        cls: a dataclass whose field types are numbers, booleans, strings, Literals, tuples,
+            mappings, None or such dataclasses.
         given: the mapping; a missing key, and None for a dataclass, means the default.
-        path: where it stands in the config, for messages.
+        path: its path in the config, for messages.
 
     Raises:
-        ConfigError: for an unknown key or a value of the wrong type, by its path.
+        ConfigError: for an unknown key or a value of the wrong type.
     """
     require(isinstance(given, Mapping), path, f"a mapping of {_names(cls)}", given)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def build(cls: type[T], given: Any, path: str) -> T:
 
 
 def read(value: Any, hint: Any, path: str) -> Any:
-    """Return `value` as the type `hint` says; numbers may be strings (YAML 1.1 reads 1e-3 so).
+    """Return `value` as type `hint`; numbers may be strings, as which YAML 1.1 reads 1e-3.
 
     Raises:
         ConfigError: if it is of another type.
@@ -149,13 +149,13 @@ def _names(cls: type) -> str:
 
 
 def verify(value: Any, hint: Any, key: str) -> None:
-    """Check plain JSON against a type, all the way down; nothing is converted.
+    """Check what `json.loads` returned against a type, recursively, without converting anything.
 
     Args:
-        value: what `json.loads` returned.
-        hint: a number, string, boolean, Literal, list, tuple, dict, TypedDict, dataclass, or any
-            of them or None. A JSON list serves as a tuple, whose length is checked.
-        key: where it stands in the file, for messages.
+        value: the JSON value.
+        hint: a number, string, boolean, Literal, list, tuple, dict, TypedDict, dataclass, or one
+            of these or None. A JSON list passes as a tuple of its length.
+        key: its path in the file, for messages.
 
     Raises:
         ConfigError: for a value of another type, a missing key or, in a dataclass, an unknown one.
@@ -207,7 +207,7 @@ def _verify_record(value: Any, cls: type, key: str) -> None:
 def _is_a(value: Any, hint: type) -> bool:
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
-    if hint is str:  # half a surrogate pair, which JSON can hold, can be written to no file
+    if hint is str:  # JSON can hold half a surrogate pair, which cannot be encoded
         return isinstance(value, str) and not any(
             "\ud800" <= letter <= "\udfff" for letter in value
         )
@@ -216,19 +216,16 @@ def _is_a(value: Any, hint: type) -> bool:
     return hint is float and isinstance(value, float)
 
 
-# -- The `lgvq:` block: frozen dataclasses, checked when built, and the two recipes --------------
-
-
-MOST_WEIGHT = 1.0e6
-"""Far above any useful weight; beyond it float32 gradients overflow."""
+MAX_WEIGHT = 1.0e6
+"""Far above useful weights; float32 gradients overflow beyond."""
 TEMPERATURES = (1.0e-4, 100.0)
-"""Cosines lie in [-1, 1]: colder overflows, hotter tells no pair from another."""
-MOST_PAIRS = 2**20
-DEEPEST = 256
+"""Cosines are in [-1, 1]: lower ones overflow, higher ones make all pairs equal."""
+MAX_PAIRS = 2**20
+MAX_DEPTH = 256
 
 
 def _require_weight(value: float, key: str = "weight") -> None:
-    require(0 <= value <= MOST_WEIGHT, key, f">= 0 and <= {MOST_WEIGHT:g}", value)
+    require(0 <= value <= MAX_WEIGHT, key, f">= 0 and <= {MAX_WEIGHT:g}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,29 +233,29 @@ class GlobalSemanticConfig:
     """L_gsa, global semantic alignment."""
 
     weight: float = 1.0e-3
-    """Alpha; 0 switches the objective off. Paper's configs: 0.001."""
+    """Alpha; 0 disables the objective. Paper's configs: 0.001."""
     temperature: float = 0.07
-    """Divides the cosines; the released code has 1."""
+    """Divides the cosines; 1 in the released code."""
     learnable_temperature: bool = True
-    """Train the temperature from its start value."""
+    """Train the temperature, starting at `temperature`."""
     symmetric: bool = True
-    """Average both directions; the released code has image to text only."""
+    """Average both directions; the released code uses image to text only."""
     gather: bool = True
     """Take negatives from all ranks."""
     exclude_same: bool = True
-    """Leave pairs with the very same caption out of the negatives."""
+    """Exclude pairs with an identical caption from the negatives."""
     source: Literal["cls", "pooled"] = "cls"
-    """What stands for the image: the code-ViT's [CLS], or the mean of its patch tokens."""
+    """Feature of the image: the code-ViT's [CLS], or the mean of its patch tokens."""
     queue: int = 0
-    """Further negatives: so many of the last pairs, kept from earlier batches; 0: none."""
+    """Number of pairs kept from earlier batches as further negatives."""
     words_weight: float = 0.0
-    """Share of a second contrast, of each caption's words with an image's patches; 0: none."""
+    """Weight of a second contrast, of captions' words with images' patches; 0: none."""
     words_span: int = 1
-    """Words a unit of it: 1, or phrases of so many in a row."""
+    """n-gram size of the second contrast; 1: single words."""
 
     def __post_init__(self) -> None:
         _require_weight(self.weight)
-        require(0 <= self.queue <= MOST_PAIRS, "queue", f">= 0 and <= {MOST_PAIRS}", self.queue)
+        require(0 <= self.queue <= MAX_PAIRS, "queue", f">= 0 and <= {MAX_PAIRS}", self.queue)
         _require_weight(self.words_weight, "words_weight")
         require(self.words_span >= 1, "words_span", ">= 1", self.words_span)
         lowest, highest = 0.01 if self.learnable_temperature else TEMPERATURES[0], TEMPERATURES[1]
@@ -271,23 +268,23 @@ class MaskedTextConfig:
     """L_mtp, masked text prediction."""
 
     weight: float = 1.0e-2
-    """Beta; 0 switches the objective off."""
+    """Beta; 0 disables the objective."""
     mask_at: Literal["input", "output"] = "input"
-    """Hide words before the text encoder, or (released code, leaks) after it."""
+    """Mask words before the text encoder, or (released code, leaks) after it."""
     ratio: tuple[float, float] = (0.15, 0.5)
-    """Lowest and highest share of hidden words; at `output` the cut of a normal draw."""
+    """Minimum and maximum share of masked words; at `output` bounds of a truncated normal."""
     label_smoothing: float = 0.0
     """0.1 in the released code, none in the paper."""
     attend_padding: bool = False
-    """The released code's padding mask masks nothing."""
+    """Attend to padding, as the released code does: its padding mask has no effect."""
     attend_cls: bool = False
-    """Let words read the code-ViT's [CLS] beside its patch tokens, as the released code does."""
+    """Let words attend to the code-ViT's [CLS] too, as the released code does."""
     depth: int = 2
-    """Blocks of the decoder."""
+    """Number of decoder blocks."""
     heads: int = 1
-    """Attention heads of the decoder."""
+    """Attention heads in the decoder."""
     dropout: float = 0.0
-    """In the decoder; 0.1 in the released code."""
+    """Dropout in the decoder; 0.1 in the released code."""
 
     def __post_init__(self) -> None:
         _require_weight(self.weight)
@@ -296,7 +293,7 @@ class MaskedTextConfig:
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", ">= 0 and < 1", smoothing)
         require(0 <= self.dropout < 1, "dropout", ">= 0 and < 1", self.dropout)
-        require(1 <= self.depth <= DEEPEST, "depth", f">= 1 and <= {DEEPEST}", self.depth)
+        require(1 <= self.depth <= MAX_DEPTH, "depth", f">= 1 and <= {MAX_DEPTH}", self.depth)
         require(self.heads >= 1, "heads", ">= 1", self.heads)
 
 
@@ -305,18 +302,18 @@ class RelationshipConfig:
     """L_ras, relationship alignment."""
 
     weight: float = 1.0e-4
-    """Gamma; 0 switches the objective off."""
+    """Gamma; 0 disables the objective."""
     variant: Literal["paper", "pairs"] = "pairs"
     """See `functional.relationship_loss`."""
     between: Literal["words", "captions"] = "words"
     """Relate the words of a caption, or the captions of a batch (images' mean codes); `pairs`
     only."""
     temperature: float = 0.1
-    """Of the soft matching; `pairs` only."""
+    """Temperature of the soft matching; `pairs` only."""
     matching: Literal["soft", "straight_through"] = "soft"
-    """A word takes a mixture of codes, or the best with the gradient of `soft`; `pairs` only."""
+    """Match a word to a mixture of codes, or to the best with `soft`'s gradient; `pairs` only."""
     project: bool = False
-    """Compare codes behind a learned layer, as the released code does, or raw (paper)."""
+    """Project codes by a learned layer, as the released code does; false: raw codes (paper)."""
 
     def __post_init__(self) -> None:
         _require_weight(self.weight)
@@ -324,7 +321,7 @@ class RelationshipConfig:
         expected = f"> 0 (>= {lowest:g}) and <= {highest:g}"
         require(lowest <= self.temperature <= highest, "temperature", expected, self.temperature)
         holds = self.between == "words" or self.variant == "pairs"
-        require(holds, "between", "words, or variant: pairs beside it", self.between)
+        require(holds, "between", "words, or variant: pairs with it", self.between)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +341,7 @@ class CodeViTConfig:
     """The code-ViT."""
 
     width: int | None = None
-    """Of the transformer; the code width if null."""
+    """Width of the transformer; null: the code width."""
     depth: int = 2
     """Number of blocks."""
     heads: int = 1
@@ -352,7 +349,7 @@ class CodeViTConfig:
 
     def __post_init__(self) -> None:
         require(self.width is None or self.width >= 1, "width", ">= 1 or null", self.width)
-        require(1 <= self.depth <= DEEPEST, "depth", f">= 1 and <= {DEEPEST}", self.depth)
+        require(1 <= self.depth <= MAX_DEPTH, "depth", f">= 1 and <= {MAX_DEPTH}", self.depth)
         expected = ">= 1 and a divisor of the width"
         holds = self.heads >= 1 and (self.width or self.heads) % self.heads == 0
         require(holds, "heads", expected, self.heads)
@@ -363,42 +360,43 @@ class LGVQConfig:
     """Everything under `lgvq:`."""
 
     recipe: Literal["corrected", "paper"] = "corrected"
-    """Defaults of all keys below: what the method meant, or the released arithmetic."""
+    """Defaults of all keys below: the corrected method, or the released arithmetic."""
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
-    """Weights and choices of the three objectives."""
+    """Settings of the three objectives."""
     guide: Mapping[str, Any] = field(default_factory=lambda: {"use": "open_clip"})
-    """`use:` names a member of guides or a dotted path; the rest goes to its constructor."""
+    """`use:` is a member of guides or a dotted path; other keys go to its constructor."""
     code_vit: CodeViTConfig = field(default_factory=CodeViTConfig)
     """The code-ViT."""
     quantizer: str | tuple[str, ...] | None = None
-    """Path of the host's quantizer; found by name if null. A list for hosts of several levels
-    (VQ-VAE-2): coarse grids are upsampled to the finest, and codes joined at each position."""
+    """Path of the host's quantizer; null: found by name. A list for hosts with several levels
+    (VQ-VAE-2): coarse grids are upsampled to the finest, and codes concatenated per position."""
     layout: Literal["channels_first", "channels_last"] | None = None
-    """Of the quantized vectors: (B, C, h, w) or (B, C, N), against (B, h, w, C) or (B, N, C);
-    null: decided from the width of a code, the indices' shape and the codebook's values."""
+    """Layout of the quantized vectors: (B, C, h, w) or (B, C, N), or (B, h, w, C) or (B, N, C);
+    null: inferred from the width of a code, the indices' shape and the codebook's values."""
     code_dim: int | None = None
-    """Width of a code; read off the quantizer if null."""
+    """Width of a code; null: read from the quantizer."""
     grid: tuple[int, int] | None = None
-    """(h, w) that the code-ViT's positions are trained for; read off the host, else 16 x 16, if
-    null; other grids interpolate."""
+    """(h, w) of the code-ViT's position embeddings, and of codes that the host returns as rows;
+    null: read from the host, else 16 x 16. Codes of another grid interpolate the position
+    embeddings, with a warning if this key is set."""
     caption_key: str | None = None
-    """Key of the captions in a batch; `caption`, `text` or `txt` if null."""
+    """Key of the captions in a batch; null: `caption`, `captions`, `text` or `txt`."""
     codebook_gradient: bool = False
-    """Let the objectives move the codebook: z_q + (e_k - sg(e_k))."""
+    """Let the objectives train the codebook: z_q + (e_k - sg(e_k))."""
     gradient_ratio: float | None = None
-    """Length of our gradient at the codes in units of the host's; the weights then say only how
-    the objectives share it. null: as the weights make it."""
+    """Length of our gradient at the codes relative to the host's; the weights then only divide it
+    among the objectives. null: the weights decide."""
     start: int = 0
-    """First step with our terms."""
+    """First step with the objectives."""
     ramp: int = 0
-    """Steps over which the weights grow to their values."""
+    """Steps over which the weights grow linearly to their values."""
     stop: int | None = None
-    """First step without our terms again, so that the host alone has the last word; null: none."""
+    """First step that trains the host alone again; null: never."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """What a term or a gradient that is not finite does: raise an error, or be left out of the
-    update, 25 times in a row at the most; 3 times if the heads' own weights are not finite."""
+    """What to do on NaN/inf in a term or a gradient: raise an error, or skip it in the update, at
+    most 25 times in a row (3 if the heads' own weights are not finite)."""
     seed: int = 0
-    """Of the heads' initial weights, the masks and the choice of captions."""
+    """Seed of the heads' initial weights, the masks and the choice of captions."""
 
     def __post_init__(self) -> None:
         paths = [self.quantizer] if isinstance(self.quantizer, str) else self.quantizer
@@ -413,7 +411,7 @@ class LGVQConfig:
         ratio = self.gradient_ratio
         require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
         require(ratio is None or ratio <= 1000, "gradient_ratio", "<= 1000, or null", ratio)
-        expected = "null beside codebook_gradient: true, which goes past the codes"
+        expected = "null with codebook_gradient: true, whose gradient bypasses the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         require(self.start >= 0, "start", ">= 0", self.start)
         require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
@@ -424,9 +422,6 @@ class LGVQConfig:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "corrected": {},
-    # Defects by their numbers in the list of the released code: 7 (temperature, one direction,
-    # no gather), 2 (leak), 1 (padding), 10 (masking), 11 (smoothing), 12 ([CLS] is read), 3, 4 and
-    # 6 (relationship).
     "paper": {
         "global_semantic": {
             "temperature": 1.0,
@@ -449,12 +444,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def require_finite_weights(params: Mapping[str, Any], path: str) -> None:
-    """Refuse weights and factors of a base loss that are not finite in float32 arithmetic.
-
-    A `disc_weight` of inf gives NaN even before the discriminator starts: inf * 0.
+    """Refuse weights of a base loss that are not finite in float32: inf * 0 is NaN at once.
 
     Raises:
-        ConfigError: it names the key.
+        ConfigError: naming the key.
 
     Example:
         >>> require_finite_weights({"disc_weight": float("inf"), "disc_start": float("inf")}, "p")
@@ -466,12 +459,12 @@ def require_finite_weights(params: Mapping[str, Any], path: str) -> None:
             require_finite_weights(value, f"{path}.{key}")
         is_weight = str(key).endswith(("weight", "factor")) and not isinstance(value, bool)
         if is_weight and isinstance(value, int | float):
-            expected = f"a number of at most {MOST_WEIGHT:g}"
-            require(abs(value) <= MOST_WEIGHT, f"{path}.{key}", expected, value)
+            expected = f"a number of at most {MAX_WEIGHT:g}"
+            require(abs(value) <= MAX_WEIGHT, f"{path}.{key}", expected, value)
 
 
 def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
-    """Read the `lgvq:` block over the defaults of its recipe.
+    """Read the `lgvq:` block over its recipe's defaults.
 
     Raises:
         ConfigError: for an unknown key (the nearest one is named) or a wrong value.

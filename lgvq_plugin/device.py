@@ -1,4 +1,4 @@
-"""Which device a command computes on."""
+"""The device that a command computes on."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .sockets import ConfigError
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the device that `--device` names; None: a GPU if there is one.
+    """Return the device of `--device`; None: a GPU if there is one.
 
     Raises:
         ConfigError: if torch knows no such device, or this machine has none.
@@ -20,7 +20,7 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as its backend likes
-        told = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name!r}: {told}; `--device cpu` works everywhere") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name!r}: {cause}; `--device cpu` works everywhere") from error
     return device

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a run is killed; and the like of folders."""
+"""Write files completely or not at all, also when a run is killed."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from .sockets import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What the system says when a file that is open cannot grow."""
+"""Error numbers of an open file that cannot grow."""
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; it takes `path`'s place when the block ends well.
+    """Yield a temporary name next to `path`; it replaces `path` if the block succeeds.
 
-    Folders on the way are made. A block that raises leaves `path` as it was; one that is killed
+    Missing folders are created. A block that raises leaves `path` as it was; one that is killed
     also leaves a `*.part` file, see :func:`remove_parts`.
 
     Raises:
@@ -89,7 +89,7 @@ def require_writable(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content`, down to the disk: files that a later run relies on."""
+    """Write `content` and flush it to the disk."""
     with replacing(path) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -102,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON; what it does not know is written as text."""
+    """Write JSON; values of other types are written as text."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 

@@ -1,39 +1,27 @@
-"""Whether numbers are finite, with one read from the device, and how to say which are not."""
+"""Name the parameters whose numbers are not finite."""
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch import nn
 
-MOST_SKIPPED = 25
-"""Updates in a row that may be left out: fp16's scale has fallen from 2^16 to 2^-9 by then."""
+from .functional import all_finite
 
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a boolean scalar on the tensors' device: whether all floating values are finite.
-
-    Example:
-        >>> import torch
-        >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
-        tensor(False)
-    """
-    dense = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    floating = [t for t in dense if t.is_floating_point() and t.numel()]
-    return get_total_norm(floating, norm_type=float("inf")).isfinite()
+MAX_SKIPPED = 25
+"""Updates in a row that may be left out: by then fp16's scale has fallen from 2^16 to 2^-9."""
 
 
 def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
-    """Name the parameters `among` those of `module` whose gradient is not finite, by group."""
+    """Name the parameters `among` those of `module` whose gradient is not finite, by part."""
     held = {id(p) for p in among}
     return in_groups([
         name
-        for name, parameter in module.named_parameters()
-        if id(parameter) in held and parameter.grad is not None and not all_finite([parameter.grad])
+        for name, p in module.named_parameters()
+        if id(p) in held and p.grad is not None and not all_finite([p.grad])
     ])  # fmt: skip
 
 
 def in_groups(names: Sequence[str]) -> str:
-    """Return parameters' names by the part of the host that they belong to.
+    """Summarize parameters' names by the part of the host that they belong to.
 
     Example:
         >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])

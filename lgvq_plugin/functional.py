@@ -1,14 +1,14 @@
-"""The three objectives of LG-VQ (arXiv 2405.14206), equation by equation; pure functions.
+"""The equations of LG-VQ (arXiv 2405.14206) as pure functions.
 
-Everything is computed in float32, whatever autocast says; cosines carry their eps in the norm, so
-that a vector of zeros has cosine 0 and a finite gradient.
+Everything is computed in float32, also under autocast; cosines have their eps in the norm, so that
+a zero vector has cosine 0 and a finite gradient.
 
-Where the released code guards a division by adding to it (1e-6 to L_gsa's denominator, 5e-6 to
-L_mtp's count), we have the exact quotient: the values differ by less than 3e-6 (L_gsa, batch of
-one; less for more) and 5e-6 of the value (L_mtp, one masked word; less for more).
+Where the released code adds an eps to a divisor (1e-6 to L_gsa's denominator, 5e-6 to L_mtp's
+count), the quotient here is exact: values differ by less than 3e-6 (L_gsa, batch of one; less for
+more) and by 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Any, Literal
@@ -17,29 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from .types import Codes, PastPairs
 
 NORM_EPSILON = 1e-6
 """Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's generator inside, and put it back after; those of GPUs are not touched.
-
-    `torch.manual_seed` would seed the GPUs' too, and `fork_rng(devices=[])` not put them back.
-
-    Example:
-        >>> with seeded(0):
-        ...     first = torch.rand(3)
-        >>> with seeded(0):
-        ...     bool(torch.equal(first, torch.rand(3)))
-        True
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def global_semantic_loss(
@@ -58,8 +41,8 @@ def global_semantic_loss(
         text: caption features, (B, D); a target, so no gradient flows into it.
         temperature: divides the cosines; 1 in the paper.
         symmetric: average with the text-to-image direction.
-        same: True where another pair has the same caption, (B, B); left out of the negatives.
-        past: M further negatives, without a gradient (cross-batch memory, Wang et al. 2020).
+        same: True where another pair has the same caption, (B, B); excluded from the negatives.
+        past: M further negatives without gradient (cross-batch memory, Wang et al. 2020).
 
     Returns:
         Scalar, the mean over the batch; 0 with a gradient path for an empty batch.
@@ -71,13 +54,14 @@ def global_semantic_loss(
     """
     if len(image) == 0:
         return (image.float() / temperature).sum()
-    forth = cosines(image, text.detach())
-    back, out = forth.mT, None
+    to_text = cosines(image, text.detach())
+    to_image, past_same = to_text.mT, None
     if past is not None:
-        forth = torch.cat([forth, cosines(image, past.text)], dim=1)
-        back, out = torch.cat([back, cosines(text, past.image)], dim=1), past.same
-    loss = contrast(forth, temperature, same, out)
-    return (loss + contrast(back, temperature, same, out)) / 2 if symmetric else loss
+        to_text = torch.cat([to_text, cosines(image, past.text)], dim=1)
+        to_image = torch.cat([to_image, cosines(text, past.image)], dim=1)
+        past_same = past.same
+    loss = contrast(to_text, temperature, same, past_same)
+    return (loss + contrast(to_image, temperature, same, past_same)) / 2 if symmetric else loss
 
 
 def contrast(
@@ -86,27 +70,27 @@ def contrast(
     same: Tensor | None = None,
     past_same: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of scores (B, B + M) whose diagonal is right; what counts as same is out."""
+    """Cross-entropy of scores (B, B + M) with the targets on the diagonal; `same` is excluded."""
     logits = scores / temperature
     count = len(logits)
-    out = torch.zeros_like(logits, dtype=torch.bool)
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
     if same is not None:
-        out[:, :count] = same & ~torch.eye(count, dtype=torch.bool, device=logits.device)
+        excluded[:, :count] = same & ~torch.eye(count, dtype=torch.bool, device=logits.device)
     if past_same is not None:
-        out[:, count:] = past_same
-    logits = logits.masked_fill(out, float("-inf"))
+        excluded[:, count:] = past_same
+    logits = logits.masked_fill(excluded, float("-inf"))
     return F.cross_entropy(logits, torch.arange(count, device=logits.device))
 
 
 def masked_text_loss(
     logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of the masked words, L_mtp (Eq. 6, without its slip of sign).
+    """Cross-entropy of the masked words, L_mtp (Eq. 6, its sign corrected).
 
     Args:
         logits: (B, T, V), or (M, V) of the masked words alone.
         targets: token ids, (B, T) or (M,) int64.
-        mask: True where a word was masked, (B, T) bool; None takes all rows.
+        mask: True at masked words, (B, T) bool; None takes all rows.
         label_smoothing: 0.1 in the released code, none in the paper.
 
     Returns:
@@ -137,8 +121,8 @@ def relationship_loss(
     """Mean squared gap between word-word and code-code cosines, L_ras (Eq. 7 and 8).
 
     `paper` is the released arithmetic: a word takes the code of its best token, with the sign of
-    their cosine, and the mean runs over all T x T cells, pads and diagonal too. `pairs` matches
-    so that tokens get a gradient, and averages over pairs of distinct words.
+    their cosine, and the mean includes padding and the diagonal of the T x T cells. `pairs`
+    matches softly, so that tokens get a gradient, and averages over pairs of distinct words.
 
     Args:
         words: text features, (B, T, D); a target, so no gradient flows into it.
@@ -146,7 +130,7 @@ def relationship_loss(
         tokens: the code-ViT's patch tokens, (B, N, D).
         codes: code vectors, projected or raw, (B, N, E).
         variant: see above.
-        temperature: of the soft matching; `pairs` only.
+        temperature: temperature of the soft matching; `pairs` only.
         matching: `soft` mixes codes by softmax; `straight_through` takes the best code, with the
             gradient of `soft`; `pairs` only.
 
@@ -170,8 +154,8 @@ def relationship_loss(
     similarity = cosines(words, tokens)  # (B, T, N)
     if variant == "paper":
         best, match = similarity.max(dim=-1, keepdim=True)
-        # Released code: scales by the cosine, which the normalization cancels but for its sign
-        # (so the tokens get no gradient), and divides by zero at a cosine of 0. We: the sign.
+        # The released code scales by the cosine, which the normalization reduces to its sign (so
+        # the tokens get no gradient), and divides by zero at a cosine of 0.
         matched = codes.take_along_dim(match, dim=1) * best.detach().sign()
         cell = word_mask[:, :, None] & word_mask[:, None, :]
         gap = (cosines(matched, matched) - cosines(words, words)).masked_fill(~cell, 0.0)
@@ -214,8 +198,8 @@ def pool_words(tokens: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
         word_ids: word of each token, -1 for none, (B, T) int64.
 
     Returns:
-        Word features (B, W, D) and True where a word stands (B, W); W is T, so that no shape
-        depends on the captions.
+        Word features (B, W, D), and True at words (B, W); W is T, so that no shape depends on the
+        captions.
 
     Example:
         >>> words, is_word = pool_words(torch.tensor([[[1.0], [3.0]]]), torch.tensor([[0, 0]]))
@@ -231,9 +215,7 @@ def pool_words(tokens: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
 def sample_word_mask(
     word_ids: Tensor, *, ratio: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """Choose whole words to hide: a share drawn per caption, at least one word of each.
-
-    The number of hidden words is the share times the number of words, rounded.
+    """Choose whole words to mask: a share drawn per caption, rounded, at least one word each.
 
     Args:
         word_ids: word of each token, -1 for none, (B, T) int64.
@@ -241,7 +223,7 @@ def sample_word_mask(
         generator: CPU generator of the draws.
 
     Returns:
-        True at every piece of a hidden word, (B, T) bool; a caption with no word has none.
+        True at every piece of a masked word, (B, T) bool.
 
     Example:
         >>> ids = torch.tensor([[-1, 0, 0, 1, -1]])
@@ -253,16 +235,16 @@ def sample_word_mask(
     low, high = ratio
     draws = torch.rand(batch, length + 1, generator=generator).to(word_ids.device)
     number = word_ids.amax(dim=1, keepdim=True) + 1
-    hidden = ((low + (high - low) * draws[:, :1]) * number).round().clamp(min=1).minimum(number)
+    masked = ((low + (high - low) * draws[:, :1]) * number).round().clamp(min=1).minimum(number)
     order = draws[:, 1:].masked_fill(torch.arange(length, device=number.device) >= number, 2.0)
-    is_hidden = order.argsort(dim=1).argsort(dim=1) < hidden
-    return is_hidden.gather(1, word_ids.clamp(min=0)) & (word_ids >= 0)
+    is_masked = order.argsort(dim=1).argsort(dim=1) < masked
+    return is_masked.gather(1, word_ids.clamp(min=0)) & (word_ids >= 0)
 
 
 def sample_token_mask(
     attention_mask: Tensor, word_ids: Tensor, *, ratio: float, generator: torch.Generator
 ) -> Tensor:
-    """Hide each token with one probability, as the released code does; words may be halved.
+    """Mask each token with the same probability, as the released code does; words may be split.
 
     Args:
         attention_mask: True at start, words and end, (B, T) bool.
@@ -271,7 +253,7 @@ def sample_token_mask(
         generator: CPU generator of the draws.
 
     Returns:
-        (B, T) bool; start, end and padding are never hidden.
+        (B, T) bool; False at start, end and padding.
     """
     draws = torch.rand(attention_mask.shape, generator=generator).to(attention_mask.device)
     return (draws < ratio) & attention_mask & (word_ids >= 0)
@@ -280,9 +262,9 @@ def sample_token_mask(
 def sample_truncated_ratio(
     *, mean: float, deviation: float, low: float, high: float, generator: torch.Generator
 ) -> float:
-    """Draw from a normal distribution cut to [low, high] (MAGE; one draw a batch when released).
+    """Draw from a normal distribution truncated to [low, high] (MAGE; one draw per batch there).
 
-    By the inverse of its distribution: one uniform number a draw, in every version of torch.
+    By the inverse CDF of one uniform number, so that all versions of torch draw the same.
     """
     normal = NormalDist(mean, deviation)
     start, end = normal.cdf(low), normal.cdf(high)
@@ -291,7 +273,7 @@ def sample_truncated_ratio(
 
 
 def batch_perplexity(counts: Tensor) -> Tensor:
-    """Return exp of the entropy of counts (K,): how many codes would be used if all equally.
+    """Return exp of the entropy of counts (K,): the effective number of codes.
 
     Example:
         >>> batch_perplexity(torch.tensor([5.0, 5.0, 0.0]))
@@ -321,9 +303,6 @@ def join_levels(levels: Mapping[str, Codes]) -> Codes:
     return Codes(torch.cat(rows, dim=2), None, grid, levels=dict(levels))
 
 
-# -- Finer and coarser grains of the objectives, words, phrases, captions (as TA-VQ, 2503.01261) ---
-
-
 def word_semantic_loss(
     tokens: Tensor,
     words: Tensor,
@@ -333,16 +312,17 @@ def word_semantic_loss(
     symmetric: bool = False,
     same: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE between images and captions that are compared word by patch.
+    """InfoNCE between images and captions, compared word by patch.
 
-    A caption's score in an image is the mean, over its words, of the cosine with the word's best
-    patch (late interaction, Yao et al. 2022): Eq. 5 at a finer grain.
+    A caption's score for an image is the mean, over its words, of the cosine with the word's best
+    patch (late interaction, Yao et al. 2022): Eq. 5 at the level of words, as in TA-VQ
+    (arXiv 2503.01261).
 
     Args:
         tokens: the code-ViT's patch tokens, (B, N, D).
         words: text features, (B, W, D); a target, so no gradient flows into it.
         word_mask: True at words, (B, W) bool; a caption without words scores 0 everywhere.
-        temperature, symmetric, same: as of :func:`global_semantic_loss`.
+        temperature, symmetric, same: see :func:`global_semantic_loss`.
 
     Returns:
         Scalar, the mean over the batch; 0 with a gradient path for an empty batch.
@@ -363,11 +343,11 @@ def word_semantic_loss(
 
 
 def caption_relationship_loss(sentences: Tensor, codes: Tensor) -> Tensor:
-    """Mean squared gap between caption-caption and image-image cosines: Eq. 8 of whole captions.
+    """Mean squared gap between caption-caption and image-image cosines: Eq. 8 for captions.
 
     Args:
         sentences: caption features, (B, Ds); a target, so no gradient flows into it.
-        codes: code vectors, projected or raw, (B, N, E); an image is their mean.
+        codes: code vectors, projected or raw, (B, N, E); averaged per image.
 
     Returns:
         Scalar, the mean over pairs of distinct images; 0 with a gradient path for fewer than two.
@@ -389,10 +369,10 @@ def pool_phrases(words: Tensor, is_word: Tensor, span: int) -> tuple[Tensor, Ten
     Args:
         words: (B, W, D), zeros where `is_word` is False.
         is_word: True at the first words of each row, (B, W) bool.
-        span: words a phrase, >= 1.
+        span: words per phrase, >= 1.
 
     Returns:
-        Phrase features (B, W, D), the run that starts at each word, and where there is one (B, W).
+        Features (B, W, D) of the phrase that starts at each word, and where there is one (B, W).
 
     Example:
         >>> pool_phrases(torch.tensor([[[1.0], [3.0], [0.0]]]), torch.tensor([[1, 1, 0]]) > 0, 2)
@@ -408,7 +388,34 @@ def pool_phrases(words: Tensor, is_word: Tensor, span: int) -> tuple[Tensor, Ten
     return runs, is_word & (number < (count - span + 1).clamp(min=1))
 
 
-# -- Gather over ranks with gradients; no-ops on one process -------------------------------------
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a boolean scalar on the tensors' device: whether all floating values are finite.
+
+    Example:
+        >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
+        tensor(False)
+    """
+    dense = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    floating = [t for t in dense if t.is_floating_point() and t.numel()]
+    return get_total_norm(floating, norm_type=float("inf")).isfinite()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's generator inside the context and restore it after; GPUs' are not touched.
+
+    `torch.manual_seed` would seed the GPUs' too, which `fork_rng(devices=[])` does not restore.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.rand(3)
+        >>> with seeded(0):
+        ...     bool(torch.equal(first, torch.rand(3)))
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def world_size() -> int:
@@ -416,23 +423,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Concatenate the rows of all ranks, (B, ...) -> (sum of B, ...); differentiable.
 
-    Ranks may differ in B. Every rank must call it, also one with no rows, and where the rows need
-    a gradient every rank must run backward through the result. A loss of the result that is the
-    same on all ranks has, after the mean over ranks that DDP takes, the gradient of one process.
+    Ranks may differ in B, which the tensors share. Every rank must call it, also one without rows,
+    and where the rows need a gradient every rank must run backward through the result. A loss of
+    the result that is the same on all ranks has, after DDP's mean over ranks, the gradient of one
+    process with all rows.
 
     Example:
-        >>> gather_rows(torch.ones(2, 3)).shape
+        >>> (rows,) = gather_rows(torch.ones(2, 3))
+        >>> rows.shape
         torch.Size([2, 3])
     """
     if world_size() == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=rows.device)
+        return tensors
+    count = torch.tensor([len(tensors[0])], device=tensors[0].device)
     counts = [torch.zeros_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
-    return _GatherRows.apply(rows, [int(c) for c in counts])
+    sizes = [int(c) for c in counts]
+    return tuple(_GatherRows.apply(rows, sizes) for rows in tensors)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""Trained modules of ours on top of the host's codes; none is needed at inference."""
+"""The trained modules of LG-VQ on top of the host's codes; inference does not need them."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,45 +8,19 @@ from torch import Tensor, nn
 
 from .sockets import ConfigError
 
-# -- Whether attention heads fit a width ---------------------------------------------------------
-
-
-def check_heads(width: int, heads: int, *, of: str) -> None:
-    """Refuse heads that do not share out the width.
-
-    Raises:
-        ConfigError: naming the numbers of heads that do.
-
-    Example:
-        >>> check_heads(8, 3, of="code-ViT")
-        Traceback (most recent call last):
-        lgvq_plugin.sockets.ConfigError: heads of the code-ViT: 3 does not divide its width 8; ...
-    """
-    if heads < 1 or width % heads:
-        fitting = ", ".join(str(n) for n in range(1, min(width, 16) + 1) if width % n == 0)
-        raise ConfigError(
-            f"heads of the {of}: {heads} does not divide its width {width}; take one of {fitting}"
-        )
-
-
-# -- CodeViT: a small vision transformer over quantized codes (paper section 3.2, Eq. 4) ---------
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's activation, x * sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
 
 class CodeViT(nn.Module):
-    """Turn a grid of codes into one summary and N patch tokens in the text space.
+    """A small vision transformer over quantized codes (paper section 3.2, Eq. 4).
+
+    Turns a grid of codes into one summary and N patch tokens in the text space.
 
     Args:
         code_dim: C, width of a code.
-        width: of the transformer; C if None (256 in the paper).
+        width: width of the transformer; C if None (256 in the paper).
         depth: number of blocks (2 in the released code).
-        heads: of the attention (1 in the released code); must divide the width.
+        heads: attention heads (1 in the released code); must divide the width.
         out_dim: D, width of the text features.
-        grid: (h, w) that the positions are trained for; other grids interpolate them.
+        grid: (h, w) of the position embeddings; other grids interpolate them.
 
     Raises:
         ConfigError: if the heads do not divide the width.
@@ -53,6 +29,13 @@ class CodeViT(nn.Module):
         >>> CodeViT(8, out_dim=6, grid=(2, 2))(torch.zeros(3, 8, 2, 2)).shape
         torch.Size([3, 5, 6])
     """
+
+    OLD_NAMES = {
+        "enter.": "in_proj.",
+        "enter_norm.": "in_norm.",
+        "positions": "pos_embed",
+        "norm.": "out_norm.",
+    }
 
     def __init__(
         self,
@@ -65,16 +48,17 @@ class CodeViT(nn.Module):
     ) -> None:
         super().__init__()
         width = width or code_dim
-        check_heads(width, heads, of="code-ViT")
+        _require_divisor(width, heads, "code-ViT")
         self.code_dim, self.grid = code_dim, (int(grid[0]), int(grid[1]))
-        self.enter = nn.Identity() if width == code_dim else nn.Linear(code_dim, width)
+        self.in_proj = nn.Identity() if width == code_dim else nn.Linear(code_dim, width)
         self.cls = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.01))
         cells = 1 + self.grid[0] * self.grid[1]
-        self.positions = nn.Parameter(torch.empty(1, cells, width).normal_(std=0.01))
-        self.enter_norm = nn.LayerNorm(width)  # codes may be tiny: 1/K at first
-        self.blocks = nn.ModuleList(_block(width, heads, depth=depth) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.pos_embed = nn.Parameter(torch.empty(1, cells, width).normal_(std=0.01))
+        self.in_norm = nn.LayerNorm(width)  # codes may be tiny: 1/K at first
+        self.blocks = nn.ModuleList(_encoder_block(width, heads, depth) for _ in range(depth))
+        self.out_norm = nn.LayerNorm(width)
         self.project = nn.Parameter(torch.empty(width, out_dim).normal_(std=0.01))
+        self.register_load_state_dict_pre_hook(accept_old_names)
 
     def forward(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return (B, 1 + N, D); row 0 is [CLS].
@@ -95,52 +79,32 @@ class CodeViT(nn.Module):
                 f"expected codes of {grid[0]}x{grid[1]} positions and width {self.code_dim}, "
                 f"got (N, C) = {tuple(codes.shape[1:])}"
             )
-        cells = torch.cat([self.cls.expand(len(codes), -1, -1), self.enter(codes)], dim=1)
-        cells = self.enter_norm(cells + self._positions_on(grid))
+        cells = torch.cat([self.cls.expand(len(codes), -1, -1), self.in_proj(codes)], dim=1)
+        cells = self.in_norm(cells + self._pos_embed_on(grid))
         for block in self.blocks:
             cells = block(cells)
-        return self.norm(cells) @ self.project
+        return self.out_norm(cells) @ self.project
 
-    def _positions_on(self, grid: tuple[int, int]) -> Tensor:
+    def _pos_embed_on(self, grid: tuple[int, int]) -> Tensor:
         if tuple(grid) == self.grid:
-            return self.positions
-        cls, cells = self.positions[:, :1], self.positions[:, 1:]
+            return self.pos_embed
+        cls, cells = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         plane = cells.mT.unflatten(-1, self.grid)
         plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
         return torch.cat([cls, plane.flatten(2).mT], dim=1)
 
 
-def _block(width: int, heads: int, *, depth: int) -> nn.TransformerEncoderLayer:
-    block = nn.TransformerEncoderLayer(
-        width,
-        heads,
-        4 * width,
-        dropout=0.0,
-        activation=quick_gelu,
-        batch_first=True,
-        norm_first=True,
-    )
-    leaving = (2 * depth * width) ** -0.5  # the sum over all branches keeps its size
-    nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
-    nn.init.normal_(block.self_attn.out_proj.weight, std=leaving)
-    nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
-    nn.init.normal_(block.linear2.weight, std=leaving)
-    return block
-
-
-# -- TextDecoder: fill the masked words of a caption from the image's codes (paper section 3.3) ----
-
-
 class TextDecoder(nn.Module):
-    """Predict masked words; the output matrix is the guide's own token embedding, frozen.
+    """Predicts the masked words of a caption from the image's codes (paper section 3.3).
+
+    The output matrix is the guide's own token embedding, frozen.
 
     Args:
-        width: Dt, of the text features and the vocabulary.
-        memory_dim: D, of the code-ViT's tokens.
+        width: Dt, width of the text features and the vocabulary.
+        memory_dim: D, width of the code-ViT's tokens.
         vocabulary_size: V.
         max_length: T, longest caption in tokens.
-        depth, heads, dropout: of the decoder (2, 1 and 0.1 in the released code); the heads must
-            divide the width.
+        depth, heads, dropout: 2, 1 and 0.1 in the released code; the heads must divide the width.
 
     Raises:
         ConfigError: if they do not.
@@ -152,6 +116,8 @@ class TextDecoder(nn.Module):
         >>> decoder(text, mask, memory, torch.zeros(11, 8)).shape
         torch.Size([3, 11])
     """
+
+    OLD_NAMES = {"enter.": "in_proj."}
 
     def __init__(
         self,
@@ -165,15 +131,14 @@ class TextDecoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_heads(width, heads, of="text decoder")
-        # One learned vector a position stands for a masked word; position-specific in the paper.
+        _require_divisor(width, heads, "text decoder")
+        # One learned vector per position stands for a masked word; position-specific in the paper.
         self.mask_tokens = nn.Parameter(torch.empty(1, max_length, width).normal_(std=0.01))
-        self.enter = nn.Identity() if memory_dim == width else nn.Linear(memory_dim, width)
-        self.blocks = nn.ModuleList(
-            _decoder_block(width, heads, dropout=dropout) for _ in range(depth)
-        )
+        self.in_proj = nn.Identity() if memory_dim == width else nn.Linear(memory_dim, width)
+        self.blocks = nn.ModuleList(_decoder_block(width, heads, dropout) for _ in range(depth))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+        self.register_load_state_dict_pre_hook(accept_old_names)
 
     def forward(
         self,
@@ -191,8 +156,8 @@ class TextDecoder(nn.Module):
             memory: code-ViT tokens, (B, N, D).
             vocabulary: the guide's token embedding, (V, Dt); detached.
             attention_mask: True at real tokens, (B, T) bool; None attends to padding too, as the
-                released code does. A row without a real token attends to all of it: attention
-                over nothing is no number.
+                released code does. A row without a real token attends to all of it, since
+                attention over nothing is NaN.
 
         Raises:
             ValueError: for captions longer than `max_length`.
@@ -200,18 +165,41 @@ class TextDecoder(nn.Module):
         length, longest = text.shape[1], self.mask_tokens.shape[1]
         if length > longest:
             raise ValueError(f"captions of {length} tokens, but max_length is {longest}")
-        hidden = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
+        states = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
         padding = None
         if attention_mask is not None:
             padding = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
-        memory = self.enter(memory)
+        memory = self.in_proj(memory)
         for block in self.blocks:
-            hidden = block(hidden, memory, tgt_key_padding_mask=padding)
-        hidden = self.head(hidden[mask])
-        return hidden @ vocabulary.detach().to(hidden.dtype).mT + self.bias
+            states = block(states, memory, tgt_key_padding_mask=padding)
+        states = self.head(states[mask])
+        return states @ vocabulary.detach().to(states.dtype).mT + self.bias
 
 
-def _decoder_block(width: int, heads: int, *, dropout: float) -> nn.TransformerDecoderLayer:
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation, x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _encoder_block(width: int, heads: int, depth: int) -> nn.TransformerEncoderLayer:
+    block = nn.TransformerEncoderLayer(
+        width,
+        heads,
+        4 * width,
+        dropout=0.0,
+        activation=quick_gelu,
+        batch_first=True,
+        norm_first=True,
+    )
+    residual_std = (2 * depth * width) ** -0.5  # the sum over all branches keeps its size
+    nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
+    nn.init.normal_(block.self_attn.out_proj.weight, std=residual_std)
+    nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(block.linear2.weight, std=residual_std)
+    return block
+
+
+def _decoder_block(width: int, heads: int, dropout: float) -> nn.TransformerDecoderLayer:
     block = nn.TransformerDecoderLayer(
         width, heads, width, dropout=dropout, layer_norm_eps=1e-12, batch_first=True
     )
@@ -222,3 +210,19 @@ def _decoder_block(width: int, heads: int, *, dropout: float) -> nn.TransformerD
     for linear in (block.linear1, block.linear2):
         nn.init.normal_(linear.weight, std=width**-0.5)
     return block
+
+
+def _require_divisor(width: int, heads: int, owner: str) -> None:
+    if heads < 1 or width % heads:
+        divisors = ", ".join(str(n) for n in range(1, min(width, 16) + 1) if width % n == 0)
+        raise ConfigError(
+            f"heads of the {owner}: {heads} does not divide its width {width}; take one of "
+            f"{divisors}"
+        )
+
+
+def accept_old_names(module: Any, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """Rename the keys of version 0.1.0 (`module.OLD_NAMES`); a pre-hook of `load_state_dict`."""
+    for old, new in module.OLD_NAMES.items():
+        for key in [key for key in state if key.startswith(prefix + old)]:
+            state[prefix + new + key[len(prefix + old) :]] = state.pop(key)

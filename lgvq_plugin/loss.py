@@ -1,14 +1,15 @@
-"""Small parts of LGVQLoss: the check of the optimizer, a view of modules, adding terms."""
+"""LGVQLoss: the host's own loss plus the weighted objectives of LG-VQ."""
 
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -17,22 +18,21 @@ from torch.optim.optimizer import (
 from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
-from .finite import MOST_SKIPPED, all_finite, nonfinite_gradients
-from .functional import world_size
+from .finite import MAX_SKIPPED, nonfinite_gradients
+from .functional import all_finite, world_size
 from .host import (
     HostMethods,
-    Tap,
     add_heads,
+    await_host,
     build_alignment,
-    find_quantizers,
     gets_quantizer,
     grid_of,
-    listen,
     replace_module,
     status,
-    stop_listening,
+    stop_awaiting_host,
     undecayed_parameters,
 )
+from .quantizer_hook import QuantizerHook, require_quantizers
 from .sockets import ConfigError, params_of
 
 logger = logging.getLogger(__name__)
@@ -40,146 +40,330 @@ logger = logging.getLogger(__name__)
 CAPTION_KEYS = ("caption", "captions", "text", "txt")
 
 
-class Reference:
-    """Holds a module without making it a submodule; survives copies and pickles."""
+class BaseLossWrapper(nn.Module):
+    """A module that stands in for another one, its base loss.
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-
-class Wrapper(nn.Module):
-    """Stands for another module: its parameters, buffers, submodules and other attributes.
-
-    Attributes set before :meth:`wrap` are the wrapper's own; all later ones are the other's.
+    Parameters, buffers and submodules are those of the base loss under their own names: both
+    modules share the very dicts. Other attributes are read from the wrapper first, then from the
+    base loss. Assigning one sets it on the base loss only if the base loss has it and neither this
+    object nor its class does: `loss.disc_weight = 1` reaches the base loss, `self.new_state = 3`
+    stays here.
     """
 
-    def wrap(self, module: nn.Module) -> None:
-        """Share the very dicts of `module`: whatever it or a host puts into one is in both."""
-        for name in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[name] = module.__dict__[name]
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self._base = Reference(module)
-
-    @property
-    def base_loss(self) -> nn.Module:
-        """The host's own loss; its submodules are also this module's."""
-        return self.__dict__["_base"].module
+    def __init__(self, base_loss: nn.Module) -> None:
+        super().__init__()
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = base_loss.__dict__[name]
+        self.__dict__["base_loss"] = base_loss  # no submodule: its parts are ours already
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_base" not in self.__dict__:
+            if "base_loss" not in self.__dict__:
                 raise
             return getattr(self.base_loss, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_base" not in self.__dict__ or name in self.__dict__:
+        base = self.__dict__.get("base_loss")
+        is_own = base is None or name in self.__dict__ or hasattr(type(self), name)
+        if is_own or not hasattr(base, name):
             super().__setattr__(name, value)
         else:
-            setattr(self.base_loss, name, value)
+            setattr(base, name, value)
 
-    def train(self, mode: bool = True) -> "Wrapper":
+    def train(self, mode: bool = True) -> "BaseLossWrapper":
         """Set the mode of the base loss, its parts and ours."""
         super().train(mode)
         self.base_loss.training = mode
         return self
 
 
-class OptimizerCheck:
-    """Looks, once, whether the optimizers that step the host hold the heads too."""
+class LGVQLoss(BaseLossWrapper):
+    """The host's loss with the three objectives of LG-VQ on top.
 
-    def __init__(self, heads: Iterable[nn.Parameter], host: Iterable[nn.Parameter]):
-        self.heads = {id(p) for p in heads if p.requires_grad}
-        self.host = {id(p) for p in host}
-        self.stepped: set[int] = set()
-        this = weakref.ref(self)  # torch's hook must keep no check alive
-        self._hook: Any = register_optimizer_step_post_hook(
-            lambda optimizer, args, kwargs: _record(this(), optimizer)
-        )
-        weakref.finalize(self, self._hook.remove).atexit = False
-
-    def remove(self) -> None:
-        """Watch no more."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
-
-    def raise_if_failed(self) -> None:
-        """Called once a batch; settles the question after the first step that moved the host."""
-        if self._hook is None or not self.stepped & (self.host | self.heads):
-            return
-        if not self.heads <= self.stepped:
-            self.stepped = set()  # whoever mends it goes on
-            raise RuntimeError(
-                "the optimizer that trains the host does not hold the heads of LG-VQ, so they "
-                "would never learn; call loss.add_heads(optimizer) after building it"
-            )
-        self.remove()
-
-
-def _record(check: OptimizerCheck | None, optimizer: torch.optim.Optimizer) -> None:
-    if check is not None:
-        check.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-class GradientCheck:
-    """Looks at the gradients of the optimizer that holds the heads, before each of its steps.
-
-    A trainer with a GradScaler calls the step only with finite gradients: this then never acts.
+    A host's checkpoints, EMA copies and optimizers see the base loss's parameters under their own
+    names (`discriminator`, `perceptual_loss`, ...); the heads are under `lgvq.`.
 
     Args:
-        host: names the parameters in messages.
-        heads: of the host's loss.
-        on_nonfinite: "raise", or "skip": leave the update out, MOST_SKIPPED in a row at the most.
+        args, kwargs: arguments of the base loss.
+        base: `{target, params}` of the base loss; taming's VQLPIPSWithDiscriminator if None.
+        lgvq: the `lgvq:` block, see `config.LGVQConfig`.
+
+    Attributes:
+        latest: what our terms logged last.
+        checks_gradients: check gradients before each step of the optimizer; set to False by a
+            trainer that does so itself.
+
+    Raises:
+        ConfigError: for an unknown key under `lgvq:`, or a base loss that does not exist.
+
+    Example:
+        >>> loss = LGVQLoss(base={"target": "torch.nn.MSELoss"}, lgvq={"recipe": "paper"})
+        >>> float(loss(torch.zeros(2), torch.ones(2)))  # no host: the base loss alone
+        1.0
     """
 
-    def __init__(self, host: nn.Module, heads: nn.Module, on_nonfinite: str):
-        self.host, self.on_nonfinite = host, on_nonfinite
-        self.steps = self.skipped = 0
-        self._heads = {id(p) for p in heads.parameters()}
-        this = weakref.ref(self)  # torch's hook must keep no check alive
-        self._hook: Any = register_optimizer_step_pre_hook(
-            lambda optimizer, args, kwargs: _look(this(), optimizer)
-        )
-        weakref.finalize(self, self._hook.remove).atexit = False
+    BASE_TARGET = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
 
-    def remove(self) -> None:
-        """Watch no more."""
-        self._hook.remove()
+    latest: Mapping[str, Tensor] = {}
+    checks_gradients = True
+    _config = LGVQConfig()
+    _block: Mapping[str, Any] = {}  # the config as given
+    _ancestors: tuple[nn.Module, ...] = ()  # modules that contain this loss so far
+    _host: nn.Module | None = None
+    _hook: QuantizerHook | None = None
+    _methods: HostMethods | None = None
+    _path: tuple[str, ...] = ()
+    _captions: Captions | None = None  # of the batch that comes next
+    _step = 0  # counted here where the host's calls have no global_step
+    _optimizer_check: "OptimizerCheck | None" = None
+    _gradient_check: "GradientCheck | None" = None
+    _discriminator_first: dict[bool, bool] = {}  # by whether it is training
+    _is_confirmed = False  # whether the complete host was searched for its quantizer
+    _has_warned = False  # whether this loss without a host has said so
 
-    def look(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise FloatingPointError, or drop all gradients, if one is not finite."""
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(id(p) in self._heads for p in reversed(held)):
+    def __init__(
+        self,
+        *args: Any,
+        base: Mapping[str, Any] | None = None,
+        lgvq: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        block = to_plain(lgvq or {})
+        config = parse(block)
+        target, params = base_of(base, kwargs, self.BASE_TARGET)
+        require_finite_weights(params, target.rpartition(".")[2])
+        super().__init__(build_loss(target, args, params))
+        self._config, self._block = config, block
+        self._discriminator_first = {}
+        self.register_load_state_dict_post_hook(_allow_missing_heads)
+        await_host(self, self._on_registration)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The heads, once a host has adopted this loss; None if all weights are 0."""
+        return self._modules.get("lgvq")  # type: ignore[return-value]
+
+    # -- the loss ----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the base loss returns, our terms added on the generator's pass.
+
+        Raises:
+            RuntimeError: if the quantizer did not run before, or no optimizer trains the heads.
+            FloatingPointError: for a term that is not finite.
+        """
+        result = self.base_loss(*args, **kwargs)
+        heads, hook = self.alignment, self._hook
+        if heads is None or hook is None:
+            self._require_host_or_warn()
+            return result
+        if not hook.enabled:
+            return result
+        if not self._is_confirmed:
+            self.require_host()
+        call = _bound_arguments(self.base_loss.forward, args, kwargs)
+        is_generator = int(call.get("optimizer_idx", 0)) == 0
+        is_training = self.training and torch.is_grad_enabled()
+        discriminator_first = self._discriminator_first.setdefault(is_training, not is_generator)
+        if is_generator:
+            terms, self.latest = self._terms(heads, hook, call, is_training)
+            return _add_terms(result, terms, self.latest)
+        if discriminator_first:
+            hook.expect_new_pass()
+        else:  # the discriminator's own forward pass recorded codes that nothing will use
+            hook.forget()
+            self._captions = None
+        if is_training and world_size() > 1:
+            return _add_terms(result, zero_of(heads), {})
+        return result
+
+    def _terms(
+        self, heads: Alignment, hook: QuantizerHook, call: Mapping[str, Any], is_training: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        split = str(call.get("split", "train" if self.training else "val"))
+        captions, self._captions = self._captions, None
+        codes = hook.take(host=self._host if is_training and captions is not None else None)
+        step = call.get("global_step")
+        if step is None:
+            step, self._step = self._step, self._step + (split == "train")
+        if is_training:
+            self._check_optimizers(heads)
+        captions = [None] * len(codes.codes) if captions is None else captions
+        return heads(codes, captions, step=int(step), split=split, balance=hook.balance)
+
+    def _check_optimizers(self, heads: Alignment) -> None:
+        if self._optimizer_check is None:
+            self._optimizer_check = OptimizerCheck(heads, self._host_parameters)
+        self._optimizer_check.raise_if_failed()
+        if self.checks_gradients and self._gradient_check is None:
+            assert self._host is not None
+            self._gradient_check = GradientCheck(self._host, heads, self._config.on_nonfinite)
+
+    def set_captions(self, captions: Captions | None) -> None:
+        """Give the captions of the batch that comes next; None for a batch without."""
+        self._captions = captions
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Compute the base loss alone inside the context."""
+        return self._hook.paused() if self._hook is not None else nullcontext()
+
+    # -- adoption ----------------------------------------------------------------------------
+
+    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        """Adopt the first module that contains both this loss and a quantizer."""
+        if child is self or any(child is known for known in self._ancestors):
+            self._ancestors = (*self._ancestors, parent)
+        if any(parent is known for known in self._ancestors):
+            view = gets_quantizer(parent, name, child, self._config.quantizer)
+            if view is not None:
+                self.adopt(parent, among=view)
+
+    def adopt(self, host: nn.Module, *, among: nn.Module | None = None) -> None:
+        """Hook `host`'s quantizer and build the heads; automatic when a host takes this loss.
+
+        Raises:
+            ConfigError: if the quantizer cannot be found.
+        """
+        if self._host is not None:
             return
-        self.steps += 1
-        if all_finite([p.grad for p in held if p.grad is not None]):
-            self.skipped = 0
+        if not is_on(self._config):
+            self._set_host(host)
             return
-        self.skipped += 1
-        problem = f"update {self.steps}: the gradient is not finite in "
-        problem += nonfinite_gradients(self.host, held)
-        if self.on_nonfinite == "raise" or self.skipped >= MOST_SKIPPED:
-            often = f" ({self.skipped} updates in a row)" if self.skipped > 1 else ""
-            raise FloatingPointError(
-                f"{problem}{often}; no weight was updated with it. Lower the learning rate or the "
-                "weight of that term"
+        quantizers = require_quantizers(among or host, self._config.quantizer)
+        self._path = (*quantizers,)
+        self._set_host(host)
+        grid = self._config.grid or grid_of(host)
+        heads, self._hook = build_alignment(self._block, quantizers, grid)
+        parameter = next((p for q in quantizers.values() for p in q.parameters()), None)
+        self._modules["lgvq"] = heads.to(parameter.device) if parameter is not None else heads
+        self._methods = HostMethods(host, self)
+        path = ", ".join(self._path)
+        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, path, in_words(self.status()))
+
+    def _set_host(self, host: nn.Module) -> None:
+        stop_awaiting_host(self)
+        self.__dict__["_host"] = host  # no submodule: the host contains this loss
+        self._ancestors = ()
+
+    def detach(self) -> nn.Module:
+        """Restore the host's own loss and methods; returns that loss.
+
+        The heads are gone from the host; an optimizer that holds them steps the host as before.
+        """
+        stop_awaiting_host(self)
+        parts = (self._hook, self._optimizer_check, self._gradient_check, self._methods)
+        for part in parts:
+            if part is not None:
+                part.remove()
+        if self._host is not None:
+            replace_module(self._host, self, self.base_loss)
+        self._modules.pop("lgvq", None)
+        self._hook = self._optimizer_check = self._gradient_check = self._methods = None
+        self._captions, self._has_warned = None, True
+        return self.base_loss
+
+    def require_host(self) -> None:
+        """Raise ConfigError if no quantizer is found in the host that has this loss."""
+        if not is_on(self._config):
+            return
+        if self._host is not None:
+            require_quantizers(self._host, self._config.quantizer)  # now that it is complete
+            if self._methods is not None:
+                self._methods.find_emas()
+            self._is_confirmed = True
+        elif self._ancestors:
+            require_quantizers(self._ancestors[-1], self._config.quantizer)
+
+    def _require_host_or_warn(self) -> None:
+        if is_on(self._config) and not self._has_warned:
+            self._has_warned = True
+            self.require_host()
+            stop_awaiting_host(self)
+            logger.warning(
+                "LGVQLoss has no host with a quantizer: it computes the base loss alone; "
+                "name the quantizer (lgvq.quantizer: PATH), or call loss.adopt(model)"
             )
-        logger.warning("%s; this update is left out", problem)
-        optimizer.zero_grad(set_to_none=True)
 
+    # -- the host's batches and optimizers, see HostMethods ----------------------------------
 
-def _look(check: GradientCheck | None, optimizer: torch.optim.Optimizer) -> None:
-    if check is not None:
-        check.look(optimizer)
+    def receive(self, batch: Any) -> None:
+        """Take the captions of a batch that the host is about to use.
+
+        Raises:
+            ConfigError: if there are captions, but no list with one entry per image.
+        """
+        self._follow()
+        self.set_captions(captions_of(batch, self._config.caption_key))
+
+    def require_captions(self, batch: Any) -> None:
+        """Raise ConfigError if there are heads, and `batch` has no captions."""
+        if self.alignment is not None:
+            require_captions(batch, self._config.caption_key)
+
+    def add_heads(self, optimizers: Any) -> Any:
+        """Add the heads to the optimizer that trains the host; returns `optimizers`.
+
+        Raises:
+            ConfigError: if none of them does.
+        """
+        self._follow()
+        heads = self.alignment
+        if heads is None:
+            return optimizers
+        undecayed = undecayed_parameters(heads)
+        own = self._host_parameters
+        return add_heads(optimizers, list(heads.parameters()), own, undecayed=undecayed)
+
+    def _follow(self) -> None:
+        """Hook the quantizer that the host has now: GumbelVQ, built on VQModel, replaces it."""
+        if self._hook is not None and self._host is not None:
+            if not self._is_confirmed:
+                self.require_host()
+            self._hook.follow(self._host)
+
+    @property
+    def _host_parameters(self) -> list[nn.Parameter]:
+        ours = {id(p) for p in self.parameters()}
+        host = self._host.parameters() if self._host is not None else ()
+        return [p for p in host if id(p) not in ours]
+
+    # -- what is attached --------------------------------------------------------------------
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What to do on NaN/inf in a term or a gradient: "raise" or "skip"."""
+        return self._config.on_nonfinite
+
+    @property
+    def quantizer_path(self) -> str | list[str] | None:
+        """Path of the host's quantizer, or None before a host has adopted this loss."""
+        return [*self._path] if len(self._path) > 1 else next(iter(self._path), None)
+
+    @property
+    def reading(self) -> tuple[tuple[int, int] | None, str | None]:
+        """The configured grid and layout of the quantized vectors; None where detected."""
+        return self._config.grid, self._config.layout
+
+    def status(self) -> dict[str, Any]:
+        """Return what is attached where, in plain values."""
+        if self.alignment is None or self._hook is None:
+            return {"quantizer": self.quantizer_path, "objectives": {}, "parameters": 0}
+        path = self.quantizer_path or ""
+        return status(self.alignment, path) | {"enabled": self._hook.enabled}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files hold no batch and no pending check.
+        dropped = ("_captions", "_optimizer_check", "_gradient_check", "latest")
+        return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
 
 def captions_of(batch: Any, key: str | None) -> Captions | None:
     """Return the captions of a batch, at `key` or one of the usual keys; None if it has none.
 
     Raises:
-        ConfigError: if the key is missing, or there is no list at it.
+        ConfigError: if `key` is missing, or there is no list at it.
     """
     if not isinstance(batch, Mapping):
         if key is not None:
@@ -194,13 +378,13 @@ def captions_of(batch: Any, key: str | None) -> Captions | None:
     found = next((batch[k] for k in ((key,) if key else CAPTION_KEYS) if k in batch), None)
     if found is not None and (isinstance(found, str) or not hasattr(found, "__len__")):
         raise ConfigError(
-            f"captions of a batch must be a list with an entry an image, got {found!r:.80}"
+            f"captions of a batch must be a list with one entry per image, got {found!r:.80}"
         )
     return found
 
 
 def require_captions(batch: Any, key: str | None) -> None:
-    """Raise ConfigError if `batch` has no place for captions."""
+    """Raise ConfigError if `batch` has no captions."""
     if captions_of(batch, key) is None:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ConfigError(
@@ -208,22 +392,6 @@ def require_captions(batch: Any, key: str | None) -> None:
             f"got {keys}; name theirs with lgvq.caption_key, give --data FOLDER (images with "
             "captions; taming's own data sets have none), or train the host's own loss"
         )
-
-
-def add_terms(result: Any, terms: Tensor, log: dict[str, Tensor]) -> Any:
-    """Add to what a base loss returns: a scalar, (loss, log), more after these, {"loss": ...}.
-
-    Example:
-        >>> add_terms((torch.tensor(1.0), {"a": 2}), torch.tensor(3.0), {"b": 4})
-        (tensor(4.), {'a': 2, 'b': 4})
-    """
-    if isinstance(result, Mapping):
-        return {**result, "loss": result["loss"] + terms, **log}
-    if isinstance(result, tuple) and len(result) > 1 and isinstance(result[1], Mapping):
-        return (result[0] + terms, {**result[1], **log}, *result[2:])
-    if isinstance(result, tuple):
-        return (result[0] + terms, *result[1:])
-    return result + terms
 
 
 def is_on(config: LGVQConfig) -> bool:
@@ -234,38 +402,43 @@ def is_on(config: LGVQConfig) -> bool:
 
 
 def in_words(status: Mapping[str, Any]) -> str:
-    """Return `LGVQLoss.status()` as a line to read.
+    """Return `LGVQLoss.status()` as one line.
 
     Example:
         >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15000,
         ...           "gradient_ratio": 4.0, "guide": {"use": "MicroCLIP"}})
         'masked_text x 0.01, gradient ratio 4, recipe paper, guide MicroCLIP, 15,000 parameters'
     """
-    weights = [f"{name} x {weight:g}" for name, weight in status["objectives"].items()]
     guide, ratio = status.get("guide") or {}, status.get("gradient_ratio")
-    weights += [f"gradient ratio {ratio:g}"] if ratio is not None else []
-    rest = [f"recipe {status['recipe']}"] + ([f"guide {guide['use']}"] if guide.get("use") else [])
-    return ", ".join([*weights, *rest, f"{status['parameters']:,} parameters"])
+    parts = [f"{name} x {weight:g}" for name, weight in status["objectives"].items()]
+    parts += [f"gradient ratio {ratio:g}"] if ratio is not None else []
+    parts += [f"recipe {status['recipe']}"]
+    parts += [f"guide {guide['use']}"] if guide.get("use") else []
+    return ", ".join([*parts, f"{status['parameters']:,} parameters"])
 
 
-def forgive_missing_heads(module: nn.Module, incompatible: Any) -> None:
-    """A host's own checkpoint has no heads: that is no error, also when loading strictly."""
-    missing = incompatible.missing_keys
-    heads = module._modules.get("lgvq")
-    ours = [key for key in missing if ".lgvq." in f".{key}"]
-    if heads is not None and len(ours) == len(heads.state_dict()):
-        for key in ours:
-            missing.remove(key)
-        logger.info("the checkpoint has no LG-VQ heads; they start from their seed")
+def base_of(
+    base: Mapping[str, Any] | None, kwargs: dict[str, Any], default: str
+) -> tuple[str, dict[str, Any]]:
+    """Return (target, params) of the base loss; `kwargs` override the params of `base`.
+
+    Raises:
+        ConfigError: if `base` has no target.
+    """
+    if base is None:
+        return default, kwargs
+    if not isinstance(base, Mapping) or not isinstance(base.get("target"), str):
+        raise ConfigError(f"base: expected a mapping with a `target:`, got {base!r}")
+    return base["target"], {**to_plain(params_of(base, "base")), **kwargs}
 
 
-def bound_arguments(
+def _bound_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Bind by the names of the base loss: hosts disagree on the positions.
+    """Return arguments by the names of the base loss: hosts disagree on the positions.
 
     Example:
-        >>> bound_arguments(lambda qloss, x, optimizer_idx, **more: 0, (0.1, 0.2, 1), {"step": 5})
+        >>> _bound_arguments(lambda qloss, x, optimizer_idx, **more: 0, (0.1, 0.2, 1), {"step": 5})
         {'qloss': 0.1, 'x': 0.2, 'optimizer_idx': 1, 'step': 5}
     """
     try:
@@ -279,301 +452,127 @@ def bound_arguments(
     return dict(bound)
 
 
-def base_of(
-    base: Mapping[str, Any] | None, kwargs: dict[str, Any], default: str
-) -> tuple[str, dict[str, Any]]:
-    """Return (target, params) of the base loss; `kwargs` go over the params of `base`.
-
-    Raises:
-        ConfigError: if `base` has no target.
-    """
-    if base is None:
-        return default, kwargs
-    if not isinstance(base, Mapping) or not isinstance(base.get("target"), str):
-        raise ConfigError(f"base: expected a mapping with a `target:`, got {base!r}")
-    return base["target"], {**to_plain(params_of(base, "base")), **kwargs}
-
-
-def parameters_beside(host: nn.Module, loss: nn.Module) -> list[nn.Parameter]:
-    """Return the host's parameters without those of its loss."""
-    ours = {id(p) for p in loss.parameters()}
-    return [p for p in host.parameters() if id(p) not in ours]
-
-
-# -- LGVQLoss: the host's own loss, called as ever, plus the weighted objectives -----------------
-
-
-BASE = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
-
-
-class LGVQLoss(Wrapper):
-    """The host's loss with the three objectives of LG-VQ on top.
-
-    All parameters, buffers and submodules of the base loss are this module's own, under their
-    own names (`discriminator`, `perceptual_loss`, ...), so a host's checkpoints, EMA copies and
-    optimizers see no difference; ours lie under `lgvq.`. Other attributes are read from and
-    written to the base loss.
-
-    Args:
-        args, kwargs: of the base loss.
-        base: `{target, params}` of the base loss; taming's VQLPIPSWithDiscriminator if None.
-        lgvq: the `lgvq:` block, see `config.LGVQConfig`.
-
-    Attributes:
-        latest: what our terms logged last.
-        checks_gradients: whether gradients are checked before the optimizer's step; a trainer
-            that checks them itself turns it off.
-
-    Raises:
-        ConfigError: for an unknown key under `lgvq:`, or a base loss that does not exist.
+def _add_terms(result: Any, terms: Tensor, log: Mapping[str, Tensor]) -> Any:
+    """Add to what a base loss returns: a scalar, (loss, log, ...), (loss, ...), {"loss": ...}.
 
     Example:
-        >>> loss = LGVQLoss(base={"target": "torch.nn.MSELoss"}, lgvq={"recipe": "paper"})
-        >>> float(loss(torch.zeros(2), torch.ones(2)))  # no host: the base loss alone
-        1.0
+        >>> _add_terms((torch.tensor(1.0), {"a": 2}), torch.tensor(3.0), {"b": 4})
+        (tensor(4.), {'a': 2, 'b': 4})
+    """
+    if isinstance(result, Mapping):
+        return {**result, "loss": result["loss"] + terms, **log}
+    if isinstance(result, tuple) and len(result) > 1 and isinstance(result[1], Mapping):
+        return (result[0] + terms, {**result[1], **log}, *result[2:])
+    if isinstance(result, tuple):
+        return (result[0] + terms, *result[1:])
+    return result + terms
+
+
+def _allow_missing_heads(module: nn.Module, incompatible: Any) -> None:
+    """Accept a host's own checkpoint, which has no heads, also when loading strictly."""
+    missing = incompatible.missing_keys
+    heads = module._modules.get("lgvq")
+    ours = [key for key in missing if ".lgvq." in f".{key}"]
+    if heads is not None and len(ours) == len(heads.state_dict()):
+        for key in ours:
+            missing.remove(key)
+        logger.info("the checkpoint has no LG-VQ heads; they start from their seed")
+
+
+class StepCheck:
+    """Sees every step of every optimizer, through torch's global hook, until it is removed."""
+
+    REGISTER: Callable[..., Any]
+
+    def __init__(self, heads: nn.Module) -> None:
+        self.heads = {id(p) for p in heads.parameters() if p.requires_grad}
+        this = weakref.ref(self)  # torch's hook must not keep the check alive
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            check = this()
+            if check is not None:
+                check.see(optimizer)
+
+        self._handle: Any = type(self).REGISTER(hook)
+        weakref.finalize(self, self._handle.remove).atexit = False
+
+    def see(self, optimizer: Optimizer) -> None:
+        """Look at one step of `optimizer`."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+
+class OptimizerCheck(StepCheck):
+    """Checks, once, that the optimizers that step the host hold the heads too."""
+
+    REGISTER = staticmethod(register_optimizer_step_post_hook)
+
+    def __init__(self, heads: nn.Module, host: list[nn.Parameter]) -> None:
+        super().__init__(heads)
+        self.host = {id(p) for p in host}
+        self.stepped: set[int] = set()
+
+    def see(self, optimizer: Optimizer) -> None:
+        """Remember which parameters were stepped."""
+        self.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def raise_if_failed(self) -> None:
+        """Decide after the first step that moved the host; called once per batch.
+
+        Raises:
+            RuntimeError: if that step did not include the heads.
+        """
+        if self._handle is None or not self.stepped & (self.host | self.heads):
+            return
+        if not self.heads <= self.stepped:
+            self.stepped = set()  # so that training continues once it is fixed
+            raise RuntimeError(
+                "the optimizer that trains the host does not hold the heads of LG-VQ, so they "
+                "would never learn; call loss.add_heads(optimizer) after building it"
+            )
+        self.remove()
+
+
+class GradientCheck(StepCheck):
+    """Checks the gradients of the optimizer that holds the heads, before each of its steps.
+
+    A trainer with a GradScaler steps only with finite gradients: this check then never acts.
+
+    Args:
+        heads: those of the host's loss.
+        host: names the parameters in messages.
+        on_nonfinite: "raise", or "skip": leave the update out, at most MAX_SKIPPED in a row.
     """
 
-    BASE_TARGET = BASE
+    REGISTER = staticmethod(register_optimizer_step_pre_hook)
 
-    def __init__(
-        self,
-        *args: Any,
-        base: Mapping[str, Any] | None = None,
-        lgvq: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        given = to_plain(lgvq or {})
-        config = parse(given)
-        target, params = base_of(base, kwargs, self.BASE_TARGET)
-        require_finite_weights(params, target.rpartition(".")[2])
-        module = build_loss(target, args, params)
-        super().__init__()
-        self._config, self._given = config, given
-        self._path: tuple[str, ...] = ()
-        self._host: Reference | None = None
-        self._ancestors: list[nn.Module] = []
-        self._tap: Tap | None = None
-        self._methods: HostMethods | None = None
-        self._captions: Captions | None = None
-        self._check: OptimizerCheck | None = None
-        self._discriminator_first: dict[bool, bool] = {}
-        self._is_confirmed, self._orphan_told, self._step = False, False, 0
-        self._guard: GradientCheck | None = None
-        self.latest: dict[str, Tensor] = {}
-        self.checks_gradients = True
-        self.register_load_state_dict_post_hook(forgive_missing_heads)
-        self.wrap(module)
-        listen(self, self._on_registration)
+    def __init__(self, host: nn.Module, heads: nn.Module, on_nonfinite: str) -> None:
+        super().__init__(heads)
+        self.host, self.on_nonfinite = host, on_nonfinite
+        self.steps = self.skipped = 0
 
-    @property
-    def alignment(self) -> Alignment | None:
-        """The heads, once a host has adopted this loss; None if all weights are 0."""
-        return self._modules.get("lgvq")  # type: ignore[return-value]
-
-    # -- adoption ----------------------------------------------------------------------------
-
-    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        """Torch's global hook: some module gets a submodule."""
-        if child is self or any(child is known for known in self._ancestors):
-            self._ancestors.append(parent)
-        if not any(parent is known for known in self._ancestors):
+    def see(self, optimizer: Optimizer) -> None:
+        """Raise FloatingPointError, or drop all gradients, if one is not finite."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in self.heads for p in reversed(held)):
             return
-        view = gets_quantizer(parent, name, child, self._config.quantizer)
-        if view is not None:
-            self.adopt(parent, among=view)
-
-    def adopt(self, host: nn.Module, *, among: nn.Module | None = None) -> None:
-        """Tap `host`'s quantizer and build the heads; done by itself when a host takes this loss.
-
-        Raises:
-            ConfigError: if the quantizer cannot be found.
-        """
-        if self._host is not None:
+        self.steps += 1
+        if all_finite([p.grad for p in held if p.grad is not None]):
+            self.skipped = 0
             return
-        if not is_on(self._config):
-            self._host = Reference(host)
-            stop_listening(self)
-            return
-        quantizers = find_quantizers(among or host, self._config.quantizer)
-        self._path = (*quantizers,)
-        stop_listening(self)
-        self._host, self._ancestors = Reference(host), []
-        grid = self._config.grid or grid_of(host)
-        heads, self._tap = build_alignment(self._given, quantizers, grid)
-        parameter = next((p for q in quantizers.values() for p in q.parameters()), None)
-        self._modules["lgvq"] = heads.to(parameter.device) if parameter is not None else heads
-        self._methods = HostMethods(host, self)
-        path = ", ".join(self._path)
-        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, path, in_words(self.status()))
-
-    def detach(self) -> nn.Module:
-        """Give the host its own loss and methods back; returns that loss.
-
-        The heads are gone from the host; an optimizer that holds them steps the host as before.
-        """
-        stop_listening(self)
-        for part in (self._tap, self._check, self._guard, self._methods):
-            if part is not None:
-                part.remove()
-        if self._host is not None:
-            replace_module(self._host.module, self, self.base_loss)
-        self._modules.pop("lgvq", None)
-        self._tap = self._check = self._guard = self._captions = self._methods = None
-        self._orphan_told = True
-        return self.base_loss
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Compute the base loss alone inside the context."""
-        return (self._tap or Tap()).paused()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # No batch and no pending check in a copy or a file.
-        return {**self.__dict__, "_captions": None, "_check": None, "_guard": None, "latest": {}}
-
-    @property
-    def on_nonfinite(self) -> str:
-        """What a term, or a gradient, that is not finite does: "raise" or "skip"."""
-        return self._config.on_nonfinite
-
-    @property
-    def quantizer_path(self) -> str | list[str] | None:
-        """Where the host's quantizer is, or None before a host has adopted this loss."""
-        return [*self._path] if len(self._path) > 1 else next(iter(self._path), None)
-
-    @property
-    def reading(self) -> tuple[tuple[int, int] | None, str | None]:
-        """The config's grid and layout of the quantized vectors; None where they are read off."""
-        return self._config.grid, self._config.layout
-
-    def status(self) -> dict[str, Any]:
-        """Return what is attached where, in plain values."""
-        if self.alignment is None or self._tap is None:
-            return {"quantizer": self.quantizer_path, "objectives": {}, "parameters": 0}
-        return status(self.alignment, self.quantizer_path or "") | {"enabled": self._tap.enabled}
-
-    # -- where the host's batches and optimizers pass by -------------------------------------
-
-    def receive(self, batch: Any) -> None:
-        """Take the captions out of a batch that the host is about to use.
-
-        Raises:
-            ConfigError: if there are captions, but no list with an entry an image.
-        """
-        self.follow()
-        self.set_captions(captions_of(batch, self._config.caption_key))
-
-    def follow(self) -> None:
-        """Listen to the quantizer that the host has now: GumbelVQ, built on VQModel, swaps it."""
-        if self._tap is None or self._host is None:
-            return
-        if not self._is_confirmed:
-            self.require_host()
-        self._tap.follow(self._host.module)
-
-    def add_heads(self, optimizers: Any) -> Any:
-        """Add the heads to the optimizer that trains the host; returns `optimizers`.
-
-        Raises:
-            ConfigError: if none of them does.
-        """
-        self.follow()
-        if self.alignment is None:
-            return optimizers
-        return add_heads(
-            optimizers,
-            list(self.alignment.parameters()),
-            self._host_parameters,
-            undecayed=undecayed_parameters(self.alignment),
-        )
-
-    @property
-    def _host_parameters(self) -> list[nn.Parameter]:
-        return parameters_beside(self._host.module, self) if self._host is not None else []
-
-    def set_captions(self, captions: Captions | None) -> None:
-        """Give the captions of the batch that comes next; None for a batch without."""
-        self._captions = captions
-
-    # -- the loss ----------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return exactly what the base loss returns, our terms added on the generator's pass.
-
-        Raises:
-            RuntimeError: if the quantizer did not run before, or no optimizer trains the heads.
-            FloatingPointError: for a term that is not finite.
-        """
-        result = self.base_loss(*args, **kwargs)
-        if self.alignment is None or self._tap is None:
-            self._tell_orphan()
-            return result
-        if not self._tap.enabled:
-            return result
-        if not self._is_confirmed:
-            self.require_host()
-        called = bound_arguments(self.base_loss.forward, args, kwargs)
-        is_generator = int(called.get("optimizer_idx", 0)) == 0
-        is_training = self.training and torch.is_grad_enabled()
-        discriminator_first = self._discriminator_first.setdefault(is_training, not is_generator)
-        if is_generator:
-            terms, self.latest = self._terms(called, is_training)
-            return add_terms(result, terms, self.latest)
-        if discriminator_first:
-            self._tap.settle()
-        else:  # its own forward pass recorded codes nobody will ask for
-            self._tap.forget()
-            self._captions = None
-        if is_training and world_size() > 1:
-            return add_terms(result, zero_of(self.alignment), {})
-        return result
-
-    def _terms(
-        self, called: Mapping[str, Any], is_training: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self.alignment is not None
-        assert self._tap is not None
-        split = str(called.get("split", "train" if self.training else "val"))
-        captions, self._captions = self._captions, None
-        is_trained = is_training and captions is not None
-        codes = self._tap.take(host=self._host.module if is_trained and self._host else None)
-        if captions is None:
-            captions = [None] * len(codes.codes)
-        step = called.get("global_step")
-        if step is None:
-            step, self._step = self._step, self._step + (split == "train")
-        if is_training:
-            heads = self.alignment.parameters()
-            self._check = self._check or OptimizerCheck(heads, self._host_parameters)
-            self._check.raise_if_failed()
-            if self.checks_gradients and self._guard is None:
-                assert self._host is not None
-                self._guard = GradientCheck(self._host.module, self.alignment, self.on_nonfinite)
-        self._tap.set_scale(self.alignment.scale(int(step)))
-        total, log = self.alignment(codes, captions, step=int(step), split=split)
-        return total, log | self._tap.balance_log(split)
-
-    def require_host(self) -> None:
-        """Raise ConfigError if the host that took this loss has no quantizer that is found."""
-        if is_on(self._config) and self._host is not None:
-            find_quantizers(self._host.module, self._config.quantizer)  # now that it is complete
-            if self._methods is not None:
-                self._methods.find_averages()
-            self._is_confirmed = True
-        elif is_on(self._config) and self._ancestors:
-            find_quantizers(self._ancestors[-1], self._config.quantizer)
-
-    def require_captions(self, batch: Any) -> None:
-        """Raise ConfigError if heads wait for captions and `batch` has no place for them."""
-        if self.alignment is not None:
-            require_captions(batch, self._config.caption_key)
-
-    def _tell_orphan(self) -> None:
-        """Refuse a host in which no quantizer was found; warn of a loss without any host."""
-        if is_on(self._config) and not self._orphan_told:
-            self._orphan_told = True
-            self.require_host()
-            stop_listening(self)
-            logger.warning(
-                "LGVQLoss has no host with a quantizer: it computes the base loss alone; "
-                "name the quantizer (lgvq.quantizer: PATH), or call loss.adopt(model)"
+        self.skipped += 1
+        problem = f"update {self.steps}: the gradient is not finite in "
+        problem += nonfinite_gradients(self.host, held)
+        if self.on_nonfinite == "raise" or self.skipped >= MAX_SKIPPED:
+            often = f" ({self.skipped} updates in a row)" if self.skipped > 1 else ""
+            raise FloatingPointError(
+                f"{problem}{often}; no weight was updated with it. Lower the learning rate or the "
+                "weight of that term"
             )
+        logger.warning("%s; this update is left out", problem)
+        optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Modules that have moved: their old dotted paths still work, with a DeprecationWarning."""
+"""Old dotted paths of modules that have moved still work, with a DeprecationWarning."""
 
 import importlib
 import importlib.abc
@@ -39,7 +39,7 @@ MOVED = {
     "probes.questions": "bench.probes.vqa",
     "training.base": "training.build",
 }
-"""Old module: new one, below this package; a package's other modules kept their names in it."""
+"""Old module: new one, both relative to this package."""
 
 
 SPLIT = {"training.base": ("training.config", "training.settings")}

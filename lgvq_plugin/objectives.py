@@ -1,9 +1,10 @@
-"""The three objectives; each returns an unweighted `Term`."""
+"""The three objectives of LG-VQ; each returns an unweighted `Term`."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .functional import (
     word_semantic_loss,
 )
 from .guides.base import AbstractGuide
-from .heads import TextDecoder
+from .heads import CodeViT, TextDecoder, accept_old_names
 from .types import CodeView, PastPairs, Term, TextFeatures
 
 MEMBERS = {
@@ -33,7 +34,8 @@ MEMBERS = {
 }
 
 
-# -- The contract of an objective: codes and captions in, one unweighted term out ----------------
+MIN_TEMPERATURE = 0.01
+"""CLIP clips its logit scale at 100."""
 
 
 @dataclass(frozen=True)
@@ -42,45 +44,38 @@ class Caption:
 
     Args:
         strings: B captions.
-        present: True where an image has one, (B,) bool; the others take no part.
-        features: the guide's view of the unmasked captions.
-        guide: to encode masked captions.
+        has_caption: True where an image has one, (B,) bool; the others do not contribute.
+        features: the guide's features of the unmasked captions.
+        guide: encodes masked captions.
         generator: CPU generator of this step's draws.
     """
 
     strings: Sequence[str]
-    present: Tensor
+    has_caption: Tensor
     features: TextFeatures
     guide: AbstractGuide
     generator: torch.Generator
 
 
 class AbstractObjective(nn.Module, ABC):
-    """Owns its heads; sees codes through the code-ViT and captions through the guide."""
+    """Owns its heads; sees codes through the code-ViT and captions through the guide.
+
+    Members are built as `Objective(config, guide=guide, code_dim=C)`.
+    """
 
     @abstractmethod
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return the unweighted term of one batch."""
 
 
-# -- Global semantic alignment (L_gsa, Eq. 5): the image's [CLS] finds its caption's [EOT] -------
-
-
-LOWEST_TEMPERATURE = 0.01
-"""CLIP clips its logit scale at 100."""
-
-
 class GlobalSemantic(AbstractObjective):
-    """InfoNCE between code-ViT summaries and captions.
-
-    Args:
-        config: see `GlobalSemanticConfig`.
-        guide: gives Dt, the width of the code-ViT's output too, and Ds.
-        code_dim: not needed here.
+    """Global semantic alignment (L_gsa, Eq. 5): InfoNCE between code-ViT summaries and captions.
 
     Attributes:
-        memory: the last pairs, if `queue` asks for them.
+        queue: the last pairs as further negatives, if the config asks for them, else None.
     """
+
+    OLD_NAMES = {"memory.": "queue."}
 
     def __init__(
         self, config: GlobalSemanticConfig, *, guide: AbstractGuide, code_dim: int
@@ -93,34 +88,34 @@ class GlobalSemantic(AbstractObjective):
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=config.learnable_temperature
         )
-        self.memory: PairMemory | None = None
+        self.queue: NegativeQueue | None = None
         if config.queue:
-            self.memory = PairMemory(config.queue, width=sentence_dim, length=guide.max_length)
+            self.queue = NegativeQueue(config.queue, width=sentence_dim, length=guide.max_length)
+        self.register_load_state_dict_pre_hook(accept_old_names)
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
-        """Return L_gsa over the captions that are present, on all ranks if `gather`."""
-        text, keep = caption.features, caption.present
+        """Return L_gsa over the images with a caption, on all ranks if `gather`."""
+        text, keep = caption.features, caption.has_caption
         summary = view.tokens.mean(dim=1) if self.config.source == "pooled" else view.cls
         image, sentence = self.project(summary)[keep].float(), text.sentence[keep].float()
-        # Captions of the same tokens have the same features: no negatives of each other.
+        # Captions of the same tokens have the same features: they are no negatives of each other.
         token_ids = text.token_ids[keep]
         if self.config.gather:
             # The whole loss on every rank: its mean gradient over ranks is that of one process
             # with all rows, and all ranks agree on whether the value is finite.
-            image, sentence, token_ids = (gather_rows(x) for x in (image, sentence, token_ids))
+            image, sentence, token_ids = gather_rows(image, sentence, token_ids)
         same = _same(token_ids, token_ids)
         temperature = self._temperature()
-        excluded = same if self.config.exclude_same else None
         past = None
-        if self.memory is not None and self.training:
-            past = self.memory.recall(token_ids)
-            self.memory.add(image, sentence, token_ids)
+        if self.queue is not None and self.training:
+            past = self.queue.recall(token_ids)
+            self.queue.add(image, sentence, token_ids)
         value = global_semantic_loss(
             image,
             sentence,
             temperature=temperature,
             symmetric=self.config.symmetric,
-            same=excluded,
+            same=same if self.config.exclude_same else None,
             past=past,
         )
         if self.config.words_weight:
@@ -129,8 +124,8 @@ class GlobalSemantic(AbstractObjective):
         return Term(value, {"temperature": temperature.detach(), "retrieval_top1": top1})
 
     def _words(self, view: CodeView, caption: Caption, temperature: Tensor) -> Tensor:
-        """Contrast words with patches, on this rank alone: the patches of all are too many."""
-        text, keep = caption.features, caption.present
+        """Contrast words with patches, on this rank alone: all ranks' patches are too many."""
+        text, keep = caption.features, caption.has_caption
         words, is_word = pool_words(text.tokens[keep], text.word_ids[keep])
         words, is_word = pool_phrases(words, is_word, self.config.words_span)
         token_ids = text.token_ids[keep]
@@ -145,20 +140,20 @@ class GlobalSemantic(AbstractObjective):
 
     def _temperature(self) -> Tensor:
         if self.config.learnable_temperature:
-            # On the parameter, as clamping its exponential would leave it without a gradient.
+            # Clamp the parameter: clamping its exponential would leave it without a gradient.
             with torch.no_grad():
-                self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
+                self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
         return self.log_temperature.exp()
 
 
-class PairMemory(nn.Module):
+class NegativeQueue(nn.Module):
     """The last `size` pairs of image and caption features (cross-batch memory, Wang et al. 2020).
 
-    Captions' features are frozen, so old ones are exact; images' are as old as their batch. It is
-    part of a checkpoint, so that a resumed run has the negatives of one that was not stopped.
+    Captions' features are frozen, so old ones are exact; images' are as old as their batch. Saved
+    in checkpoints, so that a resumed run has the same negatives.
 
     Args:
-        size: M, how many pairs.
+        size: M, number of pairs.
         width: Ds.
         length: T, tokens of a caption.
     """
@@ -176,24 +171,23 @@ class PairMemory(nn.Module):
         self.register_buffer("token_ids", torch.zeros(size, length, dtype=torch.int64))
         self.register_buffer("is_filled", torch.zeros(size, dtype=torch.bool))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
-        self.register_load_state_dict_post_hook(_empty_non_finite)
+        self.register_load_state_dict_post_hook(_drop_nonfinite_pairs)
 
     def recall(self, token_ids: Tensor) -> PastPairs:
         """Return copies, so that `add` may follow before the loss runs backward."""
-        out = _same(token_ids, self.token_ids) | ~self.is_filled
-        return PastPairs(self.image.clone(), self.text.clone(), out)
+        excluded = _same(token_ids, self.token_ids) | ~self.is_filled
+        return PastPairs(self.image.clone(), self.text.clone(), excluded)
 
     @torch.no_grad()
     def add(self, image: Tensor, text: Tensor, token_ids: Tensor) -> None:
-        """Put B pairs in the place of the oldest ones; no synchronization with a GPU.
+        """Replace the oldest pairs by B new ones, without synchronizing with a GPU.
 
-        A pair whose image or text is not finite, as an overflow leaves it, takes an empty place.
+        A pair whose image or text is not finite, as after an overflow, leaves its place empty.
         """
         size = len(self.image)
-        image, text, token_ids = image[-size:], text[-size:], token_ids[-size:]
+        image, text, token_ids = image[-size:].float(), text[-size:].float(), token_ids[-size:]
         number = torch.arange(len(image), device=self.place.device)
         places = (self.place + number) % size
-        image, text = image.float(), text.float()
         is_finite = (image.isfinite() & text.isfinite()).all(dim=1)
         self.image.index_copy_(0, places, image.where(is_finite[:, None], 0.0))
         self.text.index_copy_(0, places, text.where(is_finite[:, None], 0.0))
@@ -203,39 +197,29 @@ class PairMemory(nn.Module):
 
 
 @torch.no_grad()
-def _empty_non_finite(memory: nn.Module, incompatible: object) -> None:
+def _drop_nonfinite_pairs(queue: Any, incompatible: object) -> None:
     """Empty the places of a loaded queue that earlier versions filled with NaN."""
-    assert isinstance(memory, PairMemory)
-    is_finite = (memory.image.isfinite() & memory.text.isfinite()).all(dim=1)
-    memory.image.masked_fill_(~is_finite[:, None], 0.0)
-    memory.text.masked_fill_(~is_finite[:, None], 0.0)
-    memory.is_filled &= is_finite
+    is_finite = (queue.image.isfinite() & queue.text.isfinite()).all(dim=1)
+    queue.image.masked_fill_(~is_finite[:, None], 0.0)
+    queue.text.masked_fill_(~is_finite[:, None], 0.0)
+    queue.is_filled &= is_finite
 
 
 def _same(left: Tensor, right: Tensor) -> Tensor:
-    """Mark captions of the very same tokens, (B, T) and (M, T) -> (B, M) bool."""
+    """Compare captions by their tokens, (B, T) and (M, T) -> (B, M) bool."""
     return (left[:, None] == right[None]).all(dim=-1)
 
 
 def _retrieval_top1(image: Tensor, sentence: Tensor, same: Tensor) -> Tensor:
-    """Share of images whose nearest caption reads as their own; 0 without images."""
+    """Share of images whose nearest caption equals their own; 0 without images."""
     if len(image) == 0:
         return image.new_zeros(())
     best = cosines(image, sentence).argmax(dim=-1, keepdim=True)
     return same.gather(1, best).float().mean()
 
 
-# -- Masked text prediction (L_mtp, Eq. 6): the image's codes fill in hidden words ---------------
-
-
 class MaskedText(AbstractObjective):
-    """Hide words, let the decoder predict them from code-ViT tokens.
-
-    Args:
-        config: see `MaskedTextConfig`.
-        guide: gives the widths, the code-ViT's too, and the vocabulary.
-        code_dim: not needed here.
-    """
+    """Masked text prediction (L_mtp, Eq. 6): the image's codes fill in masked words."""
 
     def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
@@ -251,9 +235,9 @@ class MaskedText(AbstractObjective):
         )
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
-        """Return L_mtp over the captions that are present, and the recall@1 of hidden words."""
+        """Return L_mtp over the images with a caption, and the recall@1 of masked words."""
         text = caption.features
-        mask = self._mask(caption) & caption.present[:, None]
+        mask = self._mask(caption) & caption.has_caption[:, None]
         if self.config.mask_at == "input":
             text = caption.guide.encode(caption.strings, token_mask=mask)
         memory = view.tokens
@@ -271,7 +255,7 @@ class MaskedText(AbstractObjective):
         hits = (logits.detach().argmax(dim=-1) == targets).float()
         return Term(value, {"word_recall": hits.sum() / max(len(hits), 1)})
 
-    def _mask(self, caption: Caption) -> torch.Tensor:
+    def _mask(self, caption: Caption) -> Tensor:
         text, config = caption.features, self.config
         if config.mask_at == "input":
             return caption.guide.draw_mask(
@@ -285,23 +269,17 @@ class MaskedText(AbstractObjective):
             self._is_real(text), text.word_ids, ratio=ratio, generator=caption.generator
         )
 
-    def _is_real(self, text: TextFeatures) -> torch.Tensor:
+    def _is_real(self, text: TextFeatures) -> Tensor:
         if self.config.mask_at == "input":
             return text.attention_mask
         # Released code: a word piece of id 0 counts as padding, too.
         return text.attention_mask & (text.token_ids != 0)
 
 
-# -- Relationship alignment (L_ras, Eq. 7 and 8): codes relate to each other as their words do ----
-
-
 class Relationship(AbstractObjective):
-    """Match each word to visual tokens, then compare all pairs of cosines.
+    """Relationship alignment (L_ras, Eq. 7 and 8): codes relate to each other as their words do.
 
-    Args:
-        config: see `RelationshipConfig`.
-        guide: gives Dt.
-        code_dim: C.
+    Each word is matched to visual tokens, then all pairs of cosines are compared.
     """
 
     def __init__(self, config: RelationshipConfig, *, guide: AbstractGuide, code_dim: int) -> None:
@@ -314,8 +292,8 @@ class Relationship(AbstractObjective):
             self.project = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(guide.token_dim))
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
-        """Return L_ras over the captions that are present."""
-        text, keep = caption.features, caption.present
+        """Return L_ras over the images with a caption."""
+        text, keep = caption.features, caption.has_caption
         codes = self.project(view.codes.codes)[keep]
         if self.config.between == "captions":
             return Term(caption_relationship_loss(text.sentence[keep], codes))
@@ -334,3 +312,17 @@ class Relationship(AbstractObjective):
             matching=self.config.matching,
         )
         return Term(value)
+
+
+def rename_old_heads(state: dict[str, Tensor], prefix: str = "loss.lgvq.") -> None:
+    """Rename the keys that version 0.1.0 gave to heads, in a state dict that has them at `prefix`.
+
+    `load_state_dict` does so by itself; this is for code that compares keys before.
+    """
+    owners: dict[str, type] = {
+        "code_vit.": CodeViT,
+        "objectives.global_semantic.": GlobalSemantic,
+        "objectives.masked_text.decoder.": TextDecoder,
+    }
+    for path, owner in owners.items():
+        accept_old_names(owner, state, prefix + path)

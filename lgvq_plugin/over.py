@@ -63,8 +63,8 @@ def over(target: str) -> type[LGVQLoss]:
         raise ConfigError(f"target {target!r} is no class, so it cannot be the base of LGVQLoss")
     module, _, name = target.rpartition(".")
     place = f"{__name__}.{module}"
-    told = f"LGVQLoss over {target}."
-    return type(name, (LGVQLoss,), {"BASE_TARGET": target, "__module__": place, "__doc__": told})
+    namespace = {"BASE_TARGET": target, "__module__": place, "__doc__": f"LGVQLoss over {target}."}
+    return type(name, (LGVQLoss,), namespace)
 
 
 if not any(

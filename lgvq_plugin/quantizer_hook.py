@@ -1,20 +1,20 @@
-"""From whatever a quantizer returns to one record, `Codes`.
+"""Find a host's quantizer, hook it, and read its codes, whatever it returns.
 
-The rules, in the order of the known hosts (who returns what):
+Known return values:
   (z_q, loss, (perplexity, one_hot, indices))      taming, latent-diffusion, IBQ, LlamaGen, CVQ
   (z_q, loss, indices)                             ViT-VQGAN (B, N, C), rosinality (B, h, w, C)
   (z_q, indices, loss) or (z_q, indices)           vector-quantize-pytorch, FSQ
   (z_q, loss, info, breakdown)                     Open-MAGVIT2
   (z_q, loss, indices (B, h, w, levels))           RQ-VAE (B, h, w, C)
-The quantized vectors are the first floating tensor of three or four dimensions; the indices the
-first integer tensor, however deep, that has one entry (or one a level) for each position.
+The quantized vectors are the first floating-point tensor of 3 or 4 dimensions; the indices are the
+first integer tensor, however nested, with one entry (or one per level) for each position.
 """
 
-import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,108 @@ from .functional import join_levels
 from .sockets import ConfigError, suggest
 from .types import Codes
 
-LAYOUTS = ("channels_first", "channels_last")
+NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
+CLASS_WORDS = ("quantiz", "quantis", "codebook", "bottleneck", "fsq", "lfq", "simvq")
+SIZES = ("n_e", "n_embed", "num_embed", "num_embeddings", "codebook_size", "num_codes")
 WIDTHS = ("e_dim", "embed_dim", "embedding_dim", "codebook_dim", "dim")
-MATRICES = ("embedding", "embed", "codebook", "weight")  # attributes that hold a codebook
+CODEBOOKS = ("embedding", "embed", "codebook", "weight")
 UNIT_LENGTH = ("l2_norm", "use_norm")  # LlamaGen, ViT-VQGAN: codes are rows of length 1
+FIRST, LAST = LAYOUTS = ("channels_first", "channels_last")
+DECODER_NAMES = ("dec", "post_", "up", "to_pix", "disc", "gen")  # what follows a quantizer
+ONE_PASS = (
+    "run the model right before its loss, and any other pass inside `with handle.disabled():` "
+    "(`loss.disabled()` for LGVQLoss); a loss that trains nothing belongs under torch.no_grad()"
+)
+
+
+# -- find ----------------------------------------------------------------------------------------
+
+
+def find_quantizer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return (path, module) of the model's quantizer, or None if there is none or several."""
+    found = _candidates(model)
+    return found[0] if len(found) == 1 else None
+
+
+def require_quantizer(model: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
+    """Return (path, module) of the model's quantizer.
+
+    Args:
+        model: any tokenizer.
+        path: dotted path from the config; None looks for the usual names, then for a single
+            outermost module whose class is named like a quantizer or that owns a codebook.
+
+    Raises:
+        ConfigError: if the path does not exist, or there is no quantizer or more than one.
+    """
+    if path is not None:
+        module = dict(model.named_modules(remove_duplicate=False)).get(path)
+        if module is None:
+            names = [name for name, _ in model.named_modules() if name]
+            near = suggest(path, [name for name in names if name.count(".") <= path.count(".")])
+            raise ConfigError(f"lgvq.quantizer: {type(model).__name__} has no {path!r}{near}")
+        return path, module
+    found = _candidates(model)
+    if len(found) == 1:
+        return found[0]
+    names = [name for name, _ in found]
+    several = f"several modules that could be it ({', '.join(names)})"
+    levels = f", or all levels with [{', '.join(names)}]" if names else ""
+    raise ConfigError(
+        f"lgvq.quantizer: {type(model).__name__} has "
+        f"{several if names else 'no module that looks like it'}; name it with "
+        f"lgvq.quantizer: PATH{levels}. "
+        f"Modules: {', '.join(sorted(dict(model.named_children())))}"
+    )
+
+
+def require_quantizers(
+    model: nn.Module, paths: str | Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """Return the model's quantizer, or all those at `paths`, by path.
+
+    Raises:
+        ConfigError: see :func:`require_quantizer`; also if two paths lead to one module.
+    """
+    if paths is None or isinstance(paths, str):
+        return dict([require_quantizer(model, paths)])
+    quantizers = dict(require_quantizer(model, path) for path in paths)
+    if len({id(module) for module in quantizers.values()}) < len(quantizers):
+        raise ConfigError(
+            f"lgvq.quantizer: {', '.join(quantizers)} are one module of {type(model).__name__}; "
+            "name each quantizer once"
+        )
+    return quantizers
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    children = dict(model.named_children())
+    usual = [(name, children[name]) for name in NAMES if name in children]
+    return usual[:1] or _outermost(model, _is_named_so) or _outermost(model, _has_codebook)
+
+
+def _outermost(
+    model: nn.Module, accept: Callable[[str, nn.Module], bool]
+) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        is_inside = any(path.startswith(f"{outer}.") for outer, _ in found)
+        is_loss = path.split(".")[0] in ("loss", "vq_loss")
+        if path and not is_inside and not is_loss and accept(path.rpartition(".")[2], module):
+            found.append((path, module))
+    return found
+
+
+def _is_named_so(name: str, module: nn.Module) -> bool:
+    return name in NAMES or any(word in type(module).__name__.lower() for word in CLASS_WORDS)
+
+
+def _has_codebook(name: str, module: nn.Module) -> bool:
+    """Whether a module has a matrix and an attribute that is its number of rows."""
+    codebook = None if isinstance(module, nn.Embedding) else codebook_of(module)
+    return codebook is not None and any(
+        getattr(module, size, None) == len(codebook) for size in SIZES
+    )
 
 
 def codebook_of(quantizer: nn.Module) -> Tensor | None:
@@ -38,7 +136,7 @@ def codebook_of(quantizer: nn.Module) -> Tensor | None:
         >>> codebook_of(nn.ModuleDict({"embedding": nn.Embedding(4, 2)})).shape
         torch.Size([4, 2])
     """
-    for name in MATRICES:
+    for name in CODEBOOKS:
         found = getattr(quantizer, name, None)
         if isinstance(found, nn.Module):
             found = getattr(found, "weight", None)
@@ -55,25 +153,261 @@ def codebook_of(quantizer: nn.Module) -> Tensor | None:
 
 
 def code_width(quantizer: nn.Module) -> int | None:
-    """Return C, the width of the vectors the quantizer gives, or None if it does not tell."""
-    return _width(quantizer, codebook_of(quantizer))
-
-
-def _width(quantizer: nn.Module, codebook: Tensor | None) -> int | None:
+    """Return C, the width of the vectors that the quantizer returns, or None if unknown."""
     project = dict(quantizer.named_children()).get("project_out")
-    if project is not None:  # vector-quantize-pytorch: the width outside, not of the codebook
+    if project is not None:  # vector-quantize-pytorch: the width outside, not the codebook's
         outside = getattr(project, "out_features", None)
-        return outside if isinstance(outside, int) else _attribute(quantizer, WIDTHS[::-1])
+        return outside if isinstance(outside, int) else _int_attribute(quantizer, WIDTHS[::-1])
+    codebook = codebook_of(quantizer)
     if codebook is not None:
         return codebook.shape[1]
     inside = {m.embedding_dim for m in quantizer.modules() if isinstance(m, nn.Embedding)}
-    return _attribute(quantizer, WIDTHS) or (inside.pop() if len(inside) == 1 else None)  # RQ-VAE
+    only = inside.pop() if len(inside) == 1 else None  # RQ-VAE
+    return _int_attribute(quantizer, WIDTHS) or only
 
 
 def _is_transposed(quantizer: nn.Module) -> bool:
-    """Whether the codebook is rosinality's: a buffer `embed` (C, K), around it (B, h, w, C)."""
+    """Whether the codebook is rosinality's: a buffer `embed` (C, K); its vectors (B, h, w, C)."""
     embed = dict(quantizer.named_buffers(recurse=False)).get("embed")
-    return embed is not None and embed.ndim == 2 and _attribute(quantizer, ("dim",)) == len(embed)
+    if embed is None or embed.ndim != 2:
+        return False
+    return _int_attribute(quantizer, ("dim",)) == len(embed)
+
+
+def _int_attribute(quantizer: nn.Module, names: Sequence[str]) -> int | None:
+    for name in names:
+        value = getattr(quantizer, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+# -- hook ----------------------------------------------------------------------------------------
+
+
+class QuantizerHook:
+    """Forward hooks on quantizers that keep the codes of the last pass until they are taken.
+
+    Args:
+        quantizers: by path; codes of several are joined in this order.
+        widths: C of each, if heads were built for it.
+        grid: (h, w), for hosts whose codes are rows.
+        ratio: of our gradient's length to the host's at the codes; None leaves gradients alone.
+        layout: channels_first or channels_last; None: see :func:`layout_of`.
+
+    Attributes:
+        enabled: whether passes are recorded.
+        balance: rescales our gradient if there is a `ratio`, else None.
+    """
+
+    def __init__(
+        self,
+        quantizers: Mapping[str, nn.Module],
+        *,
+        widths: Mapping[str, int] | None = None,
+        grid: tuple[int, int] | None = None,
+        ratio: float | None = None,
+        layout: str | None = None,
+    ) -> None:
+        self.grid, self.layout, self.enabled = grid, layout, True
+        self.balance = None if ratio is None else GradientBalance(ratio)
+        self._records: dict[str, _Record] = {}
+        self._install(quantizers, widths or {})
+
+    def _install(self, quantizers: Mapping[str, nn.Module], widths: Mapping[str, int]) -> None:
+        self.remove()
+        for path, module in quantizers.items():
+            handle = module.register_forward_hook(self.record)
+            self._records[path] = _Record(module, widths.get(path), handle)
+
+    def follow(self, host: nn.Module) -> None:
+        """Move to the quantizers that `host` has at the same paths now."""
+        now = {path: host.get_submodule(path) for path in self._records}
+        if any(now[path] is not record.module for path, record in self._records.items()):
+            widths = {path: record.width for path, record in self._records.items() if record.width}
+            self._install(now, widths)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for record in self._records.values():
+            record.handle.remove()
+        self._records = {}
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        for record in self._records.values():
+            record.codes, record.passes = None, []
+
+    def expect_new_pass(self) -> None:
+        """Keep the codes; the host will run again before its next loss."""
+        for record in self._records.values():
+            record.passes = []
+
+    @property
+    def codes(self) -> Codes | None:
+        """Codes of the last pass, or None before all quantizers have run."""
+        found = {path: r.codes for path, r in self._records.items() if r.codes is not None}
+        if not found or len(found) < len(self._records):
+            return None
+        return join_levels(found) if len(found) > 1 else next(iter(found.values()))
+
+    @torch.compiler.disable
+    def record(self, quantizer: nn.Module, args: Any, output: Any) -> None:
+        """Keep what `quantizer` just returned; the forward hook."""
+        if not self.enabled:
+            return
+        record = next(r for r in self._records.values() if r.module is quantizer)
+        vectors = _require_vectors(output, quantizer)
+        layout = self.layout or record.layouts.get(vectors.ndim)
+        if layout is None:
+            layout = layout_of(output, quantizer, width=record.width)
+            record.layouts[vectors.ndim] = layout
+        record.codes = read_codes(
+            output,
+            quantizer,
+            grid=self.grid,
+            through=None if self.balance is None else self.balance.split,
+            layout=layout,
+            width=record.width,
+        )
+        record.had_gradients = torch.is_grad_enabled()
+        node: Any = vectors.grad_fn
+        if node is not None:
+            if not record.reaches_input and next(_tensors_in(args), None) is not None:
+                record.reaches_input = _reaches(vectors, args)
+            one = _Pass()
+            node.metadata[id(one)] = one  # freed with the graph
+            record.passes.append(weakref.ref(one))
+
+    def take(self, *, host: nn.Module | None = None) -> Codes:
+        """Return the codes and forget them.
+
+        Args:
+            host: the model that the codes' gradient is to train; None if nothing is trained.
+
+        Raises:
+            RuntimeError: if no pass was recorded or, with a `host` to train, the codes carry no
+                gradient or may belong to another pass than the loss's own.
+        """
+        codes = self.codes
+        if codes is None:
+            missing = [path for path, record in self._records.items() if record.codes is None]
+            is_partial = 0 < len(missing) < len(self._records)
+            self.forget()
+            raise RuntimeError(
+                "the quantizer's hook saw no codes since the last step"
+                + (f" ({', '.join(missing)} did not run)" if is_partial else "")
+                + ": run the model before its loss; under torch.compile attach before the first "
+                "compiled call; or the model does not call this module (set lgvq.quantizer)"
+            )
+        try:
+            if host is not None and torch.is_grad_enabled():
+                for path, record in self._records.items():
+                    self._require_gradient(host, path, record)
+                    alive = sum(each() is not None for each in record.passes)
+                    if alive > 1:
+                        raise RuntimeError(
+                            f"{path or 'the quantizer'} ran {alive} times with gradients since "
+                            f"the last loss, so it is ambiguous whose codes to use; {ONE_PASS}"
+                        )
+        finally:
+            self.forget()
+        return codes
+
+    def _require_gradient(self, host: nn.Module, path: str, record: "_Record") -> None:
+        assert record.codes is not None
+        has_gradient = record.codes.codes.requires_grad
+        if has_gradient and record.reaches_input is not False:
+            return
+        inside = {id(p) for r in self._records.values() for p in r.module.parameters()}
+        names = [n for n, p in host.named_parameters() if p.requires_grad and id(p) not in inside]
+        names = [n for n in names if not n.startswith(("loss.", "lgvq.", "heads."))]
+        if record.had_gradients:  # codes of a frozen encoder have none either
+            names = [name for name in names if _is_before(name, path)]
+        if not names:
+            return
+        if has_gradient:
+            raise RuntimeError(
+                f"the gradient of the codes ends inside {path or 'the quantizer'}, so the text "
+                f"loss would not train {names[0]}: its straight-through step is outside of it, or "
+                "it got a detached input; let it return z + (codes - z).detach(), or name a "
+                "module that does (lgvq.quantizer)"
+            )
+        cause = (
+            "the host detached them, or ran its encoder under torch.no_grad()"
+            if record.had_gradients
+            else "its quantizer ran last under torch.no_grad(), as in a preview between the "
+            "model's forward pass and its loss"
+        )
+        raise RuntimeError(
+            f"the codes carry no gradient, so the text loss would not train {names[0]}: {cause}; "
+            f"{ONE_PASS}"
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside the context."""
+        self.enabled, before = False, self.enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+
+@dataclass(eq=False)
+class _Record:
+    """What the hook knows of one quantizer; the last three fields are those of the last pass."""
+
+    module: nn.Module
+    width: int | None
+    handle: Any
+    layouts: dict[int, str] = field(default_factory=dict)  # decided once, by dimensions
+    reaches_input: bool | None = None  # whether the codes' gradient goes past the quantizer
+    codes: Codes | None = None
+    had_gradients: bool = False
+    passes: "list[weakref.ref[_Pass]]" = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "codes": None, "passes": []}  # no graph in copies and files
+
+
+class _Pass:
+    """Lives as long as the autograd graph of one forward pass."""
+
+
+def is_hooked(quantizer: nn.Module) -> bool:
+    """Return whether a :class:`QuantizerHook` is on the quantizer."""
+    hooks = quantizer._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), QuantizerHook) for hook in hooks)
+
+
+def _is_before(name: str, quantizer: str) -> bool:
+    """Whether a parameter comes before the quantizer, by its name or its place in a Sequential."""
+    first, own = name.split(".")[0], quantizer.split(".")[0]
+    if first.isdecimal() and own.isdecimal():
+        return int(first) < int(own)
+    return not any(part.startswith(DECODER_NAMES) for part in name.split(".")[:-1])
+
+
+def _reaches(output: Tensor, inputs: Any) -> bool:
+    """Whether a gradient of `output` flows on to the quantizer's inputs."""
+    sources = [tensor for tensor in _tensors_in(inputs) if tensor.requires_grad]
+    ends = {tensor.grad_fn for tensor in sources if tensor.grad_fn is not None}
+    leaves = {id(tensor) for tensor in sources if tensor.grad_fn is None}
+    seen, waiting = {output.grad_fn}, [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node in ends or id(getattr(node, "variable", None)) in leaves:
+            return True
+        fresh = {following for following, _ in node.next_functions} - seen
+        seen |= fresh
+        waiting += fresh
+    return False
+
+
+# -- read ----------------------------------------------------------------------------------------
 
 
 def read_codes(
@@ -85,26 +419,21 @@ def read_codes(
     layout: str | None = None,
     width: int | None = None,
 ) -> Codes:
-    """Turn what `quantizer(source)` returned into a record.
+    """Convert what `quantizer(source)` returned.
 
     Args:
-        output: of the quantizer.
-        quantizer: gives the codebook.
+        output: return value of the quantizer.
+        quantizer: owns the codebook.
         grid: (h, w), for hosts whose codes are (B, N, C); square if None.
-        through: what our copy of the quantized vectors passes first.
-        layout: channels_first or channels_last; None decides, see `layout_of`.
-        width: C that the codes must have; None takes what the quantizer tells, if it fits.
+        through: applied to our copy of the quantized vectors.
+        layout: channels_first or channels_last; None: see :func:`layout_of`.
+        width: C that the codes must have; None accepts any.
 
     Raises:
-        ConfigError: if there are no codes in the output, they are no grid, of another width, or
-            of a layout that cannot be decided.
+        ConfigError: if the output holds no codes, or they have no grid, another width, or an
+            ambiguous layout.
     """
-    vectors = vectors_in(output)
-    if vectors is None:
-        raise ConfigError(
-            f"lgvq.quantizer: {type(quantizer).__name__} returns no quantized vectors of 3 or 4 "
-            f"dimensions, but {_described(output)}; name another module with lgvq.quantizer: PATH"
-        )
+    vectors = _require_vectors(output, quantizer)
     layout = layout or layout_of(output, quantizer, width=width)
     if through is not None:
         vectors = through(vectors)
@@ -113,9 +442,15 @@ def read_codes(
         raise ConfigError(_misfit(vectors, quantizer, width, f"layout {layout}, shape", [layout]))
     shape = channels_last.shape[1:-1]
     rows = channels_last.flatten(1, -2)
-    grid = (shape[0], shape[1]) if len(shape) == 2 else _grid_of(rows.shape[1], grid)
+    batch, count, channels = rows.shape
+    side = round(count**0.5)
+    grid = (shape[0], shape[1]) if len(shape) == 2 else grid or (side, side)
+    if grid[0] * grid[1] != count:
+        raise ConfigError(
+            f"lgvq.grid: {count} codes per image are no {grid[0]} x {grid[1]} grid; "
+            "set lgvq.grid: [height, width] with that product"
+        )
     codebook = codebook_of(quantizer)
-    batch, _, channels = rows.shape
     indices = _indices(output, batch, shape)
     has_levels = indices is not None and indices.ndim == 3
     if codebook is not None and (has_levels or codebook.shape[1] != channels):
@@ -127,31 +462,23 @@ def read_codes(
     return Codes(rows, indices, grid, codebook)
 
 
-def vectors_in(output: Any) -> Tensor | None:
-    """Return the quantized vectors in what a quantizer returned, as it lays them out."""
-    floats = (t for t in tensors_in(output) if t.is_floating_point() and t.ndim in (3, 4))
-    return next(floats, None)
-
-
 def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) -> str:
     """Decide whether quantized vectors are channels_first or channels_last.
 
-    What is known is asked in this order: the class (rosinality's, vector-quantize-pytorch's
-    switches, an attribute `layout`), the width of a code, the shape of the indices, and in which
-    layout equal indices have equal vectors.
+    Evidence, strongest first: the class (rosinality's, vector-quantize-pytorch's switches, an
+    attribute `layout`), the width of a code, the shape of the indices, and in which layout equal
+    indices have equal vectors.
 
     Raises:
         ConfigError: if both layouts fit, or none.
     """
-    vectors = vectors_in(output)
-    assert vectors is not None
-    codebook = codebook_of(quantizer)
+    vectors = _require_vectors(output, quantizer)
     known = _layout_of_class(quantizer, vectors.ndim)
     if known is not None:
         return known
-    told = width or _width(quantizer, codebook)
+    expected = width or code_width(quantizer)
     shapes = {each: _channels_last(vectors, each).shape for each in LAYOUTS}
-    left = [each for each in LAYOUTS if told is None or shapes[each][-1] == told]
+    left = [each for each in LAYOUTS if expected is None or shapes[each][-1] == expected]
     by_indices = [
         each for each in LAYOUTS if _indices(output, len(vectors), shapes[each][1:-1]) is not None
     ]
@@ -161,9 +488,9 @@ def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) ->
     if len(left) > 1 and len([each for each in left if each in by_indices]) == 1:
         left = by_indices
     if len(left) > 1:
-        left = _by_values(codebook, vectors, output) or left
-    if len(left) > 1 and told is None and not by_indices:  # nothing is known: the usual ones
-        return LAYOUTS[0] if vectors.ndim == 4 else LAYOUTS[1]
+        left = _layout_by_values(codebook_of(quantizer), vectors, output) or left
+    if len(left) > 1 and expected is None and not by_indices:  # no evidence: the usual ones
+        return FIRST if vectors.ndim == 4 else LAST
     if len(left) > 1:
         raise ConfigError(
             f"lgvq.layout: the vectors of {type(quantizer).__name__}, shape "
@@ -175,27 +502,23 @@ def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) ->
 
 def _layout_of_class(quantizer: nn.Module, ndim: int) -> str | None:
     if ndim == 4 and _is_transposed(quantizer):
-        return LAYOUTS[1]
+        return LAST
     if getattr(quantizer, "layout", None) in LAYOUTS:
         return str(quantizer.layout)
     if getattr(quantizer, "channel_first", None) is True:
-        return LAYOUTS[0]
+        return FIRST
     if getattr(quantizer, "accept_image_fmap", None) is True and ndim == 4:
-        return LAYOUTS[0]
+        return FIRST
     if getattr(quantizer, "channel_last", None) is True and ndim == 3:
-        return LAYOUTS[1]
+        return LAST
     return None
 
 
-def _channels_last(vectors: Tensor, layout: str) -> Tensor:
-    return vectors if layout == LAYOUTS[1] else vectors.movedim(1, -1)
-
-
 @torch.no_grad()
-def _by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> list[str]:
+def _layout_by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> list[str]:
     """Return the layout in which equal indices have equal vectors, or else the codebook's rows.
 
-    The former also holds where a moving average has changed the codebook since the look-up.
+    The former also holds where an EMA has changed the codebook since the look-up.
     """
     spreads, gaps = [], []
     for each in LAYOUTS:
@@ -216,10 +539,13 @@ def _by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> list[st
     return []
 
 
+def _channels_last(vectors: Tensor, layout: str) -> Tensor:
+    return vectors if layout == LAST else vectors.movedim(1, -1)
+
+
 def _misfit(
     vectors: Tensor, quantizer: nn.Module, width: int, what: str, fitting: list[str]
 ) -> str:
-    """Say that the heads' width is not the codes', and which one is."""
     shapes = {each: _channels_last(vectors, each).shape[-1] for each in fitting or LAYOUTS}
     ways = " or ".join(f"lgvq.code_dim: {c} ({each})" for each, c in shapes.items())
     return (
@@ -228,35 +554,35 @@ def _misfit(
     )
 
 
-def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    side = round(count**0.5)
-    grid = grid or (side, side)
-    if grid[0] * grid[1] != count:
-        raise ConfigError(
-            f"lgvq.grid: {count} codes an image are no {grid[0]} x {grid[1]} grid; "
-            "set lgvq.grid: [height, width] with that product"
-        )
-    return grid
+def _require_vectors(output: Any, quantizer: nn.Module) -> Tensor:
+    tensors = [*_tensors_in(output)]
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.ndim in (3, 4):
+            return tensor
+    shapes = [tuple(t.shape) for t in tensors]
+    what = f"{type(output).__name__} with tensors of shapes {shapes}" if shapes else repr(output)
+    raise ConfigError(
+        f"lgvq.quantizer: {type(quantizer).__name__} returns no quantized vectors of 3 or 4 "
+        f"dimensions, but {what if shapes else what[:80]}; name another module with "
+        "lgvq.quantizer: PATH"
+    )
 
 
 def _indices(output: Any, batch: int, grid: Sequence[int]) -> Tensor | None:
-    """Return (B, N), or (B, N, levels) of a residual quantizer, int64; None if there are none.
+    """Return (B, N) or, of a residual quantizer, (B, N, levels) int64; None if there are none.
 
-    Args:
-        output: of the quantizer.
-        batch: B.
-        grid: (h, w), or (N,) where the codes are rows.
+    `grid` is (h, w), or (N,) where the codes are rows.
     """
     count = math.prod(grid)
-    whole = [
+    integers = [
         t.detach().long()
-        for t in tensors_in(output)
+        for t in _tensors_in(output)
         if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     ]
-    for tensor in whole:
-        if tensor.numel() == batch * count and _lies_on(tensor, batch, grid):
+    for tensor in integers:
+        if tensor.numel() == batch * count and _fits_grid(tensor, batch, grid):
             return tensor.reshape(batch, count)
-    for tensor in whole:
+    for tensor in integers:
         if tensor.ndim < 3 or len(tensor) != batch or tensor.numel() % (batch * count):
             continue
         if tensor.shape[1] == count or math.prod(tensor.shape[1:3]) == count:
@@ -267,56 +593,35 @@ def _indices(output: Any, batch: int, grid: Sequence[int]) -> Tensor | None:
     return None
 
 
-def _lies_on(tensor: Tensor, batch: int, grid: Sequence[int]) -> bool:
-    """Whether indices with one entry for each position have the grid's shape, or none."""
+def _fits_grid(tensor: Tensor, batch: int, grid: Sequence[int]) -> bool:
+    """Whether indices with one entry per position have the grid's shape or are flat."""
     if tensor.ndim < 3 or len(tensor) != batch or len(grid) == 1:
         return True
     shape = [side for side in tensor.shape[1:] if side != 1]
     return shape in ([side for side in grid if side != 1], [math.prod(grid)])
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     """Iterate over the tensors in what a module takes or returns."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from tensors_in(value)
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(inner)
 
 
-def _attribute(quantizer: nn.Module, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = getattr(quantizer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
-
-
-def _described(output: Any) -> str:
-    shapes = [tuple(t.shape) for t in tensors_in(output)]
-    return (
-        f"{type(output).__name__} with tensors of shapes {shapes}" if shapes else repr(output)[:80]
-    )
-
-
-# -- The gradient of our terms at the codes, brought to a share of the host's own ----------------
-
-
-TINY = 1e-20
+# -- balance -------------------------------------------------------------------------------------
 
 
 class GradientBalance:
-    """Rescales our gradient at the codes; the heads' own gradients stay as they are.
+    """Rescales our gradient at the codes; the heads' own gradients are unchanged.
 
     Args:
-        ratio: length of our gradient in units of the host's, over the whole batch of a process.
+        ratio: length of our gradient in units of the host's, over a process's whole batch.
 
     Attributes:
-        scale: share of the ratio that holds now, the schedule's, in [0, 1].
-        measured: what the ratio was before, at the last backward pass; None before the first.
+        scale: factor of the ratio in [0, 1], set by the schedule.
+        measured: the ratio before rescaling at the last backward pass; None before the first.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -324,9 +629,7 @@ class GradientBalance:
         self.measured: Tensor | None = None
 
     def split(self, vectors: Tensor) -> Tensor:
-        """Return the codes for our heads; `vectors` of any shape are what the host goes on with.
-
-        Two passes in a step are balanced each by itself.
+        """Return the codes for our heads; the host continues with `vectors`, of any shape.
 
         Example:
             >>> codes = torch.ones(2, requires_grad=True)
@@ -339,17 +642,13 @@ class GradientBalance:
         if not vectors.requires_grad:
             return vectors
         ours: list[Tensor] = []
-
-        def mix(host: Tensor) -> Tensor | None:
-            return self._mixed(host, ours.pop()) if ours else None
-
         branch: Tensor = _HoldBack.apply(vectors, ours)
-        vectors.register_hook(mix)
+        vectors.register_hook(lambda host: self._mixed(host, ours.pop()) if ours else None)
         return branch
 
     def _mixed(self, host: Tensor, ours: Tensor) -> Tensor:
-        wanted, given = host.float().norm(), ours.float().norm().clamp(min=TINY)
-        self.measured = given / wanted.clamp(min=TINY)
+        wanted, given = host.float().norm(), ours.float().norm().clamp(min=1e-20)
+        self.measured = given / wanted.clamp(min=1e-20)
         return host + (ours * (self.ratio * self.scale * wanted / given)).to(host.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -357,9 +656,9 @@ class GradientBalance:
 
 
 class _HoldBack(torch.autograd.Function):
-    """The identity; its gradient goes into a list, and zeros go on, so that the sum has none of it.
+    """Identity; backward appends the gradient to a list and passes zeros on.
 
-    Our heads are built after the host's decoder has run, so autograd is here before the codes.
+    The heads run after the host's decoder, so backward gets here before it reaches the codes.
     """
 
     @staticmethod
@@ -371,336 +670,3 @@ class _HoldBack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.ours.append(gradients[0])
         return torch.zeros_like(gradients[0]), None
-
-
-# -- Find a host's quantizer, and listen to it ---------------------------------------------------
-
-
-NAMES = ("quantize", "quantizer", "quantise", "vq", "bottleneck")
-LIKELY = ("quantiz", "quantis", "codebook", "bottleneck", "fsq", "lfq", "simvq")
-SIZES = ("n_e", "n_embed", "num_embed", "num_embeddings", "codebook_size", "num_codes")
-
-
-ONE_PASS = (
-    "run the model right before its loss, and any other pass inside `with handle.disabled():` "
-    "(`loss.disabled()` for LGVQLoss); a loss that trains nothing belongs under torch.no_grad()"
-)
-AFTER = ("dec", "post_", "up", "to_pix", "disc", "gen")  # names of what follows a quantizer
-
-
-def find_quantizers(
-    model: nn.Module, paths: str | Sequence[str] | None = None
-) -> dict[str, nn.Module]:
-    """Return the model's quantizer, or all those at `paths`, by path; see `find_quantizer`."""
-    if paths is None or isinstance(paths, str):
-        found = find_quantizer(model, paths)
-        assert found is not None
-        return dict([found])
-    quantizers = {path: find_quantizers(model, path)[path] for path in paths}
-    if len({id(module) for module in quantizers.values()}) < len(quantizers):
-        raise ConfigError(
-            f"lgvq.quantizer: {', '.join(quantizers)} are one module of {type(model).__name__}; "
-            "name each quantizer once"
-        )
-    return quantizers
-
-
-def find_quantizer(
-    model: nn.Module, path: str | None = None, *, required: bool = True
-) -> tuple[str, nn.Module] | None:
-    """Return (path, module) of the model's quantizer.
-
-    Args:
-        model: any tokenizer.
-        path: dotted path from the config; None looks for the usual names, then for the one
-            outermost module whose class is named like a quantizer.
-        required: raise if there is none, else return None.
-
-    Raises:
-        ConfigError: if the path does not exist, or there is no quantizer or more than one.
-    """
-    if path is not None:
-        module = dict(model.named_modules(remove_duplicate=False)).get(path)
-        if module is None:
-            if not required:
-                return None
-            known = [name for name, _ in model.named_modules() if name]
-            near = suggest(path, [name for name in known if name.count(".") <= path.count(".")])
-            raise ConfigError(f"lgvq.quantizer: {type(model).__name__} has no {path!r}{near}")
-        return path, module
-    children = dict(model.named_children())
-    for name in NAMES:
-        if name in children:
-            return name, children[name]
-    found = _outermost(model, _is_named_so) or _outermost(model, _has_codebook)
-    if len(found) == 1:
-        return found[0]
-    if not required:
-        return None
-    told = ", ".join(name for name, _ in found)
-    raise ConfigError(
-        f"lgvq.quantizer: {type(model).__name__} has "
-        + (
-            f"several modules that could be it ({told})"
-            if found
-            else "no module that looks like it"
-        )
-        + "; name it with lgvq.quantizer: PATH"
-        + (f", or all levels with [{', '.join(n for n, _ in found)}]" if found else "")
-        + f". Modules: {', '.join(sorted(children))}"
-    )
-
-
-def _outermost(model: nn.Module, accept: Callable[[str, nn.Module], bool]) -> list[Any]:
-    """Outermost accepted modules as (path, module); the loss is not searched."""
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer, _ in found)
-        if not path or inside or path.split(".")[0] in ("loss", "vq_loss"):
-            continue
-        if accept(path.rpartition(".")[2], module):
-            found.append((path, module))
-    return found
-
-
-def _is_named_so(name: str, module: nn.Module) -> bool:
-    return name in NAMES or any(word in type(module).__name__.lower() for word in LIKELY)
-
-
-def _has_codebook(name: str, module: nn.Module) -> bool:
-    """A matrix of codes, and a number of codes that is its size; of torch's layers one has both."""
-    codebook = None if isinstance(module, nn.Embedding) else codebook_of(module)
-    return codebook is not None and any(
-        getattr(module, size, None) == len(codebook) for size in SIZES
-    )
-
-
-def _is_before(name: str, quantizer: str) -> bool:
-    """Whether a parameter is by its name no decoder's; in a Sequential the numbers tell."""
-    first, own = name.split(".")[0], quantizer.split(".")[0]
-    if first.isdecimal() and own.isdecimal():
-        return int(first) < int(own)
-    return not any(part.startswith(AFTER) for part in name.split(".")[:-1])
-
-
-def is_tapped(quantizer: nn.Module) -> bool:
-    """Return whether somebody listens to the quantizer already."""
-    hooks = quantizer._forward_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), Tap) for hook in hooks)
-
-
-def _reaches(output: Tensor, inputs: Any) -> bool:
-    """Whether a gradient of `output` goes on to what went into the quantizer."""
-    sources = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
-    ends = {tensor.grad_fn for tensor in sources if tensor.grad_fn is not None}
-    leaves = {id(tensor) for tensor in sources if tensor.grad_fn is None}
-    seen, waiting = {output.grad_fn}, [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if node in ends or id(getattr(node, "variable", None)) in leaves:
-            return True
-        fresh = {following for following, _ in node.next_functions} - seen
-        seen |= fresh
-        waiting += fresh
-    return False
-
-
-class _Pass:
-    """Lives as long as the autograd graph of one forward pass."""
-
-
-class Tap:
-    """A forward hook on quantizers that keeps the codes of the last pass until they are taken.
-
-    Args:
-        grid: (h, w), for hosts whose codes are rows.
-        ratio: of our gradient to the host's at the codes, or None.
-        layout: channels_first or channels_last; None decides.
-
-    Attributes:
-        quantizers: the modules that are listened to, by path.
-        enabled: whether passes are recorded.
-        balance: of our gradient with the host's, or None.
-    """
-
-    def __init__(
-        self,
-        grid: tuple[int, int] | None = None,
-        ratio: float | None = None,
-        layout: str | None = None,
-    ) -> None:
-        self.grid, self.layout, self.enabled = grid, layout, True
-        self.balance = None if ratio is None else GradientBalance(ratio)
-        self.quantizers: dict[str, nn.Module] = {}
-        self._widths: dict[str, int] = {}
-        self._handles: list[Any] = []
-        self._layouts: dict[tuple[str, int], str] = {}  # decided once: (path, dimensions)
-        self._records: dict[str, tuple[Codes, bool]] = {}  # and whether gradients were on
-        self._reaching: dict[str, bool] = {}  # whether the codes' gradient goes past the quantizer
-        self._passes: dict[str, list[weakref.ref[_Pass]]] = {}
-
-    def install(
-        self, quantizers: Mapping[str, nn.Module], widths: Mapping[str, int] | None = None
-    ) -> "Tap":
-        """Start listening to `quantizers`, and to no others any more.
-
-        Args:
-            quantizers: by path; the order is that of their codes.
-            widths: C of each, if heads were built for it.
-        """
-        self.remove()
-        self.quantizers, self._widths = dict(quantizers), dict(widths or {})
-        self._handles = [q.register_forward_hook(self.record) for q in self.quantizers.values()]
-        return self
-
-    def follow(self, host: nn.Module) -> None:
-        """Listen to the quantizers that `host` has at the same paths now."""
-        now = {path: host.get_submodule(path) for path in self.quantizers}
-        if any(now[path] is not module for path, module in self.quantizers.items()):
-            self.install(now, dict(self._widths))
-
-    def remove(self) -> None:
-        """Stop listening, and forget."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.quantizers, self._layouts, self._reaching = [], {}, {}, {}
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was recorded."""
-        self._records, self._passes = {}, {}
-
-    def settle(self) -> None:
-        """Keep the codes, but expect that the host runs anew before it asks for them."""
-        self._passes = {}
-
-    @property
-    def codes(self) -> Codes | None:
-        """The record of the last pass, or None before all quantizers have run."""
-        if not self.quantizers or self._records.keys() != self.quantizers.keys():
-            return None
-        found = [self._records[path][0] for path in self.quantizers]
-        if len(found) == 1:
-            return found[0]
-        return join_levels(dict(zip(self.quantizers, found, strict=True)))
-
-    @torch.compiler.disable
-    def record(self, quantizer: nn.Module, args: Any, output: Any) -> None:
-        """Keep what `quantizer` just returned; its hook."""
-        if not self.enabled:
-            return
-        path = next(path for path, module in self.quantizers.items() if module is quantizer)
-        vectors = vectors_in(output)
-        layout = self.layout
-        if layout is None and vectors is not None:
-            width, key = self._widths.get(path), (path, vectors.ndim)
-            if key not in self._layouts:
-                self._layouts[key] = layout_of(output, quantizer, width=width)
-            layout = self._layouts[key]
-        codes = read_codes(
-            output,
-            quantizer,
-            grid=self.grid,
-            through=None if self.balance is None else self.balance.split,
-            layout=layout,
-            width=self._widths.get(path),
-        )
-        self._records[path] = (codes, torch.is_grad_enabled())
-        if vectors is not None and vectors.grad_fn is not None:
-            if not self._reaching.get(path) and next(tensors_in(args), None) is not None:
-                self._reaching[path] = _reaches(vectors, args)
-            one = _Pass()
-            node: Any = vectors.grad_fn
-            node.metadata[id(one)] = one  # goes when the graph goes
-            self._passes.setdefault(path, []).append(weakref.ref(one))
-
-    def set_scale(self, scale: float) -> None:
-        """Say which share of the balance's ratio the schedule has now."""
-        if self.balance is not None:
-            self.balance.scale = scale
-
-    def balance_log(self, split: str) -> dict[str, Tensor]:
-        """Return the gradients' ratio before balancing at the last backward pass, if known."""
-        measured = self.balance.measured if self.balance is not None and split == "train" else None
-        return {} if measured is None else {f"{split}/lgvq/gradient_ratio": measured}
-
-    def take(self, *, host: nn.Module | None = None) -> Codes:
-        """Return the codes and forget them.
-
-        Args:
-            host: what the codes' gradient shall train; None if nothing is trained.
-
-        Raises:
-            RuntimeError: if no pass was recorded, or, with a `host` to train, the codes carry no
-                gradient, or are not for certain those of the loss's own forward pass.
-        """
-        records, passes, codes = self._records, self._passes, self.codes
-        self.forget()
-        if codes is None:
-            missing = [path for path in self.quantizers if path not in records]
-            raise RuntimeError(
-                "the quantizer's hook saw no codes since the last step"
-                + (f" ({', '.join(missing)} did not run)" if records else "")
-                + ": run the model before its loss; under torch.compile attach before the first "
-                "compiled call; or the model does not call this module (set lgvq.quantizer)"
-            )
-        if host is not None and torch.is_grad_enabled():
-            for path, (level, had_gradients) in records.items():
-                self._require_gradient(host, path, level, had_gradients)
-                alive = sum(each() is not None for each in passes.get(path, ()))
-                if alive > 1:
-                    raise RuntimeError(
-                        f"{path or 'the quantizer'} ran {alive} times with gradients since the "
-                        f"last loss, so whose codes are meant is not known; {ONE_PASS}"
-                    )
-        return codes
-
-    def _require_gradient(
-        self, host: nn.Module, path: str, codes: Codes, had_gradients: bool
-    ) -> None:
-        if codes.codes.requires_grad and self._reaching.get(path, True):
-            return
-        inside = {id(p) for q in self.quantizers.values() for p in q.parameters()}
-        names = [n for n, p in host.named_parameters() if p.requires_grad and id(p) not in inside]
-        names = [n for n in names if not n.startswith(("loss.", "lgvq.", "heads."))]
-        if had_gradients:  # a frozen encoder gives such codes, too, whatever the decoder does
-            names = [name for name in names if _is_before(name, path)]
-        if names and codes.codes.requires_grad:
-            raise RuntimeError(
-                f"the gradient of the codes ends inside {path or 'the quantizer'}, so the text "
-                f"loss would not train {names[0]}: its straight-through step is outside of it, or "
-                "it got a detached input; let it return z + (codes - z).detach(), or name a "
-                "module that does (lgvq.quantizer)"
-            )
-        if names:
-            why = (
-                "the host detached them, or ran its encoder under torch.no_grad()"
-                if had_gradients
-                else "its quantizer ran last under torch.no_grad(), as in a preview between the "
-                "model's forward pass and its loss"
-            )
-            raise RuntimeError(
-                f"the codes carry no gradient, so the text loss would not train {names[0]}: "
-                f"{why}; {ONE_PASS}"
-            )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Record nothing inside the context."""
-        self.enabled, before = False, self.enabled
-        try:
-            yield
-        finally:
-            self.enabled = before
-
-    def __getstate__(self) -> dict[str, Any]:
-        # No graph in a copy or a file.
-        return {**self.__dict__, "_records": {}, "_passes": {}}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
-        other = type(self).__new__(type(self))
-        memo[id(self)] = other
-        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return other

@@ -1,4 +1,4 @@
-"""Names in YAML become classes here: the only dynamic import of the package."""
+"""Resolve names in configs to classes; the only dynamic imports of the package."""
 
 import difflib
 import importlib
@@ -7,6 +7,7 @@ import linecache
 import os
 import re
 import traceback
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,10 @@ from .moved import new_module
 
 
 class ConfigError(ValueError):
-    """The user's input is wrong; the message says what, where and how to mend it.
+    """The user's input is wrong; the message says what, where and how to fix it.
 
-    A DataLoader raises a worker's error again with the worker's traceback as its message; only
-    the message proper is kept of that.
+    If a DataLoader re-raises a worker's error with a traceback as its message, only the message
+    proper is kept.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -30,11 +31,11 @@ class ConfigError(ValueError):
 
 
 class MissingError(ConfigError):
-    """Part of the user's input is missing; nothing of what was given is wrong."""
+    """Part of the user's input is missing; what was given may be right."""
 
 
 class Problems:
-    """Collects errors of the user's input, so that one message names all of them.
+    """Collects errors in the user's input, so that one message names all of them.
 
     Example:
         >>> problems = Problems()
@@ -58,7 +59,7 @@ class Problems:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Keep a ConfigError that is raised inside the context, unless it is known already."""
+        """Keep a ConfigError that is raised inside the context, without repeats."""
         try:
             yield
         except ConfigError as error:
@@ -66,12 +67,12 @@ class Problems:
                 self.errors.append(error)
 
     def raise_wrong(self) -> None:
-        """Raise at once if something is wrong, rather than missing: the rest need not be built."""
+        """Raise if something is wrong and not only missing: the rest need not be built."""
         if not all(isinstance(error, MissingError) for error in self.errors):
             self.raise_any()
 
     def raise_any(self) -> None:
-        """Raise one ConfigError with all messages; nothing if there is none."""
+        """Raise one ConfigError with all messages, if there are any."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -81,7 +82,7 @@ class Problems:
 
 
 def suggest(name: object, known: Iterable[object]) -> str:
-    """Return the end of a message: the nearest known name, if one is near, and a list of all.
+    """Return the end of a message: the nearest known name, if any, and a list of all.
 
     Example:
         >>> suggest("wieght", ["weight", "start"])
@@ -116,7 +117,7 @@ def import_target(path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A module that is missing *inside* the target's own imports is another story: tell it.
+        # Distinguish a module that is missing inside the target's own imports.
         missing = error.name or ""
         if not (module_name == missing or module_name.startswith(missing + ".")):
             raise ConfigError(f"target {path!r} needs {missing!r}, not installed") from error
@@ -133,9 +134,21 @@ def import_target(path: str) -> Any:
     if not hasattr(module, attribute):
         raise ConfigError(
             f"target {path!r} does not exist: module {module_name!r} has no "
-            f"{attribute!r}{suggest(attribute, [n for n in dir(module) if n[0] != '_'])}"
+            f"{attribute!r}{suggest(attribute, _defined_in(module))}"
         )
     return getattr(module, attribute)
+
+
+def _defined_in(module: types.ModuleType) -> list[str]:
+    """Return the public names that a module defines, not those that it imports."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    home = f"{module.__name__}."  # a package re-exports its submodules' names
+    return [
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_" and f"{getattr(value, '__module__', None)}.".startswith(home)
+    ]
 
 
 def _try_attribute(module_name: str, name: str) -> Any:
@@ -181,12 +194,11 @@ def path_of(socket: str, name: str) -> str:
 
 
 def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
-    """Build `{"target": path, "params": {...}}`, taming's convention.
+    """Build `{"target": path, "params": {...}}`, as taming does.
 
     Raises:
-        ConfigError: without a `target`, with one that does not exist, or if its constructor
-            does not take the given params.
-        TypeError: one that the constructor itself raised.
+        ConfigError: if `target` is missing or does not exist, or its constructor does not take
+            the params; what the constructor itself raises is not caught.
 
     Example:
         >>> instantiate({"target": "fractions.Fraction", "params": {"numerator": 3}})
@@ -202,10 +214,10 @@ def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def params_of(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return the `params:` beside a `target:`, {} for none.
+    """Return the `params:` of a config with a `target:`, {} for none.
 
     Raises:
-        ConfigError: if they are no mapping of names to values.
+        ConfigError: if they are not a mapping of names to values.
     """
     params = config.get("params")
     if params is None:
@@ -218,17 +230,10 @@ def params_of(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def check_call(
     name: str, target: Any, args: Sequence[Any], params: Mapping[str, Any], *, hint: str = ""
 ) -> None:
-    """Check that a constructor takes these arguments, before it is called.
-
-    Args:
-        name: of the target, for the message.
-        target: the class or function.
-        args: positional arguments.
-        params: keyword arguments.
-        hint: end of the message about an unknown one.
+    """Check that `target`, called `name` in messages, takes these arguments, without calling it.
 
     Raises:
-        ConfigError: for an unknown argument (all known ones are listed), or missing ones.
+        ConfigError: for missing or unknown arguments; `hint` ends the message about the latter.
     """
     try:
         signature = inspect.signature(target)
@@ -239,9 +244,9 @@ def check_call(
         names = [one.name for one in known if one.kind in (one.KEYWORD_ONLY, POSITIONAL)]
         strange = [key for key in params if key not in names]
         if strange:
-            told = ", ".join(map(repr, strange))
+            unknown = ", ".join(map(repr, strange))
             raise ConfigError(
-                f"{name}: unexpected keyword argument {told}{suggest(strange[0], names)}; "
+                f"{name}: unexpected keyword argument {unknown}{suggest(strange[0], names)}; "
                 f"given params: {sorted(params)}{hint}"
             )
     try:
@@ -255,10 +260,10 @@ FLOAT32 = 3.4028234e38
 
 
 def check_numbers(where: str, target: Any, params: Mapping[str, Any]) -> None:
-    """Check the params of a loss that are numbers: a wrong one would fail in the first step only.
+    """Check the numeric params of a loss, which would otherwise fail in the first step.
 
     Raises:
-        ConfigError: for one that is no finite number within float32.
+        ConfigError: for one that is not a finite float32 number.
     """
     try:
         defaults = {p.name: p.default for p in inspect.signature(target).parameters.values()}
@@ -275,15 +280,12 @@ def check_numbers(where: str, target: Any, params: Mapping[str, Any]) -> None:
 
 @contextmanager
 def building(where: str, target: str, params: Any) -> Iterator[None]:
-    """Report what a foreign constructor raises as a ConfigError that names place and key.
+    """Turn any exception of a constructor into a ConfigError that names place and key.
 
     Args:
-        where: the section of the config, such as model.
-        target: what is built.
-        params: its params, in which the key is looked for.
-
-    Raises:
-        ConfigError: instead of any other exception.
+        where: section of the config, such as model.
+        target: dotted path of what is built.
+        params: its params, among which the key is searched.
     """
     try:
         yield
@@ -291,15 +293,15 @@ def building(where: str, target: str, params: Any) -> Iterator[None]:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        told = str(error).strip()
-        if "weights_only" in told:  # torch advises to unpickle everything
-            told = "a file of weights is damaged, or no checkpoint that can be read safely"
-        keys = _guilty_keys(told, frames, dict(_nodes(params, f"{where}.params")))
+        message = str(error).strip()
+        if "weights_only" in message:  # torch advises to unpickle everything
+            message = "a file of weights is damaged, or no checkpoint that can be read safely"
+        keys = _suspect_keys(message, frames, dict(_nodes(params, f"{where}.params")))
         looked = f"; look at {', '.join(keys)}" if keys else ""
         last = frames[-1]
         raise ConfigError(
             f"{where}.target: {target} could not be built with these params: "
-            f"{type(error).__name__}{': ' if told else ''}{told}, raised in "
+            f"{type(error).__name__}{': ' if message else ''}{message}, raised in "
             f"{last.filename}:{last.lineno}{looked}; --debug shows the traceback"
         ) from error
 
@@ -312,34 +314,29 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
                 yield from _nodes(value, f"{path}.{key}")
 
 
-def _guilty_keys(
-    told: str, frames: Sequence[traceback.FrameSummary], leaves: Mapping[str, Any]
+def _suspect_keys(
+    message: str, frames: Sequence[traceback.FrameSummary], nodes: Mapping[str, Any]
 ) -> list[str]:
     """Return "path: value" of the keys that an exception seems to be about.
 
-    Those whose value the message quotes (files), or whose name it quotes; else those that the
-    innermost line of code names, torch's own and the library's aside.
+    These are the keys whose value (a file) or whose name the message quotes; else those that the
+    innermost line of code names, outside of torch and importlib.
     """
-    values = [key for key, value in leaves.items() if _is_quoted(value, told)]
-    names = set(re.findall(r"'(\w+)'", told))
-    found = values or [key for key in leaves if key.rpartition(".")[2] in names]
+    quoted = set(re.findall(r"'(\w+)'", message))
+    found = [
+        key
+        for key, value in nodes.items()
+        if isinstance(value, str) and len(value) > 3 and value in message
+    ] or [key for key in nodes if key.rpartition(".")[2] in quoted]
     for frame in reversed(frames):
         if found:
             break
         if any(f"{os.sep}{part}{os.sep}" in frame.filename for part in ("torch", "importlib")):
             continue
-        last = getattr(frame, "end_lineno", None) or frame.lineno or 0
-        lines = range(frame.lineno or 0, last + 1)
-        words = set(
-            re.findall(r"\w+", " ".join(linecache.getline(frame.filename, n) for n in lines))
-        )
-        found = [key for key in leaves if key.rpartition(".")[2] in words - {"params"}]
-    return [key if _is_inner(leaves[key]) else f"{key}: {leaves[key]!r}" for key in found[:3]]
-
-
-def _is_inner(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value)
-
-
-def _is_quoted(value: Any, told: str) -> bool:
-    return isinstance(value, str) and len(value) > 3 and value in told
+        first = frame.lineno or 0
+        last = getattr(frame, "end_lineno", None) or first
+        code = " ".join(linecache.getline(frame.filename, n) for n in range(first, last + 1))
+        words = set(re.findall(r"\w+", code)) - {"params"}
+        found = [key for key in nodes if key.rpartition(".")[2] in words]
+    is_inner = {key: isinstance(nodes[key], Mapping) and bool(nodes[key]) for key in found}
+    return [key if is_inner[key] else f"{key}: {nodes[key]!r}" for key in found[:3]]

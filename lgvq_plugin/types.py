@@ -1,4 +1,4 @@
-"""What flows through the package; every shape is written once, here.
+"""The records that flow through the package, with the shapes of their tensors.
 
 Letters: B images in the batch, N code positions (h * w), K codebook entries, C code width,
 T text positions, W words, V vocabulary, Dt token-feature width, Ds sentence-feature width,
@@ -17,7 +17,7 @@ class Codes:
 
     Args:
         codes: quantized vectors, (B, N, C); differentiable towards the encoder.
-        indices: the code chosen at each position, (B, N) int64, or None if the host tells none.
+        indices: the code chosen at each position, (B, N) int64, or None if the host returns none.
         grid: (h, w) with h * w == N.
         codebook: all code vectors, (K, C), or None for look-up free quantizers.
         levels: of several quantizers, the codes of each by its path; empty for one. The codes are
@@ -40,7 +40,7 @@ class TextTokens:
         attention_mask: True at start, words and end; False at padding, (B, T) bool.
         word_ids: the number of the word that a token is a piece of, counted from 0; -1 at
             start, end and padding, (B, T) int64.
-        cut: how many of the captions were too long.
+        cut: number of captions that were too long.
     """
 
     token_ids: Tensor
@@ -51,7 +51,7 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the frozen guide says of a batch of captions; nothing here has a gradient.
+    """Features of a batch of captions from the frozen guide; without gradients.
 
     Args:
         token_ids, attention_mask, word_ids: as in :class:`TextTokens`.
@@ -85,13 +85,13 @@ class CodeView:
 
 @dataclass(frozen=True)
 class PastPairs:
-    """Images and captions of earlier batches, as further negatives; nothing here has a gradient.
+    """Images and captions of earlier batches, as further negatives; without gradients.
 
     Args:
         image: features of M images, (M, Ds).
-        text: of their captions, (M, Ds).
-        same: True where a pair is no negative of one of the batch, (B, M) bool: an equal caption,
-            or an empty place.
+        text: features of their captions, (M, Ds).
+        same: True where a pair is excluded from the negatives of one in the batch, (B, M) bool: an
+            equal caption, or an empty place.
     """
 
     image: Tensor

@@ -9,6 +9,7 @@ from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.hosts.vqvae import VectorQuantizer
+from lgvq_plugin.objectives import rename_old_heads
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.types import Codes
 
@@ -80,3 +81,58 @@ def test_a_ratio_beside_a_codebook_gradient_is_refused():
         parse({"gradient_ratio": 1.0, "codebook_gradient": True})
     with pytest.raises(ConfigError, match=r"gradient_ratio: expected > 0, or null, got 0\.0"):
         parse({"gradient_ratio": 0.0})
+
+
+def test_a_configured_grid_that_is_not_the_codes_is_interpolated_with_a_warning(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), VectorQuantizer(16, 8))
+    handle = attach(model, "1", grid=[2, 2], guide={"use": "micro_clip"})
+    for _ in range(2):
+        model(torch.randn(2, 3, 32, 32))
+        assert handle.loss(CAPTIONS)[0].isfinite()
+    warnings = [r.message for r in caplog.records if "lgvq.grid" in r.message]
+    assert len(warnings) == 1
+    assert "lgvq.grid: [2, 2], but the codes have a 8 x 8 grid" in warnings[0]
+    assert "set lgvq.grid: [8, 8]" in warnings[0]
+
+
+NAMES_OF_0_1 = {
+    "code_vit.in_proj.": "code_vit.enter.",
+    "code_vit.in_norm.": "code_vit.enter_norm.",
+    "code_vit.pos_embed": "code_vit.positions",
+    "code_vit.out_norm.": "code_vit.norm.",
+    "objectives.masked_text.decoder.in_proj.": "objectives.masked_text.decoder.enter.",
+    "objectives.global_semantic.queue.": "objectives.global_semantic.memory.",
+}
+
+
+def as_saved_by_0_1(state):
+    """Return a state dict with the names of version 0.1.0."""
+    renamed = {}
+    for key, value in state.items():
+        for new, old in NAMES_OF_0_1.items():
+            key = key.replace(new, old)
+        renamed[key] = value
+    return renamed
+
+
+def test_heads_saved_under_old_names_still_load(tmp_path):
+    from safetensors.torch import save_file
+
+    options = {
+        "guide": {"use": "micro_clip"},
+        "code_vit": {"width": 16},
+        "objectives": {"global_semantic": {"queue": 4}},
+    }
+
+    def build(seed):
+        return attach(nn.Sequential(VectorQuantizer(16, 8)), "0", seed=seed, **options)
+
+    saved, fresh = build(0).heads.state_dict(), build(1)
+    old = as_saved_by_0_1(saved)
+    assert sum(key not in saved for key in old) >= 11  # also the tensors of projection and queue
+    save_file(old, tmp_path / "lgvq_heads.safetensors")
+    fresh.load_pretrained(tmp_path)
+    assert all(torch.equal(saved[key], value) for key, value in fresh.heads.state_dict().items())
+    run = {f"loss.lgvq.{key}": value for key, value in old.items()} | {"encoder.enter.a": 1}
+    rename_old_heads(run)
+    assert run.keys() == {*(f"loss.lgvq.{key}" for key in saved), "encoder.enter.a"}

@@ -130,6 +130,19 @@ def test_instantiate_refuses(config, told):
     assert told in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("lgvq_plugin.heads.CodeVIT", {"CodeViT", "TextDecoder", "quick_gelu", "accept_old_names"}),
+        ("lgvq_plugin.device.choose", {"choose_device"}),
+    ],
+)
+def test_known_names_are_those_that_the_module_defines(path, known):
+    with pytest.raises(ConfigError, match="Known: ") as raised:
+        import_target(path)
+    assert set(str(raised.value).partition("Known: ")[2].split(", ")) == known
+
+
 def test_an_error_inside_the_constructor_stays_itself(module):
     module("inside", "class Thing:\n    def __init__(self): len(1, 2)\n")
     with pytest.raises(TypeError) as raised:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..finite import in_groups
+from ..objectives import rename_old_heads
 from ..sockets import ConfigError
 from ..training.build import build_host
 from ..training.config import LOSS_KEYS, read_config, to_plain
@@ -84,6 +85,7 @@ def load_checkpoint(
         layout = sort_tensors(raw, root=root)
     except ConfigError as error:
         raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
+    rename_old_heads(layout.state_dict)
     step = raw.get("global_step") if isinstance(raw, Mapping) else None
     return Checkpoint(
         **vars(layout),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..finite import MOST_SKIPPED, all_finite, nonfinite_gradients
-from ..host import find_quantizers
+from ..finite import MAX_SKIPPED, all_finite, nonfinite_gradients
+from ..quantizer_hook import require_quantizers
 from ..sockets import ConfigError
 from . import rng, state
 from .data import Stream, train_loader
@@ -168,7 +168,7 @@ class HostDriver(pl.LightningModule):
         Raises:
             FloatingPointError: for a loss that is not finite, or for gradients, unless the next
                 update is to be skipped (`lgvq.on_nonfinite: skip`; fp16's own scaler); also
-                after MOST_SKIPPED such updates in a row.
+                after MAX_SKIPPED such updates in a row.
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None] if self.has_stepped else []
@@ -191,8 +191,8 @@ class HostDriver(pl.LightningModule):
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         skips = has_scaler or getattr(self.host.loss, "on_nonfinite", "raise") == "skip"
         self._skipped[which] = self._skipped.get(which, 0) + 1
-        if not skips or self._skipped[which] >= MOST_SKIPPED:
-            count = f", the {MOST_SKIPPED}th skipped update in a row" if skips else ""
+        if not skips or self._skipped[which] >= MAX_SKIPPED:
+            count = f", the {MAX_SKIPPED}th skipped update in a row" if skips else ""
             raise FloatingPointError(
                 f"{found}{count}; no weight was updated with it. Lower the learning rate or the "
                 "weight of that term, or train in 32-true"
@@ -430,7 +430,7 @@ class Freeze:
 def _modules(host: nn.Module, part: str) -> list[nn.Module]:
     if part == "codebook":
         known = getattr(getattr(host, "loss", None), "quantizer_path", None)
-        return [*find_quantizers(host, known).values()]
+        return [*require_quantizers(host, known).values()]
     children = dict(host.named_children())
     modules = [children[name] for name in PARTS[part] if name in children]
     if not modules:

@@ -19,6 +19,7 @@ from ..checkpoints.read import read_raw
 from ..config import differing
 from ..files import replacing
 from ..finite import all_finite
+from ..objectives import rename_old_heads
 from ..sockets import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,8 @@ def require_fit(given: Any, host: nn.Module, where: str, path: str) -> None:
     Raises:
         CheckpointError: if it does not; the message names the key.
     """
+    if isinstance(given, dict):
+        rename_old_heads(given)  # in place: this is what is loaded next
     wanted = host.state_dict()
     require_like(given, wanted, where, path)
     if strange := given.keys() - wanted.keys():

@@ -33,8 +33,8 @@ def attention(x, w, path, heads):
 
 def code_vit(codes, w, depth, heads):
     """Pre-norm blocks, QuickGELU, the last norm and projection; codes (B, N, C)."""
-    x = np.concatenate([np.repeat(w["cls"], len(codes), 0), codes], 1) + w["positions"]
-    x = layer_norm(x, w["enter_norm.weight"], w["enter_norm.bias"])
+    x = np.concatenate([np.repeat(w["cls"], len(codes), 0), codes], 1) + w["pos_embed"]
+    x = layer_norm(x, w["in_norm.weight"], w["in_norm.bias"])
     for i in range(depth):
         at = f"blocks.{i}."
         y = layer_norm(x, w[f"{at}norm1.weight"], w[f"{at}norm1.bias"])
@@ -43,7 +43,7 @@ def code_vit(codes, w, depth, heads):
         y = y @ w[f"{at}linear1.weight"].T + w[f"{at}linear1.bias"]
         y = y / (1 + np.exp(-1.702 * y))
         x = x + y @ w[f"{at}linear2.weight"].T + w[f"{at}linear2.bias"]
-    return layer_norm(x, w["norm.weight"], w["norm.bias"]) @ w["project"]
+    return layer_norm(x, w["out_norm.weight"], w["out_norm.bias"]) @ w["project"]
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -64,14 +64,14 @@ def test_the_papers_size():
     count = sum(p.numel() for p in module.parameters())
     block = 12 * 256**2 + 13 * 256  # attention 4, MLP 8; biases 9, two norms 4
     assert count == 2 * block + 257 * 256 + 256 + 4 * 256 + 256 * 512 == 1_777_664  # "1.78 M"
-    assert module.positions.shape == (1, 257, 256)
+    assert module.pos_embed.shape == (1, 257, 256)
     assert module.cls.shape == (1, 1, 256)
     assert module(torch.randn(2, 256, 16, 16)).shape == (2, 257, 512)
 
 
 def test_first_weights():
     module = CodeViT(256)
-    for parameter in (module.cls, module.positions, module.project):
+    for parameter in (module.cls, module.pos_embed, module.project):
         assert parameter.std().item() == pytest.approx(0.01, rel=0.2)
         assert abs(parameter.mean().item()) < 0.002
     for block in module.blocks:
@@ -106,15 +106,15 @@ def test_another_grid_interpolates_the_positions():
     # Positions that rise linearly along h: bilinear keeps them so inside.
     rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, 16, 1)
     with torch.no_grad():
-        module.positions[:, 1:] = rows
-        module.positions[:, 0] = 7.0
-    plane = module._positions_on((8, 2))
+        module.pos_embed[:, 1:] = rows
+        module.pos_embed[:, 0] = 7.0
+    plane = module._pos_embed_on((8, 2))
     assert (plane[:, 0] == 7).all()
     got = plane[0, 1:, 0].view(8, 2)
     expected = ((torch.arange(8) + 0.5) / 2 - 0.5).clamp(0, 3)
     assert torch.allclose(got, expected[:, None].expand(8, 2))
     assert module(torch.randn(2, 8, 8, 2)).shape == (2, 17, 6)
-    assert module._positions_on((4, 4)) is module.positions
+    assert module._pos_embed_on((4, 4)) is module.pos_embed
 
 
 @pytest.mark.parametrize("width", [None, 12])

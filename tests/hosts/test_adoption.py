@@ -121,8 +121,11 @@ def test_what_the_base_loss_has_is_reachable_and_settable():
     host, loss = BY_NAME["latent-diffusion"].build(LGVQ)
     loss.n_classes = 99
     assert (loss.n_classes, loss.base_loss.n_classes) == (99, 99)
-    loss.later = 1  # a new attribute is the base loss's
-    assert loss.base_loss.later == 1
+    loss.later = 1  # a new attribute is the wrapper's own
+    assert loss.later == 1
+    assert not hasattr(loss.base_loss, "later")
+    loss.latest = {"own": 1}
+    assert not hasattr(loss.base_loss, "latest")
     assert loss.discriminator is loss.base_loss.discriminator
     assert loss.perceptual_loss is loss.base_loss.perceptual_loss
     assert loss.discriminator_iter_start == 0
@@ -131,6 +134,40 @@ def test_what_the_base_loss_has_is_reachable_and_settable():
     assert isinstance(loss.base_loss.discriminator, nn.Identity)
     with pytest.raises(AttributeError):
         _ = loss.no_such_thing
+
+
+class WithState(LGVQLoss):
+    """A later version of LGVQLoss, with state that the base loss has under no name or the same."""
+
+    scale = 2.0
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.my_new_state = 3
+        self.scale = 4.0
+
+    def forward(self, *args, **kwargs):
+        self.my_new_state += 1
+        return super().forward(*args, **kwargs)
+
+
+class Scaled(nn.MSELoss):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.disc_weight = 1.0, 0.5
+
+
+def test_new_state_of_the_wrapper_never_lands_on_the_base_loss():
+    loss = WithState(base={"target": f"{__name__}.Scaled"})
+    for each in (loss, copy.deepcopy(loss)):
+        before = each.my_new_state
+        each(torch.zeros(2), torch.ones(2))
+        assert each.my_new_state == before + 1
+        assert not hasattr(each.base_loss, "my_new_state")
+        assert (each.scale, each.base_loss.scale) == (4.0, 1.0)
+        each.disc_weight = 0.25  # the host's schedule
+        assert each.base_loss.disc_weight == 0.25
+        assert "disc_weight" not in vars(each)
 
 
 def test_the_adaptive_weight_comes_from_the_hosts_own_terms():
@@ -167,7 +204,7 @@ def test_a_forgotten_optimizer_is_told_after_the_first_step():
     host.loss.add_heads(optimizer)
     step()
     step()
-    assert host.loss._check._hook is None  # settled: it looks no more
+    assert host.loss._optimizer_check._handle is None  # settled: it looks no more
 
 
 def test_an_optimizer_for_the_heads_alone_is_no_mistake():
@@ -205,7 +242,7 @@ def test_an_average_of_the_host_has_the_heads_and_no_guide():
     )
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in same)
     average.module.training_step(batch()).backward()  # its own hook, captions and heads
-    assert average.module.loss._host.module is average.module
+    assert average.module.loss._host is average.module
     vocabulary = host.loss.alignment.guide.vocabulary
     assert all(v.shape != vocabulary.shape for v in average.state_dict().values())
     assert average.module.loss.alignment.guide is host.loss.alignment.guide

@@ -152,7 +152,7 @@ def test_the_wrong_grid_is_told():
     )
     host, _ = case.build()
     attach(host, grid=[3, 5], **LGVQ)
-    with pytest.raises(ConfigError, match=r"16 codes an image are no 3 x 5 grid.*lgvq.grid"):
+    with pytest.raises(ConfigError, match=r"16 codes per image are no 3 x 5 grid.*lgvq.grid"):
         host(case.batch()["image"])
 
 
@@ -191,7 +191,7 @@ def test_captions_of_one_batch_never_meet_the_codes_of_another():
     host, loss = case.build(LGVQ)
     case.step(host, case.batch(), loss)
     assert loss._captions is None
-    assert loss._tap.codes is None
+    assert loss._hook.codes is None
 
 
 def test_the_old_target_may_also_be_given_as_base():

@@ -186,7 +186,7 @@ def test_rq_vaes_layout_and_width_are_found(width):
     host = ChannelsLast(width, Residual(width))
     handle = attach(host, **LGVQ)
     quant, _, indices = host(torch.rand(3, 3, 16, 24))
-    codes = handle._tap.codes
+    codes = handle._hook.codes
     assert codes.grid == (4, 6)
     assert torch.equal(codes.codes, quant.flatten(1, 2))
     assert torch.equal(codes.indices, indices[..., 0].flatten(1))
@@ -203,7 +203,7 @@ def test_an_ambiguous_layout_is_refused_until_it_is_given():
     for layout, place in (("channels_last", -1), ("channels_first", 1)):
         handle = attach(host, layout=layout, **LGVQ)
         quant = host(IMAGES)[0]
-        assert torch.equal(handle._tap.codes.codes, quant.movedim(place, -1).flatten(1, 2))
+        assert torch.equal(handle._hook.codes.codes, quant.movedim(place, -1).flatten(1, 2))
         handle.detach()
 
 
@@ -256,7 +256,7 @@ def test_two_levels_are_guided_together():
     host.quantize_t.register_forward_hook(lambda m, a, out: top.append(out[0]))
     host.quantize_b.register_forward_hook(lambda m, a, out: bottom.append(out[0]))
     host(IMAGES)
-    codes = handle._tap.codes
+    codes = handle._hook.codes
     assert codes.grid == (4, 4)
     assert torch.equal(codes.codes[..., 8:], bottom[0].flatten(1, 2))
     large = top[0].repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
@@ -346,7 +346,7 @@ def test_groups_for_an_optimizer_of_ones_own_spare_the_temperature():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     names = {id(p): n for n, p in handle.heads.named_parameters()}
     kept = {names[id(p)] for p in spared["params"]}
-    assert {"code_vit.positions", "code_vit.cls", "code_vit.norm.weight"} <= kept
+    assert {"code_vit.pos_embed", "code_vit.cls", "code_vit.out_norm.weight"} <= kept
     assert "objectives.global_semantic.log_temperature" in kept
     assert "code_vit.project" in {names[id(p)] for p in decayed["params"]}
     assert len(names) == len(decayed["params"]) + len(spared["params"])

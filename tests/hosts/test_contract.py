@@ -61,9 +61,9 @@ def weighted_terms(heads, codes, captions):
     """Sum of weight * objective, put together here."""
     side = round(codes.shape[1] ** 0.5)
     view = heads.view(Codes(codes, None, (side, side)))
-    present = torch.tensor([bool(c) for c in captions])
+    has_caption = torch.tensor([bool(c) for c in captions])
     features = heads.guide.encode(captions)
-    caption = Caption(captions, present, features, heads.guide, heads._generator(0))
+    caption = Caption(captions, has_caption, features, heads.guide, heads._generator(0))
     return sum(WEIGHTS[name] * o(view, caption).value for name, o in heads.objectives.items())
 
 

@@ -8,8 +8,13 @@ from lookalikes.parts import VectorQuantizer, from_config
 from torch import nn
 
 from lgvq_plugin import attach
-from lgvq_plugin.host import code_width, codebook_of, find_quantizer
-from lgvq_plugin.quantizer_hook import read_codes
+from lgvq_plugin.quantizer_hook import (
+    code_width,
+    codebook_of,
+    find_quantizer,
+    read_codes,
+    require_quantizer,
+)
 from lgvq_plugin.sockets import ConfigError
 
 
@@ -27,9 +32,9 @@ def test_by_path_in_a_wrapped_model():
     outer = nn.Module()
     outer.first_stage_model = inner
     assert find_quantizer(outer) == ("first_stage_model.quantize", inner.quantize)
-    assert find_quantizer(outer, "first_stage_model.quantize")[1] is inner.quantize
+    assert require_quantizer(outer, "first_stage_model.quantize")[1] is inner.quantize
     with pytest.raises(ConfigError, match=r"did you mean 'first_stage_model\.quantize'"):
-        find_quantizer(outer, "first_stage_model.quantise")
+        require_quantizer(outer, "first_stage_model.quantise")
 
 
 def test_by_its_codebook_alone():
@@ -39,8 +44,8 @@ def test_by_its_codebook_alone():
 
 def test_none_is_told():
     with pytest.raises(ConfigError, match=r"no module that looks like it; .* Modules: 0, 1"):
-        find_quantizer(nn.Sequential(nn.Conv2d(3, 8, 4), nn.ReLU()))
-    assert find_quantizer(nn.Sequential(nn.ReLU()), required=False) is None
+        require_quantizer(nn.Sequential(nn.Conv2d(3, 8, 4), nn.ReLU()))
+    assert find_quantizer(nn.Sequential(nn.ReLU())) is None
 
 
 def test_two_levels_are_told_and_either_can_be_chosen():
@@ -51,7 +56,7 @@ def test_two_levels_are_told_and_either_can_be_chosen():
     for path, grid in (("quantize_t", (2, 2)), ("quantize_b", (4, 4))):
         handle = attach(model, path, **LGVQ)
         model(x)
-        assert handle._tap.codes.grid == grid
+        assert handle._hook.codes.grid == grid
         assert handle.loss(CAPTIONS)[0].requires_grad
         handle.detach()
 

@@ -87,10 +87,10 @@ def test_accumulated_gradients_are_the_sum_of_their_batches():
         total.backward()
         return {n: p.grad.clone() for n, p in host.named_parameters() if p.grad is not None}
 
-    loss.alignment._places.clear()
+    loss.alignment._draws.clear()
     both = [backward(batch) for batch in batches][-1]
     single = []
-    loss.alignment._places.clear()
+    loss.alignment._draws.clear()
     for batch in batches:
         host.zero_grad()
         single.append(backward(batch))
@@ -145,7 +145,7 @@ def test_under_a_foreign_trainer_no_bad_gradient_reaches_a_weight(which, caplog)
         step()
     assert is_unchanged()
     loss._config = replace(loss._config, on_nonfinite="skip")
-    loss._guard = None
+    loss._gradient_check = None
     step()
     assert "this update is left out" in caplog.text
     assert is_unchanged()
@@ -269,7 +269,7 @@ def test_a_lightning_module_of_ones_own_with_automatic_optimization(tmp_path):
     twin = copy.deepcopy(module)
     twin.net(torch.rand(3, 3, 16, 16))
     assert twin.handle.loss(CAPTIONS)[0].requires_grad
-    assert module.handle._tap.codes is None
+    assert module.handle._hook.codes is None
 
 
 class Automatic(pl.LightningModule):

@@ -85,14 +85,18 @@ class Batch:
         return self.objective(self.view, replace(self.caption, generator=generator))
 
     def but(self, **changes):
-        """Change the captions ("strings", "present") or the view ("cls", "tokens", "codes")."""
+        """Change the captions ("strings", "has_caption") or the view ("cls", "tokens", "codes")."""
         view, caption = self.view, self.caption
         codes = replace(view.codes, codes=changes.pop("codes", view.codes.codes))
         strings = changes.pop("strings", caption.strings)
-        present = changes.pop("present", torch.tensor([bool(s) for s in strings]))
+        has_caption = changes.pop("has_caption", torch.tensor([bool(s) for s in strings]))
         guide = changes.pop("guide", caption.guide)
         caption = replace(
-            caption, strings=strings, present=present, guide=guide, features=guide.encode(strings)
+            caption,
+            strings=strings,
+            has_caption=has_caption,
+            guide=guide,
+            features=guide.encode(strings),
         )
         return replace(self, view=replace(view, codes=codes, **changes), caption=caption)
 
@@ -123,8 +127,8 @@ def batch():
         )
         view = CodeView(Codes(codes, None, (3, 3), None), cls, tokens)
         features = guide.encode(strings)
-        present = torch.tensor([bool(s) for s in strings])
-        caption = Caption(strings, present, features, guide, torch.Generator().manual_seed(0))
+        has_caption = torch.tensor([bool(s) for s in strings])
+        caption = Caption(strings, has_caption, features, guide, torch.Generator().manual_seed(0))
         return Batch(objective, view, caption)
 
     return make

@@ -66,13 +66,13 @@ def test_no_captions_cost_nothing(batch, name, recipe):
 @each
 def test_an_image_without_caption_takes_no_part(batch, name, recipe):
     given = batch(name, recipe)
-    present = torch.tensor([True, False, True, True])
-    fewer = given.but(present=present)
+    has_caption = torch.tensor([True, False, True, True])
+    fewer = given.but(has_caption=has_caption)
     noisy = fewer.but(
-        present=present,
+        has_caption=has_caption,
         strings=["a red circle above", "quite another", "triangles", given.caption.strings[3]],
         **{
-            key: leaf + 5 * (~present).view(-1, *[1] * (leaf.ndim - 1))
+            key: leaf + 5 * (~has_caption).view(-1, *[1] * (leaf.ndim - 1))
             for key, leaf in given.leaves.items()
         },
     )

@@ -12,7 +12,7 @@ from lgvq_plugin.functional import (
     pool_words,
     word_semantic_loss,
 )
-from lgvq_plugin.objectives import PairMemory
+from lgvq_plugin.objectives import NegativeQueue
 
 
 def double(tensor):
@@ -161,16 +161,16 @@ def test_a_queue_is_in_the_state_dict_so_that_a_resumed_run_has_it(batch):
     other.objective.train()
     other.objective.load_state_dict(given.objective.state_dict())
     assert other.term().value.item() == given.term().value.item()
-    assert "memory.image" not in batch("global_semantic", "corrected").objective.state_dict()
+    assert "queue.image" not in batch("global_semantic", "corrected").objective.state_dict()
 
 
 def test_a_batch_larger_than_the_queue_leaves_its_last_pairs(batch):
     given = batch("global_semantic", "corrected", queue=2)
     given.objective.train()
     given.term()
-    memory = given.objective.memory
-    assert torch.equal(memory.token_ids, given.caption.features.token_ids[-2:])
-    assert memory.is_filled.all()
+    queue = given.objective.queue
+    assert torch.equal(queue.token_ids, given.caption.features.token_ids[-2:])
+    assert queue.is_filled.all()
 
 
 def test_a_pair_that_is_not_finite_is_no_negative_later(batch):
@@ -179,28 +179,28 @@ def test_a_pair_that_is_not_finite_is_no_negative_later(batch):
     broken = given.view.cls.detach().clone()
     broken[1] = float("nan")
     given.but(cls=broken).term()
-    assert given.objective.memory.is_filled.tolist()[:4] == [True, False, True, True]
+    assert given.objective.queue.is_filled.tolist()[:4] == [True, False, True, True]
     assert given.term().value.isfinite()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_the_queue_keeps_nothing_that_is_not_finite(side, value):
-    memory = PairMemory(4, width=3, length=2)
+    queue = NegativeQueue(4, width=3, length=2)
     pairs = {"image": torch.ones(3, 3), "text": torch.ones(3, 3)}
     pairs[side][1, 2] = value
-    memory.add(**pairs, token_ids=torch.arange(6).view(3, 2))
-    assert memory.is_filled.tolist() == [True, False, True, False]
-    assert memory.image.isfinite().all()
-    assert memory.text.isfinite().all()
+    queue.add(**pairs, token_ids=torch.arange(6).view(3, 2))
+    assert queue.is_filled.tolist() == [True, False, True, False]
+    assert queue.image.isfinite().all()
+    assert queue.text.isfinite().all()
 
 
 def test_a_queue_poisoned_by_an_earlier_version_is_cleaned_when_loaded():
-    memory = PairMemory(2, width=3, length=2)
-    memory.add(torch.ones(2, 3), torch.ones(2, 3), torch.arange(4).view(2, 2))
-    state = memory.state_dict()
+    queue = NegativeQueue(2, width=3, length=2)
+    queue.add(torch.ones(2, 3), torch.ones(2, 3), torch.arange(4).view(2, 2))
+    state = queue.state_dict()
     state["text"] = torch.tensor([[float("nan")] * 3, [1.0] * 3])
-    other = PairMemory(2, width=3, length=2)
+    other = NegativeQueue(2, width=3, length=2)
     other.load_state_dict(state)
     assert other.is_filled.tolist() == [False, True]
     past = other.recall(torch.full((1, 2), 9))

@@ -87,7 +87,7 @@ def test_skipping_leaves_an_update_out_but_not_for_ever(config, tmp_path, monkey
     key = "decoder.conv_out.weight"
     assert torch.equal(before["state_dict"][key], after["state_dict"][key])
     assert finite(run.checkpoint)
-    monkeypatch.setattr("lgvq_plugin.training.driver.MOST_SKIPPED", 3)
+    monkeypatch.setattr("lgvq_plugin.training.driver.MAX_SKIPPED", 3)
     poison(monkeypatch, "encoder", float("nan"), since=1)
     with pytest.raises(FloatingPointError, match=r"step 3: .*3th skipped update in a row"):
         train(config(*SKIP, "training.max_steps=9"), name="b", logdir=tmp_path, progress=False)
