@@ -1,5 +1,6 @@
 """Any text encoder of transformers as the guide: BERT, RoBERTa, sentence encoders, T5; `[hf]`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,9 @@ class HuggingFaceGuide(AbstractTokenGuide):
     def _embedding(self) -> nn.Embedding:
         network: Any = self._network
         return network.get_input_embeddings()
+
+    def _rows(self, captions: Sequence[str]) -> list[Row]:
+        return [self._row(caption) for caption in captions]
 
     def _row(self, caption: str) -> Row:
         return _row(self._tokenizer, caption)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,9 @@ class OpenCLIPText(AbstractTokenGuide):
     @property
     def _embedding(self) -> nn.Embedding:
         return self._network.token_embedding
+
+    def _rows(self, captions: Sequence[str]) -> list[Row]:
+        return [self._row(caption) for caption in captions]
 
     def _row(self, caption: str) -> Row:
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id

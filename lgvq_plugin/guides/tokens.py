@@ -74,7 +74,7 @@ class AbstractTokenGuide(AbstractGuide):
         key = tuple(captions)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        rows = [self._row(caption) for caption in captions]
+        rows = self._rows(captions)
         tokens = assemble(rows, length=self.max_length, pad=self._pad)
         if tokens.cut and not self.truncated:
             warn_of_truncation(self.max_length)
@@ -91,20 +91,22 @@ class AbstractTokenGuide(AbstractGuide):
             if tuple(token_mask.shape) != shape:
                 raise ValueError(f"token_mask: expected {shape}, got {tuple(token_mask.shape)}")
             seen = seen.masked_fill(token_mask.cpu() & (text.word_ids >= 0), self._mask_id)
-        attention_mask = text.attention_mask.to(self.device)
+        vocabulary = self.vocabulary
+        device = vocabulary.device
+        attention_mask = text.attention_mask.to(device)
         if len(captions):
-            with torch.autocast(self.device.type, enabled=False):
-                tokens, sentence = self._forward(seen.to(self.device), attention_mask)
+            with torch.autocast(device.type, enabled=False):
+                tokens, sentence = self._forward(seen.to(device), attention_mask)
         else:
-            tokens = self.vocabulary.new_zeros(*shape, self.token_dim)
-            sentence = self.vocabulary.new_zeros(0, self.sentence_dim)
+            tokens = vocabulary.new_zeros(*shape, self.token_dim)
+            sentence = vocabulary.new_zeros(0, self.sentence_dim)
         return TextFeatures(
-            token_ids=text.token_ids.to(self.device),
+            token_ids=text.token_ids.to(device),
             attention_mask=attention_mask,
-            word_ids=text.word_ids.to(self.device),
+            word_ids=text.word_ids.to(device),
             tokens=tokens,
             sentence=sentence,
-            vocabulary=self.vocabulary,
+            vocabulary=vocabulary,
         )
 
 
