@@ -64,7 +64,6 @@ def route(tmp_path_factory):
     return route
 
 
-@pytest.mark.xfail(reason="needs the changes of guides/ and training/ to be merged", strict=False)
 def test_one_step_enters_few_files_in_few_hops(route):
     print(f"\n{len(route.files)} files: {', '.join(route.files)}\n{len(route.hops)} hops:")
     print("\n".join(route.hops))
