@@ -289,7 +289,7 @@ def _image_grid(
     _save(figure, path)
 
 
-def _subplots(width: float, height: float, *args: int, **kwargs: bool) -> Any:
+def _subplots(width: float, height: float, *args: Any, **kwargs: Any) -> Any:
     """Return a figure that needs no window, and its axes."""
     from matplotlib.figure import Figure
 

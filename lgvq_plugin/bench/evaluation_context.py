@@ -155,12 +155,13 @@ class Context:
 
     def _dataset(self, which: str) -> Any:
         limit = self.config.limit
+        section = self.test_section
         if which == "train":
-            section = self.data.get("train")
+            section = self.data.get("train") or {}
             if not section:
                 raise ConfigError("data: the probes need a `train:` data set")
             limit = self.config.train_limit or (None if limit is None else 4 * limit)
-        dataset = build_dataset(self.test_section if which == "test" else dict(section))
+        dataset = build_dataset(section)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)
         return dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))

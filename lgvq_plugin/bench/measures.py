@@ -124,12 +124,13 @@ def rows_of(
         better = None if any(part in name for part in neutral) else True
         if better and any(part in name for part in lower):
             better = False
-        each = None
+        each: Any = None
+        mean: Any = value
         if isinstance(value, Tensor):
-            value, each = float(value.double().mean()), value.tolist()
+            mean, each = value.double().mean(), value.tolist()
         elif isinstance(value, Sequence):
-            value, each = sum(value) / max(len(value), 1), value
-        rows[f"{prefix}/{name}"] = Row(float(value), n, unit, better, each, settings or {})
+            mean, each = sum(value) / max(len(value), 1), value
+        rows[f"{prefix}/{name}"] = Row(float(mean), n, unit, better, each, settings or {})
     return rows
 
 
@@ -275,7 +276,7 @@ def relation(context: Context) -> Rows:
     control = similarity_gap(features, codes[order])
     numbers |= {f"shuffled/{name}": control[name] for name in ("mse", "pearson", "spearman")}
     settings = {"words": len(texts), "match": "likelihood ratio", "guide": context.guide_config}
-    kinds = {"lower": ["mse"], "neutral": ["shuffled"]}
+    kinds: dict[str, Any] = {"lower": ["mse"], "neutral": ["shuffled"]}
     return rows_of("relation", numbers, pairs, settings=settings, **kinds)
 
 
@@ -348,7 +349,7 @@ def retrieval(context: Context) -> Rows:
         "guide": context.guide_config,
         "train_images": len(train.codes),
     }
-    kinds = {"lower": ["mean_rank"], "neutral": ["chance"]}
+    kinds: dict[str, Any] = {"lower": ["mean_rank"], "neutral": ["chance"]}
     return rows_of("retrieval", values, len(captions), settings=settings, **kinds)
 
 
@@ -387,7 +388,7 @@ def masked_words(context: Context) -> Rows:
             "probe": vars(config),
         }
         for number in (1, 3):
-            numbers = {}
+            numbers: dict[str, Any] = {}
             for prefix, codes in (("", test.codes), ("shuffled/", _shuffled(context))):
                 found = probe.values(codes, captions, masked=number, seed=context.config.seed)
                 numbers |= {f"{prefix}mask_{number}/{name}": v for name, v in found.items()}
@@ -535,7 +536,7 @@ def text_to_image(context: Context) -> Rows:
     if scorer is None:
         settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
     values = probe.values(test.codes, captions, seed=seed)
-    kinds = {"lower": ["bits"], "neutral": ["shuffled", "without_text"]}
+    kinds: dict[str, Any] = {"lower": ["bits"], "neutral": ["shuffled", "without_text"]}
     rows = rows_of("t2i", values, len(captions), unit="bits", settings=settings, **kinds)
     captions = captions[: config.images]
     images = _decode(context, test, probe.draw(captions, seed=seed, progress=context.progress))
@@ -567,8 +568,8 @@ def _judge_rows(
     """Let a network trained on real images classify attributes of generated ones."""
     train = stack_labels(context.train.attributes[:JUDGED])
     target = stack_labels(context.test.attributes[: len(images)])
-    options = {"folder": context.folder, "progress": context.progress}
-    judge = ImageJudge.train_on(context.train_pictures(JUDGED), train, **options)
+    pictures = context.train_pictures(JUDGED)
+    judge = ImageJudge.train_on(pictures, train, folder=context.folder, progress=context.progress)
     shown = {"": images, "reconstructed/": again, "real/": real}
     numbers = {
         f"{prefix}judge/{name}": value
@@ -582,7 +583,10 @@ def _judge_rows(
         pairs = zip(real.split(64), shown[prefix].split(64), strict=True)
         numbers[f"{prefix}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
     settings = {**settings, "judge": "a small CNN trained on real training pictures"}
-    kinds = {"lower": ["fd_judge"], "neutral": ["real/", "reconstructed/", "shuffled/"]}
+    kinds: dict[str, Any] = {
+        "lower": ["fd_judge"],
+        "neutral": ["real/", "reconstructed/", "shuffled/"],
+    }
     return rows_of("t2i", numbers, len(images), settings=settings, **kinds)
 
 

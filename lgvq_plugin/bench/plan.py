@@ -165,7 +165,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"{path}: no key {key!r} in an ablation{suggest(key, PLAN_KEYS)}")
     name = given.pop("extends", None)
     if name is None:
-        return given  # type: ignore[no-any-return]
+        return given
     if not isinstance(name, str):
         raise ConfigError(f"{path}: extends: expected the path of one plan, got {name!r}")
     parent, extending = path.parent / name, (*extending, path.resolve())

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -308,7 +308,8 @@ def _settings(results: Results) -> dict[str, Any]:
         )
         for variant, shown in results.variants.items()
     ]
-    done = next((run.evaluation for run in results.runs if run.status == "done"), {})
+    finished = (run.evaluation for run in results.runs if run.status == "done")
+    done: Mapping[str, Any] = next(finished, {})
     given = {"Evaluation": done.get("settings"), "Environment": done.get("environment")}
     return {
         "settings": settings,
@@ -439,7 +440,8 @@ def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
             for name, row in run.metrics.items()
         }
         runs.append({**shown, "cost": run.cost, "metrics": metrics})
-    done = next((run.evaluation for run in results.runs if run.status == "done"), {})
+    finished = (run.evaluation for run in results.runs if run.status == "done")
+    done: Mapping[str, Any] = next(finished, {})
     return {
         "title": results.title,
         "references": list(results.references),

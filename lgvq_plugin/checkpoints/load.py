@@ -352,7 +352,7 @@ def _config_beside(file: Path) -> dict[str, Any] | None:
         projects = sorted(run.glob("configs/*-project.yaml"), reverse=True)
         for path in (run / "config.json", run / "configs" / "merged.yaml", *projects):
             try:
-                config = read_config([path]) if path.is_file() else {}
+                config = read_config([path]) if path.is_file() else DictConfig({})
             except ConfigError:  # of another program
                 continue
             if "model" in config:

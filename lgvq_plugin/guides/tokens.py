@@ -38,8 +38,8 @@ class AbstractTokenGuide(AbstractGuide):
         """The network's token embedding."""
 
     @abstractmethod
-    def _row(self, caption: str) -> Row:
-        """Return token ids and word numbers, start and end included."""
+    def _rows(self, captions: Sequence[str]) -> list[Row]:
+        """Return token ids and word numbers of each caption, start and end included."""
 
     @abstractmethod
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -403,7 +403,7 @@ def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
         splits["train"].setdefault("crop", "random")
     own = {name: _params_in(over.get(name)) for name in DATA_SETS}
     shared = {key: value for key, value in own["train"].items() if key not in TRAINING_ONLY}
-    sets = {
+    sets: dict[str, dict[str, Any]] = {
         name: {"target": layout.member, "params": {**splits[name], **shared, **own[name]}}
         for name in DATA_SETS
         if name in splits

@@ -95,7 +95,9 @@ def read(path: Path) -> dict[str, Any]:
             f"checkpoint {str(path)!r} {kind}: only a checkpoint of `lgvq train` can be resumed; "
             f"to start from its weights: lgvq retrofit -b CONFIG --ckpt {path} -o DIR"
         )
-    optional = {key: {} for key in ("ema_state_dict", "MixedPrecision") if key in raw}
+    optional: dict[str, Any] = {
+        key: {} for key in ("ema_state_dict", "MixedPrecision") if key in raw
+    }
     for key, example in {**EXPECTED, **optional}.items():
         require_like(raw.get(key), example, key, path)
     samples, version = raw[STATE]["samples"], raw["pytorch-lightning_version"]

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,6 @@ class ImageJudge(nn.Module):
 
         digest = hashlib.sha256(images.numpy().data).hexdigest()
         facts = [digest, {n: v.tolist() for n, v in target.items()}]
-        options = {"name": "judge", "folder": folder, "progress": progress}
+        options: dict[str, Any] = {"name": "judge", "folder": folder, "progress": progress}
         fit(judge, loss_of, len(images), config, facts=facts, **options)
         return judge.requires_grad_(False)

@@ -113,7 +113,7 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
             logits = self.network(seen[:, :-1], memory, mask)
             return F.cross_entropy(logits.flatten(0, 1), seen.flatten())
 
-        options = {"name": "text_to_image", "folder": folder, "progress": progress}
+        options: dict[str, Any] = {"name": "text_to_image", "folder": folder, "progress": progress}
         facts = [codes.fingerprint, target, self.guide.fingerprint]
         fit(self.network, loss_of, len(codes), config, facts=facts, **options)
         return self

@@ -74,10 +74,11 @@ class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
     """
 
     Config: ClassVar[type[ProbeConfig]]
+    config: Any
     network: Any
 
-    def __init__(self, config: Config | None = None, *, device: torch.device | str = "cpu"):
-        self.config: Config = config or self.Config()  # type: ignore[assignment]
+    def __init__(self, config: ProbeConfig | None = None, *, device: torch.device | str = "cpu"):
+        self.config = config or self.Config()
         self.device = torch.device(device)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
             return F.cross_entropy(logits, answers[rows].to(self.device))
 
         # Checkpoints have the file name of version 0.1.
-        options = {"name": "questions", "folder": folder, "progress": progress}
+        options: dict[str, Any] = {"name": "questions", "folder": folder, "progress": progress}
         facts = [codes.fingerprint, texts, answers.tolist(), images.tolist()]
         fit(self.network, loss_of, len(kept), config, facts=facts, **options)
         return self
