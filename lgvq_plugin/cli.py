@@ -63,6 +63,9 @@ def _report(error: Exception, debug: bool) -> int:
     code, text = 1, f"failed: {type(error).__name__}: {error}"
     if isinstance(error, ConfigError):
         code, text = 2, f"error: {error}"
+    elif isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error)):
+        text = f"error: {error.name} is not installed: pip install 'lgvq_plugin[{extra}]'"
+        code = 2
     elif isinstance(error, FloatingPointError):  # a run that diverged: the message says where
         text = f"failed: {error}"
     elif isinstance(error, BrokenPipeError):  # `lgvq ... | head`: nobody reads on
@@ -79,6 +82,12 @@ def _report(error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     print(f"lgvq: {text}", file=sys.stderr)
     return code
+
+
+def _extra_of(error: ModuleNotFoundError) -> str | None:
+    from .doctor import extra_of
+
+    return extra_of((error.name or "").partition(".")[0])
 
 
 def _add_working_folder() -> None:

@@ -66,18 +66,41 @@ def examine(*, full: bool = False) -> list[Finding]:
     return found
 
 
-def required() -> list[str]:
-    """Return what pyproject.toml requires, as "name>=version", without the extras and taming.
+def requirements() -> dict[str, list[str]]:
+    """Return extra -> "name>=version" of each requirement in pyproject.toml; "" without an extra.
 
-    >>> "jinja2>=3.1" in required()
+    >>> "jinja2>=3.1" in requirements()["bench"]
     True
     """
-    wishes = (line.partition(";") for line in metadata.requires("lgvq_plugin") or [])
-    return [
-        wish.strip()
-        for wish, _, condition in wishes
-        if "extra" not in condition and not wish.startswith("taming")  # see `taming`
-    ]
+    found: dict[str, list[str]] = {}
+    for line in metadata.requires("lgvq_plugin") or []:
+        wish, _, condition = (part.strip() for part in line.partition(";"))
+        extra = re.search(r"extra == [\"'](\w+)", condition)
+        if not re.match("lgvq[_-]plugin", wish):
+            found.setdefault(extra[1] if extra else "", []).append(wish)
+    return found
+
+
+def required() -> list[str]:
+    """Return the requirements of the commands; `taming` examines taming-transformers itself."""
+    found = requirements()
+    wishes = [*found.get("", []), *found.get("train", []), *found.get("bench", [])]
+    return [wish for wish in wishes if not wish.startswith("taming")]
+
+
+def extra_of(module: str) -> str | None:
+    """Return the extra that installs a module, None if none does.
+
+    >>> extra_of("pytorch_lightning"), extra_of("taming"), extra_of("numpy")
+    ('train', 'train', None)
+    """
+    names = {"PIL": "pillow", "taming": "taming-transformers"}
+    name = names.get(module, module).replace("_", "-")
+    for extra in ("train", "bench", "eval", "data", "hf", "diffusers"):
+        wishes = requirements().get(extra, [])
+        if name in {re.split(r"[><=]", wish)[0].replace("_", "-") for wish in wishes}:
+            return extra
+    return None
 
 
 def stack() -> list[Finding]:

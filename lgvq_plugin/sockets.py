@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from typing import Any
 
 from .moved import new_module
@@ -174,6 +175,8 @@ def resolve(socket: str, name: str) -> Any:
 def path_of(socket: str, name: str) -> str:
     """Return the dotted path that :func:`resolve` imports, without importing it.
 
+    Other packages add members by an entry point of the group "lgvq_plugin.<socket>".
+
     Raises:
         ConfigError: if the name is neither a member nor a dotted path.
 
@@ -188,8 +191,12 @@ def path_of(socket: str, name: str) -> str:
         return f"{__package__}.{socket}.{members[name]}"
     if "." in name or ":" in name:
         return name
+    others = {entry.name: entry.value for entry in entry_points(group=f"{__package__}.{socket}")}
+    if name in others:
+        return others[name]
+    known = [*members, *others]
     raise ConfigError(
-        f"unknown member of {socket}: {name!r}{suggest(name, members)}; or give 'pkg.module:Class'"
+        f"unknown member of {socket}: {name!r}{suggest(name, known)}; or give 'pkg.module:Class'"
     )
 
 

@@ -276,3 +276,17 @@ def test_ctrl_c_during_an_import_ends_at_once_though_the_import_drops_it(tmp_pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr == "lgvq: interrupted; nothing was started\n"
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torchmetrics", "bench"), ("lightning", "train")])
+def test_a_missing_extra_is_reported_with_the_command_that_installs_it(
+    module, extra, monkeypatch, capsys
+):
+    def main(argv):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=f"{module}.text")
+
+    monkeypatch.setattr("lgvq_plugin.bench.evaluate.main", main)
+    assert cli.main(["eval"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.endswith(f"is not installed: pip install 'lgvq_plugin[{extra}]'\n")
+    assert "Traceback" not in shown
