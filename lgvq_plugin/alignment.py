@@ -7,13 +7,13 @@ captions --guide--> Caption ---|--> objectives --> sum of weight * term, and wha
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import LGVQConfig, ObjectivesConfig
+from .config import LGVQConfig
 from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
@@ -71,11 +71,11 @@ class Alignment(nn.Module):
                 out_dim=guide.token_dim,
                 grid=config.grid or grid or PAPER_GRID,
             )
-            self.objectives = nn.ModuleDict({
-                name: resolve("objectives", name)(own, guide=guide, code_dim=code_dim)
-                for name in [each.name for each in fields(ObjectivesConfig)]
-                if (own := getattr(config.objectives, name)).weight > 0
-            })  # fmt: skip
+            self.objectives = nn.ModuleDict()
+            for name, own in vars(config.objectives).items():
+                if own.weight > 0:
+                    objective = resolve("objectives", name)
+                    self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class Alignment(nn.Module):
         self._count_batches_without(any(strings))
         log = _codebook_log(codes, split)
         share = self.scale(step)
-        scale = share if split == "train" else 1.0
+        scale = share if split == "train" else 1.0  # validation ignores the schedule
         if scale > 0 and (any(strings) or world_size() > 1):  # other ranks may have captions
             total = self._weighted_sum(codes, strings, generator, scale, step, split, log)
         elif world_size() > 1:  # DDP waits for a gradient of every parameter
@@ -138,7 +138,7 @@ class Alignment(nn.Module):
         view = self.view(codes)
         caption = Caption(strings, has_caption, features, self.guide, generator)
         terms: dict[str, Term] = {n: each(view, caption) for n, each in self.objectives.items()}
-        bad = self._not_finite(terms, step, split)
+        bad = self._handle_nonfinite(terms, step, split)
         total: Tensor = torch.zeros((), device=device)
         for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
@@ -224,8 +224,8 @@ class Alignment(nn.Module):
         primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
         return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
 
-    def _not_finite(self, terms: dict[str, Term], step: int, split: str) -> list[str]:
-        """Return the names of terms that are not finite; one read from the device for all."""
+    def _handle_nonfinite(self, terms: dict[str, Term], step: int, split: str) -> list[str]:
+        """Raise, or warn and return the names of terms to leave out; one read from the device."""
         if not terms:
             return []
         values = torch.stack([term.value.detach().float() for term in terms.values()]).tolist()
@@ -238,11 +238,11 @@ class Alignment(nn.Module):
                 raise FloatingPointError(
                     f"{what}; lower the learning rate or its weight, or set lgvq.on_nonfinite: skip"
                 )
-            self._raise_if_hopeless(what, self._skipped.get(name, 0))
+            self._raise_if_unrecoverable(what, self._skipped.get(name, 0))
             logger.warning("%s; left out of this step", what)
         return list(bad)
 
-    def _raise_if_hopeless(self, what: str, skipped: int) -> None:
+    def _raise_if_unrecoverable(self, what: str, skipped: int) -> None:
         broken = [key for key, p in self.named_parameters() if not all_finite([p])]
         if broken and skipped >= MAX_SKIPPED_BROKEN:
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -276,15 +276,18 @@ def zero_of(module: nn.Module) -> Tensor:
 
 
 def _require_list_of_captions(captions: Any) -> None:
+    def is_several(entry: Any) -> bool:
+        others = str | bytes | Mapping | Tensor
+        return hasattr(entry, "__len__") and not isinstance(entry, others)
+
     is_list = hasattr(captions, "__len__") and not isinstance(captions, str | bytes | Mapping)
-    for entry in captions if is_list else [captions]:
-        is_several = hasattr(entry, "__len__") and not isinstance(entry, bytes | Mapping | Tensor)
-        texts = entry if is_several and not isinstance(entry, str) else [entry]
-        if not is_list or not all(text is None or isinstance(text, str) for text in texts):
-            raise ConfigError(
-                "captions must be a list with one entry per image (a string, a list of strings, "
-                f"or None), got {captions!r:.80}"
-            )
+    entries = captions if is_list else ()
+    texts = [text for each in entries for text in (each if is_several(each) else [each])]
+    if not is_list or not all(text is None or isinstance(text, str) for text in texts):
+        raise ConfigError(
+            "captions must be a list with one entry per image (a string, a list of strings, "
+            f"or None), got {captions!r:.80}"
+        )
 
 
 def _draw(caption: str | Sequence[str] | None, generator: torch.Generator) -> str:

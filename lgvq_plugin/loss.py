@@ -106,6 +106,8 @@ class LGVQLoss(BaseLossWrapper):
 
     BASE_TARGET = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
 
+    # Defaults are on the class, so that __setattr__ keeps assignments of these names on this
+    # object even if the base loss has an attribute of the same name.
     latest: Mapping[str, Tensor] = {}
     checks_gradients = True
     _config = LGVQConfig()
@@ -119,7 +121,7 @@ class LGVQLoss(BaseLossWrapper):
     _step = 0  # counted here where the host's calls have no global_step
     _optimizer_check: "OptimizerCheck | None" = None
     _gradient_check: "GradientCheck | None" = None
-    _discriminator_first: dict[bool, bool] = {}  # by whether it is training
+    _discriminator_first: dict[bool, bool] = {}  # by is_training: validation may have another order
     _is_confirmed = False  # whether the complete host was searched for its quantizer
     _has_warned = False  # whether this loss without a host has said so
 
@@ -170,7 +172,7 @@ class LGVQLoss(BaseLossWrapper):
         if is_generator:
             terms, self.latest = self._terms(heads, hook, call, is_training)
             return _add_terms(result, terms, self.latest)
-        if discriminator_first:
+        if discriminator_first:  # the generator's loss follows, on a new forward pass
             hook.expect_new_pass()
         else:  # the discriminator's own forward pass recorded codes that nothing will use
             hook.forget()
@@ -184,10 +186,13 @@ class LGVQLoss(BaseLossWrapper):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         split = str(call.get("split", "train" if self.training else "val"))
         captions, self._captions = self._captions, None
-        codes = hook.take(host=self._host if is_training and captions is not None else None)
+        needs_gradient = is_training and captions is not None  # without captions there is no term
+        codes = hook.take(host=self._host if needs_gradient else None)
         step = call.get("global_step")
         if step is None:
-            step, self._step = self._step, self._step + (split == "train")
+            step = self._step
+            if split == "train":
+                self._step += 1
         if is_training:
             self._check_optimizers(heads)
         captions = [None] * len(codes.codes) if captions is None else captions
@@ -216,11 +221,11 @@ class LGVQLoss(BaseLossWrapper):
         if child is self or any(child is known for known in self._ancestors):
             self._ancestors = (*self._ancestors, parent)
         if any(parent is known for known in self._ancestors):
-            view = gets_quantizer(parent, name, child, self._config.quantizer)
-            if view is not None:
-                self.adopt(parent, among=view)
+            complete = gets_quantizer(parent, name, child, self._config.quantizer)
+            if complete is not None:
+                self.adopt(parent, search_in=complete)
 
-    def adopt(self, host: nn.Module, *, among: nn.Module | None = None) -> None:
+    def adopt(self, host: nn.Module, *, search_in: nn.Module | None = None) -> None:
         """Hook `host`'s quantizer and build the heads; automatic when a host takes this loss.
 
         Raises:
@@ -231,7 +236,7 @@ class LGVQLoss(BaseLossWrapper):
         if not is_on(self._config):
             self._set_host(host)
             return
-        quantizers = require_quantizers(among or host, self._config.quantizer)
+        quantizers = require_quantizers(search_in or host, self._config.quantizer)
         self._path = (*quantizers,)
         self._set_host(host)
         grid = self._config.grid or grid_of(host)
@@ -396,9 +401,7 @@ def require_captions(batch: Any, key: str | None) -> None:
 
 def is_on(config: LGVQConfig) -> bool:
     """Whether any objective has a weight."""
-    objectives = config.objectives
-    parts = (objectives.global_semantic, objectives.masked_text, objectives.relationship)
-    return any(part.weight > 0 for part in parts)
+    return any(part.weight > 0 for part in vars(config.objectives).values())
 
 
 def in_words(status: Mapping[str, Any]) -> str:

@@ -244,11 +244,11 @@ class MaskedText(AbstractObjective):
         if self.config.attend_cls:
             memory = torch.cat([view.cls[:, None], memory], dim=1)
         logits = self.decoder(
-            text.tokens.detach().masked_fill(~self._is_real(text)[..., None], 0.0),
+            text.tokens.detach().masked_fill(~self._is_not_padding(text)[..., None], 0.0),
             mask,
             memory,
             text.vocabulary,
-            None if self.config.attend_padding else text.attention_mask,
+            attention_mask=None if self.config.attend_padding else text.attention_mask,
         )
         targets = text.token_ids[mask]
         value = masked_text_loss(logits, targets, label_smoothing=self.config.label_smoothing)
@@ -261,15 +261,17 @@ class MaskedText(AbstractObjective):
             return caption.guide.draw_mask(
                 caption.strings, text.word_ids, ratio=config.ratio, generator=caption.generator
             )
+        # Released code: a normal draw cut to the ratio's bounds, of which (0.1, 0.3) lie below
+        # its mean, so that most draws are close to the upper one.
         low, high = config.ratio
         ratio = sample_truncated_ratio(
             mean=0.5, deviation=0.1, low=low, high=high, generator=caption.generator
         )
         return sample_token_mask(
-            self._is_real(text), text.word_ids, ratio=ratio, generator=caption.generator
+            self._is_not_padding(text), text.word_ids, ratio=ratio, generator=caption.generator
         )
 
-    def _is_real(self, text: TextFeatures) -> Tensor:
+    def _is_not_padding(self, text: TextFeatures) -> Tensor:
         if self.config.mask_at == "input":
             return text.attention_mask
         # Released code: a word piece of id 0 counts as padding, too.
