@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.read import read_raw
 from ..config import to_plain
-from ..functional import batch_perplexity, world_size
+from ..functional import batch_perplexity
 from ..sockets import ConfigError, instantiate, suggest
 
 logger = logging.getLogger(__name__)
@@ -364,7 +364,7 @@ class VectorQuantizer(nn.Module):
         order = keys.argsort()  # distinct vectors as long as there are enough
         places = torch.arange(self.n_embed, device=order.device) % vectors.shape[0]
         fresh = vectors[order[places]]
-        if world_size() > 1:
+        if dist.is_available() and dist.is_initialized():
             dist.broadcast(fresh, src=0)
         weight = self.embedding.weight
         weight.copy_(fresh.where(is_dead[:, None], weight))
@@ -391,7 +391,7 @@ def _sum_by_code(rows: Tensor, indices: Tensor, n_embed: int) -> Tensor:
 
 
 def _all_sum(x: Tensor) -> Tensor:
-    if world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x
 
