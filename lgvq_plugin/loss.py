@@ -1,5 +1,6 @@
 """LGVQLoss: the host's own loss plus the weighted objectives of LG-VQ."""
 
+import functools
 import inspect
 import logging
 import weakref
@@ -45,9 +46,9 @@ class BaseLossWrapper(nn.Module):
 
     Parameters, buffers and submodules are those of the base loss under their own names: both
     modules share the very dicts. Other attributes are read from the wrapper first, then from the
-    base loss. Assigning one sets it on the base loss only if the base loss has it and neither this
-    object nor its class does: `loss.disc_weight = 1` reaches the base loss, `self.new_state = 3`
-    stays here.
+    base loss. Assigning one reaches the base loss only if the base loss has it, or its code reads
+    it, and neither this object nor its class has it: a host's `loss.disc_weight = 1` arrives,
+    `self.new_state = 3` stays here.
     """
 
     def __init__(self, base_loss: nn.Module) -> None:
@@ -67,7 +68,7 @@ class BaseLossWrapper(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base_loss")
         is_own = base is None or name in self.__dict__ or hasattr(type(self), name)
-        if is_own or not hasattr(base, name):
+        if is_own or not (hasattr(base, name) or name in _names_in_code(type(base))):
             super().__setattr__(name, value)
         else:
             setattr(base, name, value)
@@ -77,6 +78,22 @@ class BaseLossWrapper(nn.Module):
         super().train(mode)
         self.base_loss.training = mode
         return self
+
+
+@functools.cache
+def _names_in_code(cls: type) -> frozenset[str]:
+    """Return the names that the methods of a class mention, those of nn.Module excepted."""
+    found: set[str] = set()
+    for each in cls.__mro__:
+        if each not in nn.Module.__mro__:
+            methods = (getattr(method, "__code__", None) for method in vars(each).values())
+            for code in filter(None, methods):
+                found.update(code.co_names, filter(_is_name, code.co_consts))
+    return frozenset(found)
+
+
+def _is_name(constant: Any) -> bool:
+    return isinstance(constant, str) and constant.isidentifier()  # getattr(self, "factor", 1)
 
 
 class LGVQLoss(BaseLossWrapper):
@@ -264,6 +281,9 @@ class LGVQLoss(BaseLossWrapper):
                 part.remove()
         if self._host is not None:
             replace_module(self._host, self, self.base_loss)
+        for name in vars(self).keys() - vars(self.base_loss).keys() - {"base_loss"}:
+            if not hasattr(type(self), name):  # the host gave it to its loss, which has gone
+                setattr(self.base_loss, name, vars(self)[name])
         self._modules.pop("lgvq", None)
         self._hook = self._optimizer_check = self._gradient_check = self._methods = None
         self._captions, self._has_warned = None, True

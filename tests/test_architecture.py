@@ -63,6 +63,7 @@ def graph():
     }
 
 
+@pytest.mark.slow
 def test_there_is_no_import_circle():
     edges, done, path = graph(), set(), []
 
@@ -91,6 +92,7 @@ def test_the_chain_of_imports_in_the_core_is_short():
     assert depth(deepest) <= MAX_CHAIN, f"{deepest}: {depth(deepest)} files deep"
 
 
+@pytest.mark.slow
 def test_a_private_file_serves_several_files_of_its_folder():
     users = defaultdict(set)
     for file in FILES:
@@ -134,6 +136,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert loaded_by("import lgvq_plugin, lgvq_plugin.cli", LIGHT) == "[]"
 
 
+@pytest.mark.slow
 def test_the_loss_imports_neither_lightning_nor_open_clip_before_it_is_built():
     names = ["lightning", "pytorch_lightning", "taming", "open_clip"]
     code = "from lgvq_plugin import LGVQLoss, CodeViT, TextDecoder, attach, functional"

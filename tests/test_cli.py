@@ -128,7 +128,7 @@ def test_the_script_sees_the_working_folder_as_python_m_does(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(script), "doctor", "--json"]
     shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
-    reason = [f["reason"] for f in json.loads(shown.stdout) if f["what"] == "taming"]
+    reason = [f["told"] for f in json.loads(shown.stdout) if f["what"] == "taming"]
     assert reason[0].startswith(f"clone at {tmp_path / 'taming'}"), reason
 
 

@@ -44,6 +44,7 @@ def test_a_weight_of_zero_builds_no_network_and_downloads_nothing(monkeypatch):
     assert log["val/nll_loss"].item() == pytest.approx(images.mean().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_missing_vgg_weights_are_reported_in_full(monkeypatch, tmp_path):
     import torchvision.models._api as api
 

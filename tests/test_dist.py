@@ -114,6 +114,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)

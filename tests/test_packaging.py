@@ -28,7 +28,7 @@ def test_configs_lists_every_config_with_its_title(capsys):
         for path in (ROOT / "configs").rglob("*.yaml")
     }
     assert names == files
-    assert any(line.startswith("recipe ") and "recipe that won" in line for line in lines)
+    assert any(line.startswith("recipe ") and "best recipe" in line for line in lines)
 
 
 def test_configs_copies_the_named_ones_and_overwrites_nothing(tmp_path, capsys):
@@ -50,6 +50,7 @@ def test_an_unknown_config_is_reported_with_the_nearest_name(tmp_path):
         shipped.copy(["recipes"], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_loss_needs_no_extra():
     """As in an environment without Lightning, taming, scipy, matplotlib and torchmetrics."""
     code = f"""

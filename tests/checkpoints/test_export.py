@@ -151,6 +151,7 @@ def test_a_wrong_diffusers_model_is_not_written(old, tmp_path, monkeypatch):
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 def test_heads_alone_go_to_another_run(config, tmp_path):
     _, run = lgvq_run(config, tmp_path, "vqvae")
     out = tmp_path / "heads"

@@ -112,6 +112,7 @@ def test_the_discriminator_starts_when_the_old_run_would_have_started_it(old, st
     assert model["params"]["lossconfig"]["params"]["disc_start"] == wanted
 
 
+@pytest.mark.slow
 def test_the_command(old, tmp_path, capsys):
     config, host, path = old("vqvae")
     OmegaConf.save(OmegaConf.create(config), tmp_path / "old.yaml")

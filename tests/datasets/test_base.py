@@ -37,6 +37,7 @@ def test_every_member_has_a_tree(trees):
     assert {*trees, "scenes"} == {*datasets.MEMBERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*datasets.MEMBERS} - {"scenes"}))
 def test_a_tree_is_recognized_as_its_own(name, trees, tmp_path):
     params = trees[name](tmp_path)

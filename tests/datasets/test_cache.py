@@ -101,6 +101,7 @@ def test_maskings_are_made_only_where_they_are_needed(config, tmp_path, lgvq, ex
     assert ("masks" in arrays) == bool(expected)
 
 
+@pytest.mark.slow
 def test_padding_can_be_left_out(config, tmp_path):
     for name, extra in (("a", []), ("b", ["--drop-padding"])):
         given = ["cache", "-b", config(), "-o", str(tmp_path / name), "--no-progress"]

@@ -188,6 +188,7 @@ def test_shrinking_keeps_the_shorter_side(tmp_path, square, expected):
         assert (image.size, image.mode, suffix) == (expected, "RGB", ".png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exif", [b"II*\0\x08", b"XX*\0\x08\0\0\0"], ids=["short", "no TIFF"])
 def test_broken_exif_is_skipped_like_any_broken_file(tmp_path, exif):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png", exif=exif)

@@ -130,6 +130,7 @@ def test_coco_instances_give_objects_and_labels(tmp_path):
     assert dataset[0]["objects"][1] == expected
 
 
+@pytest.mark.slow
 def test_coco_real_captions_of_2017(shared, tmp_path):
     root = shared / "coco_val2014_captions"
     dataset = Coco(root, "validation", skip_corrupt=True)

@@ -246,6 +246,7 @@ def test_colors_are_where_the_scene_says(drawn):
                 assert mask[~inside].sum() < 0.1 * mask.sum() + 20, (sample["index"], thing)
 
 
+@pytest.mark.slow
 def test_colors_that_no_object_has_are_not_in_the_picture(drawn):
     for scene, sample in drawn:
         for name in HUES.keys() - {o.color for o in scene.objects}:

@@ -186,6 +186,7 @@ def test_terms_on_whole_captions_are_those_of_the_guide(tmp_path):
         assert torch.equal(both[0][f"train/lgvq/{name}"], both[1][f"train/lgvq/{name}"])
 
 
+@pytest.mark.slow
 def test_no_text_tower_stays_in_memory(tmp_path):
     from open_clip.transformer import TextTransformer
 
@@ -337,6 +338,7 @@ def _read(folder, captions, queue):
     queue.put(sums)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_many_processes_read_while_one_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("lgvq_plugin.guides.cached.SHARD_BYTES", 1)
@@ -394,6 +396,7 @@ list(steps)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):
     folder = tmp_path / "c"
     environment = {**os.environ, "PYTHONPATH": str(HERE)}

@@ -117,6 +117,7 @@ def test_pieces_of_a_word_have_one_number(guide):
     assert words.count(1) == count - 2
 
 
+@pytest.mark.slow
 def test_too_long_a_caption_keeps_its_end_and_is_counted(config, caplog):
     guide = build_guide(config)
     assert guide.truncated == 0
@@ -174,6 +175,7 @@ def test_autocast_changes_nothing(guide):
         assert same(guide.encode(CAPTIONS), expected)
 
 
+@pytest.mark.slow
 def test_follows_to(config):
     guide = build_guide(config)
     assert guide.device.type == "cpu"
@@ -187,6 +189,7 @@ def test_copies_share_the_network(guide):
     assert copy.deepcopy({"guide": guide})["guide"].vocabulary is not None
 
 
+@pytest.mark.slow
 def test_pickle_rebuilds(guide):
     parcel = pickle.dumps(guide)
     assert len(parcel) < 2000  # how to build it, not its weights

@@ -57,6 +57,7 @@ def states(network, ids):
     return network.ln_final(hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [30, 77])
 def test_features_are_open_clips_own(network, weights, max_length):
     guide = OpenCLIPGuide(MODEL, weights, max_length=max_length)
@@ -140,6 +141,7 @@ def test_only_the_text_tower_is_kept():
     assert not any("visual" in name or "logit" in name for name in names)
 
 
+@pytest.mark.slow
 def test_random_weights_are_warned_of_and_seeded(caplog):
     first, again = OpenCLIPGuide(MODEL, None), OpenCLIPGuide(MODEL, None)
     other = OpenCLIPGuide(MODEL, None, seed=1)
@@ -149,6 +151,7 @@ def test_random_weights_are_warned_of_and_seeded(caplog):
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
+@pytest.mark.slow
 def test_local_dir(network, weights, tmp_path):
     with pytest.raises(ConfigError, match=r"open_clip_config\.json"):
         OpenCLIPGuide(f"local-dir:{tmp_path}")
@@ -162,6 +165,7 @@ def test_local_dir(network, weights, tmp_path):
     assert torch.equal(features.sentence, expected.sentence)
 
 
+@pytest.mark.slow
 def test_a_cached_tag_needs_no_network(network, offline, tmp_path, monkeypatch):
     """Weights in the hub's cache layout are found; the tag's activation goes with them."""
     tag = get_pretrained_cfg("ViT-B-32", "openai")
@@ -184,6 +188,7 @@ def test_a_cached_tag_needs_no_network(network, offline, tmp_path, monkeypatch):
     assert torch.allclose(guide.encode(CAPTIONS).sentence, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*jit.*")
 def test_the_archive_that_openai_published(tmp_path):
     """CLIP's own files are TorchScript, in half precision, and want QuickGELU."""
@@ -245,6 +250,7 @@ def test_a_broken_file_is_reported(tmp_path):
         OpenCLIPGuide(MODEL, str(file))
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_reported(weights):
     with pytest.raises(ConfigError, match="cannot load model 'RN50'"):
         OpenCLIPGuide("RN50", weights)

@@ -91,6 +91,7 @@ def test_two_losses_wait_at_once():
     assert listeners() == 0
 
 
+@pytest.mark.slow
 def test_nobody_adopts_it():
     assert listeners() == 0
     loss = from_config(MSE)
@@ -115,6 +116,24 @@ def test_weights_of_zero_leave_nothing_at_all():
     assert set(vars(host)) == set(vars(Host(config={"target": "torch.nn.MSELoss"})))
     host.loss.detach()
     assert type(host.loss) is nn.MSELoss
+
+
+class Reader(nn.MSELoss):
+    def forward(self, x, y):
+        return super().forward(x, y) * getattr(self, "factor", 1.0) * self.scale
+
+
+def test_what_the_base_losss_code_reads_reaches_it():
+    loss = LGVQLoss(base={"target": f"{__name__}.Reader"})
+    loss.scale, loss.factor = 3.0, 2.0
+    assert float(loss(torch.zeros(2), torch.ones(2))) == 6.0
+    assert "scale" not in vars(loss)
+
+
+def test_an_attribute_that_the_host_gave_its_loss_survives_detach():
+    loss = BY_NAME["vqvae"].build(LGVQ)[1]
+    loss.from_the_host = 5
+    assert loss.detach().from_the_host == 5
 
 
 def test_what_the_base_loss_has_is_reachable_and_settable():

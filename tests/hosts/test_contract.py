@@ -79,6 +79,7 @@ def structure(host):
     }, list(host.state_dict())
 
 
+@pytest.mark.slow
 def test_a_step_changes_every_head_and_the_host(case):
     host, attached = case.build(LGVQ)
     before = {n: p.detach().clone() for n, p in heads_of(attached).named_parameters()}
@@ -245,6 +246,7 @@ def _pickled(thing):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 def test_captured_tensors_do_not_outlive_the_step(case):
     host, attached = case.build(LGVQ)
     seen = []
@@ -331,6 +333,7 @@ def test_encode_reads_the_codes_of_the_host(case):
         torch.testing.assert_close(codes.codebook[codes.indices], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_host_still_leaves_its_codes(case):
     host, attached = case.build(LGVQ)
     expected = step(case, *case.build(LGVQ))

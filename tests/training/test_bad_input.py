@@ -54,6 +54,7 @@ def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
     assert "masked_text x 0.01" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -100,6 +101,7 @@ def test_a_batch_with_no_captions_is_reported(run, monkeypatch):
     assert "caption_key" in err
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_named_and_can_be_skipped(run, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -74,6 +74,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(
     assert all(finite(file) for file in files)
 
 
+@pytest.mark.slow
 def test_skipping_leaves_an_update_out_but_not_for_ever(config, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         poison(patch, "encoder", float("nan"), since=1, until=2)
@@ -93,6 +94,7 @@ def test_skipping_leaves_an_update_out_but_not_for_ever(config, tmp_path, monkey
         train(config(*SKIP, "training.max_steps=9"), name="b", logdir=tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_nan_ends_the_run_also_when_terms_are_skipped(config, tmp_path):
     def break_head(host):
         with torch.no_grad():
@@ -134,6 +136,7 @@ def good(tmp_path_factory):
 ODD = [None, "text", [1], {"a": 1}, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
@@ -318,6 +321,7 @@ def test_a_checkpoint_with_impossible_values_is_refused(good, tmp_path, tamper, 
     refuse(good, content, tmp_path, reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tamper",
     [

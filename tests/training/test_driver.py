@@ -66,6 +66,7 @@ def taming_by_hand(config, steps):
     return host, logs
 
 
+@pytest.mark.slow
 def test_two_forward_is_taming_bit_for_bit(config, tmp_path):
     given = config("training.two_forward=true", "training.max_steps=6")
     result = train(given, name="a", logdir=tmp_path, progress=False)
@@ -94,6 +95,7 @@ def test_one_forward_makes_the_same_first_step_of_the_generator(config, tmp_path
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_steps_are_counted_in_batches(config, tmp_path):
     # Lightning counts both optimizers: disc_start=2 would come after one batch.
     result = train(config("training.max_steps=5"), name="a", logdir=tmp_path, progress=False)

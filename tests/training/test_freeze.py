@@ -65,6 +65,7 @@ def test_a_frozen_part_keeps_its_weights_and_buffers(tmp_path, part, still, move
         assert moved(before, after, (prefix,)), prefix
 
 
+@pytest.mark.slow
 def test_at_first_only_the_heads_learn(tmp_path):
     before, after = run(tmp_path / "first", max_steps=3, heads_first=3)
     host = tuple(key for key in before if not key.startswith("loss.lgvq."))
@@ -75,6 +76,7 @@ def test_at_first_only_the_heads_learn(tmp_path):
         assert moved(before, after, (prefix,)), prefix
 
 
+@pytest.mark.slow
 def test_at_first_the_discriminator_rests_too(config, tmp_path):
     before = {}
     section = config("training.max_steps=3", "training.heads_first=2")

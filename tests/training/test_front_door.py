@@ -216,6 +216,7 @@ def unreachable(*args, **kwargs):
     raise OSError("no network")
 
 
+@pytest.mark.slow
 def test_a_data_set_without_captions_is_among_what_is_missing(run, tmp_path):
     config = shipped("custom_vqgan")
     (tmp_path / "mine.py").write_text(
@@ -313,6 +314,7 @@ def test_size_is_the_hosts_resolution(photos, caplog):
     assert "32 (model.params.ddconfig.resolution)" in warning
 
 
+@pytest.mark.slow
 def test_validation_on_training_images_is_warned_of(run, photos):
     part = {"target": "folder", "params": {"root": str(photos)}}
     config = {**shipped("custom_vqgan"), "data": {"batch_size": 2, "train": part}}
@@ -326,6 +328,7 @@ def test_validation_on_training_images_is_warned_of(run, photos):
     assert "dinosaur" in said
 
 
+@pytest.mark.slow
 def test_scenes_say_nothing_of_the_kind(run):
     part = {"target": "scenes", "params": {"length": 40}}
     config = {**shipped("custom_vqgan"), "data": {"batch_size": 2, "train": part}}
@@ -341,6 +344,7 @@ def test_scenes_say_nothing_of_the_kind(run):
     assert "does not know" not in said
 
 
+@pytest.mark.slow
 def test_a_list_of_paths_alone_is_refused(run, tmp_path):
     folder = make_photos(tmp_path / "bare", 6, captions=False)
     names = "".join(f"{path}\n" for path in sorted(folder.glob("*.jpg")))
@@ -362,6 +366,7 @@ def test_a_list_of_paths_alone_is_refused(run, tmp_path):
 DDCONFIG = "model.params.ddconfig"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -390,6 +395,7 @@ def test_a_first_batch_that_does_not_fit_is_explained(run, photos, tmp_path, ove
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_a_hosts_own_failure_is_said_to_be_its_own(run, photos, tmp_path):
     (tmp_path / "their_host.py").write_text(
         "from taming.models.vqgan import VQModel\n"
@@ -405,6 +411,7 @@ def test_a_hosts_own_failure_is_said_to_be_its_own(run, photos, tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_folder_and_metrics(run, photos, tmp_path):
     words = ["--data", photos, "data.num_workers=0", *OFFLINE]
     assert run(shipped("custom_vqgan"), *words, "--max-steps", 1)[0] == 0

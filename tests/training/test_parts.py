@@ -109,6 +109,7 @@ def test_validation_is_with_the_averaged_weights_and_by_sample(config, tmp_path)
     assert run.host.seen == 2  # eval mode: the buffer counts training samples alone
 
 
+@pytest.mark.slow
 def test_logging_and_saving_do_not_change_the_run(config, tmp_path):
     plain = train(config(), name="plain", logdir=tmp_path, progress=False)
     extra = ["training.val_every=1", "training.images_every=1", "training.checkpoint_every=1"]

@@ -82,6 +82,7 @@ def test_it_is_one_file_with_both_checkpoints(page):
     assert "src=" not in html.split("<script")[0]
 
 
+@pytest.mark.slow
 def test_it_renders_without_errors(page, browser):
     for width, dark in ((1280, False), (390, True)):
         browser.open(page, width=width, dark=dark)
@@ -143,6 +144,7 @@ def test_galleries_filter_by_word_and_show_the_dead(page, browser):
     assert browser.errors() == []
 
 
+@pytest.mark.slow
 def test_the_filter_takes_whole_words(page, browser):
     browser.open(page)
     for typed, codes in (("ack", []), ("blac", []), ("blac*", ["0", "0"]), ("BLACK", ["0", "0"])):

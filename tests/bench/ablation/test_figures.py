@@ -47,6 +47,7 @@ def test_colors_are_the_verdicts(results, tmp_path, value, good, bad):
     assert (len(places(tmp_path / "numbers.png", RED)[0]) > 0) is bad
 
 
+@pytest.mark.slow
 def test_a_variant_is_a_row_and_its_mean_is_where_the_axis_says(results, tmp_path):
     only = tuple(run for run in results.runs if run.variant in ("baseline", "all"))
     shown = {name: results.variants[name] for name in ("baseline", "all")}
@@ -74,6 +75,7 @@ def test_reconstructions_stand_in_the_row_of_their_variant(results, tmp_path):
     assert "![images.png](images.png)" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_each_data_set_has_its_own(results, tmp_path):
     runs = tuple(replace(run, data=name) for name in ("a", "b") for run in results.runs)
     publish(replace(results, runs=runs), tmp_path)

@@ -127,7 +127,7 @@ def test_a_list_of_objectives_switches_the_others_off(write):
         ({"variants": {"a": {"base": "nowhere.yaml"}}}, "does not exist"),
         ({"variants": {"a": {"base": 5}}}, "base: expected the path of a config or a list, got 5"),
         (
-            {"variants": {"a": {}}, "evaluation": {"t2i": {"images": 0}}},
+            {"variants": {"a": {}}, "evaluation": {"text_to_image": {"images": 0}}},
             r"plan.yaml: evaluation.text_to_image.images: expected a whole number >= 2, got 0",
         ),
         (

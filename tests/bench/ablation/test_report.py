@@ -116,6 +116,7 @@ def hostile(results):
     return replace(results, title=HOSTILE, runs=runs, variants=variants, references=references)
 
 
+@pytest.mark.slow
 def test_no_value_becomes_markup(results, tmp_path):
     page = publish(hostile(results), tmp_path)
     assert draw(hostile(results), compare(hostile(results)), tmp_path)
@@ -346,6 +347,7 @@ def test_a_click_on_a_head_sorts(page, browser):
     assert head.get_attribute("aria-sort") == "descending"
 
 
+@pytest.mark.slow
 def test_filters_of_the_table(page, browser):
     browser.open(page)
     browser.type("#find-variant", "al")

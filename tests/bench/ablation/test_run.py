@@ -63,6 +63,7 @@ def go(a_plan, folder, **options):
     return run_plan(a_plan, folder, progress=False, launch=launch, **options)
 
 
+@pytest.mark.slow
 def test_all_jobs_are_collected(tmp_path):
     results = go(plan("a", "b"), tmp_path)
     assert [(run.variant, run.seed, run.status) for run in results.runs] == [

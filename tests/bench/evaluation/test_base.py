@@ -108,6 +108,7 @@ def test_few_shot_results_are_means_over_sets_of_images(palette, config):
         row(16, few_shot_draws=0)
 
 
+@pytest.mark.slow
 def test_masked_words_without_the_leaky_protocol(palette, config):
     def names(**probe):
         config["evaluation"] |= {"masked_words": {**TINY, **probe}}
@@ -238,6 +239,7 @@ def test_a_wrong_key_of_the_last_probe_is_told_before_the_first_is_trained(
     assert not [*tmp_path.rglob("*")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "names"),
     [
@@ -274,6 +276,7 @@ def test_captions_without_java_are_told(palette, config, monkeypatch):
     assert "caption/meteor" not in result["metrics"]
 
 
+@pytest.mark.slow
 def test_generated_images_without_a_clip_are_told(palette, config):
     config["evaluation"]["text_to_image"] = {**TINY, "images": 4}
     result = evaluate(palette, config, metrics=["text_to_image"], limit=16, progress=False)

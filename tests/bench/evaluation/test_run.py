@@ -68,6 +68,7 @@ def test_checkpoints_may_be_given_together_or_one_by_one():
     assert together.ckpt == apart.ckpt == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_two_checkpoints_side_by_side(folder, capsys):
     out = folder / "both"
     ckpts = ["--ckpt", folder / "host0.ckpt", folder / "host1.ckpt", "--names", "old", "new"]

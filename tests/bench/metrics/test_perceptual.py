@@ -69,6 +69,7 @@ def test_weights_as_torch_and_safetensors_files(folder, tmp_path):
         assert all(torch.equal(got[key], value) for key, value in weights.items())
 
 
+@pytest.mark.slow
 def test_wrong_weights_are_told(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no net 'squeez'.*squeeze"):
         PerceptualDistance("squeez")

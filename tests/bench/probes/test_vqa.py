@@ -10,6 +10,7 @@ from lgvq_plugin.bench.probes.vqa import VQAConfig, VQAProbe
 CONFIG = VQAConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
 
 
+@pytest.mark.slow
 def test_it_reads_codes_and_questions(train, test):
     probe = VQAProbe(CONFIG).fit(train.codes, train.questions, progress=False)
     got = probe.evaluate(test.codes, test.questions)
