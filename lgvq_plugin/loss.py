@@ -67,11 +67,12 @@ class BaseLossWrapper(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base_loss")
-        is_own = base is None or name in self.__dict__ or hasattr(type(self), name)
-        if is_own or not (hasattr(base, name) or name in _names_in_code(type(base))):
+        if base is None or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
-        else:
+        elif hasattr(base, name) or name in _names_in_code(base.__class__):
             setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "BaseLossWrapper":
         """Set the mode of the base loss, its parts and ours."""
