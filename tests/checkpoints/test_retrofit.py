@@ -334,6 +334,7 @@ def test_the_comparison_against_float64_by_hand(old, config):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_collapsed_foreign_model_uses_more_codes_after_a_retrofit(shared, tmp_path):
     """85 of 512 codes in use before; real photos of COCO at 32 x 32.
 

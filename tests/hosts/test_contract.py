@@ -333,8 +333,13 @@ def test_encode_reads_the_codes_of_the_host(case):
         torch.testing.assert_close(codes.codebook[codes.indices], expected, rtol=1e-4, atol=1e-5)
 
 
+COMPILED = {"taming-0.0.1", "VectorQuantize", "ResidualVQ", "diffusers"}  # ways to return codes
+
+
 @pytest.mark.slow
 def test_a_compiled_host_still_leaves_its_codes(case):
+    if case.name not in COMPILED:
+        pytest.skip(f"compiling takes long; done for {', '.join(sorted(COMPILED))}")
     host, attached = case.build(LGVQ)
     expected = step(case, *case.build(LGVQ))
     host.forward = torch.compile(host.forward, backend="eager")

@@ -187,6 +187,7 @@ MODELS = ("--include=taming/models/*", "--include=taming/util.py")
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("loss", ["lgvq_plugin.LGVQLoss"])
 def test_the_patched_commit_trains_under_lightning_2(head, loss):
     before = snapshot(head)

@@ -62,6 +62,7 @@ def test_a_factory_by_dotted_path():
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_fid_is_torchmetrics_inception(tmp_path):
     """With random weights in a file of Inception's layout: equals torchmetrics' own call."""
     extractor = pytest.importorskip(
