@@ -22,6 +22,7 @@ COMMANDS = {  # name: ("module:function of argv", what it does)
     "eval": ("bench.evaluate:main", "measure checkpoints on held-out images, side by side"),
     "retrofit": ("checkpoints.retrofit:main", "turn an old checkpoint into an LG-VQ run"),
     "export": ("checkpoints.export:main", "write a checkpoint for others to load"),
+    "bench": ("bench.speed:main", "time a training step with and without LG-VQ"),
     "configs": ("shipped:main", "list or copy the configs that come with the package"),
     "doctor": ("doctor:main", "report what is installed, what is missing, how to fix it"),
     "data": ("datasets.commands:main", "check a data set, or convert it for fast reading"),

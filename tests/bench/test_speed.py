@@ -1,0 +1,66 @@
+"""`lgvq bench`: ratios of a training step with and without LG-VQ."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+from lgvq_plugin import cli
+from lgvq_plugin.bench import timing
+from lgvq_plugin.bench.speed import CASES, parts_table, table
+
+
+@pytest.fixture
+def small():
+    """The VQ-VAE's case with a tiny host."""
+    case = next(case for case in CASES if case.name == "vqvae")
+    params = {"embed_dim": 8, "channels": 8, "n_embed": 16}
+    return dataclasses.replace(case, batch_sizes={"cpu": 2}, size=16, params=params)
+
+
+def test_a_case_is_measured_in_turns(small):
+    rounds = []
+    result = timing.measure(
+        small, device=torch.device("cpu"), rounds=2, steps=1, progress=lambda: rounds.append(1)
+    )
+    shown = result.to_dict()
+    assert len(rounds) == len(result.ratios) == 2
+    expected = [a / b for a, b in zip(result.lgvq, result.bare, strict=True)]
+    assert result.ratios == expected
+    assert min(expected) <= shown["ratio"] <= max(expected)
+    assert {"text encoder", "code-ViT", "masked_text", "backward"} <= set(result.parts)
+    assert json.loads(json.dumps(shown))["case"] == "vqvae"
+    lines = table([shown]).splitlines()
+    assert lines[1].split()[:2] == ["vqvae", "2"]
+    assert parts_table([shown]).splitlines()[0].split()[-1] == "vqvae"
+
+
+def test_the_bare_host_has_no_heads_and_the_other_one_has(small):
+    bare = timing._host(small, None)
+    guided = timing._host(small, {"use": "micro_clip"})
+    assert not any("lgvq" in name for name in bare.state_dict())
+    assert set(guided.loss.alignment.objectives) == {
+        *("global_semantic", "masked_text", "relationship")
+    }
+
+
+def test_time_in_an_inner_part_does_not_count_for_the_outer():
+    parts = timing.Parts(torch.device("cpu"))
+    with parts("outer"), parts("inner"):
+        time.sleep(0.05)
+    assert parts.seconds["inner"] >= 0.05
+    assert parts.seconds["outer"] < 0.04
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["vqgn"], "no case 'vqgn'; did you mean 'vqgan'"),
+        (["--rounds", "0"], "--rounds must be a whole number >= 1, got 0"),
+    ],
+)
+def test_wrong_input(argv, message, capsys):
+    assert cli.main(["bench", *argv]) == 2
+    assert message in capsys.readouterr().err
