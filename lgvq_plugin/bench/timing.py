@@ -140,7 +140,8 @@ class Parts:
     """Exclusive seconds by part of a step: time in an inner part does not count for the outer."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, defaultdict(float)
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
     @contextmanager
