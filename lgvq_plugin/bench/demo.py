@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files import require_writable
 from ..sockets import ConfigError
 from .ablate import publish
-from .records import MARKS, Results
+from .records import MARKS, Results, text_table
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def table(results: Results) -> str:
 
     runs = {run.variant: run for run in results.runs if run.status == "done"}
     cells = {(cell.variant, cell.metric): cell for cell in compare(results)}
-    rows = [["", *runs, "difference"]]
+    rows, differences = [["", *runs]], ["difference"]
     for metric, (label, digits) in ROWS.items():
         own = [cells.get((variant, metric)) for variant in runs]
         values = [
@@ -75,15 +75,13 @@ def table(results: Results) -> str:
             low, high = f"{found.low:+.{digits}f}", f"{found.high:+.{digits}f}"
             difference = f"{found.value:+.{digits}f} [{low}, {high}]{MARKS[found.verdict]}"
         if any(values):
-            rows.append([label, *values, difference])
+            rows.append([label, *values])
+            differences.append(difference)
     times = [run.cost.get("seconds_per_step") for run in runs.values()]
-    rows.append(["seconds per step", *("" if t is None else f"{t:.3f}" for t in times), ""])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for label, *values, difference in rows:
-        middle = [cell.rjust(width) for cell, width in zip(values, widths[1:-1], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *middle, difference]).rstrip())
-    return "\n".join(lines)
+    rows.append(["seconds per step", *("" if t is None else f"{t:.3f}" for t in times)])
+    width = max(map(len, text_table(rows).splitlines()))
+    lines = zip(text_table(rows).splitlines(), [*differences, ""], strict=True)
+    return "\n".join(f"{line:<{width}}  {difference}".rstrip() for line, difference in lines)
 
 
 def main(argv: list[str]) -> int:

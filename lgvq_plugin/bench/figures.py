@@ -103,6 +103,7 @@ def _panel(axis: Any, found: Mapping[str, Cell], variants: Sequence[str], refere
     axis.set_yticks(range(len(variants)), variants, fontsize=8)
     axis.set_ylim(len(variants) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=7)
+    axis.locator_params(axis="x", nbins=4)
     axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
     cell = next(iter(found.values()))

@@ -276,8 +276,9 @@ def relation(context: Context) -> Rows:
     control = similarity_gap(features, codes[order])
     numbers |= {f"shuffled/{name}": control[name] for name in ("mse", "pearson", "spearman")}
     settings = {"words": len(texts), "match": "likelihood ratio", "guide": context.guide_config}
-    kinds: dict[str, Any] = {"lower": ["mse"], "neutral": ["shuffled"]}
-    return rows_of("relation", numbers, pairs, settings=settings, **kinds)
+    return rows_of(
+        "relation", numbers, pairs, settings=settings, lower=["mse"], neutral=["shuffled"]
+    )
 
 
 class _WordsAndCodes:
@@ -349,8 +350,14 @@ def retrieval(context: Context) -> Rows:
         "guide": context.guide_config,
         "train_images": len(train.codes),
     }
-    kinds: dict[str, Any] = {"lower": ["mean_rank"], "neutral": ["chance"]}
-    return rows_of("retrieval", values, len(captions), settings=settings, **kinds)
+    return rows_of(
+        "retrieval",
+        values,
+        len(captions),
+        settings=settings,
+        lower=["mean_rank"],
+        neutral=["chance"],
+    )
 
 
 def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
@@ -536,8 +543,15 @@ def text_to_image(context: Context) -> Rows:
     if scorer is None:
         settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
     values = probe.values(test.codes, captions, seed=seed)
-    kinds: dict[str, Any] = {"lower": ["bits"], "neutral": ["shuffled", "without_text"]}
-    rows = rows_of("t2i", values, len(captions), unit="bits", settings=settings, **kinds)
+    rows = rows_of(
+        "t2i",
+        values,
+        len(captions),
+        unit="bits",
+        settings=settings,
+        lower=["bits"],
+        neutral=["shuffled", "without_text"],
+    )
     captions = captions[: config.images]
     images = _decode(context, test, probe.draw(captions, seed=seed, progress=context.progress))
     context.generated = (captions, images)
@@ -583,11 +597,14 @@ def _judge_rows(
         pairs = zip(real.split(64), shown[prefix].split(64), strict=True)
         numbers[f"{prefix}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
     settings = {**settings, "judge": "a small CNN trained on real training pictures"}
-    kinds: dict[str, Any] = {
-        "lower": ["fd_judge"],
-        "neutral": ["real/", "reconstructed/", "shuffled/"],
-    }
-    return rows_of("t2i", numbers, len(images), settings=settings, **kinds)
+    return rows_of(
+        "t2i",
+        numbers,
+        len(images),
+        settings=settings,
+        lower=["fd_judge"],
+        neutral=["real/", "reconstructed/", "shuffled/"],
+    )
 
 
 def _generated_distance(

@@ -5,6 +5,7 @@ report.py: Results and Cells -> report.html, report.md and tables
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -242,3 +243,20 @@ def _build(cls: type[T], value: dict[str, Any], where: str) -> T:
         return cls(**value)
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns, the first to the left and all others to the right.
+
+    Example:
+        >>> print(text_table([["", "ms"], ["encoder", "1.5"], ["head", "12"]]))
+                  ms
+        encoder  1.5
+        head      12
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

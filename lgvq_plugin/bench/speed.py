@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import require_writable, write_json
 from ..sockets import ConfigError, suggest
+from .records import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def table(results: list[Mapping[str, Any]]) -> str:
             f"{low:.2f}-{high:.2f}",
             f"{each['target']:.2f}",
         ])  # fmt: skip
-    return _aligned(rows)
+    return text_table(rows)
 
 
 def parts_table(results: list[Mapping[str, Any]]) -> str:
@@ -122,18 +123,7 @@ def parts_table(results: list[Mapping[str, Any]]) -> str:
     for name in names:
         found = [each["parts"].get(name) for each in results]
         rows.append([name, *("" if s is None else f"{1000 * s:.1f}" for s in found)])
-    return _aligned(rows)
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return text_table(rows)
 
 
 def main(argv: list[str]) -> int:

@@ -43,7 +43,6 @@ class Result:
         ratios: LG-VQ step / bare step of each round.
         bare, lgvq: seconds per step of each round.
         parts: seconds per LG-VQ step by part, the median over rounds.
-        memory: peak memory of the two in bytes, on CUDA only.
     """
 
     case: Case
@@ -52,7 +51,6 @@ class Result:
     bare: list[float]
     lgvq: list[float]
     parts: dict[str, float]
-    memory: tuple[int, int] | None = None
 
     @property
     def ratio(self) -> float:
@@ -222,28 +220,9 @@ def measure(
             position += steps
             if progress is not None:
                 progress()
-        memory = _peak_memory(step_of, batches[0], silent) if device.type == "cuda" else None
         parts = _parts(step_of["lgvq"], batches[: max(2, steps)], device)
     ratios = [a / b for a, b in zip(taken["lgvq"], taken["bare"], strict=True)]
-    return Result(case, batch_size, ratios, taken["bare"], taken["lgvq"], parts, memory)
-
-
-def _peak_memory(
-    step_of: Mapping[str, Step], batch: Mapping[str, Any], silent: Parts
-) -> tuple[int, int]:
-    """Return the peak of each step in bytes, both models and optimizers allocated."""
-    peaks = []
-    for step in step_of.values():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(batch, silent)
-        own = sum(
-            t.numel() * t.element_size()
-            for t in (*step.host.parameters(), *step.host.buffers())
-            if isinstance(t, Tensor)
-        )
-        peaks.append(torch.cuda.max_memory_allocated() - before + 3 * own)  # weights, two moments
-    return peaks[0], peaks[1]
+    return Result(case, batch_size, ratios, taken["bare"], taken["lgvq"], parts)
 
 
 def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, float]:
@@ -315,7 +294,6 @@ class RandomGuide(AbstractGuide):
         length: T.
         vocabulary_size: V.
         width: Dt and Ds.
-        masked_words: number of words masked in each caption; None: drawn from the ratio.
     """
 
     def __init__(self, length: int, vocabulary_size: int, width: int = 512):

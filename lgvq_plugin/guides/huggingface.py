@@ -61,7 +61,9 @@ class HuggingFaceGuide(AbstractTokenGuide):
         self._network = network.float().eval().requires_grad_(False)
         self.token_dim = self.sentence_dim = self.vocabulary.shape[1]
         self.to("cpu" if device is None else device)
-        probe = self._network(input_ids=torch.tensor([self._row("")[0]], device=self.device))
+        probe = self._network(
+            input_ids=torch.tensor([_row(self._tokenizer, "")[0]], device=self.device)
+        )
         if probe.last_hidden_state.shape[-1] != self.token_dim:
             raise ConfigError(
                 f"guide.model: {model!r} has token embeddings of width {self.token_dim} and states "
@@ -76,10 +78,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
         return network.get_input_embeddings()
 
     def _rows(self, captions: Sequence[str]) -> list[Row]:
-        return [self._row(caption) for caption in captions]
-
-    def _row(self, caption: str) -> Row:
-        return _row(self._tokenizer, caption)
+        return [_row(self._tokenizer, caption) for caption in captions]
 
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         result = self._network(input_ids=ids, attention_mask=attention_mask)

@@ -90,16 +90,17 @@ class OpenCLIPText(AbstractTokenGuide):
         return self._network.token_embedding
 
     def _rows(self, captions: Sequence[str]) -> list[Row]:
-        return [self._row(caption) for caption in captions]
-
-    def _row(self, caption: str) -> Row:
-        start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
-        pieces, words, word = self._tokenizer.encode(caption), [], 0
-        for piece in pieces:
-            # A special token that is spelled out in a caption is neither masked nor predicted.
-            words.append(-1 if piece in self._tokenizer.all_special_ids else word)
-            word += self._tokenizer.decoder[piece].endswith("</w>")
-        return [start, *pieces, end], [-1, *words, -1]
+        tokenizer = self._tokenizer
+        rows: list[Row] = []
+        for caption in captions:
+            pieces, words, word = tokenizer.encode(caption), [], 0
+            for piece in pieces:
+                # A special token that is spelled out in a caption is neither masked nor predicted.
+                words.append(-1 if piece in tokenizer.all_special_ids else word)
+                word += tokenizer.decoder[piece].endswith("</w>")
+            ids = [tokenizer.sot_token_id, *pieces, tokenizer.eot_token_id]
+            rows.append((ids, [-1, *words, -1]))
+        return rows
 
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         ids = nn.functional.pad(ids, (0, self._span - ids.shape[1]), value=self._pad)

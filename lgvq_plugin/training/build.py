@@ -59,12 +59,7 @@ CAPTION_LAYOUTS = (
     "beside each image (list_file); a .txt or .json member in each sample (webdataset). "
     "`lgvq data check PATH` shows what is found; data sets of taming's own have no captions"
 )
-TRAINING_ONLY = (
-    "root",
-    "split",
-    "crop",
-    "flip",
-)  # params of a training set that others do not share
+TRAINING_ONLY = ("root", "split", "crop", "flip")  # params that other data sets do not share
 MAX_COUNTED = 20_000  # samples whose captions are counted
 MAX_READ = 2_000  # captions whose words are looked up
 

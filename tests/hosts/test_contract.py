@@ -337,9 +337,10 @@ COMPILED = {"taming-0.0.1", "VectorQuantize", "ResidualVQ", "diffusers"}  # ways
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [each for each in TABLE if each.name in COMPILED], indirect=True, ids=lambda c: c.name
+)
 def test_a_compiled_host_still_leaves_its_codes(case):
-    if case.name not in COMPILED:
-        pytest.skip(f"compiling takes long; done for {', '.join(sorted(COMPILED))}")
     host, attached = case.build(LGVQ)
     expected = step(case, *case.build(LGVQ))
     host.forward = torch.compile(host.forward, backend="eager")

@@ -6,7 +6,6 @@ codes --CodeMemory--> memory --cross-attention--> next word, next word, ... --> 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +84,17 @@ class CaptioningProbe(NeuralProbe[CaptioningConfig, Sequence[Sequence[str]]]):
             logits = self.network(tokens[:, :-1], memory)
             return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
 
-        options: dict[str, Any] = {"name": "captioning", "folder": folder, "progress": progress}
         facts = [codes.fingerprint, tokenized]
-        fit(self.network, loss_of, len(codes), config, facts=facts, **options)
+        fit(
+            self.network,
+            loss_of,
+            len(codes),
+            config,
+            name="captioning",
+            folder=folder,
+            progress=progress,
+            facts=facts,
+        )
         return self
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +79,14 @@ class ImageJudge(nn.Module):
 
         digest = hashlib.sha256(images.numpy().data).hexdigest()
         facts = [digest, {n: v.tolist() for n, v in target.items()}]
-        options: dict[str, Any] = {"name": "judge", "folder": folder, "progress": progress}
-        fit(judge, loss_of, len(images), config, facts=facts, **options)
+        fit(
+            judge,
+            loss_of,
+            len(images),
+            config,
+            name="judge",
+            folder=folder,
+            progress=progress,
+            facts=facts,
+        )
         return judge.requires_grad_(False)

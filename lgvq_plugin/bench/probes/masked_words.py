@@ -93,13 +93,17 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
             logits = self._logits(chosen, masked, codes.codes(rows))
             return F.cross_entropy(logits, self._targets(tokens, masked))
 
-        options: dict[str, Any] = {
-            "name": f"masked_words_{self.protocol}",
-            "folder": folder,
-            "progress": progress,
-        }
         facts = [codes.fingerprint, target, self.protocol, self.guide.fingerprint]
-        fit(self.network, loss_of, len(codes), config, facts=facts, **options)
+        fit(
+            self.network,
+            loss_of,
+            len(codes),
+            config,
+            name=f"masked_words_{self.protocol}",
+            folder=folder,
+            progress=progress,
+            facts=facts,
+        )
         return self
 
     def evaluate(

@@ -113,9 +113,17 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
             logits = self.network(seen[:, :-1], memory, mask)
             return F.cross_entropy(logits.flatten(0, 1), seen.flatten())
 
-        options: dict[str, Any] = {"name": "text_to_image", "folder": folder, "progress": progress}
         facts = [codes.fingerprint, target, self.guide.fingerprint]
-        fit(self.network, loss_of, len(codes), config, facts=facts, **options)
+        fit(
+            self.network,
+            loss_of,
+            len(codes),
+            config,
+            name="text_to_image",
+            folder=folder,
+            progress=progress,
+            facts=facts,
+        )
         return self
 
     def evaluate(

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +104,17 @@ class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
             return F.cross_entropy(logits, answers[rows].to(self.device))
 
         # Checkpoints have the file name of version 0.1.
-        options: dict[str, Any] = {"name": "questions", "folder": folder, "progress": progress}
         facts = [codes.fingerprint, texts, answers.tolist(), images.tolist()]
-        fit(self.network, loss_of, len(kept), config, facts=facts, **options)
+        fit(
+            self.network,
+            loss_of,
+            len(kept),
+            config,
+            name="questions",
+            folder=folder,
+            progress=progress,
+            facts=facts,
+        )
         return self
 
     @torch.no_grad()
