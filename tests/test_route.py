@@ -1,7 +1,10 @@
 """How far one training step travels: which of our files it enters, in how many hops."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,8 +44,8 @@ class Route:
             self._stack.append(file)
 
 
-@pytest.fixture(scope="module")
-def route(tmp_path_factory):
+def trace(folder):
+    """Train for STEP steps and return the route of the last one."""
     route, steps, original = Route(), [], HostDriver.training_step
 
     def training_step(self, batch, batch_idx):
@@ -57,11 +60,18 @@ def route(tmp_path_factory):
 
     configs = [CONFIGS / "vqvae_scenes_64_lgvq.yaml", CONFIGS / "guide_micro_clip.yaml"]
     config = read_config([str(path) for path in configs], OVERRIDES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostDriver, "training_step", training_step)
-        train(config, name="route", logdir=tmp_path_factory.mktemp("logs"), progress=False)
-    assert len(steps) == STEP
+    HostDriver.training_step = training_step
+    train(config, name="route", logdir=folder, progress=False)
     return route
+
+
+@pytest.fixture(scope="module")
+def route(tmp_path_factory):
+    """The route in a process of its own: losses of other tests would add their global hooks."""
+    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("logs"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_one_step_enters_few_files_in_few_hops(route):
@@ -75,3 +85,8 @@ def test_one_step_enters_few_files_in_few_hops(route):
 def test_the_step_passes_the_core_in_the_order_of_one_batch(route):
     core = ["host.py", "loss.py", "quantizer_hook.py", "alignment.py", "heads.py", "objectives.py"]
     assert [file for file in route.files if file in core] == core
+
+
+if __name__ == "__main__":
+    found = trace(sys.argv[1])
+    print(json.dumps({"files": found.files, "hops": found.hops}))
