@@ -5,16 +5,16 @@ from the most specific to the least.
 """
 
 MEMBERS = {
-    "textcaps": "textcaps.TextCaps",
-    "celeba_hq": "celeba_hq.CelebAHQ",
-    "cub200": "cub200.CUB200",
-    "cocoqa": "cocoqa.CocoQA",
-    "vqa2": "vqa2.VQA2",
+    "textcaps": "pickled.TextCaps",
+    "celeba_hq": "pickled.CelebAHQ",
+    "cub200": "pickled.CUB200",
+    "cocoqa": "coco.CocoQA",
+    "vqa2": "coco.VQA2",
     "coco": "coco.Coco",
     "webdataset": "webdataset.WebDataset",
     "huggingface": "huggingface.HuggingFaceImages",
-    "pairs_table": "tables.PairsTable",
-    "list_file": "tables.ListFile",
+    "pairs_table": "folder.PairsTable",
+    "list_file": "folder.ListFile",
     "folder": "folder.CaptionedFolder",
     "scenes": "scenes.Scenes",
 }

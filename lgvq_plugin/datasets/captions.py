@@ -43,7 +43,8 @@ EXPECTED = (
 )
 KEPT_KEYS = ("image_id", "questions", "objects", "attributes", CONVERTED_FROM)
 """What `lgvq data convert` writes beside captions."""
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt", ".token")
+JSON_LINES = (".jsonl", ".ndjson")
+TABLE_SUFFIXES = (*JSON_LINES, ".csv", ".tsv", ".json", ".txt", ".token")
 OTHER_SUFFIXES = (".parquet", ".xlsx", ".xls", ".xml", ".yaml", ".yml", ".pkl", ".pickle", ".mat")
 SIDECARS = (".txt", ".caption")
 KEYWORD_KEYS = ("keywords", "emojilib")
@@ -79,17 +80,15 @@ class TableEntry:
 def find_table(root: Path, captions: str | Path | None, columns: Columns = USUAL) -> Path | None:
     """Return the table the user names, else the one in `root` or one folder below, else None.
 
-    Raises:
-        ConfigError: if the named one does not exist, or several unnamed ones could be meant.
+    A named one that does not exist is an error, and so are several that could be meant.
     """
     if captions is not None:
         for path in (root / captions, Path(captions)):
             if path.is_file():
                 return path
         raise ConfigError(f"captions: {captions} exists neither in {root} nor as a path of its own")
-    for name in TABLES:
-        if (root / name).is_file():
-            return root / name
+    if known := next((root / name for name in TABLES if (root / name).is_file()), None):
+        return known
     for folders in ([root], _folders(root)):
         tables = tables_in(folders, columns)
         found = [path for path in tables if not SPLIT_LIST.search(path.name)]
@@ -121,21 +120,17 @@ def is_table(path: Path, columns: Columns = USUAL) -> bool:
 def read_table(path: Path, columns: Columns = USUAL, template: str = "{}") -> dict[str, TableEntry]:
     """Return file name -> what the table holds about it, in its order; rows of a file are joined.
 
-    Args:
-        path: of one of `TABLE_SUFFIXES`.
-        columns: names of its columns, and its encoding.
-        template: text with `{}` into which a `name` is put.
-
-    Raises:
-        ConfigError: naming file and line where one cannot be parsed or lacks its keys.
+    A `name` is put into the `{}` of `template`. Raises ConfigError with file and line where a row
+    cannot be parsed or lacks its keys.
     """
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise ConfigError(f"captions: {path} is none of {', '.join(TABLE_SUFFIXES)}")
     found: dict[str, TableEntry] = {}
     short: list[str] = []
+    is_json = path.suffix.lower() in (*JSON_LINES, ".json")
     for line, row in _rows(path, columns):
         where = f"{path}:{line}"
-        if None in row.values() and path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
+        if None in row.values() and not is_json:
             short.append(where)
         key = _key(row, columns.file_key, FILE_KEYS)
         name = row[key] if key else None
@@ -150,9 +145,8 @@ def read_table(path: Path, columns: Columns = USUAL, template: str = "{}") -> di
         own.captions += [caption for caption in captions if caption not in own.captions]
         split = split_of_row(row) or own.split
         if own.split not in (None, split):
-            raise ConfigError(
-                f"{where}: the same image is in split {own.split!r} and in split {split!r}"
-            )
+            both = f"split {own.split!r} and in split {split!r}"
+            raise ConfigError(f"{where}: the same image is in {both}")
         own.split = split
         if CONVERTED_FROM in row:
             own.extra = {key: row[key] for key in KEPT_KEYS if key in row}
@@ -176,20 +170,14 @@ def read_split_lists(table: Path) -> dict[str, str]:
 
 def read_sidecar(image: Path, encoding: str = "utf-8") -> list[str] | None:
     """Return the lines of the .txt or .caption file beside an image, or None if there is none."""
-    for suffix in SIDECARS:
-        path = image.with_suffix(suffix)
-        if path.is_file():
-            return read_lines(path, encoding)
-    return None
+    path = next((p for p in map(image.with_suffix, SIDECARS) if p.is_file()), None)
+    return None if path is None else read_lines(path, encoding)
 
 
 def unread_files(root: Path, names: Iterable[str], read: Sequence[Path]) -> list[Path]:
     """Return the files in `root` and one folder below that seem to hold captions of images.
 
-    Args:
-        root: the folder of the data set.
-        names: of its images.
-        read: files that the data set was read from.
+    These have a telling name, or name one of the images `names`; files in `read` are left out.
     """
     sought = [PurePath(name).name for name in islice(names, 100)]
     found = []
@@ -214,8 +202,7 @@ def clean(caption: str) -> str:
 def texts_of(value: Any, where: str) -> list[str]:
     """Return the captions in a field: a text, a list of texts, or nothing.
 
-    Raises:
-        ConfigError: naming `where` if it holds anything else, such as a number or an object.
+    Anything else, such as a number or an object, is a ConfigError that names `where`.
 
     Example:
         >>> texts_of([" a dog ", None, ""], "a.json"), texts_of(None, "a.json")
@@ -228,11 +215,7 @@ def texts_of(value: Any, where: str) -> list[str]:
 
 
 def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> TextIO:
-    """Open a text file; UTF-16 is known by its byte order mark, broken bytes become U+FFFD.
-
-    Raises:
-        ConfigError: if it cannot be opened.
-    """
+    """Open a text file, else raise ConfigError; UTF-16 is known by its byte order mark."""
     try:
         with path.open("rb") as file:
             encoding = _encoding(file.read(2), encoding)
@@ -253,12 +236,25 @@ def _encoding(start: bytes, encoding: str) -> str:
     return "utf-16" if is_wide else "utf-8-sig"
 
 
-def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
-    """Return the lines of a text file without surplus blanks, empty ones left out.
+def read_json(path: Path, encoding: str | None = None) -> Any:
+    """Return the contents of a JSON file; with an encoding broken bytes become U+FFFD."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_json(content if encoding is None else decode(content, encoding), path)
 
-    Raises:
-        ConfigError: if there is no such file.
-    """
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """Return the value that JSON text spells out; ConfigErrors name `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not readable as JSON ({error}): {text[:60]!r}") from error
+
+
+def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
+    """Return the lines of a text file, which must exist, without surplus blanks or empty lines."""
     with open_text(path, encoding) as lines:
         return [line for line in map(clean, lines) if line]
 
@@ -279,10 +275,8 @@ def caption_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, st
 def split_line(line: str, where: str = "line") -> tuple[str, str]:
     """Return the image and the caption of a line; the caption is "" if it has none.
 
-    A field of digits between the two, the number of the caption, is left out.
-
-    Raises:
-        ConfigError: if there are further columns behind tabs.
+    A field of digits between the two, the number of the caption, is left out; further columns
+    behind tabs are a ConfigError.
 
     Example:
         >>> split_line("a.jpg#0\\tA dog ."), split_line("my dogs/a.jpg")
@@ -313,13 +307,12 @@ def split_line(line: str, where: str = "line") -> tuple[str, str]:
 
 # Rows of tables
 
-
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 
 def _rows(path: Path, columns: Columns) -> Rows:
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in JSON_LINES:
         return _jsonl_rows(path, columns)
     if suffix == ".json":
         return _json_rows(path, columns)
@@ -341,24 +334,16 @@ def _line_rows(path: Path, columns: Columns) -> Rows:
 def _jsonl_rows(path: Path, columns: Columns) -> Rows:
     with open_text(path, columns.encoding) as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ConfigError(f"{path}:{number}: not JSON ({error}): {line[:60]!r}") from error
+            row = parse_json(line, f"{path}:{number}") if line.strip() else {}
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}")
-            yield number, row
+            if line.strip():
+                yield number, row
 
 
 def _json_rows(path: Path, columns: Columns) -> Rows:
     """Read a list of rows, {file: captions}, COCO's captions, or Karpathy's dataset_*.json."""
-    try:
-        with open_text(path, columns.encoding) as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
+    content = read_json(path, columns.encoding)
     if isinstance(content, dict):
         listed = next((content[k] for k in ("images", "annotations", "data") if k in content), None)
         if not isinstance(listed, list):

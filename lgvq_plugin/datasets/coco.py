@@ -1,8 +1,15 @@
-"""MS-COCO captions of 2014 and 2017, and what the question sets on top of COCO share."""
+"""MS-COCO's captions of 2014 and 2017, and the question sets on its images.
 
-import json
+root/annotations/captions_{train,val}{2014,2017}.json     root/{train,val}{2014,2017}/*.jpg
+COCO-QA: root/{train,test}/{questions,answers,types,img_ids}.txt, line by line, ids without zeros
+VQA v2: root/v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json and
+    root/v2_mscoco_{train,val}2014_annotations.json
+images of the latter two: COCO's folders, in root, beside it, or at `images`
+"""
+
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..sockets import ConfigError
-from .captions import texts_of
+from .captions import clean, open_text, read_json, texts_of
 from .listed import ListedImages, Record
-from .splits import choose_split, splits_at
+from .splits import choose_split, first_file, splits_at
 
 SPLITS = {"train": "train", "validation": "val"}
 KARPATHY_SPLITS = ("train", "restval", "validation", "test")
@@ -24,6 +31,13 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(("sentences", "answers", "bbox"), list),
 }
 """The type of a field of a published file."""
+QA_TYPES = ("object", "number", "color", "location")
+QA_COLUMNS = ("questions", "answers", "types", "img_ids")
+QA_SPLITS = ("train", "test")
+VQA_PARTS = {"train": "train2014", "validation": "val2014", "test": "test2015"}
+VQA_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
+VQA_ANSWERS = "v2_mscoco_{}_annotations.json"
+Questions = Mapping[int, list[dict[str, Any]]]
 
 
 class Coco(ListedImages):
@@ -58,13 +72,13 @@ class Coco(ListedImages):
             self.where = path = _captions_file(root, part, year)
             records = _official_records(root, path)
             return self._with_objects(records, path) if instances else records
-        path = next((p for p in (root / karpathy, Path(karpathy)) if p.is_file()), root)
-        if path is root:
+        listed = first_file([root / karpathy, Path(karpathy)])
+        if listed is None:
             raise ConfigError(f"karpathy: {karpathy} is neither in {root} nor a path")
         if instances:
             raise ConfigError("instances: not with karpathy, whose file lists no objects")
-        self.where = path
-        return _karpathy_records(root, path, choose_split(split, KARPATHY_SPLITS), restval)
+        self.where = listed
+        return _karpathy_records(root, listed, choose_split(split, KARPATHY_SPLITS), restval)
 
     def attribute_names(self) -> dict[str, tuple[str, ...]]:
         """Return the names of the columns of `attributes`; {} without `instances`."""
@@ -73,44 +87,122 @@ class Coco(ListedImages):
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for captions_*.json; the splits have a year in their names if both are there."""
-        found = {
-            year: [s for s, part in SPLITS.items() if _captions_files(root, part, year)]
-            for year in YEARS
+        found = {y: [s for s, part in SPLITS.items() if _of_years(root, part, y)] for y in YEARS}
+        if not all(found.values()):
+            return next((splits_at(root, s, year=year) for year, s in found.items() if s), {})
+        return {
+            f"{split}{year}": {"root": root, "split": split, "year": year}
+            for year, splits in found.items()
+            for split in splits
         }
-        if all(found.values()):
-            return {
-                f"{split}{year}": {"root": root, "split": split, "year": year}
-                for year, splits in found.items()
-                for split in splits
-            }
-        return next((splits_at(root, s, year=year) for year, s in found.items() if s), {})
 
     def _with_objects(self, records: list[Record], captions: Path) -> list[Record]:
         path = captions.with_name(captions.name.replace("captions_", "instances_"))
         content = read_json(path)
         names = {e["id"]: e["name"] for e in entries(content, "categories", ("id", "name"), path)}
         self.object_names = tuple(names[key] for key in sorted(names))
-        objects: dict[int, list[dict[str, Any]]] = {}
+        objects = defaultdict(list)
         needed = ("image_id", "category_id", "bbox")
         for entry in entries(content, "annotations", needed, path):
-            thing = {
-                "name": names[entry["category_id"]],
-                "box": tuple(entry["bbox"]),
-                "is_crowd": bool(entry.get("iscrowd")),
-            }
-            objects.setdefault(entry["image_id"], []).append(thing)
-        return [self._with_own(record, objects) for record in records]
+            thing = {"name": names[entry["category_id"]], "box": tuple(entry["bbox"])}
+            thing["is_crowd"] = bool(entry.get("iscrowd"))
+            objects[entry["image_id"]].append(thing)
+        return [self._with_own(record, objects[record.extra["image_id"]]) for record in records]
 
-    def _with_own(self, record: Record, objects: dict[int, list[dict[str, Any]]]) -> Record:
-        own = objects.get(record.extra["image_id"], [])
-        found = {thing["name"] for thing in own}
+    def _with_own(self, record: Record, objects: list[dict[str, Any]]) -> Record:
+        found = {thing["name"] for thing in objects}
         labels = np.array([name in found for name in self.object_names], np.int64)
-        extra = {**record.extra, "objects": own, "attributes": {"has_object": labels}}
-        return replace(record, extra=extra)
+        more = {"objects": objects, "attributes": {"has_object": labels}}
+        return replace(record, extra={**record.extra, **more})
 
 
-def _captions_files(root: Path, part: str, *years: int) -> list[Path]:
-    found = (annotation_file(root, f"captions_{part}{year}.json") for year in years)
+class CocoQA(ListedImages):
+    """COCO images with `questions`: a list of `{"question", "answer", "type"}`.
+
+    One sample per image, in the order of the first question about it; the type is object,
+    number, color or location. Captions come from COCO's captions files where these are beside
+    the images, else `caption == ""`.
+
+    Args:
+        root: the folder with `train/` and `test/`, or one that holds it as `cocoqa/`.
+        split: train or test.
+        images: COCO's folder; null looks in root and in the folder above.
+        options: see :class:`.listed.ImageOptions`.
+    """
+
+    def _read(
+        self, root: Path, split: str = "train", *, images: str | Path | None = None
+    ) -> list[Record]:
+        home = self._home(root)
+        self.where = home / choose_split(split, QA_SPLITS)
+        places = [Path(images).expanduser()] if images else [root, home, home.parent]
+        return _question_records(_qa_questions(self.where), places)
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Look for img_ids.txt beside questions.txt."""
+        home, files = cls._home(root), [f"{name}.txt" for name in QA_COLUMNS]
+        return splits_at(
+            root, (s for s in QA_SPLITS if all((home / s / f).is_file() for f in files))
+        )
+
+    @staticmethod
+    def _home(root: Path) -> Path:
+        inner = root / "cocoqa"
+        return inner if first_file(inner / split / "img_ids.txt" for split in QA_SPLITS) else root
+
+
+class VQA2(ListedImages):
+    """COCO images with `questions`: a list of `{"question", "answer", "answers", "type", ...}`.
+
+    `answer` is the official most frequent one, `answers` all ten (the accuracy of VQA needs
+    them), `type` yes/no, number or other, `question_id` the id in a result file. The test
+    split has questions only. Captions come from COCO's captions files where these are beside
+    the images, else `caption == ""`.
+
+    Args:
+        root: the folder with the question files.
+        split: train, validation or test.
+        images: COCO's folder; null looks in root and in the folder above.
+        drop_missing: leave out questions about images that do not exist.
+        options: see :class:`.listed.ImageOptions`.
+    """
+
+    def _read(
+        self,
+        root: Path,
+        split: str = "train",
+        *,
+        images: str | Path | None = None,
+        drop_missing: bool = False,
+    ) -> list[Record]:
+        split = choose_split(split, VQA_PARTS)
+        part = VQA_PARTS[split]
+        needed = [VQA_QUESTIONS] if split == "test" else [VQA_QUESTIONS, VQA_ANSWERS]
+        found = {name: _vqa_file(root, name, part) for name in needed}
+        if missing := [name.format(part) for name, path in found.items() if path is None]:
+            raise ConfigError(f"{root}: no {missing[0]}")
+        self.where, *answers = (path for path in found.values() if path)
+        places = [Path(images).expanduser()] if images else [root, root.parent]
+        records = _question_records(_vqa_questions(self.where, *answers), places)
+        return [r for r in records if r.path.is_file()] if drop_missing else records
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Look for v2_OpenEnded_mscoco_*_questions.json."""
+        is_there = (s for s, part in VQA_PARTS.items() if _vqa_file(root, VQA_QUESTIONS, part))
+        return splits_at(root, is_there)
+
+
+# Captions
+
+
+def _annotation_file(root: Path, name: str) -> Path | None:
+    return first_file([root / "annotations" / name, root / name])
+
+
+def _of_years(root: Path, part: str, *years: int) -> list[Path]:
+    found = (_annotation_file(root, f"captions_{part}{year}.json") for year in years)
     return [path for path in found if path]
 
 
@@ -118,7 +210,7 @@ def _captions_file(root: Path, part: str, year: int | None) -> Path:
     if year is not None and year not in YEARS:
         raise ConfigError(f"year must be one of {', '.join(map(str, YEARS))}, got {year!r}")
     years = [y for y in YEARS if year in (None, y)]
-    found = _captions_files(root, part, *years)
+    found = _of_years(root, part, *years)
     if len(found) > 1:
         raise ConfigError(f"{root} holds {part} captions of both years; give `year: 2014` or 2017")
     if not found:
@@ -130,22 +222,28 @@ def _captions_file(root: Path, part: str, year: int | None) -> Path:
 def _official_records(root: Path, path: Path) -> list[Record]:
     content = read_json(path)
     captions, images = _captions_by_image(content, path), CocoImages(root)
-    # The names come from the file: made from ids they would lack zeros for short ids.
-    return [
-        Record(
-            entry["file_name"],
-            images.find(number=int(entry["id"]), name=entry["file_name"]),
-            tuple(captions.get(int(entry["id"]), ())),
-            {"image_id": int(entry["id"])},
-        )
-        for entry in entries(content, "images", ("id", "file_name"), path, numbers=("id",))
-    ]
+    records = []
+    for entry in entries(content, "images", ("id", "file_name"), path, numbers=("id",)):
+        # The names come from the file: made from ids they would lack zeros for short ids.
+        name, number = entry["file_name"], int(entry["id"])
+        where = images.find(number=number, name=name)
+        records.append(Record(name, where, captions.get(number, ()), {"image_id": number}))
+    return records
+
+
+def _captions_by_image(content: Any, path: Path) -> dict[int, tuple[str, ...]]:
+    """Return image id -> captions, trimmed and on one line, empty ones left out."""
+    found: dict[int, tuple[str, ...]] = defaultdict(tuple)
+    needed = ("image_id", "caption")
+    for entry in entries(content, "annotations", needed, path, numbers=("image_id",)):
+        where = f"{path}: a caption of image {entry['image_id']}"
+        found[int(entry["image_id"])] += tuple(texts_of(entry["caption"], where))
+    return found
 
 
 def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list[Record]:
     wanted = {"val" if split == "validation" else split}
-    if restval and split == "train":
-        wanted.add("restval")
+    wanted |= {"restval"} if restval and split == "train" else set()
     images, records = CocoImages(root), []
     needed = ("filename", "split", "sentences")
     for entry in entries(read_json(path), "images", needed, path):
@@ -162,28 +260,76 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
     return records
 
 
-# Shared by COCO-QA, VQA v2 and TextCaps
+# Questions
 
 
-def question_records(
-    questions: Mapping[int, list[dict[str, Any]]], homes: Sequence[Path]
-) -> list[Record]:
-    """Return a record for each image number, with its questions and COCO's captions of it.
-
-    Args:
-        questions: image number -> its questions.
-        homes: folders that may hold COCO's images and captions files.
-    """
+def _question_records(questions: Questions, homes: Sequence[Path]) -> list[Record]:
+    """Return a record for each image number, with COCO's captions where `homes` have them."""
     images, records = CocoImages(*homes), []
-    captions: dict[int, list[str]] = {}
+    captions: dict[int, tuple[str, ...]] = {}
     for home in dict.fromkeys(homes):
-        for path in (p for part in SPLITS.values() for p in _captions_files(home, part, *YEARS)):
-            captions = {**captions, **_captions_by_image(read_json(path), path)}
+        for path in (p for part in SPLITS.values() for p in _of_years(home, part, *YEARS)):
+            captions |= _captions_by_image(read_json(path), path)
     for number, asked in questions.items():
         path = images.find(number=number)
         extra = {"image_id": number, "questions": asked}
-        records.append(Record(path.name, path, tuple(captions.get(number, ())), extra))
+        records.append(Record(path.name, path, captions.get(number, ()), extra))
     return records
+
+
+def _qa_questions(folder: Path) -> Questions:
+    columns = [_aligned_lines(folder / f"{name}.txt") for name in QA_COLUMNS]
+    if len({*map(len, columns)}) > 1:
+        counts = ", ".join(f"{n}.txt {len(c)}" for n, c in zip(QA_COLUMNS, columns, strict=True))
+        raise ConfigError(f"{folder}: the files differ in their number of lines: {counts}")
+    found = defaultdict(list)
+    for line, (question, answer, kind, number) in enumerate(zip(*columns, strict=True), 1):
+        try:
+            name, image = QA_TYPES[int(kind)], int(number)
+        except (ValueError, IndexError) as error:
+            got = f"expected a type 0-3 and an image id, got {kind!r} and {number!r}"
+            raise ConfigError(f"{folder}: line {line}: {got}") from error
+        found[image].append({"question": question, "answer": answer, "type": name})
+    return found
+
+
+def _aligned_lines(path: Path) -> list[str]:
+    # Empty lines inside count, as the files are aligned by line; those at the end do not.
+    with open_text(path) as file:
+        return [clean(line) for line in file.read().rstrip().split("\n")]
+
+
+def _vqa_file(root: Path, name: str, part: str) -> Path | None:
+    folders = (".", "questions", "annotations", "vqa", "VQAv2")
+    found = (_annotation_file(root / folder, name.format(part)) for folder in folders)
+    return next((path for path in found if path), None)
+
+
+def _vqa_questions(path: Path, annotations: Path | None = None) -> Questions:
+    answers = _vqa_answers(annotations) if annotations else None
+    found, needed = defaultdict(list), ("image_id", "question", "question_id")
+    for entry in entries(read_json(path), "questions", needed, path, numbers=needed[::2]):
+        number = entry["question_id"]
+        if answers is not None and number not in answers:
+            raise ConfigError(f"{path}: question {number} has no answers in the annotations")
+        asked = {"question": clean(entry["question"]), "question_id": number}
+        found[int(entry["image_id"])].append(asked | (answers or {}).get(number, {}))
+    return found
+
+
+def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
+    needed = ("question_id", "multiple_choice_answer", "answers")
+    return {
+        entry["question_id"]: {
+            "answer": entry["multiple_choice_answer"],
+            "answers": [given["answer"] for given in entry["answers"]],
+            "type": entry.get("answer_type", ""),
+        }
+        for entry in entries(read_json(path), "annotations", needed, path)
+    }
+
+
+# Files
 
 
 class CocoImages:
@@ -196,46 +342,27 @@ class CocoImages:
 
     def __init__(self, *roots: Path):
         self.roots = roots
-        self._by_name: dict[str, Path] = {}
-        self._by_number: dict[int, Path] = {}
-        for base in (base for root in roots for base in (root, root / "images")):
-            for folder in (*(base / name for name in FOLDERS), base):
-                for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-                    if number := re.search(r"(\d+)\.(?:jpe?g|png)$", name, re.I):
-                        self._by_name.setdefault(name, folder / name)
-                        self._by_number.setdefault(int(number[1]), folder / name)
+        self._found: dict[str | int, Path] = {}
+        bases = (base for root in roots for base in (root, root / "images"))
+        for folder in (base / name for base in bases for name in (*FOLDERS, ".")):
+            for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+                if number := re.search(r"(\d+)\.(?:jpe?g|png)$", name, re.I):
+                    self._found.setdefault(name, folder / name)
+                    self._found.setdefault(int(number[1]), folder / name)
 
-    def find(self, *, number: int, name: str | None = None) -> Path:
+    def find(self, *, number: int, name: str = "") -> Path:
         """Return where an image is; if nowhere, where it was expected."""
-        path = self._by_name.get(name or "") or self._by_number.get(number)
+        path = self._found.get(name) or self._found.get(number)
         return path or self.roots[0] / (name or f"{number:012d}.jpg")
 
 
-def read_json(path: Path) -> Any:
-    """Return the contents of a JSON file; raises ConfigError naming file and place."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
-
-
 def entries(
-    content: Any,
-    key: str,
-    needed: tuple[str, ...],
-    path: Path,
-    *,
-    numbers: tuple[str, ...] = (),
+    content: Any, key: str, needed: Sequence[str], path: Path, *, numbers: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the list of objects under `key`, each of which has the keys `needed`.
 
-    Their values are checked by `KINDS`; those of `numbers` are whole numbers or their digits.
-
-    Raises:
-        ConfigError: naming the file and the place where something is missing.
+    Their values are checked by `KINDS`; those of `numbers` are whole numbers or their digits. What
+    is missing or wrong is a ConfigError with file and place.
     """
     listed = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(listed, list):
@@ -246,28 +373,12 @@ def entries(
         if missing:
             raise ConfigError(f"{path}: {key}[{place}] has no {', '.join(missing)}")
         for name in needed:
-            value, expected = entry[name], ""
-            if not isinstance(value, KINDS.get(name, object)):
-                expected = "a text" if KINDS[name] is str else "a list"
+            value, kind, expected = entry[name], KINDS.get(name, object), ""
+            if not isinstance(value, kind):
+                expected = "a text" if kind is str else "a list"
             elif name in numbers and (isinstance(value, bool) or not str(value).isdecimal()):
                 expected = "a whole number"
             if expected:
                 where = f"{path}: {key}[{place}].{name}"
                 raise ConfigError(f"{where}: expected {expected}, got {value!r:.60}")
     return listed
-
-
-def annotation_file(root: Path, name: str) -> Path | None:
-    """Return this file in root/annotations or in root, or None."""
-    places = (root / "annotations" / name, root / name)
-    return next((path for path in places if path.is_file()), None)
-
-
-def _captions_by_image(content: Any, path: Path) -> dict[int, list[str]]:
-    """Return image id -> captions, trimmed and on one line, empty ones left out."""
-    found: dict[int, list[str]] = {}
-    needed = ("image_id", "caption")
-    for entry in entries(content, "annotations", needed, path, numbers=("image_id",)):
-        texts = texts_of(entry["caption"], f"{path}: a caption of image {entry['image_id']}")
-        found.setdefault(int(entry["image_id"]), []).extend(texts)
-    return found

@@ -1,9 +1,15 @@
-"""A folder of images with captions in a table, in text files beside them, or none but names.
+"""Folders, tables and lists of images with captions.
 
-root/captions.jsonl | metadata.csv | captions.txt | ...         root/[images/]x.jpg
-root/Flickr8k.token.txt | results.csv (Flickr30k)               root/Images/x.jpg
-root/x.jpg + root/x.txt (one caption per line)                  root/class_name/x.jpg
-any of these in root/train, root/validation, root/test; or one table with a column `split`
+CaptionedFolder: captions in a table, in text files beside the images, or none but names
+    root/captions.jsonl | metadata.csv | captions.txt | ...         root/[images/]x.jpg
+    root/Flickr8k.token.txt | results.csv (Flickr30k)               root/Images/x.jpg
+    root/x.jpg + root/x.txt (one caption per line)                  root/class_name/x.jpg
+    any of these in root/train, root/validation, root/test; or one table with a column `split`
+PairsTable: pairs.csv | pairs.tsv | pairs.jsonl    or a folder with train.csv, validation.csv, ...
+    as open_clip's CSV (tabs by default): columns filepath and title
+ListFile: train.txt, as taming's list of paths
+    /data/a.jpg            caption in /data/a.txt or a.caption, if any
+    /data/b.jpg<TAB>a dog  also b.jpg#0<TAB>a dog, b.jpg,a dog and b.jpg a dog
 """
 
 import re
@@ -13,31 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ..sockets import ConfigError
-from .captions import (
-    EXPECTED,
-    USUAL,
-    Columns,
-    clean,
-    find_table,
-    read_sidecar,
-    read_split_lists,
-    read_table,
-    tables_in,
-    unread_files,
-)
+from . import captions as tables
+from . import splits
+from .captions import EXPECTED, USUAL, Columns, find_table, read_sidecar
 from .images import SUFFIXES
 from .listed import ImageFinder, ListedImages, Record, image_files
-from .splits import (
-    SPLITS,
-    declared_splits,
-    of_split,
-    refuse_other_splits,
-    split_name,
-    split_of_folders,
-    split_words,
-    splits_at,
-)
+from .splits import declared_splits, of_split, split_name, splits_at
 
+PAIRS = (".csv", ".tsv", ".jsonl")
 NO_CLASS = re.compile(
     r"(jpe?g|png|raw)?_?(images?|imgs?|pictures?|photos?|masks?|labels?|thumbnails?|data|dataset|"
     r"files|all|jpe?g|png|samples?|[a-z]?[\W\d_]*)",
@@ -80,21 +69,18 @@ class CaptionedFolder(ListedImages):
         if not root.is_dir():
             raise ConfigError(f"root: {root} is no folder; expected one with images and {EXPECTED}")
         if template is not None and template.count("{}") != 1:
-            raise ConfigError(
-                "caption_template must hold one {}, such as 'a photo of a {}'; got "
-                f"{template!r}"
-            )
+            usual = "must hold one {}, such as 'a photo of a {}'"
+            raise ConfigError(f"caption_template {usual}; got {template!r}")
         inner = _split_folder(root, split_name(split)) if captions is None else None
-        self._home = home = inner or root
+        self.where = self._home = home = inner or root
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
-        table = find_table(home, captions, columns)
-        if table is None:
-            self.where, records = home, _records_without_table(home, template, encoding)
+        if (table := find_table(home, captions, columns)) is None:
+            records = _records_without_table(home, template, encoding)
         else:
             self.where, records = table, _records_of_table(home, table, columns, template)
         self._listed = {record.path for record in records} if table else None
         if inner is not None:
-            refuse_other_splits(records, split_name(split), self.where)
+            splits.refuse_other_splits(records, split_name(split), self.where)
         try:
             unwanted = re.compile(exclude or r"(?!)")
         except re.error as error:
@@ -103,37 +89,36 @@ class CaptionedFolder(ListedImages):
         own = "all" if inner else split
         kept = of_split(kept, own, holdout=holdout, where=self.where)
         if not kept:
-            raise ConfigError(
-                f"{self.where}: no image is left by split {own!r}, exclude {exclude!r}"
-            )
+            left = f"no image is left by split {own!r}, exclude {exclude!r}"
+            raise ConfigError(f"{self.where}: {left}")
         return kept
 
     def unlisted_images(self) -> list[Path]:
         """Return images in the data set's folder that its table does not list."""
-        if self._listed is None:
-            return []
-        return [path for path in image_files(self._home) if path not in self._listed]
+        listed = self._listed
+        return [] if listed is None else [p for p in image_files(self._home) if p not in listed]
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Take any folder with images; splits are those that a table or folders name."""
         if not root.is_dir():
             return {}
-        inner = {s: folder for s in SPLITS[:3] if (folder := _split_folder(root, s))}
+        inner = {s: folder for s in splits.SPLITS[:3] if (folder := _split_folder(root, s))}
         if inner:
             return {s: {"root": root, "split": s, **_template(f)} for s, f in inner.items()}
         if table := find_table(root, None):
-            splits = declared_splits(_records_of_table(root, table, USUAL, None))
-            return splits_at(root, splits or ["all"])
+            named = declared_splits(_records_of_table(root, table, USUAL, None))
+            return splits_at(root, named or ["all"])
         if not (images := image_files(root)):
             return {}
-        splits = declared_splits([_in_folder(root, path) for path in images])
-        return splits_at(root, splits or ["all"], **_template(root, images))
+        named = declared_splits([_in_folder(root, path) for path in images])
+        return splits_at(root, named or ["all"], **_template(root, images))
 
 
 def _split_folder(root: Path, split: str | None) -> Path | None:
     """Return root/train and the like, if it has captions of its own or root has no table."""
-    folder = next((root / name for name in split_words(split) if (root / name).is_dir()), None)
+    places = (root / name for name in splits.split_words(split))
+    folder = next((place for place in places if place.is_dir()), None)
     if folder is None or (find_table(root, None) and not find_table(folder, None)):
         return None
     return folder
@@ -155,25 +140,24 @@ def _records_of_table(
     root: Path, table: Path, columns: Columns, template: str | None
 ) -> list[Record]:
     homes = (table.parent, root, root / "images", table.parent / "images")
-    listed = read_table(table, columns, template or "{}")
+    listed = tables.read_table(table, columns, template or "{}")
     records = ImageFinder(homes, below=root).records(listed)
     if not any(record.captions for record in records):
         raise ConfigError(f"{table}: all captions are empty; name their column with `caption_key`")
-    lists = read_split_lists(table)
-    splits = (
-        record.split
-        or lists.get(Path(record.file).name)
-        or lists.get(Path(record.file).stem)
-        or _in_folder(root, Path(str(record.path))).split
-        for record in records
-    )
-    return [replace(record, split=split) for record, split in zip(records, splits, strict=True)]
+    lists = tables.read_split_lists(table)
+
+    def split_of(record: Record) -> str | None:
+        name = Path(record.file)
+        listed = record.split or lists.get(name.name) or lists.get(name.stem)
+        return listed or _in_folder(root, Path(str(record.path))).split
+
+    return [replace(record, split=split_of(record)) for record in records]
 
 
 def _in_folder(root: Path, path: Path) -> Record:
     """Return an image without captions, in the split that its folders name."""
     name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-    return Record(name.as_posix(), path, (), split=split_of_folders(name.parts[:-1]))
+    return Record(name.as_posix(), path, (), split=splits.split_of_folders(name.parts[:-1]))
 
 
 def _records_without_table(root: Path, template: str | None, encoding: str) -> list[Record]:
@@ -181,20 +165,131 @@ def _records_without_table(root: Path, template: str | None, encoding: str) -> l
     for path in image_files(root):
         texts = read_sidecar(path, encoding)
         if texts is None and template and path.parent not in (root, root / "images"):
-            texts = [template.replace("{}", clean(path.parent.name.replace("_", " ")))]
+            texts = [template.replace("{}", tables.clean(path.parent.name.replace("_", " ")))]
         has_captions |= texts is not None
         records.append(replace(_in_folder(root, path), captions=tuple(texts or ())))
     if not records:
         raise ConfigError(f"{root} holds no images ({', '.join(SUFFIXES)}) and no table")
     if not has_captions:
-        tables = ", ".join(path.name for path in tables_in([root]))
-        others = unread_files(root, (record.file for record in records), read=())
-        names = ", ".join(path.relative_to(root).as_posix() for path in others)
-        hint = f" ({names} could hold captions, but not in a layout that is read)" if names else ""
-        if tables:
-            hint = f" by this data set; `target: pairs_table` reads {tables}, one table per split"
+        unread = tables.unread_files(root, (record.file for record in records), read=())
+        others = ", ".join(path.relative_to(root).as_posix() for path in unread)
+        hint = (
+            f" ({others} could hold captions, but not in a layout that is read)" if others else ""
+        )
+        if found := ", ".join(path.name for path in tables.tables_in([root])):
+            hint = f" by this data set; `target: pairs_table` reads {found}, one table per split"
         raise ConfigError(
             f"{root}: no captions found{hint}; expected {EXPECTED}; or, for folders named after "
             "classes, caption_template: 'a photo of a {}'"
         )
     return records
+
+
+class PairsTable(ListedImages):
+    """Images and captions listed in a table; rows about one file are joined.
+
+    Args:
+        root: the table, or a folder that has one named after each split.
+        split: which table of the folder; in one table, what its column `split` names. A table
+            without that column is divided into train and validation by a hash of each file's name.
+        holdout: share of the validation split in that last case, 0 < holdout < 1.
+        images: the folder that the paths are relative to; null tries the table's own folder
+            and its `images/`, then where you are.
+        caption_key: the column with the captions, where it is not a usual one.
+        file_key: the column with the images' paths, likewise.
+        options: see :class:`.listed.ImageOptions`.
+    """
+
+    def _read(
+        self,
+        root: Path,
+        split: str | None = None,
+        *,
+        images: str | Path | None = None,
+        holdout: float = 0.1,
+        file_key: str | None = None,
+        caption_key: str | None = None,
+    ) -> list[Record]:
+        table = root if root.is_file() else splits.split_file(root, split_name(split), PAIRS)
+        if table is None:
+            raise ConfigError(f"{root}: no table of split {split!r} ({', '.join(PAIRS)})")
+        self.where, encoding = table, self.options.encoding
+        columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
+        records = _pairs(table, images, columns)
+        return of_split(records, split, holdout=holdout, where=table) if table == root else records
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Look for tables named after splits, or take a table itself."""
+        if not root.is_file():
+            found = {split: splits.split_file(root, split, PAIRS) for split in splits.SPLITS[:3]}
+            return splits_at(
+                root, (s for s, path in found.items() if path and tables.is_table(path))
+            )
+        is_read = tables.is_table(root)
+        if not is_read and root.suffix.lower() not in PAIRS:
+            return {}  # other tables are taken for one whose columns have unusual names
+        named = declared_splits(_pairs(root, None, USUAL)) if is_read else []
+        return splits_at(root, named or ["all"])
+
+
+def _pairs(table: Path, images: str | Path | None, columns: Columns) -> list[Record]:
+    near = (table.parent, table.parent / "images", Path())
+    homes = (Path(images).expanduser(),) if images else near
+    return ImageFinder(homes, below=homes[0]).records(tables.read_table(table, columns))
+
+
+class ListFile(ListedImages):
+    """Images from a list of paths; a path that occurs twice keeps all its captions.
+
+    Args:
+        root: the list, or a folder with `train.txt` and so on.
+        split: which list of the folder; null or all if root is the list.
+        images: the folder that the paths are relative to; null tries the list's own folder,
+            then where you are (as taming).
+        options: see :class:`.listed.ImageOptions`.
+    """
+
+    def _read(
+        self, root: Path, split: str | None = None, *, images: str | Path | None = None
+    ) -> list[Record]:
+        path = _list(root, splits.choose_split(split, splits.SPLITS))
+        if path is None:
+            raise ConfigError(f"{root}: no list of split {split!r}; expected train.txt, ...")
+        self.where = path
+        found: dict[str, list[str]] = {}
+        for _, name, caption in tables.caption_lines(path, self.options.encoding):
+            found.setdefault(name, []).extend([caption] if caption else [])
+        homes = [Path(images).expanduser()] if images else [path.parent, Path()]
+        records, finder = [], ImageFinder(homes)
+        for name, captions in found.items():
+            image = finder.find(name)
+            texts = captions or read_sidecar(image, self.options.encoding) or ()
+            records.append(Record(name, image, tuple(texts)))
+        return records
+
+    @classmethod
+    def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
+        """Take a text file whose first line names an image, or a folder with such lists."""
+        if root.is_dir():
+            table = find_table(root, None)
+            if table and not splits.SPLIT_LIST.search(table.name):
+                return {}  # it has the captions, the lists have the splits
+        lists = {split: _list(root, split) for split in splits.SPLITS}
+        return splits_at(root, (s for s, path in lists.items() if path and _lists_images(path)))
+
+
+def _list(root: Path, split: str) -> Path | None:
+    if root.is_file():
+        return root if split == "all" else None
+    return splits.split_file(root, split, (".txt",)) if split != "all" else None
+
+
+def _lists_images(path: Path) -> bool:
+    if path.suffix.lower() != ".txt":
+        return False
+    try:
+        first = next(iter(tables.read_lines(path)), "")
+        return tables.split_line(first)[0].lower().endswith(SUFFIXES)
+    except ConfigError:
+        return False

@@ -1,49 +1,38 @@
 """Scenes as symbols, and true captions, questions and answers about them.
 
-:mod:`.scenes` draws them. Coordinates are fractions of the picture: x to the right, y downwards,
-both in [0, 1].
+:mod:`.scenes` draws them; the words are in `scene_words.yaml`. Coordinates are fractions of the
+picture: x to the right, y downwards, both in [0, 1].
 """
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from .images import Draws
 
-COLORS = {
-    "red": (220, 35, 40),
-    "orange": (245, 140, 20),
-    "yellow": (250, 220, 40),
-    "green": (35, 150, 60),
-    "cyan": (25, 195, 215),
-    "blue": (35, 80, 215),
-    "purple": (130, 45, 170),
-    "pink": (250, 130, 195),
-    "brown": (120, 70, 30),
-    "black": (15, 15, 15),
-}
-"""Colors of objects, RGB."""
-
-TONES = {
-    "white": (246, 246, 246),
-    "gray": (165, 165, 165),
-    "beige": (232, 216, 180),
-    "lavender": (205, 195, 235),
-    "mint": (190, 230, 205),
-    "navy": (28, 34, 72),
-}
-"""Colors of backgrounds, RGB; no object has one of these."""
-
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-SIZES = {"small": (0.09, 0.115), "large": (0.17, 0.21)}  # range of the radius
-TEXTURES = ("plain", "striped", "dotted")
-BACKGROUNDS = ("plain", "gradient", "checkered", "noisy")
+_DATA = yaml.safe_load(Path(__file__).with_name("scene_words.yaml").read_text(encoding="utf-8"))
+_PHRASES, _QUESTIONS = _DATA["phrases"], _DATA["questions"]
+COLORS: dict[str, tuple[int, ...]] = {name: tuple(rgb) for name, rgb in _DATA["colors"].items()}
+TONES: dict[str, tuple[int, ...]] = {name: tuple(rgb) for name, rgb in _DATA["tones"].items()}
+SIZES: dict[str, list[float]] = _DATA["sizes"]
+SHAPES = tuple(_DATA["shapes"])
+TEXTURES = tuple(_DATA["textures"])
+BACKGROUNDS = tuple(_DATA["backgrounds"])
+NUMBERS, NOUNS = _PHRASES["numbers"], _PHRASES["nouns"]
 MAX_OBJECTS = 4
 SIMPLE_SCALE = 1.5  # of the radii of simple scenes
 MARGIN = 0.02  # free border of the picture, so that no object is clipped
 OBJECT_CONTRAST = 95.0  # minimum RGB distance of an object to its background
 TONE_CONTRAST = 60.0  # the same between the two tones of one background
+LEVEL = 0.12  # objects nearer than this along an axis are called neither left nor right
+MIN_WORDS, MAX_WORDS = 3, 25
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,82 +124,6 @@ def _stands_out(rgb: tuple[int, ...], background: Background) -> bool:
     return all(math.dist(rgb, end) >= OBJECT_CONTRAST for end in ends)
 
 
-# Templates of captions
-
-NUMBERS = ("zero", "one", "two", "three", "four")
-SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-LEVEL = 0.12  # objects nearer than this along an axis are called neither left nor right
-MIN_WORDS, MAX_WORDS = 3, 25
-
-LISTS = (
-    "{things}",
-    "a picture of {things}",
-    "a drawing with {things}",
-    "this picture shows {things}",
-    "we see {things}",
-    "there {be} {things}",
-    "in this image there {be} {things}",
-    "{things} {are} shown",
-)
-SCENERY = ("on {ground}", "against {ground}", "in front of {ground}")
-RELATED = (
-    "{a} {relation} {b}",
-    "{a} {relation} {b}",
-    "{a} is {relation} {b}",
-    "{a} sits {relation} {b}",
-    "there is {a} {relation} {b}",
-    "a picture with {a} {relation} {b}",
-)
-RELATIONS = {
-    "left": ("to the left of", "left of"),
-    "right": ("to the right of", "right of"),
-    "above": ("above", "higher than"),
-    "below": ("below", "under", "lower than"),
-}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-PLACED = (
-    "{a} {place}",
-    "{a} is {place}",
-    "{a} lies {place}",
-    "{place} there is {a}",
-    "{place} we see {a}",
-    "a picture of {a} {place}",
-)
-CORNER = ("in the {v} {h} corner", "near the {v} {h} corner")
-VERTICAL = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
-MIDDLE = ("in the middle", "in the center of the picture")
-HALVES = {
-    "left": ("in the left half", "on the left side"),
-    "right": ("in the right half", "on the right side"),
-    "top": ("in the upper half", "at the top"),
-    "bottom": ("in the lower half", "at the bottom"),
-}
-COUNTED = ("there {be} exactly {group}", "this image has {group}", "{group} can be seen")
-COMPARED = {
-    "large": ("{a} is larger than {b}", "{a} is bigger than {b}", "{b} and a larger {c}"),
-    "small": ("{a} is smaller than {b}", "{b} and a smaller {c}"),
-}
-SHARED = (
-    "{all} shapes are {what}",
-    "{all} objects are {what}",
-    "{all} shapes in the image are {what}",
-)
-ALL = {2: ("both",), 3: ("all", "all three"), 4: ("all", "all four")}
-GROUNDED = ("the background is {tone}", "behind {a} there is {ground}", "{ground} with {a}")
-GROUND = {
-    "plain": ("a plain {0} background", "a {0} background"),
-    "gradient": ("a background that fades from {0} to {1}", "a gradient from {0} to {1}"),
-    "checkered": ("a {0} and {1} checkered background", "a checkerboard of {0} and {1}"),
-    "noisy": ("a noisy {0} background", "a grainy {0} background"),
-}
-TONE = {
-    "plain": ("plain {0}", "{0}"),
-    "gradient": ("a gradient from {0} to {1}",),
-    "checkered": ("checkered in {0} and {1}",),
-    "noisy": ("noisy and {0}",),
-}
-
-
 def captions(scene: Scene, draws: Draws, count: int = 5) -> list[str]:
     """Return `count` different captions, 3 to 25 words each; the first names all objects."""
     found: dict[str, str] = {}
@@ -224,6 +137,35 @@ def captions(scene: Scene, draws: Draws, count: int = 5) -> list[str]:
         if is_short or makers != [_everything]:
             makers = makers[:-1]
     return list(found.values())
+
+
+def questions(scene: Scene, draws: Draws) -> list[dict[str, str]]:
+    """Return up to one question of each type, as dicts of question, answer and type."""
+    found = [(kind, ask(scene, draws)) for kind, ask in _ASKERS.items()]
+    return [{"question": qa[0], "answer": qa[1], "type": kind} for kind, qa in found if qa]
+
+
+def vocabulary() -> list[str]:
+    """Return all words of captions, questions and answers, lower-case and sorted."""
+    plurals = [_plural(noun, 2) for noun in (*SHAPES, *NOUNS)]
+    names = [*COLORS, *TONES, *SIZES, *SHAPES, *TEXTURES, *BACKGROUNDS]
+    texts = [*_texts(_PHRASES), *_texts(_QUESTIONS), *names, *plurals, "a an and is are"]
+    return sorted({*re.findall("[a-z]+", re.sub(r"{\w+}", " ", " ".join(texts).lower()))})
+
+
+def _texts(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    else:
+        for entry in node.values() if isinstance(node, dict) else node:
+            yield from _texts(entry)
+
+
+# Parts of a sentence
+
+
+def _say(draws: Draws, phrases: Sequence[str], *places: str, **names: str) -> str:
+    return draws.pick(phrases).format(*places, **names)
 
 
 def _plural(noun: str, count: int) -> str:
@@ -247,18 +189,18 @@ def _relations(a: SceneObject, b: SceneObject) -> list[str]:
 
 def _ground(background: Background, draws: Draws) -> str:
     """Return a noun phrase with article for the background."""
-    phrase = draws.pick(GROUND[background.kind]).format(*background.tones)
+    phrase = _say(draws, _PHRASES["ground"][background.kind], *background.tones)
     return _article(phrase.removeprefix("a "))
 
 
 def _phrase(thing: SceneObject, draws: Draws, *, sized: bool = True) -> str:
     """Return a true noun phrase without article, such as "small striped red circle"."""
-    parts = [draws.pick(SIZE_WORDS[thing.size])] if sized and draws.chance(0.45) else []
+    parts = [draws.pick(_PHRASES["size"][thing.size])] if sized and draws.chance(0.45) else []
     if draws.chance(0.6 if thing.texture != "plain" else 0.05):
         parts.append(thing.texture)
     if draws.chance(0.9):
         parts.append(thing.color)
-    noun = draws.pick(("shape", "object")) if parts and draws.chance(0.08) else thing.shape
+    noun = draws.pick(NOUNS) if parts and draws.chance(0.08) else thing.shape
     return " ".join([*parts, noun])
 
 
@@ -273,112 +215,21 @@ def _groups(scene: Scene, draws: Draws, by: tuple[str, ...]) -> list[tuple[int, 
     return found
 
 
-def _joined(phrases: list[str]) -> str:
-    return " and ".join([*([", ".join(phrases[:-1])] if phrases[1:] else []), phrases[-1]])
-
-
 def _listed(groups: list[tuple[int, str]], scene: Scene, draws: Draws, backed: float) -> str:
-    phrases = [_article(text.removeprefix("one ")) if n == 1 else text for n, text in groups]
+    *first, last = (_article(text.removeprefix("one ")) if n == 1 else text for n, text in groups)
+    things = f"{', '.join(first)} and {last}" if first else last
     be = "is" if groups[0][0] == 1 else "are"
     are = "is" if groups[0][0] == len(groups) == 1 else "are"
-    sentence = draws.pick(LISTS).format(things=_joined(phrases), be=be, are=are)
-    return sentence + (_behind(scene, draws) if draws.chance(backed) else "")
+    sentence = _say(draws, _PHRASES["list"], things=things, be=be, are=are)
+    return _backed(sentence, scene, draws, backed)
 
 
-def _behind(scene: Scene, draws: Draws) -> str:
-    return " " + draws.pick(SCENERY).format(ground=_ground(scene.background, draws))
-
-
-def _everything(scene: Scene, draws: Draws) -> str:
-    by: tuple[str, ...] = ("color", "shape")
-    if len(scene.objects) <= 2 and draws.chance(0.5):
-        by = ("size", "color", "shape")
-    return _listed(_groups(scene, draws, by), scene, draws, backed=0.5)
-
-
-def _single(scene: Scene, draws: Draws) -> str:
-    group = (1, "one " + _phrase(draws.pick(scene.objects), draws))
-    return _listed([group], scene, draws, backed=0.25)
-
-
-def _couple(scene: Scene, draws: Draws) -> str:
-    a, b = _two(scene, draws)
-    first, second = _phrase(a, draws), _phrase(b, draws)
-    if a is b or first == second:
-        return ""
-    return _listed([(1, first), (1, second)], scene, draws, backed=0.2)
-
-
-def _counted(scene: Scene, draws: Draws) -> str:
-    by = draws.pick((("color", "shape"), ("shape",), ("color",), ()))
-    total = len(scene.objects)
-    noun = draws.pick(("shape", "object"))
-    whole = [(total, f"{NUMBERS[total]} {_plural(noun, total)}")]
-    count, text = max(_groups(scene, draws, by) if by else whole)
-    return draws.pick(COUNTED).format(group=text, be="is" if count == 1 else "are")
-
-
-def _related(scene: Scene, draws: Draws) -> str:
-    a, b = _two(scene, draws)
-    held = _relations(a, b)
-    first, second = _phrase(a, draws), _phrase(b, draws)
-    if not held or first == second:
-        return ""
-    words = draws.pick(RELATIONS[draws.pick(held)])
-    names = {"a": _article(first), "b": _article(second), "relation": words}
-    sentence = draws.pick(RELATED).format(**names)
-    return sentence + (_behind(scene, draws) if draws.chance(0.15) else "")
-
-
-def _placed(scene: Scene, draws: Draws) -> str:
-    thing = draws.pick(scene.objects)
-    places = _places(thing, draws)
-    if not places:
-        return ""
-    name = _article(_phrase(thing, draws))
-    return draws.pick(PLACED).format(a=name, place=draws.pick(places))
-
-
-def _places(thing: SceneObject, draws: Draws) -> list[str]:
-    h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
-    v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
-    if h and v:
-        corner = draws.pick(CORNER).format(h=h, v=draws.pick(VERTICAL[v]))
-        return [corner, corner, draws.pick(HALVES[draws.pick((h, v))])]
-    if h or v:
-        return [draws.pick(HALVES[h or v])]
-    near = max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
-    return [draws.pick(MIDDLE)] if near else []
-
-
-def _compared(scene: Scene, draws: Draws) -> str:
-    a, b = _two(scene, draws)
-    first, second = _phrase(a, draws, sized=False), _phrase(b, draws, sized=False)
-    if a.size == b.size or first == second:
-        return ""
-    template = draws.pick(COMPARED[a.size])
-    return template.format(a=_article(first), b=_article(second), c=first)
-
-
-def _shared(scene: Scene, draws: Draws) -> str:
-    total = len(scene.objects)
-    shared = []
-    for name in ("color", "shape", "size", "texture"):
-        values = {getattr(thing, name) for thing in scene.objects}
-        if total > 1 and len(values) == 1 and values != {"plain"}:
-            shared.append(_plural(values.pop(), total) if name == "shape" else values.pop())
-    if not shared:
-        return ""
-    return draws.pick(SHARED).format(all=draws.pick(ALL[total]), what=draws.pick(shared))
-
-
-def _grounded(scene: Scene, draws: Draws) -> str:
-    background = scene.background
-    return draws.pick(GROUNDED).format(
-        tone=draws.pick(TONE[background.kind]).format(*background.tones),
-        ground=_ground(background, draws),
-        a=_article(_phrase(draws.pick(scene.objects), draws)),
-    )
+def _backed(sentence: str, scene: Scene, draws: Draws, probability: float) -> str:
+    """Name the background, too, with this probability."""
+    if not draws.chance(probability):
+        return sentence
+    template = draws.pick(_PHRASES["scenery"])
+    return f"{sentence} {template.format(ground=_ground(scene.background, draws))}"
 
 
 def _two(scene: Scene, draws: Draws) -> tuple[SceneObject, SceneObject]:
@@ -394,55 +245,119 @@ def _finished(sentence: str, draws: Draws) -> str:
     return sentence + "." if style < 0.45 else sentence
 
 
+# Kinds of captions; "" where the scene has nothing to say of this kind
+
+
+def _everything(scene: Scene, draws: Draws) -> str:
+    by: tuple[str, ...] = ("color", "shape")
+    if len(scene.objects) <= 2 and draws.chance(0.5):
+        by = ("size", "color", "shape")
+    return _listed(_groups(scene, draws, by), scene, draws, backed=0.5)
+
+
+def _single(scene: Scene, draws: Draws) -> str:
+    group = (1, _phrase(draws.pick(scene.objects), draws))
+    return _listed([group], scene, draws, backed=0.25)
+
+
+def _couple(scene: Scene, draws: Draws) -> str:
+    a, b = _two(scene, draws)
+    first, second = _phrase(a, draws), _phrase(b, draws)
+    if a is b or first == second:
+        return ""
+    return _listed([(1, first), (1, second)], scene, draws, backed=0.2)
+
+
+def _counted(scene: Scene, draws: Draws) -> str:
+    by = draws.pick((("color", "shape"), ("shape",), ("color",), ()))
+    total = len(scene.objects)
+    noun = draws.pick(NOUNS)
+    whole = [(total, f"{NUMBERS[total]} {_plural(noun, total)}")]
+    count, text = max(_groups(scene, draws, by) if by else whole)
+    return _say(draws, _PHRASES["counted"], group=text, be="is" if count == 1 else "are")
+
+
+def _related(scene: Scene, draws: Draws) -> str:
+    a, b = _two(scene, draws)
+    held = _relations(a, b)
+    first, second = _phrase(a, draws), _phrase(b, draws)
+    if not held or first == second:
+        return ""
+    relation = draws.pick(_PHRASES["relation"][draws.pick(held)])
+    names = {"a": _article(first), "b": _article(second), "relation": relation}
+    return _backed(_say(draws, _PHRASES["related"], **names), scene, draws, 0.15)
+
+
+def _placed(scene: Scene, draws: Draws) -> str:
+    thing = draws.pick(scene.objects)
+    places = _places(thing, draws)
+    if not places:
+        return ""
+    name = _article(_phrase(thing, draws))
+    return draws.pick(_PHRASES["placed"]).format(a=name, place=draws.pick(places))
+
+
+def _places(thing: SceneObject, draws: Draws) -> list[str]:
+    halves = _PHRASES["half"]
+    h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
+    v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
+    if h and v:
+        template = draws.pick(_PHRASES["corner"])
+        corner = template.format(h=h, v=draws.pick(_PHRASES["vertical"][v]))
+        return [corner, corner, draws.pick(halves[draws.pick((h, v))])]
+    if h or v:
+        return [draws.pick(halves[h or v])]
+    near = max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
+    return [draws.pick(_PHRASES["middle"])] if near else []
+
+
+def _compared(scene: Scene, draws: Draws) -> str:
+    a, b = _two(scene, draws)
+    first, second = _phrase(a, draws, sized=False), _phrase(b, draws, sized=False)
+    if a.size == b.size or first == second:
+        return ""
+    names = {"a": _article(first), "b": _article(second), "c": first}
+    return _say(draws, _PHRASES["compared"][a.size], **names)
+
+
+def _shared(scene: Scene, draws: Draws) -> str:
+    total = len(scene.objects)
+    shared = []
+    for name in ("color", "shape", "size", "texture"):
+        values = {getattr(thing, name) for thing in scene.objects}
+        if total > 1 and len(values) == 1 and values != {"plain"}:
+            shared.append(_plural(values.pop(), total) if name == "shape" else values.pop())
+    if not shared:
+        return ""
+    template, how_many = draws.pick(_PHRASES["shared"]), draws.pick(_PHRASES["all"][total])
+    return template.format(all=how_many, what=draws.pick(shared))
+
+
+def _grounded(scene: Scene, draws: Draws) -> str:
+    background = scene.background
+    return draws.pick(_PHRASES["grounded"]).format(
+        tone=_say(draws, _PHRASES["tone"][background.kind], *background.tones),
+        ground=_ground(background, draws),
+        a=_article(_phrase(draws.pick(scene.objects), draws)),
+    )
+
+
 _MAKERS = (
     *(_single, _couple, _counted, _related, _related, _placed, _compared, _shared, _grounded),
 )
 
 
-# Questions about a scene, each with one true answer of one word
-
-COLOR = ("what color is the {noun}?", "which color does the {noun} have?")
-SHAPE = ("what shape is the {color} object?", "what is the {color} shape?")
-COUNT = ("how many {nouns} are there?", "how many {nouns} do you see?")
-EXISTS = ("is there {a}?", "do you see {a}?")
-WHERE = ("is the {a} {one} or {other} the {b}?",)
-SIDES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-KIND = (
-    "what kind of background is it?",
-    "is the background " + ", ".join(BACKGROUNDS[:-1]) + " or noisy?",
-)
-TONED = ("what color is the background?",)
-TYPES = ("color", "shape", "count", "yes-no", "relation", "background")
-
-
-def questions(scene: Scene, draws: Draws) -> list[dict[str, str]]:
-    """Return up to one question of each type, as dicts of question, answer and type."""
-    makers = (_color, _shape, _count, _exists, _where, _background)
-    found = [(kind, make(scene, draws)) for kind, make in zip(TYPES, makers, strict=True)]
-    return [{"question": qa[0], "answer": qa[1], "type": kind} for kind, qa in found if qa]
-
-
-def vocabulary() -> list[str]:
-    """Return all words of captions, questions and answers, lower-case and sorted."""
-    nouns = (*SHAPES, "shape", "object")
-    texts = [*LISTS, *SCENERY, *RELATED, *PLACED, *CORNER, *MIDDLE, *COUNTED, *SHARED, *GROUNDED]
-    texts += [*COLOR, *SHAPE, *COUNT, *EXISTS, *WHERE, *KIND, *TONED, *NUMBERS, *BACKGROUNDS]
-    texts += [*COLORS, *TONES, *SIZES, *TEXTURES, *nouns, *(_plural(noun, 2) for noun in nouns)]
-    tables = (RELATIONS, VERTICAL, HALVES, COMPARED, ALL, GROUND, TONE, SIZE_WORDS)
-    texts += [text for table in tables for entry in table.values() for text in entry]
-    texts += [*SIDES.values(), "a an and is are yes no"]
-    templates = re.sub(r"{\w+}", " ", " ".join(texts).lower())
-    return sorted({*re.findall("[a-z]+", templates)})
+# Kinds of questions, each with one true answer of one word
 
 
 def _color(scene: Scene, draws: Draws) -> tuple[str, str] | None:
     thing = _unique(scene, draws, "shape")
-    return (draws.pick(COLOR).format(noun=thing.shape), thing.color) if thing else None
+    return (_say(draws, _QUESTIONS["color"], noun=thing.shape), thing.color) if thing else None
 
 
 def _shape(scene: Scene, draws: Draws) -> tuple[str, str] | None:
     thing = _unique(scene, draws, "color")
-    return (draws.pick(SHAPE).format(color=thing.color), thing.shape) if thing else None
+    return (_say(draws, _QUESTIONS["shape"], color=thing.color), thing.shape) if thing else None
 
 
 def _unique(scene: Scene, draws: Draws, name: str) -> SceneObject | None:
@@ -462,8 +377,8 @@ def _count(scene: Scene, draws: Draws) -> tuple[str, str]:
         count = sum(other.color == thing.color for other in scene.objects)
         nouns = f"{thing.color} shapes"
     else:
-        count, nouns = len(scene.objects), draws.pick(("shapes", "objects"))
-    return draws.pick(COUNT).format(nouns=nouns), NUMBERS[count]
+        count, nouns = len(scene.objects), _plural(draws.pick(NOUNS), 2)
+    return _say(draws, _QUESTIONS["count"], nouns=nouns), NUMBERS[count]
 
 
 def _exists(scene: Scene, draws: Draws) -> tuple[str, str]:
@@ -475,7 +390,8 @@ def _exists(scene: Scene, draws: Draws) -> tuple[str, str]:
         else:
             shape = draws.pick(SHAPES)
     exists = any((other.color, other.shape) == (color, shape) for other in scene.objects)
-    return draws.pick(EXISTS).format(a=_article(f"{color} {shape}")), "yes" if exists else "no"
+    question = _say(draws, _QUESTIONS["yes-no"], a=_article(f"{color} {shape}"))
+    return question, "yes" if exists else "no"
 
 
 def _where(scene: Scene, draws: Draws) -> tuple[str, str] | None:
@@ -486,12 +402,22 @@ def _where(scene: Scene, draws: Draws) -> tuple[str, str] | None:
     answer = draws.pick(held)
     first, second = draws.shuffled((answer, OPPOSITE[answer]))
     a, b = (f"{thing.color} {thing.shape}" for thing in single[:2])
-    sides = {"one": SIDES[first], "other": SIDES[second]}
-    return draws.pick(WHERE).format(a=a, b=b, **sides), answer
+    sides = {"one": _QUESTIONS["sides"][first], "other": _QUESTIONS["sides"][second]}
+    return _say(draws, _QUESTIONS["relation"], a=a, b=b, **sides), answer
 
 
 def _background(scene: Scene, draws: Draws) -> tuple[str, str]:
     background = scene.background
     if len(background.tones) == 1 and draws.chance(0.5):
-        return draws.pick(TONED), background.tones[0]
-    return draws.pick(KIND), background.kind
+        return draws.pick(_QUESTIONS["tone"]), background.tones[0]
+    return draws.pick(_QUESTIONS["background"]), background.kind
+
+
+_ASKERS = {
+    "color": _color,
+    "shape": _shape,
+    "count": _count,
+    "yes-no": _exists,
+    "relation": _where,
+    "background": _background,
+}

@@ -47,11 +47,7 @@ def split_name(value: Any) -> str | None:
 
 
 def choose_split(split: str | None, known: Iterable[str]) -> str:
-    """Return the split by its full name; None is "all".
-
-    Raises:
-        ConfigError: if the data set has no such split.
-    """
+    """Return the split by its full name, which must be in `known`; None is "all"."""
     names = list(known)
     name = "all" if split is None else split
     name = name if name in names else SPLIT_WORDS.get(name, name)
@@ -68,10 +64,14 @@ def split_words(split: str | None) -> list[str]:
     return list(dict.fromkeys([split, *words]))
 
 
+def first_file(places: Iterable[Path]) -> Path | None:
+    """Return the first of these paths at which there is a file."""
+    return next((place for place in places if place.is_file()), None)
+
+
 def split_file(folder: Path, split: str | None, suffixes: Sequence[str]) -> Path | None:
     """Return the file of a folder that is named after a split, such as val.csv."""
-    places = (folder / f"{word}{suffix}" for word in split_words(split) for suffix in suffixes)
-    return next((place for place in places if place.is_file()), None)
+    return first_file(folder / f"{word}{end}" for word in split_words(split) for end in suffixes)
 
 
 def split_of_row(row: Mapping[str, Any]) -> str | None:
@@ -115,13 +115,9 @@ def splits_at(root: Path, names: Iterable[str], **more: Any) -> dict[str, dict[s
 
 
 def declared_splits(records: "Sequence[Record]") -> list[str]:
-    """Return the splits that the data name themselves; [] if none, or if all are train.
-
-    Known ones come first, in the order train, validation, test.
-    """
+    """Return the splits that the data name, SPLITS first; [] if none, or if all are train."""
     names = dict.fromkeys(record.split for record in records if record.split)
-    ordered = [name for name in SPLITS if name in names]
-    ordered += [name for name in names if name not in SPLITS]
+    ordered = sorted(names, key=lambda name: (*SPLITS, name).index(name))
     return [] if ordered == ["train"] else ordered
 
 
@@ -130,14 +126,8 @@ def of_split(
 ) -> "list[Record]":
     """Return the records of a split: as the data say, else train and validation by a hash.
 
-    Args:
-        records: all of them.
-        split: its name; "all" is everything, and so is None where the data name no splits.
-        holdout: share of validation where the data name no splits, 0 < holdout < 1.
-        where: what to call the data set in an error.
-
-    Raises:
-        ConfigError: if there is no such split, or the data name splits and `split` is None.
+    "all" is everything, and so is None where the data name no splits; where they do, None is a
+    ConfigError that names `where`. `holdout` is the share of validation by hash, in (0, 1).
     """
     if not isinstance(holdout, float | int) or not 0 < holdout < 1:
         raise ConfigError(f"holdout must be between 0 and 1, got {holdout!r}")
@@ -145,13 +135,16 @@ def of_split(
     if not known:
         wanted = choose_split(split, SPLITS)
         if wanted == "test":
-            raise ConfigError(
-                f"{where}: split 'test' needs a folder `test`, or a column `split` that names it"
-            )
+            needed = "a folder `test`, or a column `split` that names it"
+            raise ConfigError(f"{where}: split 'test' needs {needed}")
         if wanted == "all":
             return records
-        is_held_out = wanted == "validation"
-        return [r for r in records if (held_out_share(_first_name(r)) < holdout) == is_held_out]
+
+        def is_wanted(record: "Record") -> bool:
+            name = str(record.extra.get(CONVERTED_FROM, record.file))
+            return (held_out_share(name) < holdout) == (wanted == "validation")
+
+        return list(filter(is_wanted, records))
     if split is None:
         raise ConfigError(
             f"{where} names the splits {', '.join(known)}, and `split` is not set; set "
@@ -185,8 +178,3 @@ def held_out_share(file: str) -> float:
     """
     digest = hashlib.sha256(file.removeprefix("images/").encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _first_name(record: "Record") -> str:
-    """The file's name before `lgvq data convert` gave it another, if it did."""
-    return str(record.extra.get(CONVERTED_FROM, record.file))

@@ -7,9 +7,8 @@ from disk_trees import photo, write
 
 from lgvq_plugin.datasets.base import recognize
 from lgvq_plugin.datasets.check import as_text, check
-from lgvq_plugin.datasets.folder import CaptionedFolder
+from lgvq_plugin.datasets.folder import CaptionedFolder, ListFile, PairsTable
 from lgvq_plugin.datasets.scenes import Scenes
-from lgvq_plugin.datasets.tables import ListFile, PairsTable
 from lgvq_plugin.sockets import ConfigError
 
 

@@ -9,9 +9,8 @@ from disk_trees import COUNT, captions, encoded, photo, write
 from PIL import Image
 
 from lgvq_plugin.datasets.base import recognize
-from lgvq_plugin.datasets.folder import CaptionedFolder
+from lgvq_plugin.datasets.folder import CaptionedFolder, ListFile, PairsTable
 from lgvq_plugin.datasets.huggingface import HuggingFaceImages
-from lgvq_plugin.datasets.tables import ListFile, PairsTable
 from lgvq_plugin.datasets.webdataset import WebDataset
 from lgvq_plugin.sockets import ConfigError
 

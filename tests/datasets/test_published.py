@@ -10,12 +10,8 @@ from disk_trees import COCO_IDS, COUNT, captions, photo, write
 from disk_trees import coco as coco_tree
 
 from lgvq_plugin.datasets import coco
-from lgvq_plugin.datasets.celeba_hq import CelebAHQ
-from lgvq_plugin.datasets.coco import Coco
-from lgvq_plugin.datasets.cocoqa import CocoQA
-from lgvq_plugin.datasets.cub200 import CUB200
-from lgvq_plugin.datasets.textcaps import TextCaps
-from lgvq_plugin.datasets.vqa2 import VQA2
+from lgvq_plugin.datasets.coco import VQA2, Coco, CocoQA
+from lgvq_plugin.datasets.pickled import CUB200, CelebAHQ, TextCaps
 from lgvq_plugin.sockets import ConfigError
 
 
