@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ..sockets import ConfigError, resolve
+from ..sockets import ConfigError, resolve, suggest
 from . import MEMBERS
 
 
@@ -58,16 +58,18 @@ class Layout:
         """Return the data set of one split."""
         return resolve("datasets", self.member)(**self.splits[split], **options)
 
+    def chosen(self, split: str | None) -> list[str]:
+        """Return the splits that `--split` chooses: the one it names, or all of them."""
+        if split is not None and split not in self.splits:
+            raise ConfigError(f"--split: {split!r}{suggest(split, list(self.splits))}")
+        return [split] if split else list(self.splits)
+
 
 def recognize(root: str | Path, member: str | None = None) -> Layout:
-    """Find out which data set a path holds; the first member that recognizes it wins.
+    """Find out which data set a folder, table or list of paths holds.
 
-    Args:
-        root: a folder, or a table or list of paths.
-        member: try only this one.
-
-    Raises:
-        ConfigError: if no member recognizes the layout.
+    The first member that recognizes it wins, or only `member` is tried; if none does, that is a
+    ConfigError.
     """
     root = Path(root).expanduser()
     if not root.exists():

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from ..files import require_writable, write_bytes, write_json, write_text
 from ..guides.base import AbstractGuide, build_guide
-from ..sockets import ConfigError, suggest
 from .base import recognize
 from .captions import EXPECTED
 from .images import Health, examine
@@ -31,10 +30,8 @@ class Lengths:
     """Lengths of captions in tokens of the guide, start and end included."""
 
     median: int
-    most: int
-    """95 % of the captions are no longer than this."""
-    longest: int
-    """After cutting: no more than `limit`."""
+    most: int  # 95 % of the captions are no longer than this
+    longest: int  # after cutting: no more than `limit`
     cut: int
     limit: int
 
@@ -44,40 +41,28 @@ class SplitReport:
     """What was found in one split; counts of images unless noted otherwise."""
 
     images: int
-    captions: int
-    """Number of captions in total."""
+    captions: int  # in total
     fewest_captions: int
     most_captions: int
     without_caption: int
     lengths: Lengths | None
-    repeated_captions: int
-    """Different captions that several images share; L_gsa treats them as negatives."""
+    repeated_captions: int  # different ones that several images share: negatives of L_gsa
     most_repeated: tuple[str, int]
-    repeated_images: int
-    """Files with the same bytes as another one."""
+    repeated_images: int  # files with the same bytes as another one
     median_size: tuple[int, int]
     smallest_side: int
-    problems: dict[str, int]
-    """missing, empty, corrupt, bomb -> number of files."""
+    problems: dict[str, int]  # missing, empty, corrupt, bomb -> number of files
     has_questions: bool
-    template: str
-    """Captions were made from the names of class folders, by this text."""
-    broken_captions: int
-    """Captions with U+FFFD in them: their bytes are of another encoding."""
-    first_broken: tuple[str, str]
-    """File and caption of the first of them."""
-    unread: tuple[str, ...]
-    """Files that seem to hold captions and were not read; sought where captions are missing."""
-    unlisted: tuple[str, ...]
-    """Images in the folder that the table does not list."""
+    template: str  # captions were made from the names of class folders, by this text
+    broken_captions: int  # with U+FFFD in them: their bytes are of another encoding
+    first_broken: tuple[str, str]  # file and caption
+    unread: tuple[str, ...]  # files that seem to hold captions, sought where these are missing
+    unlisted: tuple[str, ...]  # images in the folder that the table does not list
     words: int
-    unknown_words: int
-    """Words that the guide was not trained on; 0 for a guide whose training words are unknown."""
+    unknown_words: int  # that the guide was not trained on; 0 if its training words are unknown
     unknown_examples: tuple[str, ...]
-    readable: int
-    """Images that can be used."""
-    is_usable: bool
-    """Whether a model can be trained or tested on it."""
+    readable: int  # images that can be used
+    is_usable: bool  # whether a model can be trained or tested on it
 
 
 @dataclass(frozen=True)
@@ -87,11 +72,9 @@ class Check:
     path: Path
     member: str
     splits: dict[str, SplitReport]
-    shared_images: int
-    """Files whose bytes occur in more than one split."""
+    shared_images: int  # files whose bytes occur in more than one split
     problems: list[Health]
-    files: list[Path]
-    """What was written."""
+    files: list[Path]  # what was written
 
     @property
     def is_usable(self) -> bool:
@@ -127,21 +110,19 @@ def check(
         workers: threads that read and decode.
         progress: show a bar.
         options: of the data set, such as encoding and caption_key.
-
-    Raises:
-        ConfigError: if the layout is unknown, or its lists cannot be read at all.
     """
     layout = recognize(path, member)
-    if split is not None and split not in layout.splits:
-        raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
     if out is not None:
         require_writable(out)
     encoder = build_guide(guide or {"use": "micro_clip"})
     reports, problems, written = {}, [], []
     splits_with: dict[str, set[str]] = {}
-    for name in [split] if split else layout.splits:
+    for name in layout.chosen(split):
         dataset = layout.build(name, size=SIDE, crop="none", skip_corrupt=True, **options)
-        found = list(_examine(dataset, name, workers, progress))
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = pool.map(lambda record: examine(record.file, record.path), dataset.records)
+            shown = tqdm(jobs, f"{name}: images", len(dataset), unit="img", disable=not progress)
+            found = list(shown)
         template = str(layout.splits[name].get("caption_template", ""))
         lengths = _lengths(dataset, encoder, name, progress)
         reports[name] = _report(dataset, found, encoder, lengths, template)
@@ -160,16 +141,6 @@ def check(
     if out is not None:
         _write(result, out)
     return result
-
-
-def _examine(dataset: ListedImages, name: str, workers: int, progress: bool) -> Iterator[Health]:
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(dataset), desc=f"{name}: images", unit="img", disable=not progress) as bar,
-    ):
-        for health in pool.map(lambda record: examine(record.file, record.path), dataset.records):
-            bar.update()
-            yield health
 
 
 def _lengths(
@@ -245,8 +216,7 @@ def _write(result: Check, out: Path) -> None:
         lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in result.problems)
         write_text(out / "problems.txt", "".join(lines))
         result.files.append(out / "problems.txt")
-    plain = {**asdict(result), "is_usable": result.is_usable}
-    write_json(out / "report.json", plain)
+    write_json(out / "report.json", {**asdict(result), "is_usable": result.is_usable})
     result.files.append(out / "report.json")
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import differing
 from ..files import replacing, write_bytes, write_json, write_text
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError
 from .base import recognize
 from .commands import check_settings
 from .images import shrink
@@ -33,6 +33,7 @@ from .splits import CONVERTED_FROM
 PLAN = "convert.json"
 ROWS = ".rows"  # the table of --format folder, part by part
 BAD = ".problems"
+Tick = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,9 @@ class Conversion:
     """The result of :func:`convert`."""
 
     out: Path
-    written: dict[str, int]
-    """Split -> number of images written so far."""
-    resumed: int
-    """Images that an earlier run had written."""
-    problems: list[str]
-    """What was left out: "file<tab>reason"."""
+    written: dict[str, int]  # split -> number of images written so far
+    resumed: int  # images that an earlier run had written
+    problems: list[str]  # what was left out: "file<tab>reason"
 
 
 def convert(
@@ -87,18 +85,12 @@ def convert(
         workers: threads; each writes a part.
         progress: show a bar.
         options: of the data set, such as encoding and caption_key.
-
-    Raises:
-        ConfigError: if the layout is unknown, or `out` holds something else.
     """
     if out.resolve().is_relative_to(Path(path).resolve()):
-        raise ConfigError(
-            f"{out} is inside {path}, which would then hold both; choose another place"
-        )
+        both = f"{out} is inside {path}, which would then hold both"
+        raise ConfigError(f"{both}; choose another place")
     layout = recognize(path, member)
-    if split is not None and split not in layout.splits:
-        raise ConfigError(f"--split: {split!r}{suggest(split, list(layout.splits))}")
-    splits = [split] if split else list(layout.splits)
+    splits = layout.chosen(split)
     sources = {name: layout.build(name, skip_corrupt=True, **options) for name in splits}
     # train2017 goes to out/train
     homes = {s: out if s == "all" else out / s.rstrip("0123456789") for s in splits}
@@ -124,15 +116,11 @@ class _Part:
     source: ListedImages
     home: Path
     indices: range
-    target: Path
-    """Its tar, or its rows of the table; exists once the part is done."""
+    target: Path  # its tar, or its rows of the table; exists once the part is done
     bad: Path
-    names: dict[int, str]
-    """Names without suffix that images get in a folder."""
+    names: dict[int, str]  # without suffix, that images get in a folder
 
-    def images(
-        self, settings: Settings, tick: Callable[[], None]
-    ) -> Iterator[tuple[int, bytes, str]]:
+    def images(self, settings: Settings, tick: Tick) -> Iterator[tuple[int, bytes, str]]:
         """Yield (index, encoded image, suffix); in the end, write down what was left out."""
         bad = []
         for index in self.indices:
@@ -164,17 +152,16 @@ def _write_plan(out: Path, settings: Settings, sources: dict[str, ListedImages])
     plan, path = {**vars(settings), "sources": digests}, out / PLAN
     if path.is_file():
         try:
-            before = json.loads(path.read_text())
+            changed = ", ".join(differing(json.loads(path.read_text()), plan))
         except ValueError as error:
             raise ConfigError(f"{path} is broken ({error}); choose another folder") from error
-        if changed := ", ".join(differing(before, plan)):
-            raise ConfigError(
-                f"{out} was begun with other settings ({changed}); choose another folder"
-            )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if changed:
+            begun = f"{out} was begun with other settings ({changed})"
+            raise ConfigError(f"{begun}; choose another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty and holds no {PLAN}; choose a new folder")
-    write_json(path, plan)
+    else:
+        write_json(path, plan)
 
 
 def _digest(source: ListedImages) -> str:
@@ -227,7 +214,7 @@ def _run(parts: list[_Part], settings: Settings, workers: int, done: int, progre
             pool.shutdown(cancel_futures=True)
 
 
-def _write_shard(part: _Part, settings: Settings, tick: Callable[[], None]) -> None:
+def _write_shard(part: _Part, settings: Settings, tick: Tick) -> None:
     with replacing(part.target) as whole, tarfile.open(whole, "w") as tar:
         for index, image, suffix in part.images(settings, tick):
             captions = "\n".join(part.source.records[index].captions).encode()
@@ -239,7 +226,7 @@ def _write_shard(part: _Part, settings: Settings, tick: Callable[[], None]) -> N
                 tar.addfile(info, io.BytesIO(content))
 
 
-def _write_files(part: _Part, settings: Settings, tick: Callable[[], None]) -> None:
+def _write_files(part: _Part, settings: Settings, tick: Tick) -> None:
     rows = []
     for index, image, suffix in part.images(settings, tick):
         name = f"images/{part.names[index]}{suffix}"

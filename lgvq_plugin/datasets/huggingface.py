@@ -55,10 +55,6 @@ class HuggingFaceImages(ListedImages):
             also `caption_key`.
         name: of the configuration, for hub data sets with several.
         options: see :class:`.listed.ImageOptions`.
-
-    Raises:
-        ConfigError: if `datasets` is not installed (extra `[data]`), or it cannot read root, or
-            a column is missing.
     """
 
     def _read(
@@ -82,14 +78,11 @@ class HuggingFaceImages(ListedImages):
         column = _column(table, image_column or file_key, IMAGE_COLUMNS, "image_column")
         words = _column(table, caption_column or caption_key, CAPTION_COLUMNS, "caption_column")
         images = _encoded(table, column).select_columns([column])
-        return [
-            Record(
-                f"{split}_{row:08d}",
-                Cell(images, row, column),
-                tuple(texts_of(texts, f"{root}: row {row}, column {words!r}")),
-            )
-            for row, texts in enumerate(table[words])
-        ]
+        records = []
+        for row, texts in enumerate(table[words]):
+            captions = tuple(texts_of(texts, f"{root}: row {row}, column {words!r}"))
+            records.append(Record(f"{split}_{row:08d}", Cell(images, row, column), captions))
+        return records
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -108,9 +101,8 @@ def _load(root: Path, name: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(
-            f"{root}: reading Hugging Face data sets needs `pip install lgvq_plugin[data]`"
-        ) from error
+        needed = "`pip install lgvq_plugin[data]`"
+        raise ConfigError(f"{root}: reading Hugging Face data sets needs {needed}") from error
     try:
         if any((root / n).is_file() for n in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(str(root))

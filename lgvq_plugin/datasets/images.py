@@ -41,17 +41,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The result of reading one image file."""
+    """The result of reading one image file, under the name that samples show.
+
+    `problem` is missing, empty, corrupt, bomb, or "" for a good one; `digest` is the sha256 of the
+    bytes, "" if they could not be read; width and height are in pixels, upright, 0 if unknown.
+    """
 
     file: str
-    """The name that samples show."""
     problem: str = ""
-    """missing, empty, corrupt or bomb; "" for a good one."""
     reason: str = ""
     digest: str = ""
-    """sha256 of the file's bytes, "" if it could not be read."""
     width: int = 0
-    """In pixels, upright; 0 if it could not be decoded. So is the height."""
     height: int = 0
 
 
@@ -92,9 +92,8 @@ def open_image(source: Source, channels: int = 3) -> Image.Image:
             # PIL only warns above its limit, and raises above twice that.
             limit, (width, height) = Image.MAX_IMAGE_PIXELS, image.size
             if limit is not None and width * height > limit:
-                raise Image.DecompressionBombError(
-                    f"{width} x {height} pixels are above PIL's limit of {limit}"
-                )
+                pixels = f"{width} x {height} pixels"
+                raise Image.DecompressionBombError(f"{pixels} are above PIL's limit of {limit}")
             image.load()
             upright = image if _is_upright(image) else ImageOps.exif_transpose(image)
             if channels == 4 and _is_transparent(upright):
@@ -102,9 +101,8 @@ def open_image(source: Source, channels: int = 3) -> Image.Image:
             rgb = _to_rgb(upright)
             return rgb if channels == 3 else rgb.convert(MODES[channels])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DecompressionBomb(
-            f"image {source}: {error}; shrink or remove the file, or exclude it by name"
-        ) from error
+        hint = "shrink or remove the file, or exclude it by name"
+        raise DecompressionBomb(f"image {source}: {error}; {hint}") from error
     except FileNotFoundError as error:
         raise UnreadableImage(f"image {source} does not exist") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # PIL's decoders
@@ -112,23 +110,14 @@ def open_image(source: Source, channels: int = 3) -> Image.Image:
 
 
 def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
-    """Return an encoded image whose shorter side is at most `size`, and its suffix.
+    """Return an encoded image whose shorter side is at most `size` pixels, and its suffix.
 
     An upright RGB JPEG or PNG that is small enough is copied byte for byte; anything else is
     decoded as for training and written as JPEG of quality 95, or as PNG where it was lossless.
-
-    Args:
-        source: the image.
-        size: pixels of the shorter side; smaller images are not enlarged.
-        square: also cut the largest square from the middle.
-
-    Raises:
-        UnreadableImage: if the file is missing or broken.
-        DecompressionBomb: if it has more pixels than PIL's limit.
+    `square` also cuts the largest square from the middle. Raises what :func:`open_image` does.
     """
     image = open_image(source)
-    side = min(image.size)
-    target = min(side, size)
+    target = min(side := min(image.size), size)
     is_cut = square and image.width != image.height
     raw = source.read_bytes()
     with Image.open(io.BytesIO(raw)) as stored:
@@ -191,18 +180,15 @@ def height_and_width(size: Any, minimum: int = 1) -> tuple[int, int]:
     is_list = isinstance(size, Sequence) and not isinstance(size, str)
     pair = tuple(size) if is_list else (size, size)
     if len(pair) != 2 or not all(type(side) is int and side >= minimum for side in pair):
-        raise ConfigError(
-            f"size must be an int >= {minimum}, or [height, width] of two such, got {size!r}"
-        )
+        expected = f"an int >= {minimum}, or [height, width] of two such"
+        raise ConfigError(f"size must be {expected}, got {size!r}")
     return pair[0], pair[1]
 
 
 def to_array(image: Image.Image, channel_first: bool) -> np.ndarray:
     """Return an 8-bit image as float32 in [-1, 1], (H, W, C), or (C, H, W)."""
-    levels = np.asarray(image)
-    levels = levels[:, :, None] if levels.ndim == 2 else levels
-    if channel_first:
-        levels = levels.transpose(2, 0, 1)
+    levels = np.atleast_3d(np.asarray(image))
+    levels = levels.transpose(2, 0, 1) if channel_first else levels
     values = levels.astype(np.float32, order="C")
     values /= np.float32(127.5)  # in place: one allocation per image
     values -= np.float32(1)
@@ -221,12 +207,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F":
-            values = np.nan_to_num(values)
-            values = values * 255 if values.max() <= 1 else values
-        else:  # 16-bit grey: PIL's own conversion clips at 255
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        if image.mode != "F":  # 16-bit grey: PIL's own conversion clips at 255
             values = values / 257
+        elif values.max() <= 1:
+            values = values * 255
         return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if _is_transparent(image):
         layer = image.convert("RGBA")

@@ -5,8 +5,10 @@ import logging
 import os
 import pickle
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,16 @@ import numpy as np
 from PIL import ImageOps
 
 from ..sockets import ConfigError, check_call, suggest
+from . import images
 from .base import CaptionedImages
 from .captions import TableEntry, unread_files
-from .images import (
-    CROPS,
-    MODES,
-    SUFFIXES,
-    AbstractDraws,
-    HashedDraws,
-    Source,
-    UnreadableImage,
-    fit,
-    height_and_width,
-    open_image,
-    to_array,
-)
+from .images import SUFFIXES, HashedDraws, Source, UnreadableImage
+from .splits import first_file
 
 logger = logging.getLogger(__name__)
 
 RESERVED = ("caption", "captions", "file", "index")
+SKIP = "set `skip_corrupt: true` to skip"
 NO_TEXT = re.compile(
     r"(?P<numbers>[\d\s.,;:+-]*)|n\d{8}|nan|none|null|n/a|"
     r"(?P<names_of_files>\S+\.(?:jpe?g|png|webp|bmp|gif|tiff?|txt|json|npy|xml))",
@@ -80,39 +73,31 @@ class ImageOptions:
     """Replace an image that is missing or cannot be read by the next good one."""
 
     def __post_init__(self) -> None:
-        height_and_width(self.size)
-        if self.channels not in MODES or isinstance(self.channels, bool):
+        images.height_and_width(self.size)
+        if self.channels not in images.MODES or isinstance(self.channels, bool):
             raise ConfigError(f"channels must be 1, 3 or 4, got {self.channels!r}")
-        if self.crop not in CROPS:
-            raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(CROPS))}")
+        if self.crop not in images.CROPS:
+            raise ConfigError(f"crop: {self.crop!r}{suggest(str(self.crop), list(images.CROPS))}")
         count = self.captions_per_image
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ConfigError(f"captions_per_image must be an int >= 1 or null, got {count!r}")
         try:
             "a".encode(self.encoding)
         except (LookupError, TypeError) as error:
-            known = "utf-8, latin-1, cp1252, utf-16, gb18030, shift_jis"
-            raise ConfigError(
-                f"encoding: {self.encoding!r} is not known to Python; usual ones are {known}"
-            ) from error
+            known = "usual ones are utf-8, latin-1, cp1252, utf-16, gb18030, shift_jis"
+            message = f"encoding: {self.encoding!r} is not known to Python; {known}"
+            raise ConfigError(message) from error
         if not isinstance(self.image_key, str) or self.image_key in RESERVED:
-            raise ConfigError(
-                f"image_key must be a string and none of {', '.join(RESERVED)}, "
-                f"got {self.image_key!r}"
-            )
+            expected = f"a string and none of {', '.join(RESERVED)}"
+            raise ConfigError(f"image_key must be {expected}, got {self.image_key!r}")
         HashedDraws(self.seed)  # refuses a negative seed here and not in a worker
 
-    def load(self, source: Source, draws: AbstractDraws) -> np.ndarray:
-        """Return the image as float32 in [-1, 1], (H, W, C), or (C, H, W) if channel_first.
-
-        Raises:
-            UnreadableImage: if the file is missing or broken.
-            DecompressionBomb: if it has more pixels than PIL's limit.
-        """
-        image = fit(open_image(source, self.channels), self.size, self.crop, draws)
+    def load(self, source: Source, draws: images.AbstractDraws) -> np.ndarray:
+        """Return the image as :func:`.images.to_array` does; for errors see `open_image`."""
+        image = images.fit(images.open_image(source, self.channels), self.size, self.crop, draws)
         if self.flip and draws.chance(0.5):
             image = ImageOps.mirror(image)
-        return to_array(image, self.channel_first)
+        return images.to_array(image, self.channel_first)
 
 
 class ListedImages(CaptionedImages):
@@ -121,11 +106,8 @@ class ListedImages(CaptionedImages):
     A member defines `_read(self, root, ...)`. The parameters of its class are those of `_read`
     and the fields of :class:`ImageOptions`. A file that cannot be read raises ConfigError; with
     `skip_corrupt` the next good record replaces it, always the same one, and `skipped` (file ->
-    reason) names it.
-
-    Raises:
-        ConfigError: for an unknown or wrong option, if there are no records, some files do not
-            exist (without skip_corrupt), or no caption is a text.
+    reason) names it. So do unknown options, no records, missing files and captions that are no
+    texts.
     """
 
     where: Path
@@ -135,16 +117,13 @@ class ListedImages(CaptionedImages):
         """Build the signature of the class from that of `_read`."""
         super().__init_subclass__()
         own = [*inspect.signature(cls._read).parameters.values()][1:]
-        own += [
-            inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default)
-            for entry in fields(ImageOptions)
-        ]
+        own += inspect.signature(ImageOptions).parameters.values()
         cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, **params: Any):
         check_call(type(self).__name__, type(self), args, params)
         given = inspect.signature(type(self)).bind(*args, **params).arguments
-        names = [entry.name for entry in fields(ImageOptions) if entry.name in given]
+        names = [name for name in inspect.signature(ImageOptions).parameters if name in given]
         self.options = options = ImageOptions(**{name: given.pop(name) for name in names})
         given["root"] = self.where = Path(given["root"]).expanduser()
         records, count = self._read(**given), options.captions_per_image
@@ -159,8 +138,7 @@ class ListedImages(CaptionedImages):
         if lost:
             raise ConfigError(
                 f"{self.where}: {len(lost)} of {len(records)} images do not exist, first: "
-                f"{lost[0].file}, sought at {lost[0].path}; fix the list, or set "
-                "`skip_corrupt: true` to skip them"
+                f"{lost[0].file}, sought at {lost[0].path}; fix the list, or {SKIP} them"
             )
 
     def _read(self, *args: Any, **params: Any) -> list[Record]:
@@ -184,9 +162,8 @@ class ListedImages(CaptionedImages):
                 return self._sample(place)
             except UnreadableImage as error:
                 if not self.options.skip_corrupt:
-                    raise ConfigError(
-                        f"{error}; fix or remove it, or set `skip_corrupt: true` to skip such files"
-                    ) from error
+                    message = f"{error}; fix or remove it, or {SKIP} such files"
+                    raise ConfigError(message) from error
                 if not self.skipped:
                     logger.warning("%s; the next good image replaces it (skip_corrupt)", error)
                 self.skipped[self.records[place].file] = str(error)
@@ -228,11 +205,11 @@ class ListedImages(CaptionedImages):
         first = next((record for record in self.records if record.captions), None)
         match = NO_TEXT.fullmatch(first.captions[0]) if first else None
         if first and match and all(NO_TEXT.fullmatch(c) for r in self.records for c in r.captions):
-            kind = match.lastgroup or "class names or empty cells"
+            kind = (match.lastgroup or "class names or empty cells").replace("_", " ")
             raise ConfigError(
-                f"{self.where}: all captions are {kind.replace('_', ' ')}, first: "
-                f"{match[0][:40]!r} of {first.file}; these are not captions. Give texts instead, "
-                "or name the column that holds them with `caption_key`"
+                f"{self.where}: all captions are {kind}, first: {match[0][:40]!r} of {first.file}; "
+                "these are not captions. Give texts instead, or name the column that holds them "
+                "with `caption_key`"
             )
         if broken := self.broken_texts():
             file, caption = broken[0]
@@ -247,31 +224,25 @@ class ListedImages(CaptionedImages):
 class ImageFinder:
     """Finds the images that a table or list names.
 
-    A path is taken from each of `homes`, then as the end of the one path below `below` that ends
-    with it, so that a table finds the images of any folder; a name without suffix finds its image.
-
-    Args:
-        homes: folders that paths may be relative to.
-        below: the folder that is searched for the others; None searches none.
+    A path is taken from each of the folders `homes`, then as the end of the one path below `below`
+    that ends with it, so that a table finds the images of any folder; a name without suffix finds
+    its image. Without `below` no folder is searched.
     """
 
     def __init__(self, homes: Iterable[Path], below: Path | None = None):
         self.homes, self.below = list(dict.fromkeys(homes)), below
-        self._by_name: dict[str, list[Path]] | None = None
 
     def find(self, name: str) -> Path:
-        """Return where an image is; if nowhere, where it was expected.
-
-        Raises:
-            ConfigError: if several files could be meant, or it cannot be a path.
-        """
+        """Return where an image is, or was expected; several that could be meant are an error."""
         try:
-            for home in self.homes:
-                if (home / name).is_file():  # an absolute name stays as it is
-                    return home / name
+            # an absolute name stays as it is
+            if found := first_file(home / name for home in self.homes):
+                return found
         except OSError as error:
             raise ConfigError(f"image {name[:60]!r}: {error.strerror}") from error
-        hits = self._below(Path(name))
+        path = Path(name)
+        hits = [] if path.is_absolute() else self._by_name.get(path.name, [])
+        hits = [hit for hit in hits if hit.parts[-len(path.parts) : -1] == path.parts[:-1]]
         if len(hits) > 1:
             raise ConfigError(
                 f"image {name!r} could be {hits[0]} or {hits[1]}; give its path in the table or "
@@ -286,17 +257,13 @@ class ImageFinder:
             for file, entry in listed.items()
         ]
 
-    def _below(self, name: Path) -> list[Path]:
-        if self.below is None or name.is_absolute():
-            return []
-        if self._by_name is None:
-            self._by_name = {}
-            for path in image_files(self.below):
-                for key in (path.name, path.stem):
-                    self._by_name.setdefault(key, []).append(path)
-        length = len(name.parts)
-        hits = self._by_name.get(name.name, ())
-        return [p for p in hits if p.parts[-length:-1] == name.parts[:-1]]
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found = defaultdict(list)
+        for path in image_files(self.below) if self.below else ():
+            for key in (path.name, path.stem):
+                found[key].append(path)
+        return found
 
 
 def image_files(root: Path) -> list[Path]:
@@ -317,11 +284,7 @@ class _NamesOnly(pickle.Unpickler):
 
 
 def read_name_pickle(path: Path) -> list[str]:
-    """Return the file names in a pickled list, as CelebA-HQ, CUB and TextCaps splits come.
-
-    Raises:
-        ConfigError: if the file is missing or holds anything but a list of names.
-    """
+    """Return the file names in a pickled list; anything else, which could run code, is refused."""
     try:
         with path.open("rb") as file:
             names = _NamesOnly(file, encoding="latin1").load()

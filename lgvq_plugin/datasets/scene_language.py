@@ -32,6 +32,11 @@ OBJECT_CONTRAST = 95.0  # minimum RGB distance of an object to its background
 TONE_CONTRAST = 60.0  # the same between the two tones of one background
 LEVEL = 0.12  # objects nearer than this along an axis are called neither left nor right
 MIN_WORDS, MAX_WORDS = 3, 25
+KINDS = (
+    *("single", "couple", "counted", "related", "related", "placed", "compared", "shared"),
+    "grounded",
+)
+"""Of captions, methods of `_Captioner`."""
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
@@ -127,14 +132,16 @@ def _stands_out(rgb: tuple[int, ...], background: Background) -> bool:
 def captions(scene: Scene, draws: Draws, count: int = 5) -> list[str]:
     """Return `count` different captions, 3 to 25 words each; the first names all objects."""
     found: dict[str, str] = {}
-    makers = [_everything]
+    captioner, makers = _Captioner(scene, draws), ["everything"]
     while len(found) < count:
-        makers = makers or draws.shuffled(_MAKERS)
-        sentence = makers[-1](scene, draws)
+        makers = makers or draws.shuffled(KINDS)
+        sentence = getattr(captioner, makers[-1])()
         is_short = MIN_WORDS <= len(sentence.split()) <= MAX_WORDS
         if is_short:
-            found.setdefault(sentence, _finished(sentence, draws))
-        if is_short or makers != [_everything]:
+            style = draws.unit()  # people type with or without capital and full stop
+            typed = sentence[0].upper() + sentence[1:] if style < 0.35 else sentence
+            found.setdefault(sentence, typed + "." if style < 0.45 else typed)
+        if is_short or makers != ["everything"]:
             makers = makers[:-1]
     return list(found.values())
 
@@ -161,9 +168,6 @@ def _texts(node: Any) -> Iterator[str]:
             yield from _texts(entry)
 
 
-# Parts of a sentence
-
-
 def _say(draws: Draws, phrases: Sequence[str], *places: str, **names: str) -> str:
     return draws.pick(phrases).format(*places, **names)
 
@@ -187,164 +191,141 @@ def _relations(a: SceneObject, b: SceneObject) -> list[str]:
     return [name for name, gap in gaps.items() if gap > LEVEL]
 
 
-def _ground(background: Background, draws: Draws) -> str:
-    """Return a noun phrase with article for the background."""
-    phrase = _say(draws, _PHRASES["ground"][background.kind], *background.tones)
-    return _article(phrase.removeprefix("a "))
+@dataclass(frozen=True, slots=True)
+class _Captioner:
+    """Makes captions of each kind; "" where the scene has nothing to say of this kind."""
 
+    scene: Scene
+    draws: Draws
 
-def _phrase(thing: SceneObject, draws: Draws, *, sized: bool = True) -> str:
-    """Return a true noun phrase without article, such as "small striped red circle"."""
-    parts = [draws.pick(_PHRASES["size"][thing.size])] if sized and draws.chance(0.45) else []
-    if draws.chance(0.6 if thing.texture != "plain" else 0.05):
-        parts.append(thing.texture)
-    if draws.chance(0.9):
-        parts.append(thing.color)
-    noun = draws.pick(NOUNS) if parts and draws.chance(0.08) else thing.shape
-    return " ".join([*parts, noun])
+    def everything(self) -> str:
+        by: tuple[str, ...] = ("color", "shape")
+        if len(self.scene.objects) <= 2 and self.draws.chance(0.5):
+            by = ("size", "color", "shape")
+        return self._listed(self._groups(by), backed=0.5)
 
+    def single(self) -> str:
+        group = (1, self._phrase(self.draws.pick(self.scene.objects)))
+        return self._listed([group], backed=0.25)
 
-def _groups(scene: Scene, draws: Draws, by: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Return (count, "two red circles") of all objects, grouped by the attributes `by`."""
-    objects = draws.shuffled(scene.objects)
-    counts = Counter(tuple(getattr(thing, name) for name in by) for thing in objects)
-    found = []
-    for key, count in counts.items():
-        noun = key[-1] if by[-1] == "shape" else f"{key[-1]} shape"
-        found.append((count, " ".join([NUMBERS[count], *key[:-1], _plural(noun, count)])))
-    return found
+    def couple(self) -> str:
+        pair = self._pair()
+        return self._listed([(1, phrase) for phrase in pair[2:]], backed=0.2) if pair else ""
 
+    def counted(self) -> str:
+        by = self.draws.pick((("color", "shape"), ("shape",), ("color",), ()))
+        total = len(self.scene.objects)
+        whole = [(total, f"{NUMBERS[total]} {_plural(self.draws.pick(NOUNS), total)}")]
+        count, group = max(self._groups(by) if by else whole)
+        return self._say("counted", group=group, be="is" if count == 1 else "are")
 
-def _listed(groups: list[tuple[int, str]], scene: Scene, draws: Draws, backed: float) -> str:
-    *first, last = (_article(text.removeprefix("one ")) if n == 1 else text for n, text in groups)
-    things = f"{', '.join(first)} and {last}" if first else last
-    be = "is" if groups[0][0] == 1 else "are"
-    are = "is" if groups[0][0] == len(groups) == 1 else "are"
-    sentence = _say(draws, _PHRASES["list"], things=things, be=be, are=are)
-    return _backed(sentence, scene, draws, backed)
+    def related(self) -> str:
+        pair = self._pair()
+        if not pair or not (held := _relations(*pair[:2])):
+            return ""
+        relation = self.draws.pick(_PHRASES["relation"][self.draws.pick(held)])
+        a, b = map(_article, pair[2:])
+        return self._backed(self._say("related", a=a, b=b, relation=relation), 0.15)
 
+    def placed(self) -> str:
+        thing = self.draws.pick(self.scene.objects)
+        places = self._places(thing)
+        if not places:
+            return ""
+        name = _article(self._phrase(thing))
+        return self.draws.pick(_PHRASES["placed"]).format(a=name, place=self.draws.pick(places))
 
-def _backed(sentence: str, scene: Scene, draws: Draws, probability: float) -> str:
-    """Name the background, too, with this probability."""
-    if not draws.chance(probability):
-        return sentence
-    template = draws.pick(_PHRASES["scenery"])
-    return f"{sentence} {template.format(ground=_ground(scene.background, draws))}"
+    def compared(self) -> str:
+        pair = self._pair(sized=False)
+        if not pair or pair[0].size == pair[1].size:
+            return ""
+        first, second = pair[2:]
+        templates = _PHRASES["compared"][pair[0].size]
+        return _say(self.draws, templates, a=_article(first), b=_article(second), c=first)
 
+    def shared(self) -> str:
+        total, found = len(self.scene.objects), []
+        for name in ("color", "shape", "size", "texture"):
+            values = {getattr(thing, name) for thing in self.scene.objects}
+            if total > 1 and len(values) == 1 and values != {"plain"}:
+                found.append(_plural(values.pop(), total) if name == "shape" else values.pop())
+        if not found:
+            return ""
+        template = self.draws.pick(_PHRASES["shared"])
+        how_many = self.draws.pick(_PHRASES["all"][total])
+        return template.format(all=how_many, what=self.draws.pick(found))
 
-def _two(scene: Scene, draws: Draws) -> tuple[SceneObject, SceneObject]:
-    a, b = (draws.shuffled(scene.objects) * 2)[:2]
-    return a, b
+    def grounded(self) -> str:
+        background = self.scene.background
+        return self.draws.pick(_PHRASES["grounded"]).format(
+            tone=_say(self.draws, _PHRASES["tone"][background.kind], *background.tones),
+            ground=self._ground(),
+            a=_article(self._phrase(self.draws.pick(self.scene.objects))),
+        )
 
+    def _say(self, kind: str, **names: str) -> str:
+        return _say(self.draws, _PHRASES[kind], **names)
 
-def _finished(sentence: str, draws: Draws) -> str:
-    """Return the sentence as people type it: with or without capital and full stop."""
-    style = draws.unit()
-    if style < 0.35:
-        return sentence[0].upper() + sentence[1:] + "."
-    return sentence + "." if style < 0.45 else sentence
+    def _ground(self) -> str:
+        """Return a noun phrase with article for the background."""
+        background = self.scene.background
+        phrase = _say(self.draws, _PHRASES["ground"][background.kind], *background.tones)
+        return _article(phrase.removeprefix("a "))
 
+    def _phrase(self, thing: SceneObject, *, sized: bool = True) -> str:
+        """Return a true noun phrase without article, such as "small striped red circle"."""
+        draws = self.draws
+        parts = [draws.pick(_PHRASES["size"][thing.size])] if sized and draws.chance(0.45) else []
+        if draws.chance(0.6 if thing.texture != "plain" else 0.05):
+            parts.append(thing.texture)
+        if draws.chance(0.9):
+            parts.append(thing.color)
+        noun = draws.pick(NOUNS) if parts and draws.chance(0.08) else thing.shape
+        return " ".join([*parts, noun])
 
-# Kinds of captions; "" where the scene has nothing to say of this kind
+    def _pair(self, *, sized: bool = True) -> tuple[SceneObject, SceneObject, str, str] | None:
+        """Return two objects and phrases that tell them apart, or None."""
+        a, b = (self.draws.shuffled(self.scene.objects) * 2)[:2]
+        first, second = self._phrase(a, sized=sized), self._phrase(b, sized=sized)
+        return None if a is b or first == second else (a, b, first, second)
 
+    def _groups(self, by: tuple[str, ...]) -> list[tuple[int, str]]:
+        """Return (count, "two red circles") of all objects, grouped by the attributes `by`."""
+        objects = self.draws.shuffled(self.scene.objects)
+        counts = Counter(tuple(getattr(thing, name) for name in by) for thing in objects)
+        found = []
+        for (*words, last), count in counts.items():
+            noun = last if by[-1] == "shape" else f"{last} shape"
+            found.append((count, " ".join([NUMBERS[count], *words, _plural(noun, count)])))
+        return found
 
-def _everything(scene: Scene, draws: Draws) -> str:
-    by: tuple[str, ...] = ("color", "shape")
-    if len(scene.objects) <= 2 and draws.chance(0.5):
-        by = ("size", "color", "shape")
-    return _listed(_groups(scene, draws, by), scene, draws, backed=0.5)
+    def _listed(self, groups: list[tuple[int, str]], backed: float) -> str:
+        texts = (_article(text.removeprefix("one ")) if n == 1 else text for n, text in groups)
+        *first, last = texts
+        things = f"{', '.join(first)} and {last}" if first else last
+        be = "is" if groups[0][0] == 1 else "are"
+        are = "is" if groups[0][0] == len(groups) == 1 else "are"
+        return self._backed(self._say("list", things=things, be=be, are=are), backed)
 
+    def _backed(self, sentence: str, probability: float) -> str:
+        """Name the background, too, with this probability."""
+        if not self.draws.chance(probability):
+            return sentence
+        template = self.draws.pick(_PHRASES["scenery"])
+        return f"{sentence} {template.format(ground=self._ground())}"
 
-def _single(scene: Scene, draws: Draws) -> str:
-    group = (1, _phrase(draws.pick(scene.objects), draws))
-    return _listed([group], scene, draws, backed=0.25)
-
-
-def _couple(scene: Scene, draws: Draws) -> str:
-    a, b = _two(scene, draws)
-    first, second = _phrase(a, draws), _phrase(b, draws)
-    if a is b or first == second:
-        return ""
-    return _listed([(1, first), (1, second)], scene, draws, backed=0.2)
-
-
-def _counted(scene: Scene, draws: Draws) -> str:
-    by = draws.pick((("color", "shape"), ("shape",), ("color",), ()))
-    total = len(scene.objects)
-    noun = draws.pick(NOUNS)
-    whole = [(total, f"{NUMBERS[total]} {_plural(noun, total)}")]
-    count, text = max(_groups(scene, draws, by) if by else whole)
-    return _say(draws, _PHRASES["counted"], group=text, be="is" if count == 1 else "are")
-
-
-def _related(scene: Scene, draws: Draws) -> str:
-    a, b = _two(scene, draws)
-    held = _relations(a, b)
-    first, second = _phrase(a, draws), _phrase(b, draws)
-    if not held or first == second:
-        return ""
-    relation = draws.pick(_PHRASES["relation"][draws.pick(held)])
-    names = {"a": _article(first), "b": _article(second), "relation": relation}
-    return _backed(_say(draws, _PHRASES["related"], **names), scene, draws, 0.15)
-
-
-def _placed(scene: Scene, draws: Draws) -> str:
-    thing = draws.pick(scene.objects)
-    places = _places(thing, draws)
-    if not places:
-        return ""
-    name = _article(_phrase(thing, draws))
-    return draws.pick(_PHRASES["placed"]).format(a=name, place=draws.pick(places))
-
-
-def _places(thing: SceneObject, draws: Draws) -> list[str]:
-    halves = _PHRASES["half"]
-    h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
-    v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
-    if h and v:
-        template = draws.pick(_PHRASES["corner"])
-        corner = template.format(h=h, v=draws.pick(_PHRASES["vertical"][v]))
-        return [corner, corner, draws.pick(halves[draws.pick((h, v))])]
-    if h or v:
-        return [draws.pick(halves[h or v])]
-    near = max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
-    return [draws.pick(_PHRASES["middle"])] if near else []
-
-
-def _compared(scene: Scene, draws: Draws) -> str:
-    a, b = _two(scene, draws)
-    first, second = _phrase(a, draws, sized=False), _phrase(b, draws, sized=False)
-    if a.size == b.size or first == second:
-        return ""
-    names = {"a": _article(first), "b": _article(second), "c": first}
-    return _say(draws, _PHRASES["compared"][a.size], **names)
-
-
-def _shared(scene: Scene, draws: Draws) -> str:
-    total = len(scene.objects)
-    shared = []
-    for name in ("color", "shape", "size", "texture"):
-        values = {getattr(thing, name) for thing in scene.objects}
-        if total > 1 and len(values) == 1 and values != {"plain"}:
-            shared.append(_plural(values.pop(), total) if name == "shape" else values.pop())
-    if not shared:
-        return ""
-    template, how_many = draws.pick(_PHRASES["shared"]), draws.pick(_PHRASES["all"][total])
-    return template.format(all=how_many, what=draws.pick(shared))
-
-
-def _grounded(scene: Scene, draws: Draws) -> str:
-    background = scene.background
-    return draws.pick(_PHRASES["grounded"]).format(
-        tone=_say(draws, _PHRASES["tone"][background.kind], *background.tones),
-        ground=_ground(background, draws),
-        a=_article(_phrase(draws.pick(scene.objects), draws)),
-    )
-
-
-_MAKERS = (
-    *(_single, _couple, _counted, _related, _related, _placed, _compared, _shared, _grounded),
-)
+    def _places(self, thing: SceneObject) -> list[str]:
+        pick, halves = self.draws.pick, _PHRASES["half"]
+        h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
+        v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
+        if h and v:
+            template = pick(_PHRASES["corner"])
+            corner = template.format(h=h, v=pick(_PHRASES["vertical"][v]))
+            return [corner, corner, pick(halves[pick((h, v))])]
+        if h or v:
+            return [pick(halves[h or v])]
+        is_central = max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
+        return [pick(_PHRASES["middle"])] if is_central else []
 
 
 # Kinds of questions, each with one true answer of one word
@@ -385,10 +366,9 @@ def _exists(scene: Scene, draws: Draws) -> tuple[str, str]:
     thing = draws.pick(scene.objects)
     color, shape = thing.color, thing.shape
     if draws.chance(0.5):  # a near miss: only one of the two words is wrong
-        if draws.chance(0.5):
-            color = draws.pick(tuple(COLORS))
-        else:
-            shape = draws.pick(SHAPES)
+        is_color = draws.chance(0.5)
+        color = draws.pick(tuple(COLORS)) if is_color else color
+        shape = shape if is_color else draws.pick(SHAPES)
     exists = any((other.color, other.shape) == (color, shape) for other in scene.objects)
     question = _say(draws, _QUESTIONS["yes-no"], a=_article(f"{color} {shape}"))
     return question, "yes" if exists else "no"
@@ -414,10 +394,6 @@ def _background(scene: Scene, draws: Draws) -> tuple[str, str]:
 
 
 _ASKERS = {
-    "color": _color,
-    "shape": _shape,
-    "count": _count,
-    "yes-no": _exists,
-    "relation": _where,
-    "background": _background,
+    **{"color": _color, "shape": _shape, "count": _count},
+    **{"yes-no": _exists, "relation": _where, "background": _background},
 }

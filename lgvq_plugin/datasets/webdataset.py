@@ -4,7 +4,6 @@ The `webdataset` package reads shards as a stream, which can be neither shuffled
 resumed exactly. Local files can: every header is read once, then members are read by offset.
 """
 
-import json
 import logging
 import re
 import tarfile
@@ -14,19 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..sockets import ConfigError
-from .captions import CAPTION_KEYS, KEPT_KEYS, decode, texts_of
+from . import splits
+from .captions import CAPTION_KEYS, KEPT_KEYS, decode, parse_json, texts_of
 from .images import SUFFIXES
 from .listed import ListedImages, Record
-from .splits import (
-    SPLITS,
-    choose_split,
-    declared_splits,
-    of_split,
-    refuse_other_splits,
-    split_of_row,
-    split_words,
-    splits_at,
-)
+from .splits import SPLITS
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +43,6 @@ class WebDataset(ListedImages):
         caption_key: the field of `.json` with the captions, where it is not a usual one; or the
             suffix of the text, such as outputs.txt.
         options: see :class:`.listed.ImageOptions`.
-
-    Raises:
-        ConfigError: if there are no shards, or one is broken, or a caption is no text.
     """
 
     def _read(
@@ -66,7 +54,7 @@ class WebDataset(ListedImages):
         file_key: str | None = None,
         caption_key: str | None = None,
     ) -> list[Record]:
-        own = choose_split(split, SPLITS)
+        own = splits.choose_split(split, SPLITS)
         self.shards = _shards(root, own)
         has_shards = bool(self.shards) and own != "all"
         if not self.shards and not any(_shards(root, other) for other in SPLITS[:3]):
@@ -77,21 +65,90 @@ class WebDataset(ListedImages):
         if missing:
             raise ConfigError(f"{len(missing)} shards do not exist, first: {missing[0]}")
         found = [sample for shard in self.shards for sample in _samples(shard)]
-        members = _Members(file_key, caption_key, self.options.encoding)
-        records = [record for record in map(members.record, found) if record]
-        members.report_missing(root, found, records)
+        self._file_key = file_key and file_key.lower().lstrip(".")
+        self._caption_key, self._fields = caption_key, dict[str, None]()
+        records = [record for record in map(self._record, found) if record]
+        self._report_missing(found, records)
         if has_shards:
-            refuse_other_splits(records, own, root)
+            splits.refuse_other_splits(records, own, root)
             return records
-        if own == "test" and not declared_splits(records):
+        if own == "test" and not splits.declared_splits(records):
             raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
-        return of_split(records, split, holdout=holdout, where=root)
+        return splits.of_split(records, split, holdout=holdout, where=root)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for *.tar, in folders or names of splits first."""
         found = [split for split in SPLITS if _shards(root, split)]
-        return splits_at(root, [split for split in found if split != "all"] or found)
+        return splits.splits_at(root, [split for split in found if split != "all"] or found)
+
+    def _record(self, sample: "_Sample") -> Record | None:
+        """Return the record of a sample; None where there is no image."""
+        image = sample.members.get(self._file_key or sample.only(IMAGES, "file_key") or "")
+        if image is None:
+            return None
+        meta = self._meta(sample)
+        row = meta if isinstance(meta, dict) else {}
+        self._fields |= dict.fromkeys(map(str, row))
+        captions = tuple(self._captions(sample, meta))
+        extra = {key: row[key] for key in KEPT_KEYS if key in row}
+        return Record(
+            f"{image.tar.name}:{image.name}", image, captions, extra, splits.split_of_row(row)
+        )
+
+    def _report_missing(self, found: "list[_Sample]", records: list[Record]) -> None:
+        """Name the members that were found where images or captions are missing."""
+        names = dict.fromkeys(f".{suffix}" for sample in found for suffix in sample.members)
+        listed = ", ".join(list(names)[:12])
+        suffixes = f"the members' suffixes are {listed or 'none'}"
+        if not records:
+            usual = f"{', '.join(SUFFIXES)}, or the one that `file_key` names"
+            raise ConfigError(f"{self.where}: no images; {suffixes}; supported are {usual}")
+        if lost := len(found) - len(records):
+            logger.warning("%s: %d samples have no image; %s", self.where, lost, suffixes)
+        if not any(record.captions for record in records):
+            logger.warning(
+                "%s: none of %d samples has a caption; %s; captions are read from .%s, and from "
+                ".json, whose fields are %s (`caption_key` names one)",
+                *(self.where, len(records), suffixes, ", .".join(TEXTS)),
+                ", ".join(list(self._fields)[:20]) or "none",
+            )
+
+    def _meta(self, sample: "_Sample") -> Any:
+        """Return the contents of the .json: fields, or the captions themselves."""
+        found = [suffix for suffix in sample.members if suffix.rpartition(".")[2] == "json"]
+        if "json" not in found and len(found) != 1:
+            return {}
+        suffix = "json" if "json" in found else found[0]
+        return parse_json(self._text(sample, suffix), sample.members[suffix]) or {}
+
+    def _captions(self, sample: "_Sample", meta: Any) -> list[str]:
+        key, where = self._caption_key, f"of {sample.key!r}"
+        if key is not None and key.lower().lstrip(".") in sample.members:
+            return self._lines(sample, key.lower().lstrip("."))
+        if not isinstance(meta, dict):  # the .json is the caption
+            return texts_of(meta, f"{sample.shard}: the .json {where}")
+        if key is not None and key not in meta:
+            known = f"it has {', '.join([*map(str, meta), *sample.members])}"
+            raise ConfigError(f"{sample.shard}: {sample.key!r} has no caption_key {key!r}; {known}")
+        usual = next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
+        name = key or usual
+        texts = texts_of(meta[name], f"{sample.shard}: {name} {where}") if name else []
+        if key is None and (not name or not isinstance(meta[name], list)):
+            suffix = sample.only(TEXTS, "caption_key")
+            return self._lines(sample, suffix) if suffix else texts
+        return texts
+
+    def _lines(self, sample: "_Sample", suffix: str) -> list[str]:
+        text = self._text(sample, suffix).replace("\r\n", "\n").replace("\r", "\n")
+        return texts_of(text.split("\n"), sample.key)
+
+    def _text(self, sample: "_Sample", suffix: str) -> str:
+        member = sample.members[suffix]
+        try:
+            return decode(member.read_bytes(), self.options.encoding)
+        except OSError as error:
+            raise ConfigError(f"{member}: {error}") from error
 
 
 def expand(pattern: str) -> list[Path]:
@@ -115,7 +172,7 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _shards(root: Path, split: str) -> list[Path]:
-    words = {*split_words(split)}
+    words = {*splits.split_words(split)}
     if not root.is_dir():
         listed = expand(str(root)) if root.suffix == ".tar" else []
         return [p for p in listed if split == "all" or p.parent.name in words or _has(p, words)]
@@ -167,36 +224,31 @@ class _Sample:
     def only(self, kinds: Collection[str], option: str) -> str | None:
         """Return the suffix of the one member of these kinds; x.jpg goes before x.mask.jpg.
 
-        Raises:
-            ConfigError: if several could be meant; `option` of the data set chooses one.
+        Where several could be meant, `option` of the data set must choose one.
         """
         found = [suffix for suffix in self.members if suffix.rpartition(".")[2] in kinds]
         found = [suffix for suffix in found if suffix in kinds] or found
         if len(found) > 1:
-            raise ConfigError(
-                f"{self.shard}: sample {self.key!r} has several members that could be meant "
-                f"({', '.join(found)}); name one: `{option}: {found[0]}`"
-            )
+            several = f"has several members that could be meant ({', '.join(found)})"
+            hint = f"name one: `{option}: {found[0]}`"
+            raise ConfigError(f"{self.shard}: sample {self.key!r} {several}; {hint}")
         return found[0] if found else None
 
 
 def _samples(shard: Path) -> list[_Sample]:
     """Return the samples of a shard in the order of their first members.
 
-    Members of a sample need not be adjacent.
-
-    Raises:
-        ConfigError: if the shard is missing, compressed or cut off, or holds a name twice.
+    Members of a sample need not be adjacent. Missing, compressed and cut off shards are errors.
     """
     found: dict[str, _Sample] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
-                if not member.isreg() or name.startswith("."):
+                path = PurePosixPath(member.name)
+                if not member.isreg() or path.name.startswith("."):
                     continue
-                stem, _, suffix = name.partition(".")  # webdataset: up to the first dot
-                key = (folder / stem).as_posix()
+                stem, _, suffix = path.name.partition(".")  # webdataset: up to the first dot
+                key = (path.parent / stem).as_posix()
                 own = found.setdefault(key, _Sample(shard, key)).members
                 if suffix.lower() in own:
                     raise ConfigError(
@@ -206,93 +258,8 @@ def _samples(shard: Path) -> list[_Sample]:
                 place = TarMember(shard, member.name, member.offset_data, member.size)
                 own[suffix.lower()] = place
     except tarfile.TarError as error:
-        raise ConfigError(
-            f"shard {shard}: {error}; expected an uncompressed tar, whole; fetch or unpack it again"
-        ) from error
+        expected = "expected an uncompressed tar, whole; fetch or unpack it again"
+        raise ConfigError(f"shard {shard}: {error}; {expected}") from error
     except OSError as error:
         raise ConfigError(f"shard {shard} cannot be read: {error}") from error
     return list(found.values())
-
-
-class _Members:
-    """Turns the members of a sample into a record."""
-
-    def __init__(self, file_key: str | None, caption_key: str | None, encoding: str):
-        self.file_key = None if file_key is None else file_key.lower().lstrip(".")
-        self.caption_key, self.encoding = caption_key, encoding
-        self.fields: dict[str, None] = {}
-        """All fields of .json files, for the warning where no captions are found."""
-
-    def record(self, sample: _Sample) -> Record | None:
-        """Return the record of a sample; None where there is no image."""
-        image = sample.members.get(self.file_key or sample.only(IMAGES, "file_key") or "")
-        if image is None:
-            return None
-        meta = self._meta(sample)
-        row = meta if isinstance(meta, dict) else {}
-        self.fields |= dict.fromkeys(map(str, row))
-        captions = tuple(self._captions(sample, meta))
-        extra = {key: row[key] for key in KEPT_KEYS if key in row}
-        return Record(f"{image.tar.name}:{image.name}", image, captions, extra, split_of_row(row))
-
-    def report_missing(self, root: Path, found: list[_Sample], records: list[Record]) -> None:
-        """Name the members that were found where images or captions are missing."""
-        names = dict.fromkeys(f".{suffix}" for sample in found for suffix in sample.members)
-        listed = ", ".join(list(names)[:12])
-        if not records:
-            raise ConfigError(
-                f"{root}: no images; the members' suffixes are {listed or 'none'}; supported are "
-                f"{', '.join(SUFFIXES)}, or the one that `file_key` names"
-            )
-        if lost := len(found) - len(records):
-            logger.warning(
-                "%s: %d samples have no image; the members' suffixes: %s", root, lost, listed
-            )
-        if not any(record.captions for record in records):
-            fields = ", ".join(list(self.fields)[:20]) or "none"
-            logger.warning(
-                "%s: none of %d samples has a caption; the members' suffixes are %s; captions are "
-                "read from .%s, and from .json, whose fields are %s (`caption_key` names one)",
-                *(root, len(records), listed, ", .".join(TEXTS), fields),
-            )
-
-    def _meta(self, sample: _Sample) -> Any:
-        """Return the contents of the .json: fields, or the captions themselves."""
-        found = [suffix for suffix in sample.members if suffix.rpartition(".")[2] == "json"]
-        suffix = "json" if "json" in found else found[0] if len(found) == 1 else None
-        if suffix is None:
-            return {}
-        try:
-            return json.loads(self._text(sample, suffix)) or {}
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{sample.members[suffix]}: not JSON ({error})") from error
-
-    def _captions(self, sample: _Sample, meta: Any) -> list[str]:
-        key, where = self.caption_key, f"of {sample.key!r}"
-        if key is not None and key.lower().lstrip(".") in sample.members:
-            return self._lines(sample, key.lower().lstrip("."))
-        if not isinstance(meta, dict):  # the .json is the caption
-            return texts_of(meta, f"{sample.shard}: the .json {where}")
-        if key is not None and key not in meta:
-            known = ", ".join([*map(str, meta), *sample.members])
-            raise ConfigError(
-                f"{sample.shard}: {sample.key!r} has no caption_key {key!r}; it has {known}"
-            )
-        usual = next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
-        name = key or usual
-        texts = texts_of(meta[name], f"{sample.shard}: {name} {where}") if name else []
-        if key is None and (not name or not isinstance(meta[name], list)):
-            suffix = sample.only(TEXTS, "caption_key")
-            return self._lines(sample, suffix) if suffix else texts
-        return texts
-
-    def _lines(self, sample: _Sample, suffix: str) -> list[str]:
-        text = self._text(sample, suffix).replace("\r\n", "\n").replace("\r", "\n")
-        return texts_of(text.split("\n"), sample.key)
-
-    def _text(self, sample: _Sample, suffix: str) -> str:
-        member = sample.members[suffix]
-        try:
-            return decode(member.read_bytes(), self.encoding)
-        except OSError as error:
-            raise ConfigError(f"{member}: {error}") from error
