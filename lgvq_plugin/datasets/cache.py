@@ -8,6 +8,7 @@ in memory masks others in every step.
 
 import argparse
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -53,19 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG")
     add_shortcuts(parser)
     parser.add_argument("-o", "--out", type=Path, help="default: text_cache_FINGERPRINT")
-    parser.add_argument(
-        "--maskings",
-        type=int,
-        default=4,
-        help="maskings of each caption for masked_text (default: 4); each costs as much time and "
-        "disk as the caption itself; none are made where the config needs none",
+    maskings = (
+        "maskings of each caption for masked_text (default: 4); each costs as much time and disk "
+        "as the caption itself; none are made where the config needs none"
     )
-    parser.add_argument(
-        "--drop-padding",
-        action="store_true",
-        help="leave out features at padding: half the disk for short captions; they read as 0, "
-        "which makes a difference only to `recipe: paper`",
+    parser.add_argument("--maskings", type=int, default=4, help=maskings)
+    padding = (
+        "leave out features at padding: half the disk for short captions; they read as 0, which "
+        "makes a difference only to `recipe: paper`"
     )
+    parser.add_argument("--drop-padding", action="store_true", help=padding)
     parser.add_argument("--batch-size", type=int, default=256, help="captions encoded at a time")
     parser.add_argument("--device", help="of the guide (default: cuda if available)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -74,9 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
     config = parse(lgvq_block(plain))
-    TrainingConfig.from_dict(
-        {"max_steps": 1, **(plain.get("training") or {})}
-    )  # a wrong key is an error
+    # a wrong key is an error
+    TrainingConfig.from_dict({"max_steps": 1, **(plain.get("training") or {})})
     from tqdm import tqdm
 
     from ..device import choose_device
@@ -115,8 +112,7 @@ def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
             bar.update(done)
     seconds = time.monotonic() - begin
     overlay = {"use": "cached", "folder": str(folder.resolve()), "guide": block}
-    loss = {"params": {"lgvq": {"guide": overlay}}}
-    whole = {"model": {"params": {"lossconfig": loss}}}
+    whole = {"model": {"params": {"lossconfig": {"params": {"lgvq": {"guide": overlay}}}}}}
     write_text(folder / OVERLAY, yaml.safe_dump(whole, sort_keys=False))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
@@ -145,18 +141,14 @@ def _captions(data: DataSection, own_key: str | None) -> Iterator[str]:
 def _check_space(folder: Path, needed: int) -> None:
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    logger.info("the cache takes at most %s more; %s are free", _in_bytes(needed), _in_bytes(free))
+    most, left = _in_bytes(needed), _in_bytes(free)
+    logger.info("the cache takes at most %s more; %s are free", most, left)
     if needed > free:
-        raise ConfigError(
-            f"{folder}: the cache takes up to {_in_bytes(needed)}, {_in_bytes(free)} are "
-            "free; give another place with -o, fewer --maskings, or --drop-padding"
-        )
+        hint = "give another place with -o, fewer --maskings, or --drop-padding"
+        raise ConfigError(f"{folder}: the cache takes up to {most}, {left} are free; {hint}")
 
 
 def _in_bytes(count: float) -> str:
     """Return a number of bytes with its unit, as "15.3 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    power = min(4, int(math.log10(max(count, 1)) / 3))
+    return f"{count / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

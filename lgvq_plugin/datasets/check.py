@@ -157,13 +157,8 @@ def _lengths(
             cut += tokens.cut
             bar.update(len(tokens.attention_mask))
     counts.sort()
-    return Lengths(
-        median=median_high(counts),
-        most=counts[min(len(counts) - 1, int(0.95 * len(counts)))],
-        longest=counts[-1],
-        cut=cut,
-        limit=guide.max_length,
-    )
+    most = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
+    return Lengths(median_high(counts), most, counts[-1], cut, guide.max_length)
 
 
 def _report(

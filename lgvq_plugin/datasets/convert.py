@@ -33,7 +33,6 @@ from .splits import CONVERTED_FROM
 PLAN = "convert.json"
 ROWS = ".rows"  # the table of --format folder, part by part
 BAD = ".problems"
-Tick = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +96,13 @@ def convert(
     if len({*homes.values()}) < len(homes):
         raise ConfigError(f"choose one with --split: {', '.join(splits)} would share a folder")
     _write_plan(out, settings, sources)
-    parts = {s: _parts(sources[s], homes[s], out / BAD / s, settings) for s in splits}
-    done = [part for own in parts.values() for part in own if part.target.is_file()]
-    todo = [part for own in parts.values() for part in own if not part.target.is_file()]
-    resumed = sum(len(part.indices) for part in done)
-    _run(todo, settings, workers, resumed, progress)
+    parts = {s: _parts(sources[s], settings, homes[s], out / BAD / s) for s in splits}
+    every = [part for own in parts.values() for part in own]
+    todo = [part for part in every if not part.target.is_file()]
+    resumed = sum(len(part.indices) for part in every if part.target.is_file())
+    _run(todo, workers, resumed, progress)
     written = {name: _finish(homes[name], own, settings.format) for name, own in parts.items()}
-    problems = [line for own in parts.values() for part in own for line in part.problems()]
+    problems = [line for part in every for line in part.problems()]
     if problems:
         write_text(out / "problems.txt", "".join(f"{p}\n" for p in problems))
     return Conversion(out, written, resumed, problems)
@@ -114,37 +113,62 @@ class _Part:
     """A run of images that is written in one go."""
 
     source: ListedImages
+    settings: Settings
     home: Path
     indices: range
     target: Path  # its tar, or its rows of the table; exists once the part is done
     bad: Path
     names: dict[int, str]  # without suffix, that images get in a folder
 
-    def images(self, settings: Settings, tick: Tick) -> Iterator[tuple[int, bytes, str]]:
-        """Yield (index, encoded image, suffix); in the end, write down what was left out."""
-        bad = []
-        for index in self.indices:
-            tick()
-            record = self.source.records[index]
-            try:
-                image = shrink(record.path, settings.size, square=settings.square)
-            except ConfigError as error:  # missing, corrupt, a bomb
-                bad.append(f"{record.file}\t{' '.join(str(error).split())}\n")
-            else:
-                yield index, *image
+    def write(self, tick: Callable[[], None]) -> None:
+        """Write the part, and what had to be left out; `tick` is called before each image."""
+        bad: list[str] = []
+        images = self._images(tick, bad)
+        if self.settings.format == "folder":
+            write_bytes(self.target, b"".join(self._write_file(*image) for image in images))
+        else:
+            with replacing(self.target) as whole, tarfile.open(whole, "w") as tar:
+                for image in images:
+                    self._add_sample(tar, *image)
         self.bad.unlink(missing_ok=True)
         if bad:
             write_text(self.bad, "".join(bad))
 
-    def row(self, index: int, **first: str) -> bytes:
-        """Return the JSON of a sample."""
-        record = self.source.records[index]
-        row = {**first, "captions": record.captions, CONVERTED_FROM: record.file, **record.extra}
-        return json.dumps(row, default=lambda array: array.tolist()).encode()
-
     def problems(self) -> list[str]:
         """Return "file<tab>reason" of the images left out."""
         return self.bad.read_text().splitlines() if self.bad.is_file() else []
+
+    def _images(self, tick: Callable[[], None], bad: list[str]) -> Iterator[tuple[int, bytes, str]]:
+        """Yield (index, encoded image, suffix)."""
+        for index in self.indices:
+            tick()
+            record = self.source.records[index]
+            try:
+                image = shrink(record.path, self.settings.size, square=self.settings.square)
+            except ConfigError as error:  # missing, corrupt, a bomb
+                bad.append(f"{record.file}\t{' '.join(str(error).split())}\n")
+            else:
+                yield index, *image
+
+    def _add_sample(self, tar: tarfile.TarFile, index: int, image: bytes, suffix: str) -> None:
+        captions = "\n".join(self.source.records[index].captions).encode()
+        members = {suffix: image, ".txt": captions, ".json": self._row(index)}
+        for ending, content in members.items():
+            # no time and no owner: the same input gives the same bytes
+            info = tarfile.TarInfo(f"{index:09d}{ending}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+    def _write_file(self, index: int, image: bytes, suffix: str) -> bytes:
+        """Return its row of the table."""
+        name = f"images/{self.names[index]}{suffix}"
+        write_bytes(self.home / name, image)
+        return self._row(index, file_name=name) + b"\n"
+
+    def _row(self, index: int, **first: str) -> bytes:
+        record = self.source.records[index]
+        row = {**first, "captions": record.captions, CONVERTED_FROM: record.file, **record.extra}
+        return json.dumps(row, default=lambda array: array.tolist()).encode()
 
 
 def _write_plan(out: Path, settings: Settings, sources: dict[str, ListedImages]) -> None:
@@ -172,13 +196,14 @@ def _digest(source: ListedImages) -> str:
     return f"{len(source)} images, sha256 {digest.hexdigest()}"
 
 
-def _parts(source: ListedImages, home: Path, bad: Path, settings: Settings) -> list[_Part]:
+def _parts(source: ListedImages, settings: Settings, home: Path, bad: Path) -> list[_Part]:
     in_folder, size = settings.format == "folder", settings.shard_size
     names, parts = _names(source) if in_folder else {}, []
     for number, first in enumerate(range(0, len(source), size)):
         indices = range(first, min(first + size, len(source)))
         target = home / ROWS / f"{number:06d}.jsonl" if in_folder else home / f"{number:06d}.tar"
-        parts.append(_Part(source, home, indices, target, bad / f"{number:06d}.txt", names))
+        rejects = bad / f"{number:06d}.txt"
+        parts.append(_Part(source, settings, home, indices, target, rejects, names))
     return parts
 
 
@@ -193,9 +218,9 @@ def _names(source: ListedImages) -> dict[int, str]:
     return {i: name if times[name] == 1 else f"{name}_{i:09d}" for i, name in plain.items()}
 
 
-def _run(parts: list[_Part], settings: Settings, workers: int, done: int, progress: bool) -> None:
+def _run(parts: list[_Part], workers: int, done: int, progress: bool) -> None:
     total = done + sum(len(part.indices) for part in parts)
-    stop, lock = Event(), Lock()
+    stop, lock, pool = Event(), Lock(), ThreadPoolExecutor(workers)
     with tqdm(total=total, initial=done, unit="img", disable=not progress) as bar:
 
         def tick() -> None:
@@ -204,35 +229,12 @@ def _run(parts: list[_Part], settings: Settings, workers: int, done: int, progre
             with lock:
                 bar.update()
 
-        pool = ThreadPoolExecutor(workers)
-        write = _write_shard if settings.format == "webdataset" else _write_files
         try:
-            for future in as_completed([pool.submit(write, p, settings, tick) for p in parts]):
+            for future in as_completed([pool.submit(part.write, tick) for part in parts]):
                 future.result()
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _write_shard(part: _Part, settings: Settings, tick: Tick) -> None:
-    with replacing(part.target) as whole, tarfile.open(whole, "w") as tar:
-        for index, image, suffix in part.images(settings, tick):
-            captions = "\n".join(part.source.records[index].captions).encode()
-            members = {suffix: image, ".txt": captions, ".json": part.row(index)}
-            for ending, content in members.items():
-                # no time and no owner: the same input gives the same bytes
-                info = tarfile.TarInfo(f"{index:09d}{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
-def _write_files(part: _Part, settings: Settings, tick: Tick) -> None:
-    rows = []
-    for index, image, suffix in part.images(settings, tick):
-        name = f"images/{part.names[index]}{suffix}"
-        write_bytes(part.home / name, image)
-        rows.append(part.row(index, file_name=name) + b"\n")
-    write_bytes(part.target, b"".join(rows))
 
 
 def _finish(home: Path, parts: list[_Part], form: str) -> int:

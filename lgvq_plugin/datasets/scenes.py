@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,36 +12,27 @@ from ..sockets import ConfigError, suggest
 from . import scene_language
 from .base import CaptionedImages
 from .images import MODES, Draws, height_and_width, to_array
-from .scene_language import (
-    BACKGROUNDS,
-    COLORS,
-    MAX_OBJECTS,
-    SHAPES,
-    TEXTURES,
-    TONES,
-    Background,
-    Scene,
-    SceneObject,
-    compose,
-)
+from .scene_language import COLORS, SHAPES, TEXTURES, TONES, Background, Scene, SceneObject, compose
 
 LENGTHS = {"train": 4096, "validation": 512, "test": 512}
 LOOK, WORDS, CHOICE = range(3)  # random streams of one sample
 MAX_CACHE = 2**26  # bytes of drawn images that a data set keeps
 LABELS: dict[str, tuple[str, ...]] = {
-    "count": tuple(str(n) for n in range(MAX_OBJECTS + 1)),
+    "count": tuple(map(str, range(scene_language.MAX_OBJECTS + 1))),
     "has_color": tuple(COLORS),
     "has_shape": SHAPES,
     "has_texture": TEXTURES,
     "main_color": tuple(COLORS),
     "main_shape": SHAPES,
-    "background": BACKGROUNDS,
+    "background": scene_language.BACKGROUNDS,
     "background_color": tuple(TONES),
 }
 PALE = (250, 250, 250)  # the second color of stripes and dots
 NOISE_CELLS, NOISE_SPAN = 32, 38
 RING_HOLE = 0.55
 Polygon = list[tuple[float, float]]
+Drawn = tuple[Scene, Image.Image, list[str], list[dict[str, str]]]
+"""What is the same in every epoch: scene, picture, captions, questions."""
 
 
 class Scenes(CaptionedImages):
@@ -92,7 +83,7 @@ class Scenes(CaptionedImages):
         self.split, self.size, self.length = split, size, length
         self.seed, self.channel_first, self.simple = seed, channel_first, simple
         self.channels, self.image_key = channels, image_key
-        self._drawn: dict[int, _Drawn] = {}
+        self._drawn: dict[int, Drawn] = {}
 
     def __len__(self) -> int:
         """Return the number of scenes."""
@@ -103,18 +94,17 @@ class Scenes(CaptionedImages):
         if not -self.length <= index < self.length:
             raise IndexError(f"Scenes has {self.length} samples, no {index}")
         index %= self.length
-        drawn = self._drawn.get(index) or self._draw(index)
-        captions = drawn.captions.copy()
-        image = to_array(drawn.picture, self.channel_first)
+        scene, picture, captions, questions = self._drawn.get(index) or self._draw(index)
+        image = to_array(picture, self.channel_first)
         return {
             "image": image,
             self.image_key: image,
             "caption": self._draws(index, CHOICE, self.epoch).pick(captions),
-            "captions": captions,
+            "captions": captions.copy(),
             "file": f"{self.split}_{index:06d}.png",
             "index": index,
-            "questions": [dict(question) for question in drawn.questions],
-            "attributes": _attributes(drawn.scene),
+            "questions": [dict(question) for question in questions],
+            "attributes": _attributes(scene),
         }
 
     def captions_of(self, index: int) -> list[str]:
@@ -135,34 +125,22 @@ class Scenes(CaptionedImages):
         """Return the class names of each label, or the column names of each multi-hot."""
         return dict(LABELS)
 
-    def _draw(self, index: int) -> "_Drawn":
+    def _draw(self, index: int) -> Drawn:
         """Draw a sample and keep it: drawing one takes as long as a small host's training step."""
         scene, draws = self.scene(index), self._draws(index, WORDS)
         captions = scene_language.captions(scene, draws)
         questions = scene_language.questions(scene, draws)
         side = min(self.shape)
-        pixels = draw(scene, side)
         margins = [((n - side) // 2, (n - side) - (n - side) // 2) for n in self.shape]
-        picture = Image.fromarray(np.pad(pixels, (*margins, (0, 0)), mode="edge"))
-        if self.channels != 3:
-            picture = picture.convert(MODES[self.channels])
-        drawn = _Drawn(scene, picture, captions, questions)
+        pixels = np.pad(draw(scene, side), (*margins, (0, 0)), mode="edge")
+        picture = Image.fromarray(pixels).convert(MODES[self.channels])
+        drawn = (scene, picture, captions, questions)
         if (len(self._drawn) + 1) * math.prod(self.shape) * self.channels <= MAX_CACHE:
             self._drawn[index] = drawn
         return drawn
 
     def _draws(self, index: int, stream: int, epoch: int = 0) -> Draws:
         return Draws(self.seed, list(LENGTHS).index(self.split), index, stream, epoch)
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """What is the same in every epoch."""
-
-    scene: Scene
-    picture: Image.Image
-    captions: list[str]
-    questions: list[dict[str, str]]
 
 
 def _attributes(scene: Scene) -> dict[str, Any]:
@@ -178,12 +156,7 @@ def _attributes(scene: Scene) -> dict[str, Any]:
 
 
 def draw(scene: Scene, size: int) -> np.ndarray:
-    """Return the picture, uint8 (size, size, 3): drawn large, then box-filtered down.
-
-    Example:
-        >>> draw(compose(Draws(0)), 32).shape
-        (32, 32, 3)
-    """
+    """Return the picture, uint8 (size, size, 3): drawn large, then box-filtered down."""
     factor = 4 if size <= 96 else 3 if size <= 160 else 2
     canvas = _draw_background(scene.background, size * factor)
     for thing in scene.objects:
@@ -195,18 +168,17 @@ def _draw_background(background: Background, side: int) -> Image.Image:
     first, *rest = (TONES[tone] for tone in background.tones)
     if background.kind == "plain":
         return Image.new("RGB", (side, side), first)
-    smooth = Image.Resampling.NEAREST
-    tile: np.ndarray
+    smooth, tile = Image.Resampling.NEAREST, np.array(first)
     if background.kind == "noisy":
         generator = np.random.default_rng(background.noise_seed)
         noise = generator.integers(-NOISE_SPAN, NOISE_SPAN + 1, (NOISE_CELLS, NOISE_CELLS, 1))
-        tile = np.clip(np.array(first) + noise, 0, 255)
+        tile = np.clip(tile + noise, 0, 255)
     elif background.kind == "checkered":
         parity = np.indices((background.cells, background.cells)).sum(0)[..., None] % 2
         tile = np.where(parity == 0, first, rest[0])
     else:
         share = np.linspace(0, 1, 64)[:, None, None]
-        tile = np.array(first) * (1 - share) + np.array(rest[0]) * share
+        tile = tile * (1 - share) + np.array(rest[0]) * share
         tile = tile if background.vertical else tile.transpose(1, 0, 2)
         smooth = Image.Resampling.BILINEAR
     return Image.fromarray(tile.astype(np.uint8)).resize((side, side), smooth)
@@ -215,51 +187,42 @@ def _draw_background(background: Background, side: int) -> Image.Image:
 def _draw_object(canvas: Image.Image, thing: SceneObject) -> None:
     side, radius = canvas.width, thing.radius * canvas.width
     reach = math.ceil(radius) + 1
-    left, top = round(thing.x * side) - reach, round(thing.y * side) - reach
+    corner = (round(thing.x * side) - reach, round(thing.y * side) - reach)
     color = COLORS[thing.color]
-    canvas.paste(color, (left, top), _mask(thing, reach, radius))
+    canvas.paste(color, corner, _mask(thing, reach, radius))
     if thing.texture != "plain":
         # A rim in the object's own color keeps its outline whole on a pale background.
         period = radius * (0.5 if thing.size == "large" else 0.66)
-        pattern = _stripes if thing.texture == "striped" else _dots
-        inner = _mask(thing, reach, radius, rim=0.14)
-        canvas.paste(pattern(2 * reach, period, color), (left, top), inner)
+        tile = Image.new("RGB", (2 * reach, 2 * reach), color)
+        (_draw_stripes if thing.texture == "striped" else _draw_dots)(tile, period)
+        canvas.paste(tile, corner, _mask(thing, reach, radius, rim=0.14))
 
 
 def _mask(thing: SceneObject, reach: int, radius: float, rim: float = 0.0) -> Image.Image:
     mask = Image.new("L", (2 * reach, 2 * reach), 0)
-    pen = ImageDraw.Draw(mask)
-    pen.polygon(_turned(_OUTLINES[thing.shape], thing.angle, radius * (1 - rim), reach), fill=255)
+    pen, angle, size = ImageDraw.Draw(mask), math.radians(thing.angle), radius * (1 - rim)
+    c, s = math.cos(angle) * size, math.sin(angle) * size
+    outline = [(reach + x * c - y * s, reach + x * s + y * c) for x, y in _OUTLINES[thing.shape]]
+    pen.polygon(outline, fill=255)
     if thing.shape == "ring":
         hole = RING_HOLE * radius * (1 + rim / 2)
         pen.ellipse((reach - hole, reach - hole, reach + hole, reach + hole), fill=0)
     return mask
 
 
-def _turned(outline: Polygon, angle: float, radius: float, reach: int) -> Polygon:
-    c, s = math.cos(math.radians(angle)) * radius, math.sin(math.radians(angle)) * radius
-    return [(reach + x * c - y * s, reach + x * s + y * c) for x, y in outline]
-
-
-def _stripes(side: int, period: float, color: tuple[int, ...]) -> Image.Image:
-    tile = Image.new("RGB", (side, side), color)
-    pen = ImageDraw.Draw(tile)
+def _draw_stripes(tile: Image.Image, period: float) -> None:
+    pen, side = ImageDraw.Draw(tile), tile.width
     for k in range(-1, 2 * math.ceil(side / period) + 1):
         x = k * period * 1.2  # diagonal, so that stripes cross the arms of a cross too
         pen.line((x, 0, x - side, side), fill=PALE, width=max(1, round(period * 0.34)))
-    return tile
 
 
-def _dots(side: int, period: float, color: tuple[int, ...]) -> Image.Image:
-    tile = Image.new("RGB", (side, side), color)
-    pen = ImageDraw.Draw(tile)
-    half, dot = side / 2, period * 0.3
+def _draw_dots(tile: Image.Image, period: float) -> None:
+    pen, half, dot = ImageDraw.Draw(tile), tile.width / 2, period * 0.3
     steps = math.ceil(half / period)
-    for row in range(-steps, steps + 1):
-        for column in range(-steps, steps + 1):
-            x, y = half + (column + row % 2 / 2) * period, half + row * period * 0.9
-            pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=PALE)
-    return tile
+    for row, column in product(range(-steps, steps + 1), repeat=2):
+        x, y = half + (column + row % 2 / 2) * period, half + row * period * 0.9
+        pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=PALE)
 
 
 def _spokes(*spokes: tuple[float, float]) -> Polygon:
@@ -267,13 +230,10 @@ def _spokes(*spokes: tuple[float, float]) -> Polygon:
     return [(r * math.cos(math.radians(d)), r * math.sin(math.radians(d))) for r, d in spokes]
 
 
-def _heart() -> Polygon:
-    turns = [2 * math.pi * k / 40 for k in range(40)]
-    points = [
-        (16 * math.sin(t) ** 3, -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t))
-        for t in turns
-    ]
-    return [(x / 16.5, (y - 2.0) / 16.5 + 0.08) for x, y in points]
+def _heart(t: float) -> tuple[float, float]:
+    x = 16 * math.sin(t) ** 3
+    y = -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t)
+    return x / 16.5, (y - 2.0) / 16.5 + 0.08
 
 
 _OUTLINES: dict[str, Polygon] = {
@@ -287,5 +247,5 @@ _OUTLINES: dict[str, Polygon] = {
         *((0.3, -0.92), (0.3, -0.3), (0.92, -0.3), (0.92, 0.3), (0.3, 0.3), (0.3, 0.92)),
         *((-0.3, 0.92), (-0.3, 0.3), (-0.92, 0.3), (-0.92, -0.3), (-0.3, -0.3), (-0.3, -0.92)),
     ],
-    "heart": _heart(),
+    "heart": [_heart(2 * math.pi * k / 40) for k in range(40)],
 }
