@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..files import require_writable, write_bytes, write_json, write_text
-from ..guides.base import AbstractGuide, build_guide
+from ..guides.base import AbstractGuide, UnknownWords, build_guide
 from .base import recognize
 from .captions import EXPECTED
 from .images import Health, examine
@@ -169,13 +169,14 @@ def _report(
     template: str,
 ) -> SplitReport:
     captions = [record.captions for record in dataset.records]
-    counts = [len(own) for own in captions]
+    counts = [*map(len, captions)]
     times = Counter(caption for own in captions for caption in dict.fromkeys(own))
     digests = Counter(health.digest for health in found if health.digest)
     widths = [health.width for health in found if health.width] or [0]
     heights = [health.height for health in found if health.width] or [0]
     broken = dataset.broken_texts()
     unknown = guide.unknown_words([text for own in captions for text in own])
+    unknown = unknown or UnknownWords(words=0, unknown=0, examples=())
     problems = Counter(health.problem for health in found if health.problem)
     readable = len(dataset) - problems.total()
     return SplitReport(
@@ -197,9 +198,9 @@ def _report(
         first_broken=broken[0] if broken else ("", ""),
         unread=tuple(map(str, dataset.unread_files())) if template or not all(counts) else (),
         unlisted=tuple(map(str, dataset.unlisted_images())),
-        words=unknown.words if unknown else 0,
-        unknown_words=unknown.unknown if unknown else 0,
-        unknown_examples=unknown.examples if unknown else (),
+        words=unknown.words,
+        unknown_words=unknown.unknown,
+        unknown_examples=unknown.examples,
         readable=readable,
         is_usable=readable > 0,
     )
@@ -240,10 +241,9 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
     width, height = report.median_size
     sizes = f"median {width} x {height}, smallest side {report.smallest_side}"
     yield f"images     {report.images:,}, {sizes if report.readable else 'none readable'}"
-    yield (
-        f"captions   {report.captions:,}, {report.captions / report.images:.1f} per image "
-        f"({report.fewest_captions} to {report.most_captions})"
-    )
+    spread = f"{report.fewest_captions} to {report.most_captions}"
+    mean = report.captions / report.images
+    yield f"captions   {report.captions:,}, {mean:.1f} per image ({spread})"
     captioned = report.images - report.without_caption
     yield f"           {captioned:,} of {report.images:,} images have captions"
     if report.template:
@@ -251,10 +251,10 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
     if report.has_questions:
         yield "questions  yes"
     if lengths := report.lengths:
-        share = lengths.cut / max(1, report.captions)
+        cut = f"{lengths.cut:,} captions cut at {lengths.limit}"
         yield (
             f"tokens     median {lengths.median}, 95 % up to {lengths.most}, longest "
-            f"{lengths.longest}; {lengths.cut:,} captions cut at {lengths.limit} ({share:.2%})"
+            f"{lengths.longest}; {cut} ({lengths.cut / max(1, report.captions):.2%})"
         )
     if report.unknown_words:
         share, examples = report.unknown_words / report.words, ", ".join(report.unknown_examples)
@@ -264,10 +264,8 @@ def _split_lines(report: SplitReport) -> Iterator[str]:
         )
     if report.repeated_captions:
         text, times = report.most_repeated
-        yield (
-            f"repeated   {report.repeated_captions:,} captions describe several images, most: "
-            f"{text[:60]!r} with {times:,}"
-        )
+        most = f"most: {text[:60]!r} with {times:,}"
+        yield f"repeated   {report.repeated_captions:,} captions describe several images, {most}"
     if report.repeated_images:
         yield f"duplicates {report.repeated_images:,} files have the same bytes as another"
     yield f"problems   {'; '.join(_problems(report)) or 'none'}"
@@ -285,10 +283,8 @@ def _problems(report: SplitReport) -> Iterator[str]:
     for file in report.unread:
         yield f"{file} seems to hold captions and is not read"
     if report.unlisted:
-        yield (
-            f"{len(report.unlisted):,} images of the folder are not in the table and left out, "
-            f"first: {report.unlisted[0]}"
-        )
+        left_out = "images of the folder are not in the table and left out"
+        yield f"{len(report.unlisted):,} {left_out}, first: {report.unlisted[0]}"
     if report.without_caption == report.images:
         yield "no image has a caption"
 

@@ -12,36 +12,21 @@ FORMATS = ("webdataset", "folder")
 
 
 def main(argv: list[str]) -> int:
-    """Run `lgvq data`.
+    """Run `lgvq data check PATH [...]` or `lgvq data convert PATH OUT [...]`.
 
-    Args:
-        argv: `check PATH [...]` or `convert PATH OUT [...]`.
-
-    Returns:
-        0; 2 if a data set was recognized but cannot be used.
-
-    Raises:
-        ConfigError: for wrong input.
+    Returns 0, or 2 if a data set was recognized but cannot be used; wrong input is a ConfigError.
     """
-    parser = argparse.ArgumentParser(prog="lgvq data", description="Work with captioned images.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|convert")
-    _add_check(commands)
-    _add_convert(commands)
-    given = parser.parse_args(argv)
+    given = _parser().parse_args(argv)
     if given.workers < 1:
         raise ConfigError(f"--workers must be >= 1, got {given.workers}")
     if not given.path.expanduser().exists():
         raise ConfigError(f"{given.path} does not exist; expected a folder of images or a table")
     if given.member is not None:
         path_of("datasets", given.member)
-    options = {name: getattr(given, name) for name in ("encoding", "file_key", "caption_key")}
-    shared: dict[str, Any] = {
-        "member": given.member,
-        "split": given.split,
-        "workers": given.workers,
-        "progress": not given.no_progress,
-        **{name: value for name, value in options.items() if value is not None},
-    }
+    shared: dict[str, Any] = {"progress": not given.no_progress}
+    for name in ("member", "split", "workers", "encoding", "file_key", "caption_key"):
+        if (value := getattr(given, name)) is not None:
+            shared[name] = value
     return given.run(given, shared)
 
 
@@ -54,50 +39,46 @@ def check_settings(format: str, **sizes: int) -> None:
             raise ConfigError(f"{name} must be >= 1, got {value}")
 
 
-def _add_check(commands: Any) -> None:
-    parser = commands.add_parser(
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lgvq data", description="Work with captioned images.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|convert")
+    check = commands.add_parser(
         "check",
         help="report what a path holds and whether it can be trained on",
         description="Recognize a data set, decode every image, measure every caption. Nothing "
         "is written without -o. Exit code 2: it cannot be used.",
     )
-    _add_shared(parser)
-    parser.add_argument(
-        "-o", "--out", type=Path, help="write problems.txt, report.json and contact sheets there"
-    )
-    parser.add_argument(
-        "--guide", default="micro_clip", help="count captions in this guide's tokens"
-    )
-    parser.add_argument("--max-length", type=int, help="tokens per caption (default: 30)")
-    parser.set_defaults(run=_check)
-
-
-def _add_convert(commands: Any) -> None:
-    parser = commands.add_parser(
+    convert = commands.add_parser(
         "convert",
         help="write a smaller copy that trains faster",
         description="Shrink every image to `--size` (shorter side) and write tar shards or a "
         "folder. Run it again to resume after a kill. Files that cannot be read are "
         "left out and named in OUT/problems.txt.",
     )
-    _add_shared(parser)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    parser.add_argument("--format", default="webdataset", metavar="|".join(FORMATS))
-    parser.add_argument("--size", type=int, default=256, help="shorter side (default: 256)")
-    parser.add_argument("--square", action="store_true", help="also cut the square in the middle")
-    parser.add_argument("--shard-size", type=int, default=1000, help="images per shard")
-    parser.set_defaults(run=_convert)
-
-
-def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder, table or list of paths")
-    parser.add_argument("--as", dest="member", metavar="NAME", help=f"one of {', '.join(MEMBERS)}")
-    parser.add_argument("--split", help="this split only")
-    parser.add_argument("--encoding", help="of the files with captions (default: utf-8)")
-    parser.add_argument("--file-key", help="the column with the images' paths")
-    parser.add_argument("--caption-key", help="the column with the captions")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    for command, run in ((check, _check), (convert, _convert)):
+        add = command.add_argument
+        add("path", type=Path, metavar="PATH", help="folder, table or list of paths")
+        add("--as", dest="member", metavar="NAME", help=f"one of {', '.join(MEMBERS)}")
+        add("--split", help="this split only")
+        add("--encoding", help="of the files with captions (default: utf-8)")
+        add("--file-key", help="the column with the images' paths")
+        add("--caption-key", help="the column with the captions")
+        add("--workers", type=int, default=os.cpu_count() or 1, help="threads")
+        add("--no-progress", action="store_true", help="no progress bar")
+        command.set_defaults(run=run)
+    written = "write problems.txt, report.json and contact sheets there"
+    check.add_argument("-o", "--out", type=Path, help=written)
+    check.add_argument(
+        "--guide", default="micro_clip", help="count captions in this guide's tokens"
+    )
+    check.add_argument("--max-length", type=int, help="tokens per caption (default: 30)")
+    add = convert.add_argument
+    add("out", type=Path, metavar="OUT", help="a new folder")
+    add("--format", default="webdataset", metavar="|".join(FORMATS))
+    add("--size", type=int, default=256, help="shorter side (default: 256)")
+    add("--square", action="store_true", help="also cut the square in the middle")
+    add("--shard-size", type=int, default=1000, help="images per shard")
+    return parser
 
 
 def _check(given: argparse.Namespace, shared: dict[str, Any]) -> int:
@@ -125,7 +106,6 @@ def _convert(given: argparse.Namespace, shared: dict[str, Any]) -> int:
         print(f"{result.resumed:,} of them were written by an earlier run")
     if result.problems:
         print(f"{len(result.problems):,} files left out, named in {result.out / 'problems.txt'}")
-    print(
-        f"wrote {result.out}; in a config: target: {given.format}, params: {{root: {result.out}}}"
-    )
+    where = f"target: {given.format}, params: {{root: {result.out}}}"
+    print(f"wrote {result.out}; in a config: {where}")
     return 0 if all(result.written.values()) else 2

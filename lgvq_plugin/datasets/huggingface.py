@@ -30,11 +30,9 @@ class Cell:
         cell = self.table[self.row][self.column]
         if not isinstance(cell, dict):
             raise OSError(f"{self}: expected an encoded image, got {type(cell).__name__}")
-        if cell.get("bytes"):
-            return cell["bytes"]
-        if cell.get("path"):
-            return Path(cell["path"]).read_bytes()
-        raise OSError(f"{self} is empty")
+        if not (cell.get("bytes") or cell.get("path")):
+            raise OSError(f"{self} is empty")
+        return cell.get("bytes") or Path(cell["path"]).read_bytes()
 
     def is_file(self) -> bool:
         """Return True: the row exists."""

@@ -4,8 +4,9 @@ import hashlib
 import io
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -59,19 +60,19 @@ def examine(file: str, source: Source) -> Health:
     """Read and decode one file as training would; never raises for what is in it."""
     if not source.is_file():
         return Health(file, "missing", f"{source} does not exist")
+    digest = ""
     try:
         content = source.read_bytes()
-    except OSError as error:
-        return Health(file, "corrupt", f"{source}: {error}")
-    if not content:
-        return Health(file, "empty", f"{source} has no bytes")
-    digest = hashlib.sha256(content).hexdigest()
-    try:
+        if not content:
+            return Health(file, "empty", f"{source} has no bytes")
+        digest = hashlib.sha256(content).hexdigest()
         image = open_image(source)
     except DecompressionBomb as error:
         return Health(file, "bomb", str(error), digest)
     except UnreadableImage as error:
         return Health(file, "corrupt", str(error), digest)
+    except OSError as error:
+        return Health(file, "corrupt", f"{source}: {error}")
     return Health(file, "", "", digest, image.width, image.height)
 
 
@@ -226,10 +227,12 @@ class AbstractDraws(ABC):
     def __init__(self, *key: int):
         if min(key) < 0:
             raise ConfigError(f"seed, epoch and index must be >= 0, got {key}")
+        self.unit: Callable[[], float] = self._numbers(key).__next__
+        """Return the next number in [0, 1)."""
 
     @abstractmethod
-    def unit(self) -> float:
-        """Return the next number in [0, 1)."""
+    def _numbers(self, key: tuple[int, ...]) -> Iterator[float]:
+        """Yield numbers in [0, 1)."""
 
     def chance(self, probability: float) -> bool:
         """Return True with this probability."""
@@ -251,16 +254,10 @@ class AbstractDraws(ABC):
 class Draws(AbstractDraws):
     """Draws from a NumPy generator, in blocks: for the hundreds of choices of a drawn scene."""
 
-    def __init__(self, *key: int):
-        super().__init__(*key)
-        self._generator = np.random.default_rng(key)
-        self._pool: list[float] = []
-
-    def unit(self) -> float:
-        """Return the next number in [0, 1)."""
-        if not self._pool:
-            self._pool = self._generator.random(64).tolist()
-        return self._pool.pop()
+    def _numbers(self, key: tuple[int, ...]) -> Iterator[float]:
+        generator = np.random.default_rng(key)
+        while True:
+            yield from reversed(generator.random(64).tolist())
 
 
 class HashedDraws(AbstractDraws):
@@ -269,13 +266,8 @@ class HashedDraws(AbstractDraws):
     Creating a NumPy generator would take a tenth of the time of decoding a small photo.
     """
 
-    def __init__(self, *key: int):
-        super().__init__(*key)
-        self._bytes, self._count = struct.pack(f"<{len(key)}Q", *key), 0
-
-    def unit(self) -> float:
-        """Return the next number in [0, 1), of 53 bits as float64 holds them."""
-        self._count += 1
-        content = self._bytes + self._count.to_bytes(4, "little")
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        return (int.from_bytes(digest, "little") >> 11) / 2**53
+    def _numbers(self, key: tuple[int, ...]) -> Iterator[float]:
+        start = struct.pack(f"<{len(key)}Q", *key)
+        for number in count(1):
+            digest = hashlib.blake2b(start + number.to_bytes(4, "little"), digest_size=8).digest()
+            yield (int.from_bytes(digest, "little") >> 11) / 2**53  # all bits of a float64
