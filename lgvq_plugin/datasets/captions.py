@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -22,7 +23,7 @@ from typing import Any, Literal, TextIO
 
 from ..sockets import ConfigError, suggest
 from .images import SUFFIXES
-from .splits import CONVERTED_FROM, SPLIT_COLUMNS, SPLIT_LIST, SPLIT_WORDS, split_of_row
+from .splits import CONVERTED_FROM, SPLIT_COLUMNS, SPLIT_LIST, SPLIT_WORDS, first_file, split_of_row
 
 logger = logging.getLogger(__name__)
 
@@ -83,21 +84,20 @@ def find_table(root: Path, captions: str | Path | None, columns: Columns = USUAL
     A named one that does not exist is an error, and so are several that could be meant.
     """
     if captions is not None:
-        for path in (root / captions, Path(captions)):
-            if path.is_file():
-                return path
+        if found := first_file([root / captions, Path(captions)]):
+            return found
         raise ConfigError(f"captions: {captions} exists neither in {root} nor as a path of its own")
-    if known := next((root / name for name in TABLES if (root / name).is_file()), None):
-        return known
+    if found := first_file(root / name for name in TABLES):
+        return found
     for folders in ([root], _folders(root)):
         tables = tables_in(folders, columns)
-        found = [path for path in tables if not SPLIT_LIST.search(path.name)]
-        found = tables if len(tables) == 1 else found  # train.csv alone
-        if len(found) > 1:
-            names = ", ".join(path.relative_to(root).as_posix() for path in found)
+        if len(tables) > 1:  # else train.csv alone
+            tables = [path for path in tables if not SPLIT_LIST.search(path.name)]
+        if len(tables) > 1:
+            names = ", ".join(path.relative_to(root).as_posix() for path in tables)
             raise ConfigError(f"{root} has several tables ({names}); name one: `captions: NAME`")
-        if found:
-            return found[0]
+        if tables:
+            return tables[0]
     return None
 
 
@@ -136,10 +136,8 @@ def read_table(path: Path, columns: Columns = USUAL, template: str = "{}") -> di
         name = row[key] if key else None
         if not isinstance(name, str) or not name.strip():
             wanted = columns.file_key or f"one of {', '.join(FILE_KEYS)}"
-            raise ConfigError(
-                f"{where}: no file name; expected {wanted} (`file_key` names the column), "
-                f"got the keys {', '.join(map(str, row))}"
-            )
+            wanted += f" (`file_key` names the column), got the keys {', '.join(map(str, row))}"
+            raise ConfigError(f"{where}: no file name; expected {wanted}")
         own = found.setdefault(name.strip(), TableEntry())
         captions = _captions(row, columns.caption_key, template, where)
         own.captions += [caption for caption in captions if caption not in own.captions]
@@ -170,7 +168,7 @@ def read_split_lists(table: Path) -> dict[str, str]:
 
 def read_sidecar(image: Path, encoding: str = "utf-8") -> list[str] | None:
     """Return the lines of the .txt or .caption file beside an image, or None if there is none."""
-    path = next((p for p in map(image.with_suffix, SIDECARS) if p.is_file()), None)
+    path = first_file(map(image.with_suffix, SIDECARS))
     return None if path is None else read_lines(path, encoding)
 
 
@@ -264,12 +262,15 @@ def read_captions(path: Path, encoding: str = "utf-8") -> tuple[str, ...]:
     return tuple(read_lines(path, encoding)) if path.is_file() else ()
 
 
-def caption_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str, str]]:
-    """Yield (place, image, caption) of each line that is not empty, see :func:`split_line`."""
+def caption_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str, str]]:
+    """Yield (number, image, caption) of each line that is not empty, see :func:`split_line`."""
+    for number, line in _numbered_lines(path, encoding):
+        yield number, *split_line(line, f"{path}:{number}")
+
+
+def _numbered_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     with open_text(path, encoding) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{path}:{number}", *split_line(line, f"{path}:{number}")
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def split_line(line: str, where: str = "line") -> tuple[str, str]:
@@ -325,20 +326,19 @@ def _rows(path: Path, columns: Columns) -> Rows:
 
 
 def _line_rows(path: Path, columns: Columns) -> Rows:
-    for where, name, caption in caption_lines(path, columns.encoding):
+    for number, name, caption in caption_lines(path, columns.encoding):
         if not caption or "." not in name or _SCORES.match(caption):
-            raise ConfigError(f"{where}: expected x.jpg<TAB>caption, got {name[:30]!r} {caption!r}")
-        yield int(where.rpartition(":")[2]), {"file": name, "caption": caption}
+            got = f"got {name[:30]!r} {caption!r}"
+            raise ConfigError(f"{path}:{number}: expected x.jpg<TAB>caption, {got}")
+        yield number, {"file": name, "caption": caption}
 
 
 def _jsonl_rows(path: Path, columns: Columns) -> Rows:
-    with open_text(path, columns.encoding) as lines:
-        for number, line in enumerate(lines, 1):
-            row = parse_json(line, f"{path}:{number}") if line.strip() else {}
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}")
-            if line.strip():
-                yield number, row
+    for number, line in _numbered_lines(path, columns.encoding):
+        row = parse_json(line, f"{path}:{number}")
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}")
+        yield number, row
 
 
 def _json_rows(path: Path, columns: Columns) -> Rows:
@@ -346,14 +346,13 @@ def _json_rows(path: Path, columns: Columns) -> Rows:
     content = read_json(path, columns.encoding)
     if isinstance(content, dict):
         listed = next((content[k] for k in ("images", "annotations", "data") if k in content), None)
-        if not isinstance(listed, list):
-            if not all(name.lower().endswith(SUFFIXES) for name in content):
-                raise ConfigError(f"{path}: expected {{file: captions}}, a list of rows, or images")
+        if isinstance(listed, list):
+            notes = content.get("annotations") if "images" in content else None
+            content = _joined(listed, notes, path) if isinstance(notes, list) else listed
+        elif all(name.lower().endswith(SUFFIXES) for name in content):
             content = [{"file": name, "captions": texts} for name, texts in content.items()]
-        elif isinstance(content.get("annotations"), list) and "images" in content:
-            content = _joined(content, path)
         else:
-            content = listed
+            raise ConfigError(f"{path}: expected {{file: captions}}, a list of rows, or images")
     if not isinstance(content, list):
         raise ConfigError(f"{path}: expected a list of rows, got {type(content).__name__}")
     for number, row in enumerate(content, 1):
@@ -365,18 +364,18 @@ def _json_rows(path: Path, columns: Columns) -> Rows:
         yield number, row
 
 
-def _joined(content: Mapping[str, Any], path: Path) -> list[Any]:
+def _joined(images: list[Any], notes: list[Any], path: Path) -> list[Any]:
     """Give COCO's images the captions of its annotations."""
-    captions: dict[Any, list[Any]] = {}
-    for note in content["annotations"]:
+    captions = defaultdict(list)
+    for note in notes:
         number = note.get("image_id") if isinstance(note, dict) else None
         if isinstance(number, int | str) and "caption" in note:
-            captions.setdefault(number, []).append(note["caption"])
+            captions[number].append(note["caption"])
     if not captions:
         raise ConfigError(f"{path}: its annotations hold no captions")
     return [
         {**row, "captions": captions.get(row.get("id"), [])} if isinstance(row, dict) else row
-        for row in content["images"]
+        for row in images
     ]
 
 
@@ -400,12 +399,10 @@ def _csv_rows(path: Path, columns: Columns) -> Rows:
                 if surplus and ends_in_caption:  # an unquoted caption with the delimiter in it
                     row[names[-1]] = f"{delimiter} ".join([row[names[-1]], *surplus])
                 elif surplus:
-                    raise ConfigError(
-                        f"{where}: more fields than the header has; "
-                        "put texts that hold the delimiter in double quotes"
-                    )
-                for text in row.values():
-                    _refuse_swallowed(text, where)
+                    hint = "put texts that hold the delimiter in double quotes"
+                    raise ConfigError(f"{where}: more fields than the header has; {hint}")
+                for text in filter(_has_swallowed, row.values()):
+                    raise ConfigError(f"{where}: a double quote is not closed: {text[:60]!r}")
                 yield rows.line_num, row
         except csv.Error as error:
             raise ConfigError(f"{path}:{rows.line_num}: not CSV ({error})") from error
@@ -414,17 +411,16 @@ def _csv_rows(path: Path, columns: Columns) -> Rows:
 def _refuse_twins(names: Sequence[str], read: Sequence[str | None], path: Path) -> None:
     times = Counter(name.lower() for name in names)
     for name in names:
-        if times[name.lower()] > 1 and (name in read or name.lower() in SPLIT_COLUMNS):
-            raise ConfigError(
-                f"{path}:1: the header names {name!r} {times[name.lower()]} times; rename the "
-                f"columns, several captions of an image to {name}1, {name}2, ..."
-            )
+        count = times[name.lower()]
+        if count > 1 and (name in read or name.lower() in SPLIT_COLUMNS):
+            hint = f"rename the columns, several captions of an image to {name}1, {name}2, ..."
+            raise ConfigError(f"{path}:1: the header names {name!r} {count} times; {hint}")
 
 
-def _refuse_swallowed(text: Any, where: str) -> None:
+def _has_swallowed(text: Any) -> bool:
+    """Return whether a cell holds further rows, after a quote that is not closed."""
     rest = text.partition("\n")[2] if isinstance(text, str) else ""
-    if rest and any(f"{suffix}{mark}" in rest for suffix in SUFFIXES for mark in ",\t;|#"):
-        raise ConfigError(f"{where}: a double quote is not closed: {text[:60]!r}")
+    return any(f"{suffix}{mark}" in rest for suffix in SUFFIXES for mark in ",\t;|#")
 
 
 # Cells of rows
@@ -463,14 +459,11 @@ def _unnumbered(key: str) -> str:
 def _captions(row: Mapping[str, Any], given: str | None, template: str, where: str) -> list[str]:
     keys = _caption_columns(row, given)
     if given is not None and not keys:
-        raise ConfigError(
-            f"{where}: no caption_key {given!r}{suggest(given, [str(k) for k in row])}"
-        )
+        raise ConfigError(f"{where}: no caption_key {given!r}{suggest(given, row)}")
     if not keys:
-        raise ConfigError(
-            f"{where}: no caption; expected one of {', '.join(CAPTION_KEYS)}, or name the "
-            f"column with `caption_key`; got the keys {', '.join(map(str, row))}"
-        )
+        expected = f"one of {', '.join(CAPTION_KEYS)}, or name the column with `caption_key`"
+        got = ", ".join(map(str, row))
+        raise ConfigError(f"{where}: no caption; expected {expected}; got the keys {got}")
     captions = [text for key in keys for text in texts_of(_as_list(row[key]), f"{where}: {key}")]
     if keys == ["name"]:
         captions = [template.replace("{}", text) for text in captions]
@@ -482,10 +475,8 @@ def _as_list(value: Any) -> Any:
     """Return the list that a cell spells out, as in '["a dog", "a hound"]', or else the value."""
     if isinstance(value, str) and re.fullmatch(r"\s*\[\s*(['\"]).*\1\s*,?\s*\]\s*", value, re.S):
         for parse in (json.loads, ast.literal_eval):
-            try:
+            with suppress(ValueError, SyntaxError):
                 return parse(value.strip())
-            except (ValueError, SyntaxError):
-                continue
     return value
 
 
@@ -494,7 +485,8 @@ def _keyword_sentence(row: Mapping[str, Any], known: list[str]) -> list[str]:
     listed = [word for key in KEYWORD_KEYS for word in row.get(key) or () if isinstance(word, str)]
     tidy = dict.fromkeys(clean(word.replace("_", " ")) for word in listed)
     words = [word for word in tidy if word and word not in known][:MAX_KEYWORDS]
-    return [" and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)] * bool(words)
+    *first, last = words or [""]
+    return [f"{', '.join(first)} and {last}" if first else last] if words else []
 
 
 # Files of a folder

@@ -53,7 +53,6 @@ class Coco(ListedImages):
         instances: also read the object annotations: `objects`, a list of `{"name", "box"
             (x, y, width, height in pixels of the file), "is_crowd"}`, and `attributes`, whose
             `has_object` says which of the 80 classes are there.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(
@@ -127,7 +126,6 @@ class CocoQA(ListedImages):
         root: the folder with `train/` and `test/`, or one that holds it as `cocoqa/`.
         split: train or test.
         images: COCO's folder; null looks in root and in the folder above.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(
@@ -165,7 +163,6 @@ class VQA2(ListedImages):
         split: train, validation or test.
         images: COCO's folder; null looks in root and in the folder above.
         drop_missing: leave out questions about images that do not exist.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(

@@ -50,7 +50,6 @@ class CaptionedFolder(ListedImages):
         file_key: the table's column with the images' paths, likewise.
         caption_template: such as "a photo of a {}", for a `name` column and class folders.
         exclude: regular expression; files whose name it matches anywhere are left out.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(
@@ -197,7 +196,6 @@ class PairsTable(ListedImages):
             and its `images/`, then where you are.
         caption_key: the column with the captions, where it is not a usual one.
         file_key: the column with the images' paths, likewise.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(
@@ -247,7 +245,6 @@ class ListFile(ListedImages):
         split: which list of the folder; null or all if root is the list.
         images: the folder that the paths are relative to; null tries the list's own folder,
             then where you are (as taming).
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(

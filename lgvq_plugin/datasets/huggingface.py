@@ -52,7 +52,6 @@ class HuggingFaceImages(ListedImages):
         caption_column: null takes the first usual one; its cells are texts or lists of texts;
             also `caption_key`.
         name: of the configuration, for hub data sets with several.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(

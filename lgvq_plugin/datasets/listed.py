@@ -41,10 +41,8 @@ class Record:
     file: str
     path: Source
     captions: tuple[str, ...]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys of the sample, such as `questions`."""
-    split: str | None = None
-    """The split that its row, a list or its folder names."""
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further keys of the sample
+    split: str | None = None  # that its row, a list or its folder names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +102,9 @@ class ListedImages(CaptionedImages):
     """A list of image files with captions; a member only says how its records are found.
 
     A member defines `_read(self, root, ...)`. The parameters of its class are those of `_read`
-    and the fields of :class:`ImageOptions`. A file that cannot be read raises ConfigError; with
-    `skip_corrupt` the next good record replaces it, always the same one, and `skipped` (file ->
-    reason) names it. So do unknown options, no records, missing files and captions that are no
-    texts.
+    and the fields of :class:`ImageOptions`. ConfigErrors report unknown options, files that are
+    missing or cannot be read, and captions that are no texts. With `skip_corrupt` the next good
+    record replaces a bad one, always the same one, and `skipped` (file -> reason) names it.
     """
 
     where: Path
@@ -244,18 +241,14 @@ class ImageFinder:
         hits = [] if path.is_absolute() else self._by_name.get(path.name, [])
         hits = [hit for hit in hits if hit.parts[-len(path.parts) : -1] == path.parts[:-1]]
         if len(hits) > 1:
-            raise ConfigError(
-                f"image {name!r} could be {hits[0]} or {hits[1]}; give its path in the table or "
-                "list, relative to it"
-            )
+            hint = "give its path in the table or list, relative to it"
+            raise ConfigError(f"image {name!r} could be {hits[0]} or {hits[1]}; {hint}")
         return hits[0] if hits else self.homes[0] / name
 
     def records(self, listed: Mapping[str, TableEntry]) -> list[Record]:
         """Return the records of a table's files."""
-        return [
-            Record(file, self.find(file), tuple(entry.captions), entry.extra, entry.split)
-            for file, entry in listed.items()
-        ]
+        found = ((self.find(file), file, entry) for file, entry in listed.items())
+        return [Record(f, path, tuple(e.captions), e.extra, e.split) for path, f, e in found]
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
@@ -293,10 +286,8 @@ def read_name_pickle(path: Path) -> list[str]:
     except (OSError, MemoryError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: expected a pickled list of file names and nothing else ({error}); "
-            "refused, as a pickle can run code"
-        ) from error
+        expected = f"expected a pickled list of file names and nothing else ({error})"
+        raise ConfigError(f"{path}: {expected}; refused, as a pickle can run code") from error
     if not isinstance(names, list) or not all(isinstance(n, str | int) for n in names):
         raise ConfigError(f"{path}: expected a pickled list of names, got {names!r:.80}")
     return [str(name) for name in names]

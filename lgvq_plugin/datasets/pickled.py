@@ -47,7 +47,6 @@ class CelebAHQ(ListedImages):
     Args:
         root: the folder with the images, the texts and the splits.
         split: train (24,000), test (6,000), or all, which needs no split files.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(self, root: Path, split: str = "train") -> list[Record]:
@@ -94,7 +93,6 @@ class CUB200(ListedImages):
         split: train, test or all.
         split_by: official (5,994 / 5,794 images, every class in both) or class (8,855 / 2,933,
             no class in both: AttnGAN's pickles, usual for text-to-image).
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(
@@ -142,7 +140,6 @@ class TextCaps(ListedImages):
     Args:
         root: the folder with the json files (or pickles) and the image folders.
         split: train, validation or test.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(self, root: Path, split: str = "train") -> list[Record]:

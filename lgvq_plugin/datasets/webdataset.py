@@ -42,7 +42,6 @@ class WebDataset(ListedImages):
         file_key: the suffix of the image, such as input.jpg, where several could be meant.
         caption_key: the field of `.json` with the captions, where it is not a usual one; or the
             suffix of the text, such as outputs.txt.
-        options: see :class:`.listed.ImageOptions`.
     """
 
     def _read(
