@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from ..sockets import ConfigError, resolve, suggest
@@ -95,9 +97,6 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         >>> batch["image"].shape, batch["caption"]
         (torch.Size([2, 2, 2, 3]), ['a dog', 'a dog'])
     """
-    import numpy as np
-    import torch
-
     keys = dict.fromkeys(key for sample in samples for key in sample)
     batch: dict[str, Any] = {key: [sample.get(key) for sample in samples] for key in keys}
     for key, values in batch.items():

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -105,8 +105,7 @@ def check(
         out: where the files go; None writes nothing.
         member: the data set to read it as; None tries all.
         split: check only this one.
-        guide: the `lgvq.guide` block whose tokens captions are measured in; None is the
-            embedded one.
+        guide: the `lgvq.guide` block in whose tokens captions are measured; None: the embedded one.
         workers: threads that read and decode.
         progress: show a bar.
         options: of the data set, such as encoding and caption_key.
@@ -116,7 +115,7 @@ def check(
         require_writable(out)
     encoder = build_guide(guide or {"use": "micro_clip"})
     reports, problems, written = {}, [], []
-    splits_with: dict[str, set[str]] = {}
+    splits_with = defaultdict(set)
     for name in layout.chosen(split):
         dataset = layout.build(name, size=SIDE, crop="none", skip_corrupt=True, **options)
         with ThreadPoolExecutor(workers) as pool:
@@ -128,18 +127,24 @@ def check(
         reports[name] = _report(dataset, found, encoder, lengths, template)
         problems += [health for health in found if health.problem]
         for health in found:
-            splits_with.setdefault(health.digest, set()).add(name)
+            splits_with[health.digest].add(name)
         good = [i for i, health in enumerate(found) if not health.problem]
         if good and out is not None:
             written.append(out / f"contact_sheet_{name}.png")
             step = max(1, len(good) / PICTURES)
-            chosen = [good[int(i * step)] for i in range(min(PICTURES, len(good)))]
+            chosen = (good[int(i * step)] for i in range(min(PICTURES, len(good))))
             _write_sheet(written[-1], [dataset[index] for index in chosen])
     splits_with.pop("", None)
     shared = sum(len(names) > 1 for names in splits_with.values())
     result = Check(Path(path), layout.member, reports, shared, problems, written)
     if out is not None:
-        _write(result, out)
+        (out / "problems.txt").unlink(missing_ok=True)
+        if problems:
+            lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in problems)
+            write_text(out / "problems.txt", "".join(lines))
+            written.append(out / "problems.txt")
+        write_json(out / "report.json", {**asdict(result), "is_usable": result.is_usable})
+        written.append(out / "report.json")
     return result
 
 
@@ -204,16 +209,6 @@ def _report(
         readable=readable,
         is_usable=readable > 0,
     )
-
-
-def _write(result: Check, out: Path) -> None:
-    (out / "problems.txt").unlink(missing_ok=True)
-    if result.problems:
-        lines = (f"{h.problem}\t{h.file}\t{h.reason}\n" for h in result.problems)
-        write_text(out / "problems.txt", "".join(lines))
-        result.files.append(out / "problems.txt")
-    write_json(out / "report.json", {**asdict(result), "is_usable": result.is_usable})
-    result.files.append(out / "report.json")
 
 
 def as_text(result: Check) -> str:
@@ -308,12 +303,12 @@ def _write_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
         sheet.paste(Image.fromarray(pixels), (left, top))
         caption, *more = sample["captions"] or ["(no caption)"]
         caption += f"  (+{len(more)})" if more else ""
-        file = sample["file"]
-        name = file if len(file) <= letters else f"…{file[1 - letters :]}"
-        pen.text((left, top + SIDE + 2), name, fill="#777777", font=font)
+        name = sample["file"]
+        name = name if len(name) <= letters else f"…{name[1 - letters :]}"
         lines = textwrap.wrap(caption, letters, max_lines=rows - 1, placeholder=" …")
-        for row, text in enumerate(lines, 1):
-            pen.text((left, top + SIDE + 2 + row * line), text, fill="black", font=font)
+        for row, text in enumerate([name, *lines]):
+            color = "black" if row else "#777777"
+            pen.text((left, top + SIDE + 2 + row * line), text, fill=color, font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())

@@ -13,6 +13,7 @@ ListFile: train.txt, as taming's list of paths
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -232,8 +233,8 @@ class PairsTable(ListedImages):
 
 
 def _pairs(table: Path, images: str | Path | None, columns: Columns) -> list[Record]:
-    near = (table.parent, table.parent / "images", Path())
-    homes = (Path(images).expanduser(),) if images else near
+    near = [table.parent, table.parent / "images", Path()]
+    homes = [Path(images).expanduser()] if images else near
     return ImageFinder(homes, below=homes[0]).records(tables.read_table(table, columns))
 
 
@@ -253,15 +254,15 @@ class ListFile(ListedImages):
         path = _list(root, splits.choose_split(split, splits.SPLITS))
         if path is None:
             raise ConfigError(f"{root}: no list of split {split!r}; expected train.txt, ...")
-        self.where = path
-        found: dict[str, list[str]] = {}
-        for _, name, caption in tables.caption_lines(path, self.options.encoding):
-            found.setdefault(name, []).extend([caption] if caption else [])
-        homes = [Path(images).expanduser()] if images else [path.parent, Path()]
-        records, finder = [], ImageFinder(homes)
+        self.where, encoding = path, self.options.encoding
+        found = defaultdict(list)
+        for _, name, caption in tables.caption_lines(path, encoding):
+            found[name] += [caption] if caption else []
+        finder = ImageFinder([Path(images).expanduser()] if images else [path.parent, Path()])
+        records = []
         for name, captions in found.items():
             image = finder.find(name)
-            texts = captions or read_sidecar(image, self.options.encoding) or ()
+            texts = captions or read_sidecar(image, encoding) or ()
             records.append(Record(name, image, tuple(texts)))
         return records
 

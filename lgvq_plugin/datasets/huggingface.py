@@ -74,7 +74,11 @@ class HuggingFaceImages(ListedImages):
             table = table[key]
         column = _column(table, image_column or file_key, IMAGE_COLUMNS, "image_column")
         words = _column(table, caption_column or caption_key, CAPTION_COLUMNS, "caption_column")
-        images = _encoded(table, column).select_columns([column])
+        from datasets import Image
+
+        images = table.select_columns([column])
+        if isinstance(table.features[column], Image):
+            images = images.cast_column(column, Image(decode=False))
         records = []
         for row, texts in enumerate(table[words]):
             captions = tuple(texts_of(texts, f"{root}: row {row}, column {words!r}"))
@@ -121,11 +125,3 @@ def _column(table: Any, given: str | None, usual: tuple[str, ...], option: str) 
     if found is None:
         raise ConfigError(f"no usual column; name one with `{option}`; the columns are {names}")
     return found
-
-
-def _encoded(table: Any, column: str) -> Any:
-    import datasets
-
-    if isinstance(table.features[column], datasets.Image):
-        return table.cast_column(column, datasets.Image(decode=False))
-    return table

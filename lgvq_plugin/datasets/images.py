@@ -77,15 +77,10 @@ def examine(file: str, source: Source) -> Health:
 
 
 def open_image(source: Source, channels: int = 3) -> Image.Image:
-    """Return the first frame as an upright 8-bit image.
+    """Return the first frame as an upright 8-bit image: grey, RGB on white, or RGBA.
 
-    Args:
-        source: the file.
-        channels: 3: RGB, transparency put on white; 1: that in grey; 4: RGB and alpha.
-
-    Raises:
-        UnreadableImage: if the file is missing or broken.
-        DecompressionBomb: if it has more pixels than PIL's limit.
+    Raises UnreadableImage if the file is missing or broken, and DecompressionBomb if it has more
+    pixels than PIL's limit.
     """
     place = source if isinstance(source, Path) else None
     try:
@@ -144,11 +139,8 @@ def fit(
 ) -> Image.Image:
     """Return an image of `size` pixels, aspect ratio kept, antialiased.
 
-    Args:
-        image: the whole.
-        size: one number, or (height, width).
-        crop: center, random: the largest part of the shape of `size`; none: padded with white.
-        draws: of the place of a random crop.
+    `size` is a number or (height, width). The crop is center or random (at a place that is drawn),
+    the largest part of that shape; or none: all of the image, padded with white.
 
     Example:
         >>> fit(Image.new("RGB", (40, 20)), 10, "none", HashedDraws(0)).getpixel((5, 0))

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,7 @@ def compose(draws: Draws, *, simple: bool = False) -> Scene:
 
 def _draw_background(draws: Draws, kinds: tuple[str, ...]) -> Background:
     kind = draws.pick(kinds)
-    first = draws.pick(tuple(TONES))
-    tones = [first]
+    tones = [first := draws.pick(tuple(TONES))]
     if kind in ("gradient", "checkered"):
         far = [t for t in TONES if math.dist(TONES[t], TONES[first]) >= TONE_CONTRAST]
         tones.append(draws.pick(far))
@@ -331,20 +331,15 @@ class _Captioner:
 # Kinds of questions, each with one true answer of one word
 
 
-def _color(scene: Scene, draws: Draws) -> tuple[str, str] | None:
-    thing = _unique(scene, draws, "shape")
-    return (_say(draws, _QUESTIONS["color"], noun=thing.shape), thing.color) if thing else None
-
-
-def _shape(scene: Scene, draws: Draws) -> tuple[str, str] | None:
-    thing = _unique(scene, draws, "color")
-    return (_say(draws, _QUESTIONS["shape"], color=thing.color), thing.shape) if thing else None
-
-
-def _unique(scene: Scene, draws: Draws, name: str) -> SceneObject | None:
-    counts = Counter(getattr(thing, name) for thing in scene.objects)
-    single = [thing for thing in scene.objects if counts[getattr(thing, name)] == 1]
-    return draws.pick(single) if single else None
+def _unique(scene: Scene, draws: Draws, *, known: str, wanted: str) -> tuple[str, str] | None:
+    """Ask for an attribute of an object that is the only one with its `known` attribute."""
+    counts = Counter(getattr(thing, known) for thing in scene.objects)
+    single = [thing for thing in scene.objects if counts[getattr(thing, known)] == 1]
+    if not single:
+        return None
+    thing = draws.pick(single)
+    question = _say(draws, _QUESTIONS[wanted], noun=thing.shape, color=thing.color)
+    return question, getattr(thing, wanted)
 
 
 def _count(scene: Scene, draws: Draws) -> tuple[str, str]:
@@ -352,11 +347,9 @@ def _count(scene: Scene, draws: Draws) -> tuple[str, str]:
     name = draws.pick(("shape", "color", "all"))
     chosen = draws.pick(SHAPES) if draws.chance(0.15) else thing.shape
     if name == "shape":
-        count = sum(other.shape == chosen for other in scene.objects)
-        nouns = _plural(chosen, 2)
+        count, nouns = sum(o.shape == chosen for o in scene.objects), _plural(chosen, 2)
     elif name == "color":
-        count = sum(other.color == thing.color for other in scene.objects)
-        nouns = f"{thing.color} shapes"
+        count, nouns = sum(o.color == thing.color for o in scene.objects), f"{thing.color} shapes"
     else:
         count, nouns = len(scene.objects), _plural(draws.pick(NOUNS), 2)
     return _say(draws, _QUESTIONS["count"], nouns=nouns), NUMBERS[count]
@@ -394,6 +387,7 @@ def _background(scene: Scene, draws: Draws) -> tuple[str, str]:
 
 
 _ASKERS = {
-    **{"color": _color, "shape": _shape, "count": _count},
-    **{"yes-no": _exists, "relation": _where, "background": _background},
+    "color": partial(_unique, known="shape", wanted="color"),
+    "shape": partial(_unique, known="color", wanted="shape"),
+    **{"count": _count, "yes-no": _exists, "relation": _where, "background": _background},
 }

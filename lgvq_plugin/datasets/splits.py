@@ -36,8 +36,6 @@ CONVERTED_FROM = "converted_from"
 def split_name(value: Any) -> str | None:
     """Return the full name of a split as a table or list gives it; None if it gives none.
 
-    Karpathy's `restval` belongs to the train split, as is usual.
-
     Example:
         >>> split_name("Val"), split_name("restval"), split_name("")
         ('validation', 'train', None)
@@ -102,11 +100,8 @@ def split_of_folders(parts: Sequence[str]) -> str | None:
         >>> split_of_folders(["images", "val2017"]), split_of_folders(["dogs"])
         ('validation', None)
     """
-    for part in parts:
-        name = SPLIT_FOLDER.fullmatch(part)
-        if name and (split := SPLIT_WORDS.get(name[1].lower())):
-            return split
-    return None
+    names = filter(None, map(SPLIT_FOLDER.fullmatch, parts))
+    return next(filter(None, (SPLIT_WORDS.get(name[1].lower()) for name in names)), None)
 
 
 def splits_at(root: Path, names: Iterable[str], **more: Any) -> dict[str, dict[str, Any]]:
