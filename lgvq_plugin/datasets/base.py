@@ -22,8 +22,7 @@ class CaptionedImages(Dataset):
     (the default) or 4, and `image_key` a second key that holds the image. An image without a
     caption has `caption == ""` and takes no part in the text losses.
 
-    The caption, crop and flip of a sample are drawn from (seed, epoch, index), so they do not
-    depend on the number of workers or on a resume.
+    Caption, crop and flip are drawn from (seed, epoch, index), whatever the workers or a resume.
     """
 
     seed: int = 0

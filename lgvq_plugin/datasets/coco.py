@@ -106,13 +106,14 @@ class Coco(ListedImages):
             thing = {"name": names[entry["category_id"]], "box": tuple(entry["bbox"])}
             thing["is_crowd"] = bool(entry.get("iscrowd"))
             objects[entry["image_id"]].append(thing)
-        return [self._with_own(record, objects[record.extra["image_id"]]) for record in records]
-
-    def _with_own(self, record: Record, objects: list[dict[str, Any]]) -> Record:
-        found = {thing["name"] for thing in objects}
-        labels = np.array([name in found for name in self.object_names], np.int64)
-        more = {"objects": objects, "attributes": {"has_object": labels}}
-        return replace(record, extra={**record.extra, **more})
+        found = []
+        for record in records:
+            own = objects[record.extra["image_id"]]
+            kinds = {thing["name"] for thing in own}
+            labels = np.array([name in kinds for name in self.object_names], np.int64)
+            extra = {**record.extra, "objects": own, "attributes": {"has_object": labels}}
+            found.append(replace(record, extra=extra))
+        return found
 
 
 class CocoQA(ListedImages):
@@ -315,15 +316,12 @@ def _vqa_questions(path: Path, annotations: Path | None = None) -> Questions:
 
 
 def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
-    needed = ("question_id", "multiple_choice_answer", "answers")
-    return {
-        entry["question_id"]: {
-            "answer": entry["multiple_choice_answer"],
-            "answers": [given["answer"] for given in entry["answers"]],
-            "type": entry.get("answer_type", ""),
-        }
-        for entry in entries(read_json(path), "annotations", needed, path)
-    }
+    found, needed = {}, ("question_id", "multiple_choice_answer", "answers")
+    for entry in entries(read_json(path), "annotations", needed, path):
+        answers = [given["answer"] for given in entry["answers"]]
+        answer, kind = entry["multiple_choice_answer"], entry.get("answer_type", "")
+        found[entry["question_id"]] = {"answer": answer, "answers": answers, "type": kind}
+    return found
 
 
 # Files

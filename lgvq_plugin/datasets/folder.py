@@ -129,9 +129,8 @@ def _template(root: Path, images: Sequence[Path] | None = None) -> dict[str, str
     images = image_files(root) if images is None else images
     classes = {path.parent.name for path in images}
     is_flat = any(path.parent in (root, root / "images") for path in images)
-    if is_flat or len(classes) < 2 or any(NO_CLASS.fullmatch(name) for name in classes):
-        return {}
-    if find_table(root, None) or any(read_sidecar(path) for path in images):
+    has_classes = len(classes) > 1 and not is_flat and not any(map(NO_CLASS.fullmatch, classes))
+    if not has_classes or find_table(root, None) or any(map(read_sidecar, images)):
         return {}
     return {"caption_template": "a photo of a {}"}
 

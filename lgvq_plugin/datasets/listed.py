@@ -247,8 +247,10 @@ class ImageFinder:
 
     def records(self, listed: Mapping[str, TableEntry]) -> list[Record]:
         """Return the records of a table's files."""
-        found = ((self.find(file), file, entry) for file, entry in listed.items())
-        return [Record(f, path, tuple(e.captions), e.extra, e.split) for path, f, e in found]
+        return [
+            Record(file, self.find(file), tuple(entry.captions), entry.extra, entry.split)
+            for file, entry in listed.items()
+        ]
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:

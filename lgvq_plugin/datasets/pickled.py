@@ -58,10 +58,10 @@ class CelebAHQ(ListedImages):
         else:
             names = read_name_pickle(root / split / "filenames.pickle")
         self.face_names, labels = _face_attributes(root)
-        records = []
+        encoding, records = self.options.encoding, []
         for name in names:
             extra = {"attributes": {"face": labels[name]}} if name in labels else {}
-            captions = read_captions(texts / f"{name}.txt", self.options.encoding)
+            captions = read_captions(texts / f"{name}.txt", encoding)
             records.append(Record(f"{name}.jpg", images / f"{name}.jpg", captions, extra))
         return records
 
@@ -172,10 +172,10 @@ class TextCaps(ListedImages):
 
 
 def _folder(root: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise ConfigError(f"{root}: contains none of the folders {', '.join(names)}")
+    found = next((root / name for name in names if (root / name).is_dir()), None)
+    if found is None:
+        raise ConfigError(f"{root}: contains none of the folders {', '.join(names)}")
+    return found
 
 
 def _face_attributes(root: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:

@@ -91,9 +91,8 @@ class WebDataset(ListedImages):
         self._fields |= dict.fromkeys(map(str, row))
         captions = tuple(self._captions(sample, meta))
         extra = {key: row[key] for key in KEPT_KEYS if key in row}
-        return Record(
-            f"{image.tar.name}:{image.name}", image, captions, extra, splits.split_of_row(row)
-        )
+        name = f"{image.tar.name}:{image.name}"
+        return Record(name, image, captions, extra, splits.split_of_row(row))
 
     def _report_missing(self, found: "list[_Sample]", records: list[Record]) -> None:
         """Name the members that were found where images or captions are missing."""
@@ -157,17 +156,16 @@ def expand(pattern: str) -> list[Path]:
         >>> [str(path) for path in expand("a_{08..10}.tar::b.tar")]
         ['a_08.tar', 'a_09.tar', 'a_10.tar', 'b.tar']
     """
-    names: list[str] = []
-    for part in pattern.split("::"):
-        found = re.search(r"\{(\d+)\.\.(\d+)\}", part)
-        if found is None:
-            names.append(part)
-            continue
-        low, high = found.groups()
-        for number in range(int(low), int(high) + 1):
-            text = f"{number:0{len(low)}d}"
-            names += map(str, expand(part[: found.start()] + text + part[found.end() :]))
-    return [Path(name).expanduser() for name in names]
+    parts = pattern.split("::")
+    if len(parts) > 1:
+        return [path for part in parts for path in expand(part)]
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [Path(pattern).expanduser()]
+    low, high = found.groups()
+    numbers = (f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1))
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [path for number in numbers for path in expand(f"{head}{number}{tail}")]
 
 
 def _shards(root: Path, split: str) -> list[Path]:
@@ -250,9 +248,9 @@ def _samples(shard: Path) -> list[_Sample]:
                 key = (path.parent / stem).as_posix()
                 own = found.setdefault(key, _Sample(shard, key)).members
                 if suffix.lower() in own:
+                    hint = "a name must be unique in a shard: write the shard again"
                     raise ConfigError(
-                        f"shard {shard}: two members are called {member.name}; a name must be "
-                        "unique in a shard: write the shard again"
+                        f"shard {shard}: two members are called {member.name}; {hint}"
                     )
                 place = TarMember(shard, member.name, member.offset_data, member.size)
                 own[suffix.lower()] = place
