@@ -366,7 +366,7 @@ def _json_rows(path: Path, columns: Columns) -> Rows:
 
 def _joined(images: list[Any], notes: list[Any], path: Path) -> list[Any]:
     """Give COCO's images the captions of its annotations."""
-    captions = defaultdict(list)
+    captions: dict[Any, list[Any]] = defaultdict(list)
     for note in notes:
         number = note.get("image_id") if isinstance(note, dict) else None
         if isinstance(number, int | str) and "caption" in note:

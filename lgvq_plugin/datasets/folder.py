@@ -254,7 +254,7 @@ class ListFile(ListedImages):
         if path is None:
             raise ConfigError(f"{root}: no list of split {split!r}; expected train.txt, ...")
         self.where, encoding = path, self.options.encoding
-        found = defaultdict(list)
+        found: dict[str, list[str]] = defaultdict(list)
         for _, name, caption in tables.caption_lines(path, encoding):
             found[name] += [caption] if caption else []
         finder = ImageFinder([Path(images).expanduser()] if images else [path.parent, Path()])

@@ -7,7 +7,7 @@ picture: x to the right, y downwards, both in [0, 1].
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -386,7 +386,7 @@ def _background(scene: Scene, draws: Draws) -> tuple[str, str]:
     return draws.pick(_QUESTIONS["background"]), background.kind
 
 
-_ASKERS = {
+_ASKERS: dict[str, Callable[[Scene, Draws], tuple[str, str] | None]] = {
     "color": partial(_unique, known="shape", wanted="color"),
     "shape": partial(_unique, known="color", wanted="shape"),
     **{"count": _count, "yes-no": _exists, "relation": _where, "background": _background},
