@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 SECTIONS = ["model", "data", "training", "lightning", "evaluation"]
 SHORT_FORMS = ["lgvq", "recipe", "objectives"]
 FOREIGN = ["dataset", "trainer", "seed_everything"]  # of ViT-VQGAN and LightningCLI
+TRAINER_KEYS = {"max_steps": int, "accumulate_grad_batches": int, "precision": str}  # taken over
+CLI_KEYS = {"class_path": "target", "init_args": "params"}  # LightningCLI's
 OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
 OBJECTIVES = [entry.name for entry in fields(ObjectivesConfig)]
 LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
@@ -47,11 +50,9 @@ RENAMED = (  # in interpolations
 def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
     """Merge YAML files, the later over the earlier, then `key=value` overrides.
 
-    Raises:
-        ConfigError: if a file is missing, a folder or no YAML mapping, or an override has
-            no `=` or names no section; the message names the file and the line.
+    Raises ConfigError, which names file and line, if a file is missing, a folder or no YAML
+    mapping, or if an override has no `=` or names no section.
 
-    Example:
         >>> read_config([], ["training.max_steps=5", "lgvq.stop=4"])
         {'training': {'max_steps': 5}, 'lgvq': {'stop': 4}}
     """
@@ -60,14 +61,11 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
     for override in overrides:
         _check_override(override, known)
     try:
-        whole = OmegaConf.create({})
-        for part in [*parts, OmegaConf.from_dotlist(list(overrides))]:
-            whole = lay_over(whole, part)
+        return reduce(lay_over, [*parts, OmegaConf.from_dotlist([*overrides])], DictConfig({}))
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"the configs and overrides do not fit together: {error}") from error
-    return whole
 
 
 def _read_file(path: Path) -> DictConfig:
@@ -112,7 +110,6 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
     (data.params) become ours; `lgvq`, `recipe` and `objectives` at the root go to the loss as
     soon as it is one of ours. A data set, or a guide, of another target loses the old params.
 
-    Example:
         >>> below = OmegaConf.create({"data": {"train": {"target": "scenes", "params": {"a": 1}}}})
         >>> lay_over(below, {"data": {"train": {"target": "folder"}}})
         {'data': {'train': {'target': 'folder'}}}
@@ -122,27 +119,29 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
     for key in DATA_SETS:
         old, new = _mapping(low, "data", key), _mapping(high, "data", key).get("target")
         if new and old.get("target") not in (None, new) and (lost := old.pop("params", None)):
-            lost = ", ".join(map(str, lost))
             message = "data.%s: %s replaces %s, whose params are dropped (%s)"
-            logger.info(message, key, new, old["target"], lost)
+            logger.info(message, key, new, old["target"], ", ".join(map(str, lost)))
     old, new = (_mapping(_block_in(node), "guide") for node in (low, high))
     if new.get("use") not in (None, old.get("use", "open_clip")):
         old.clear()
-    merged = OmegaConf.merge(OmegaConf.create(low), OmegaConf.create(high))
-    assert isinstance(merged, DictConfig)
+    merged: Any = OmegaConf.merge(OmegaConf.create(low), OmegaConf.create(high))
     return merged
 
 
 def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Return a config in plain containers, unresolved, its foreign keys renamed."""
-    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-    plain: Any = _renamed(OmegaConf.to_container(node, resolve=False))
-    plain = {str(key): value for key, value in plain.items()}
+    renamed = _renamed(OmegaConf.to_container(as_omegaconf(config), resolve=False))
+    plain = {str(key): value for key, value in renamed.items()}
     if "dataset" in plain and "data" not in plain:
         plain["data"] = plain.pop("dataset")
     if isinstance(_mapping(plain, "data").get("params"), dict):
         plain["data"] = _flat(plain["data"])
     return plain
+
+
+def as_omegaconf(config: DictConfig | Mapping[str, Any]) -> DictConfig:
+    """Return `config` itself, or a mapping as OmegaConf's."""
+    return config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,15 +160,15 @@ def _renamed(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     is_cli = isinstance(node.get("class_path"), str) or isinstance(node.get("init_args"), dict)
-    names = {"class_path": "target", "init_args": "params"} if is_cli else {}
+    names = CLI_KEYS if is_cli else {}
     return {names.get(key, key): _renamed(value) for key, value in node.items()}
 
 
-def _mapping(node: Any, *keys: str) -> dict[str, Any]:
+def _mapping(node: Any, *keys: str) -> Any:
     """Return the mapping at a path; an empty one, not attached, where there is none."""
     for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node if isinstance(node, dict) else {}
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else {}
 
 
 def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
@@ -188,12 +187,10 @@ def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
         if not (key and is_ours):
             node["lgvq"] = block
             continue
-        inner = node
         for name in ("model", "params", key, "params"):
-            if not isinstance(inner.get(name), dict):
-                inner[name] = {}
-            inner = inner[name]
-        inner["lgvq"] = laid_over(inner.get("lgvq") or {}, block)
+            node[name] = _mapping(node, name)
+            node = node[name]
+        node["lgvq"] = laid_over(node.get("lgvq") or {}, block)
 
 
 def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
@@ -255,12 +252,8 @@ class Sections:
     ) -> "Sections":
         """Check `config`; `training:` may be missing but for `max_steps`.
 
-        Args:
-            config: all sections.
-            problems: collects what is wrong in a section, which is then None in the result.
-
-        Raises:
-            ConfigError: for a section, key or value that is missing or unknown.
+        Raises ConfigError for a section, key or value that is missing or unknown, unless
+        `problems` is there to collect it; that section is then None in the result.
         """
         whole = lay_over(OmegaConf.create({}), config)
         plain = to_plain(whole)
@@ -276,8 +269,9 @@ class Sections:
             ignored += [f"data.{k}" for k in _flat(plain["data"]) if k not in (*DATA_KEYS, "wrap")]
             plain["data"] = with_sizes(plain["data"], plain.get("model"), [])
         with found.collecting():
-            section = _section(plain, "training", default={})
-            parts["training"] = TrainingConfig.from_dict(section)
+            given = plain.get("training")
+            given = _require_mapping({} if given is None else given, "training")
+            parts["training"] = TrainingConfig.from_dict(given)
         if problems is None:
             found.raise_any()
         if ignored:
@@ -289,9 +283,8 @@ class Sections:
     def check_names(self) -> None:
         """Check the data sets' names and the `lgvq:` block, as far as that needs no torch.
 
-        Raises:
-            ConfigError: for a data set that is neither a member nor a dotted path, a key or value
-                of the block that is wrong, or objectives that start after the last step.
+        Raises ConfigError for an unknown data set or guide, a wrong key or value of the block, or
+        objectives that start after the last step.
         """
         for section in (self.data.train, self.data.validation, self.data.test):
             if section is not None:
@@ -337,8 +330,7 @@ class Sections:
 
 def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
     """Remove all but the sections: map foreign keys, refuse likely typos, return the ignored."""
-    ignored = []
-    own = plain.get("training")
+    ignored, own = list[str](), plain.get("training")
     taken: dict[str, Any] = {}
     for name in [name for name in plain if name not in SECTIONS]:
         value = plain.pop(name)
@@ -352,10 +344,9 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
         if name == "seed_everything":
             taken |= {"seed": value} if type(value) is int else {}
         elif name == "trainer" and isinstance(value, dict):
-            kinds = {"max_steps": int, "accumulate_grad_batches": int, "precision": str}
             used = {
                 key: value[key]
-                for key, kind in kinds.items()
+                for key, kind in TRAINER_KEYS.items()
                 if key not in _mapping(plain, "training")
                 and isinstance(value.get(key), kind)
                 and value[key] != -1  # Lightning's word for no limit
@@ -377,22 +368,17 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
 
 def helpers_of(config: DictConfig) -> set[str]:
     """Return the keys of the root beside the sections that the config's interpolations name."""
-
     text = OmegaConf.to_yaml(config, resolve=False)
     return {*re.findall(r"\$\{([A-Za-z_]\w*)", text)} - {*SECTIONS, *SHORT_FORMS}
 
 
 def to_plain(config: DictConfig | Mapping[str, Any], *sections: str) -> dict[str, Any]:
-    """Return `config` as dicts, lists and scalars, interpolations resolved.
+    """Return `config` as dicts, lists and scalars, interpolations (across sections) resolved.
 
-    Args:
-        config: all sections, because interpolations may lead from one to another.
-        sections: return only these, if any are given; others may still be `???`.
-
-    Raises:
-        ConfigError: if a value is still `???`, or an interpolation leads nowhere.
+    Only `sections`, if any are given; others may still be `???`. Raises ConfigError if a value is
+    still `???`, or an interpolation leads nowhere.
     """
-    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    node = as_omegaconf(config)
 
     def resolved(value: Any) -> Any:
         if not OmegaConf.is_config(value):
@@ -415,8 +401,7 @@ def to_plain(config: DictConfig | Mapping[str, Any], *sections: str) -> dict[str
 def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checked `model:` section of a plain config, unknown keys left out.
 
-    Raises:
-        ConfigError: if a key is missing, wrong, or nearly a known one.
+    Raises ConfigError if a key is missing, wrong, or nearly a known one.
     """
     model = plain.get("model")
     if model is None:
@@ -455,38 +440,28 @@ def _refuse_near(section: str, given: Mapping[str, Any], known: Sequence[str]) -
             raise ConfigError(f"{section}: no key {key!r}{suggest(key, known)}")
 
 
-def _section(
-    plain: Mapping[str, Any], name: str, hint: str = "", *, default: Any = None
-) -> dict[str, Any]:
-    section = default if plain.get(name) is None else plain[name]
-    if section is None:
-        raise MissingError(f"the config has no section `{name}:`; it has {list(plain)}{hint}")
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name}: expected a mapping, got {section!r:.80}{hint}")
-    return section
+def _require_mapping(node: Any, where: str, hint: str = "") -> Mapping[str, Any]:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {node!r:.80}{hint}")
+    return node
 
 
 def data_mapping(data: Any) -> Mapping[str, Any]:
-    """Return `data`, checked to be a mapping, as are its `params`.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"data: expected a mapping, got {data!r:.80}{DATA_HINT}")
-    params = data.get("params")
-    if params is not None and not isinstance(params, Mapping):
-        raise ConfigError(f"data.params: expected a mapping, got {params!r:.80}{DATA_HINT}")
+    """Return `data`; raises ConfigError if it, or its `params`, is no mapping."""
+    params = _require_mapping(data, "data", DATA_HINT).get("params")
+    if params is not None:
+        _require_mapping(params, "data.params", DATA_HINT)
     return data
 
 
 def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> DataSection:
     """Return the checked `data:` section of a plain config, see :func:`with_sizes`.
 
-    Raises:
-        ConfigError: for what is missing or unknown in it.
+    Raises ConfigError for what is missing or unknown in it.
     """
-    data = data_mapping(_section(plain, "data", DATA_HINT))
+    if plain.get("data") is None:
+        raise MissingError(f"the config has no section `data:`; it has {list(plain)}{DATA_HINT}")
+    data = data_mapping(plain["data"])
     given = _flat(with_sizes(data, plain.get("model"), notes))
     _refuse_near("data", given, [*DATA_KEYS, "wrap"])
     for key in ("batch_size", "train"):
@@ -507,7 +482,6 @@ def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> Da
 def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """Return key and value of the image size that a host is built for, if it names one.
 
-    Example:
         >>> resolution_of({"params": {"ddconfig": {"resolution": 256, "ch": 128}}})
         ('model.params.ddconfig.resolution', 256)
     """
@@ -532,10 +506,8 @@ def with_sizes(
 ) -> dict[str, Any]:
     """Return the `data:` section with the host's resolution as `size` where it names none.
 
-    Args:
-        data: the section; only data sets of this package get a size.
-        model: the `model:` section, if there is one.
-        notes: collects warnings of other sizes, which are logged if it is None.
+    Only data sets of this package get one. `notes` collects the warnings of other sizes, which are
+    logged if it is None.
     """
     known, made = resolution_of(model), dict(data)
     if known is None:
@@ -544,11 +516,8 @@ def with_sizes(
     folder = f"{__package__.partition('.')[0]}.datasets."
     ours = {*MEMBERS, *(f"{folder}{path}" for path in MEMBERS.values())}  # these all take `size`
     for name in DATA_SETS:
-        section = data.get(name)
-        if (
-            not isinstance(section, Mapping)
-            or str(section.get("target")).replace(":", ".") not in ours
-        ):
+        section = _mapping(data, name)
+        if str(section.get("target")).replace(":", ".") not in ours:
             continue
         params = {"size": size, **(section.get("params") or {})}
         made[name] = {**section, "params": params}
@@ -565,17 +534,13 @@ def with_sizes(
 
 def loss_key(config: Mapping[str, Any]) -> str | None:
     """Return where `model.params` holds the host's loss: lossconfig, or loss; None for neither."""
-    model = config.get("model")
-    params = model.get("params") if isinstance(model, Mapping) else None
-    if not isinstance(params, Mapping):
-        return None
+    params = _mapping(config, "model", "params")
     return next((key for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
 
 
 def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of the host's loss, `{target, params}`; {} if there is none.
 
-    Example:
         >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
         {'target': 'torch.nn.MSELoss'}
     """
@@ -586,8 +551,7 @@ def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
 def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `lgvq:` block of the host's loss, one at the root over it; {} if there is none.
 
-    Raises:
-        ConfigError: if it is no mapping.
+    Raises ConfigError if it is no mapping.
     """
     root, params = config.get("lgvq"), loss_section(config).get("params")
     block = params.get("lgvq") if isinstance(params, Mapping) else None
