@@ -34,8 +34,7 @@ PATTERNS = (  # applied in this order to the names of encoder and decoder
 def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
     """Return a diffusers VQModel with a taming-style tokenizer's weights, in evaluation mode.
 
-    Raises:
-        ConfigError: if diffusers is not installed, or the model is not taming's VQModel.
+    Raises ConfigError if diffusers is not installed, or the model is not taming's VQModel.
     """
     arguments = diffusers_config(state_dict, resolution)
     renamed = to_diffusers(state_dict)
@@ -65,8 +64,7 @@ def diffusers_config(state_dict: Mapping[str, Tensor], resolution: int) -> dict[
         state_dict: state dict of the host.
         resolution: size of its images, which diffusers only records.
 
-    Raises:
-        ConfigError: if the tensors are not those of taming's VQModel.
+    Raises ConfigError if the tensors are not those of taming's VQModel.
     """
     sizes = sizes_of(state_dict)
     needed = ("ch", "ch_mult", "num_res_blocks", "out_ch", "n_embed", "embed_dim", "z_channels")
@@ -100,9 +98,8 @@ def diffusers_config(state_dict: Mapping[str, Tensor], resolution: int) -> dict[
 def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a taming-style tokenizer's tensors; those of its loss are left out.
 
-    Example:
-        >>> list(to_diffusers({"encoder.down.1.block.0.nin_shortcut.bias": torch.zeros(2)}))
-        ['encoder.down_blocks.1.resnets.0.conv_shortcut.bias']
+    >>> list(to_diffusers({"encoder.down.1.block.0.nin_shortcut.bias": torch.zeros(2)}))
+    ['encoder.down_blocks.1.resnets.0.conv_shortcut.bias']
     """
     levels = [int(m[1]) for key in state_dict if (m := re.match(r"decoder\.up\.(\d+)\.", key))]
     last = max(levels, default=0)

@@ -117,8 +117,7 @@ def host_state_dict(
         config: the run's config; needed for hosts whose own files have other key names.
         averaged: take averaged weights.
 
-    Raises:
-        ConfigError: if the checkpoint does not fit the config's host, or has no averaged weights.
+    Raises ConfigError if the checkpoint does not fit the config's host, or has no averaged weights.
     """
     from ..host import is_average_of_heads
     from .load import HEADS, load_host
@@ -171,9 +170,8 @@ def export_diffusers(
     Returns:
         The largest differences, see `diffusers.round_trip`.
 
-    Raises:
-        ConfigError: if diffusers is missing, or the host is not taming's VQModel.
-        RuntimeError: if the two models differ by 1e-4 or more; nothing is written then.
+    Raises ConfigError if diffusers is missing, or the host is not taming's VQModel; RuntimeError if
+    the two models differ by 1e-4 or more; nothing is written then.
     """
     import torch
 

@@ -41,14 +41,12 @@ def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
         raw: the file's content, in plain containers.
         root: key of the state dict; None tries the usual ones.
 
-    Raises:
-        ConfigError: if there are no tensors, or none at `root`.
+    Raises ConfigError if there are no tensors, or none at `root`.
 
-    Example:
-        >>> import torch
-        >>> found = sort_tensors({"model": {"module.weight": torch.zeros(1)}, "steps": 3})
-        >>> found.root, found.prefix, list(found.state_dict)
-        ('model', 'module.', ['weight'])
+    >>> import torch
+    >>> found = sort_tensors({"model": {"module.weight": torch.zeros(1)}, "steps": 3})
+    >>> found.root, found.prefix, list(found.state_dict)
+    ('model', 'module.', ['weight'])
     """
     found, tensors = _choose_root(raw, root)
     tensors, wrapper = _strip_wrappers(tensors)
@@ -69,10 +67,9 @@ def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
 def unflatten(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Restore the names of averaged weights; latent-diffusion's LitEma drops all dots.
 
-    Example:
-        >>> import torch
-        >>> list(unflatten({"ab": torch.zeros(1), "decay": torch.ones(1)}, ["a.b"]))
-        ['a.b']
+    >>> import torch
+    >>> list(unflatten({"ab": torch.zeros(1), "decay": torch.ones(1)}, ["a.b"]))
+    ['a.b']
     """
     known = {name.replace(".", ""): name for name in names}
     flat = {key.replace(".", ""): value for key, value in tensors.items()}

@@ -70,8 +70,7 @@ def load_checkpoint(
         trust_pickle: unpickle fully if nothing else works; that can run any code.
         root: key of the state dict; None tries state_dict, model, vae, ema.
 
-    Raises:
-        ConfigError: if there is no such file, it is damaged, has no tensors, or needs trust.
+    Raises ConfigError if there is no such file, it is damaged, has no tensors, or needs trust.
     """
     file = find_checkpoint(path)
     try:
@@ -117,8 +116,7 @@ def load_host(
         with_loss: build the loss as well (taming's downloads VGG16), heads included; otherwise
             `host.loss` is a placeholder.
 
-    Raises:
-        ConfigError: if there is no config, or the checkpoint does not fit it.
+    Raises ConfigError if there is no config, or the checkpoint does not fit it.
     """
     checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_checkpoint(ckpt, trust_pickle)
     if isinstance(config, str | Path):
@@ -151,9 +149,8 @@ def load_into(
     Returns:
         What was loaded and what was not, optional keys and heads included.
 
-    Raises:
-        ConfigError: if a key that is not optional is missing, unexpected or of another shape, if
-            weights are NaN, or if the host did not take them.
+    Raises ConfigError if a key that is not optional is missing, unexpected or of another shape, if
+    weights are NaN, or if the host did not take them.
     """
     wanted = host.state_dict()
     given = dict(checkpoint.state_dict)
@@ -253,10 +250,9 @@ def compare(
 def differences(params: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Return a message for each size in a host's `params` that contradicts the tensors.
 
-    Example:
-        >>> import torch
-        >>> differences({"n_embed": 8}, {"quantize.embedding.weight": torch.zeros(16, 4)})
-        ('n_embed is 8 in the config, 16 in the checkpoint: model.params.n_embed=16',)
+    >>> import torch
+    >>> differences({"n_embed": 8}, {"quantize.embedding.weight": torch.zeros(16, 4)})
+    ('n_embed is 8 in the config, 16 in the checkpoint: model.params.n_embed=16',)
     """
     found = []
     sizes = sizes_of(state_dict)
@@ -288,10 +284,9 @@ def sizes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     Returns:
         Some of n_embed, embed_dim, z_channels, ch, ch_mult, num_res_blocks, in_channels, out_ch.
 
-    Example:
-        >>> import torch
-        >>> sizes_of({"quantize.embedding.weight": torch.zeros(16, 4)})
-        {'n_embed': 16, 'embed_dim': 4}
+    >>> import torch
+    >>> sizes_of({"quantize.embedding.weight": torch.zeros(16, 4)})
+    {'n_embed': 16, 'embed_dim': 4}
     """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     sizes: dict[str, Any] = {}

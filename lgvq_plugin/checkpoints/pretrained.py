@@ -29,8 +29,7 @@ def from_pretrained(
         device: device of the host.
         revision: revision of the hub's repository.
 
-    Raises:
-        ConfigError: if there is no such folder or repository, or it contains no tokenizer.
+    Raises ConfigError if there is no such folder or repository, or it contains no tokenizer.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -75,8 +74,7 @@ def save_pretrained(
 def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
     """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
 
-    Raises:
-        ConfigError: if it has none.
+    Raises ConfigError if it has none.
     """
     state = checkpoint.state_dict
     tensors = {key.removeprefix(HEADS): state[key] for key in state if key.startswith(HEADS)}
@@ -94,8 +92,7 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
 def push_to_hub(folder: Path, repository: str) -> str:
     """Upload a folder to the Hugging Face hub, with the token of `hf auth login`; return its URL.
 
-    Raises:
-        ConfigError: if huggingface_hub is not installed, or the upload failed.
+    Raises ConfigError if huggingface_hub is not installed, or the upload failed.
     """
     try:
         from huggingface_hub import HfApi

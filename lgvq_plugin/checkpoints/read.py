@@ -28,9 +28,8 @@ How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
 def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
     """Return the content of a file, on the CPU and in plain containers, and how it was read.
 
-    Raises:
-        ConfigError: if there is no such file, it is damaged, or it needs a full unpickle and
-            `trust_pickle` is off; none of its code has run then.
+    Raises ConfigError if there is no such file, it is damaged, or it needs a full unpickle and
+    `trust_pickle` is off; none of its code has run then.
     """
     if not path.is_file():
         raise ConfigError(f"no checkpoint {str(path)!r}")
@@ -147,11 +146,10 @@ def _plain_key(key: Any) -> Any:
 def stand_in(name: str) -> "type[_Inert] | None":
     """Return an inert class that replaces the dotted `name`, or None if that is not harmless.
 
-    Example:
-        >>> stand_in("pytorch_lightning.callbacks.ModelCheckpoint").__qualname__
-        'ModelCheckpoint'
-        >>> stand_in("os.system") is None
-        True
+    >>> stand_in("pytorch_lightning.callbacks.ModelCheckpoint").__qualname__
+    'ModelCheckpoint'
+    >>> stand_in("os.system") is None
+    True
     """
     for pattern, base in STAND_INS.items():
         if re.fullmatch(pattern, name):

@@ -187,9 +187,8 @@ def retrofit(
         progress: whether to show a progress bar.
         max_images: images of the comparison.
 
-    Raises:
-        ConfigError: if the config is wrong, or the checkpoint does not fit it.
-        RuntimeError: if the new host's reconstructions are not bit-identical to the old one's.
+    Raises ConfigError if the config is wrong, or the checkpoint does not fit it; RuntimeError if
+    the new host's reconstructions are not bit-identical to the old one's.
     """
     from .load import load_host
     from .side_by_side import compare_hosts
@@ -246,13 +245,11 @@ def over_old_loss(
         model: the old config's, in plain containers.
         lgvq: laid over the section's own `lgvq:` block, key by key.
 
-    Raises:
-        ConfigError: if the section names no loss.
+    Raises ConfigError if the section names no loss.
 
-    Example:
-        >>> old = {"target": "m.VQModel", "params": {"lossconfig": {"target": "m.Loss"}}}
-        >>> over_old_loss(old)["params"]["lossconfig"]["target"]
-        'lgvq_plugin.over.m.Loss'
+    >>> old = {"target": "m.VQModel", "params": {"lossconfig": {"target": "m.Loss"}}}
+    >>> over_old_loss(old)["params"]["lossconfig"]["target"]
+    'lgvq_plugin.over.m.Loss'
     """
     made = copy.deepcopy(dict(model))
     params = made["params"] = dict(made.get("params") or {})
@@ -284,9 +281,8 @@ def gently(training: Any) -> Any:
     Args:
         training: the given section; its own keys win.
 
-    Example:
-        >>> gently({"max_steps": 5000, "warmup_steps": 0})
-        {'max_learning_rate': 0.0001, 'max_steps': 5000, 'warmup_steps': 0}
+    >>> gently({"max_steps": 5000, "warmup_steps": 0})
+    {'max_learning_rate': 0.0001, 'max_steps': 5000, 'warmup_steps': 0}
     """
     if not isinstance(training, Mapping):
         return training
@@ -296,9 +292,8 @@ def gently(training: Any) -> Any:
 def _require_complete(config: dict[str, Any]) -> None:
     """Report everything that is missing in one message, before the old checkpoint is loaded.
 
-    Raises:
-        ConfigError: at once for wrong values; else if weights, data sets, captions or keys are
-            missing.
+    Raises ConfigError at once for wrong values; else if weights, data sets, captions or keys are
+    missing.
     """
     problems = Problems()
     sections = Sections.from_config(config, problems)
@@ -361,8 +356,7 @@ def load_old(
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
     """Check that two hosts' reconstructions of images (B, 3, H, W) are bit-identical in eval mode.
 
-    Raises:
-        RuntimeError: if they are not; it gives the largest difference.
+    Raises RuntimeError if they are not; it gives the largest difference.
     """
     import torch
 
@@ -427,10 +421,9 @@ def _write_report(
 def warnings_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a warning if the host's reconstructions became worse, with the cause and a fix.
 
-    Example:
-        >>> row = {"old": 19.6, "new": 6.6, "control": 6.5, "difference": -13.0}
-        >>> warnings_of({"reconstruction/psnr": row})[0][:52]
-        'PSNR fell from 19.60 to 6.60 dB, and to 6.50 dB in t'
+    >>> row = {"old": 19.6, "new": 6.6, "control": 6.5, "difference": -13.0}
+    >>> warnings_of({"reconstruction/psnr": row})[0][:52]
+    'PSNR fell from 19.60 to 6.60 dB, and to 6.50 dB in t'
     """
     row = rows.get("reconstruction/psnr", {})
     if not row or row["old"] - min(row["new"], row.get("control", row["new"])) < PSNR_DROP:

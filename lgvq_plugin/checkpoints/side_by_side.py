@@ -78,12 +78,11 @@ def _half_width(after: Mapping[str, Any], before: Mapping[str, Any]) -> float | 
 def as_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the rows of :func:`compare_hosts` as a Markdown table.
 
-    Example:
-        >>> row = {"old": 1.0, "new": 2.0, "difference": 1.0, "half_width": None, "n": 3}
-        >>> print(as_table({"reconstruction/psnr": {**row, "unit": "dB"}}))
-        | metric | old | new | new - old | n |
-        |---|---|---|---|---|
-        | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
+    >>> row = {"old": 1.0, "new": 2.0, "difference": 1.0, "half_width": None, "n": 3}
+    >>> print(as_table({"reconstruction/psnr": {**row, "unit": "dB"}}))
+    | metric | old | new | new - old | n |
+    |---|---|---|---|---|
+    | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
     """
     has_control = any("control" in row for row in rows.values())
     names = ["old", *(["control"] if has_control else []), "new"]

@@ -67,13 +67,11 @@ MAX_READ = 2_000  # captions whose words are looked up
 def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     """Build the host that the config's `model:` section names.
 
-    Raises:
-        ConfigError: if a target in that section does not exist, or a constructor does not take
-            its params, or refuses their values.
+    Raises ConfigError if a target in that section does not exist, or a constructor does not take
+    its params, or refuses their values.
 
-    Example:
-        >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
-        Identity()
+    >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
+    Identity()
     """
     whole = lay_over(OmegaConf.create({}), config)
     model = model_section(to_plain(whole, "model"))
@@ -138,12 +136,10 @@ def _check_loss(name: str, loss: Any, params: Mapping[str, Any], where: str) -> 
 def build_dataset(section: Mapping[str, Any]) -> Any:
     """Build the data set `{target, params}`; the target may be a member's short name.
 
-    Raises:
-        ConfigError: if there is no such data set, it does not take the params, or is empty.
+    Raises ConfigError if there is no such data set, it does not take the params, or is empty.
 
-    Example:
-        >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
-        5
+    >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
+    5
     """
     try:
         member = resolve("datasets", section["target"])
@@ -169,8 +165,7 @@ def build_parts(
         sections: its sections, checked; a part that `problems` has an error of is None.
         problems: what was found so far.
 
-    Raises:
-        ConfigError: for all problems together: weights, data sets, captions, keys.
+    Raises ConfigError for all problems together: weights, data sets, captions, keys.
     """
     from ..guides.base import build_guide
 
@@ -220,8 +215,7 @@ def _alignment_block(sections: Sections) -> LGVQConfig | None:
 def check_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> None:
     """Refuse images without captions where heads need them; warn about doubtful data.
 
-    Raises:
-        ConfigError: if no training image has a caption.
+    Raises ConfigError if no training image has a caption.
     """
     alignment = getattr(getattr(host, "loss", None), "alignment", None)
     if alignment is not None:
@@ -244,8 +238,7 @@ def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> 
     Returns:
         Up to 2,000 captions; None if only the batches show them.
 
-    Raises:
-        ConfigError: if no image has a caption.
+    Raises ConfigError if no image has a caption.
     """
     from ..datasets.base import CaptionedImages
 
@@ -333,8 +326,7 @@ def with_shortcuts(
         overrides: the `key=value` words; those about `data` apply to the folder too. Params in
             `data.train.params` (encoding, size, file_key, ...) hold for its other splits as well.
 
-    Raises:
-        ConfigError: if the folder is missing, or of no known layout.
+    Raises ConfigError if the folder is missing, or of no known layout.
     """
     if data is not None:
         folder = Path(data).expanduser()

@@ -74,8 +74,7 @@ class TrainingCallback(pl.Callback):
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the EMA weights until the host is on its device.
 
-        Raises:
-            CheckpointError: if they do not fit the host.
+        Raises CheckpointError if they do not fit the host.
         """
         self._saved = checkpoint.get("ema_state_dict")
         if self._saved is not None:
@@ -215,8 +214,7 @@ class TrainingCallback(pl.Callback):
     def _save(self, trainer: pl.Trainer, module: HostDriver, step: int) -> Path:
         """Write a checkpoint.
 
-        Raises:
-            FloatingPointError: if a weight is not finite; nothing is written then.
+        Raises FloatingPointError if a weight is not finite; nothing is written then.
         """
         bad = module.nonfinite()
         if self._ema is not None:

@@ -482,8 +482,8 @@ def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> Da
 def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """Return key and value of the image size that a host is built for, if it names one.
 
-        >>> resolution_of({"params": {"ddconfig": {"resolution": 256, "ch": 128}}})
-        ('model.params.ddconfig.resolution', 256)
+    >>> resolution_of({"params": {"ddconfig": {"resolution": 256, "ch": 128}}})
+    ('model.params.ddconfig.resolution', 256)
     """
 
     def search(node: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -541,8 +541,8 @@ def loss_key(config: Mapping[str, Any]) -> str | None:
 def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of the host's loss, `{target, params}`; {} if there is none.
 
-        >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
-        {'target': 'torch.nn.MSELoss'}
+    >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
+    {'target': 'torch.nn.MSELoss'}
     """
     key = loss_key(config)
     return to_plain(config["model"]["params"][key]) if key else {}

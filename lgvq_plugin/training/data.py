@@ -28,10 +28,9 @@ class Stream(Sampler[list[Draw]]):
         start: samples that all processes together have taken already.
         rank, world_size: this process, and how many there are; each takes its part.
 
-    Example:
-        >>> batches = iter(Stream(length=5, batch_size=2, seed=0))
-        >>> [[epoch for epoch, _ in next(batches)] for _ in range(3)]
-        [[0, 0], [0, 0], [1, 1]]
+    >>> batches = iter(Stream(length=5, batch_size=2, seed=0))
+    >>> [[epoch for epoch, _ in next(batches)] for _ in range(3)]
+    [[0, 0], [0, 0], [1, 1]]
     """
 
     def __init__(

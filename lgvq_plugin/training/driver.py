@@ -40,8 +40,7 @@ class HostDriver(pl.LightningModule):
         latest: what the host logged in the last step, by key; detached.
         samples: samples that all processes together have taken so far.
 
-    Raises:
-        ConfigError: if the host optimizes by hand itself, or lacks a part of the protocol.
+    Raises ConfigError if the host optimizes by hand itself, or lacks a part of the protocol.
     """
 
     def __init__(
@@ -77,8 +76,7 @@ class HostDriver(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Pass `batch` through the host once (or twice) and update all its optimizers.
 
-        Raises:
-            ConfigError: if the first batch does not fit the host, or the host's own code fails.
+        Raises ConfigError if the first batch does not fit the host, or the host's own code fails.
         """
         if self._has_fitted:
             self._train_on(batch)
@@ -165,10 +163,9 @@ class HostDriver(pl.LightningModule):
     ) -> None:
         """Check the loss and, before an update, all gradients, with one read from the device.
 
-        Raises:
-            FloatingPointError: for a loss that is not finite, or for gradients, unless the next
-                update is to be skipped (`lgvq.on_nonfinite: skip`; fp16's own scaler); also
-                after MAX_SKIPPED such updates in a row.
+        Raises FloatingPointError for a loss that is not finite, or for gradients, unless the next
+        update is to be skipped (`lgvq.on_nonfinite: skip`; fp16's own scaler); also after
+        MAX_SKIPPED such updates in a row.
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None] if self.has_stepped else []
@@ -290,8 +287,7 @@ class HostDriver(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the place in the data; generators follow when training starts.
 
-        Raises:
-            CheckpointError: if something in it does not fit the host.
+        Raises CheckpointError if something in it does not fit the host.
         """
         path, kept = self._path, checkpoint[state.STATE]
         state.require_fit(checkpoint["state_dict"], self.host, "state_dict", path)
@@ -314,8 +310,7 @@ class HostDriver(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Tell modules of the other Lightning package their device; ours moves only tensors.
 
-        Raises:
-            CheckpointError: if the optimizers' states to be resumed do not fit.
+        Raises CheckpointError if the optimizers' states to be resumed do not fit.
         """
         if self._resumed is not None:
             schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -329,8 +324,7 @@ class HostDriver(pl.LightningModule):
     def on_train_start(self) -> None:
         """Check that a checkpoint agrees with itself about its step.
 
-        Raises:
-            CheckpointError: if it does not.
+        Raises CheckpointError if it does not.
         """
         saved = self._resumed and self._resumed["global_step"]
         if saved is not None and saved != self.global_step:
@@ -387,8 +381,7 @@ class Freeze:
     Attributes:
         heads: ids of the heads' parameters.
 
-    Raises:
-        ConfigError: if the host lacks a part, or has no heads to train first.
+    Raises ConfigError if the host lacks a part, or has no heads to train first.
     """
 
     def __init__(self, host: nn.Module, parts: tuple[str, ...], heads_first: int):

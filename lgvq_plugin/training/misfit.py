@@ -18,8 +18,7 @@ from ..sockets import ConfigError
 def explained(host: Any, batch: Any) -> Iterator[None]:
     """Turn what a host raises at its first batch into a ConfigError that says why.
 
-    Raises:
-        ConfigError: what in the batch does not fit the host, or where in its code it failed.
+    Raises ConfigError what in the batch does not fit the host, or where in its code it failed.
     """
     try:
         yield
@@ -41,8 +40,7 @@ def explained(host: Any, batch: Any) -> Iterator[None]:
 def require_same_shape(host: Any, batch: Any, x: Tensor, reconstruction: Any) -> None:
     """Refuse reconstructions that torch would silently broadcast to the images' shape.
 
-    Raises:
-        ConfigError: if they are of such a shape.
+    Raises ConfigError if they are of such a shape.
     """
     if not isinstance(reconstruction, Tensor) or reconstruction.ndim != x.ndim:
         return

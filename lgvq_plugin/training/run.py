@@ -85,12 +85,10 @@ def train(
         progress: whether to show a bar.
         prepare: called with the host before a new run starts, not when one is resumed.
 
-    Raises:
-        ConfigError: if the config, the data or the checkpoint is wrong, or the first batch does
-            not fit the host; a new run has written nothing then.
-        Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
-        FloatingPointError: if a loss, a gradient or a weight is not finite; it names the term or
-            the parameters, the step, and the last checkpoint.
+    Raises ConfigError if the config, the data or the checkpoint is wrong, or the first batch does
+    not fit the host; a new run has written nothing then; Interrupted after SIGINT or SIGTERM, once
+    a checkpoint is saved; FloatingPointError if a loss, a gradient or a weight is not finite; it
+    names the term or the parameters, the step, and the last checkpoint.
     """
     problems = Problems()
     sections = Sections.from_config(config, problems)
@@ -245,8 +243,7 @@ def _is_child() -> bool:
 def _new_name(stem: str = "") -> str:
     """Return the name of a new run: the same one in all its processes.
 
-    Raises:
-        ConfigError: if another process chose it and there is no way to learn it.
+    Raises ConfigError if another process chose it and there is no way to learn it.
     """
     name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}{stem and '_' + stem}"]
     distributed = getattr(sys.modules.get("torch"), "distributed", None)

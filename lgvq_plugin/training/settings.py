@@ -14,9 +14,8 @@ FROZEN = ("encoder", "decoder", "codebook")
 class TrainingConfig:
     """How long, how fast and on what a host is trained. A step is one update of the weights.
 
-    Example:
-        >>> TrainingConfig(max_steps=10).precision
-        '32-true'
+    >>> TrainingConfig(max_steps=10).precision
+    '32-true'
     """
 
     max_steps: int
@@ -75,14 +74,12 @@ class TrainingConfig:
     def from_dict(cls, given: Mapping[str, Any]) -> "TrainingConfig":
         """Return the section `given` as an object.
 
-        Raises:
-            ConfigError: for an unknown key, a missing `max_steps` or a value out of range.
+        Raises ConfigError for an unknown key, a missing `max_steps` or a value out of range.
 
-        Example:
-            >>> TrainingConfig.from_dict({"max_step": 1})
-            Traceback (most recent call last):
-            ...
-            lgvq_plugin.sockets.ConfigError: training: no key 'max_step'; did you mean ...
+        >>> TrainingConfig.from_dict({"max_step": 1})
+        Traceback (most recent call last):
+        ...
+        lgvq_plugin.sockets.ConfigError: training: no key 'max_step'; did you mean ...
         """
         known = [field.name for field in fields(cls)]
         for key in given:

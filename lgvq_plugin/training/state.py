@@ -80,9 +80,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def read(path: Path) -> dict[str, Any]:
     """Return the checkpoint at `path`.
 
-    Raises:
-        CheckpointError: if it does not exist, is damaged, was not written by `lgvq train`, or an
-            entry is missing or of another type.
+    Raises CheckpointError if it does not exist, is damaged, was not written by `lgvq train`, or an
+    entry is missing or of another type.
     """
     try:
         raw, _ = read_raw(path)
@@ -121,14 +120,12 @@ def require_like(given: Any, example: Any, where: str, path: Path | str) -> None
         where: name of the part, for the message.
         path: of the checkpoint, for the message.
 
-    Raises:
-        CheckpointError: if it does not.
+    Raises CheckpointError if it does not.
 
-    Example:
-        >>> require_like({"step": "two"}, {"step": 1}, "loops", "last.ckpt")
-        Traceback (most recent call last):
-        ...
-        lgvq_plugin.training.state.CheckpointError: ...: loops.step is of type str, expected int...
+    >>> require_like({"step": "two"}, {"step": 1}, "loops", "last.ckpt")
+    Traceback (most recent call last):
+    ...
+    lgvq_plugin.training.state.CheckpointError: ...: loops.step is of type str, expected int...
     """
     if example is None:
         return
@@ -171,8 +168,7 @@ def _require_tensor(given: Any, example: Tensor, where: str, path: Path | str) -
 def require_fit(given: Any, host: nn.Module, where: str, path: str) -> None:
     """Check that a state dict, or its EMA weights, has the host's keys, shapes and kinds.
 
-    Raises:
-        CheckpointError: if it does not; the message names the key.
+    Raises CheckpointError if it does not; the message names the key.
     """
     if isinstance(given, dict):
         rename_old_heads(given)  # in place: this is what is loaded next
@@ -187,8 +183,7 @@ def require_optimizers(
 ) -> None:
     """Check that the states of optimizers and of schedulers fit those of the host.
 
-    Raises:
-        CheckpointError: if they do not.
+    Raises CheckpointError if they do not.
     """
     states, saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     require_like(states, [{"state": {}}] * len(optimizers), "optimizer_states", path)
@@ -284,8 +279,7 @@ def save(trainer: Any, folder: Path, step: int, keep: int | None) -> Path:
         step: in the file's name.
         keep: number of `step=....ckpt` to keep; None = all.
 
-    Raises:
-        ConfigError: if the disk is full; earlier checkpoints are unchanged.
+    Raises ConfigError if the disk is full; earlier checkpoints are unchanged.
     """
     path = folder / f"step={step:08d}.ckpt"
     trainer.save_checkpoint(path, weights_only=False)  # False = optimizers too
@@ -311,8 +305,7 @@ def candidates(run: Path) -> list[Path]:
 def check_config(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
     """Refuse to resume another host's run.
 
-    Raises:
-        ConfigError: if the `model:` sections differ; it names the keys.
+    Raises ConfigError if the `model:` sections differ; it names the keys.
     """
     before = checkpoint[STATE]["config"]
     differ = differing({"model": before.get("model")}, {"model": config.get("model")})
