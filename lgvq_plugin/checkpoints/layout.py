@@ -17,29 +17,22 @@ EMA = "model_ema."
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Tensors of a checkpoint, sorted.
-
-    Args:
-        state_dict: the host's tensors, without prefixes.
-        averaged: averaged (EMA) weights under the same names, or None.
-        aside: all other tensors, under their own names.
-        root: key that held the state dict; "" if the file is one itself.
-        prefix: prefix that was removed.
-    """
+    """Tensors of a checkpoint, sorted."""
 
     state_dict: dict[str, Tensor]
+    """The host's tensors, without prefixes."""
     averaged: dict[str, Tensor] | None = None
+    """Averaged (EMA) weights under the same names, or None."""
     aside: dict[str, Tensor] = field(default_factory=dict)
+    """All other tensors, under their own names."""
     root: str = ""
+    """Key that held the state dict; "" if the file is one itself."""
     prefix: str = ""
+    """Prefix that was removed."""
 
 
 def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
-    """Find the host's state dict in the content of a checkpoint file.
-
-    Args:
-        raw: the file's content, in plain containers.
-        root: key of the state dict; None tries the usual ones.
+    """Find the host's state dict in a checkpoint's content: at `root`, or at one of ROOTS.
 
     Raises ConfigError if there are no tensors, or none at `root`.
 
@@ -86,16 +79,13 @@ def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
     if "state_dict" in raw and not _tensors(raw["state_dict"]):
         found = type(raw["state_dict"]).__name__
         raise ConfigError(f"its state_dict is a {found} without tensors; expected name: tensor")
-    for name in ROOTS:
-        if tensors := _tensors(raw.get(name)):
+    for name, node in [*((name, raw.get(name)) for name in ROOTS), ("", raw)]:
+        if tensors := _tensors(node):
             return name, tensors
-    tensors = _tensors(raw)
-    if not tensors:
-        raise ConfigError(
-            f"no tensors in the checkpoint; expected a state dict, alone or at one of "
-            f"{', '.join(ROOTS)}; it has {sorted(map(str, raw))[:10]}"
-        )
-    return "", tensors
+    raise ConfigError(
+        f"no tensors in the checkpoint; expected a state dict, alone or at one of "
+        f"{', '.join(ROOTS)}; it has {sorted(map(str, raw))[:10]}"
+    )
 
 
 def _tensors(node: Any) -> dict[str, Tensor]:
@@ -107,10 +97,7 @@ def _tensors(node: Any) -> dict[str, Tensor]:
 def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Remove what DDP and torch.compile put before (or, for compiled parts, within) the names."""
     removed = ""
-    while tensors:
-        wrapper = next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), None)
-        if wrapper is None:
-            break
+    while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), ""):
         tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
         removed += wrapper
     if any("_orig_mod." in key for key in tensors):

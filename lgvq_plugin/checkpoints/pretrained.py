@@ -17,6 +17,23 @@ from ..training.config import lgvq_block, loss_section
 from .load import HEADS, Checkpoint, load_host, sizes_of
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CARD_TEXT = """---
+library_name: lgvq_plugin
+tags: [vector-quantization, image-tokenizer, lg-vq]
+---
+
+# {name}, a VQ image tokenizer
+
+{facts}
+
+```python
+from lgvq_plugin.checkpoints.pretrained import from_pretrained
+host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]
+reconstruction = host(images)[0]
+```
+{table}
+License and intended use: to be filled in by the publisher.
+"""
 
 
 def from_pretrained(
@@ -24,12 +41,8 @@ def from_pretrained(
 ) -> nn.Module:
     """Build the tokenizer of a folder written by :func:`save_pretrained`, in evaluation mode.
 
-    Args:
-        name: the folder, or `organization/repository` on the Hugging Face hub.
-        device: device of the host.
-        revision: revision of the hub's repository.
-
-    Raises ConfigError if there is no such folder or repository, or it contains no tokenizer.
+    `name` is the folder, or `organization/repository` on the Hugging Face hub. Raises ConfigError
+    if there is no such folder or repository, or it contains no tokenizer.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -46,16 +59,13 @@ def save_pretrained(
     *,
     numbers: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a tokenizer's folder, without its loss, discriminator and heads.
+    """Write a tokenizer's folder, without its loss, discriminator and heads, and return it.
 
     Args:
         state_dict: state dict of the host.
         config: config with a `model:` section; its `data:` is named in the model card.
         folder: created if it does not exist.
         numbers: `{metric: {"value": v, "n": n, "unit": u}}` for the model card.
-
-    Returns:
-        The folder.
     """
     folder = Path(folder)
     tensors = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
@@ -79,10 +89,8 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
     state = checkpoint.state_dict
     tensors = {key.removeprefix(HEADS): state[key] for key in state if key.startswith(HEADS)}
     if not tensors:
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is not of an LG-VQ "
-            "run"
-        )
+        lacks = f"has no heads ({HEADS}*): it is not of an LG-VQ run"
+        raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
     folder = Path(folder)
     write_safetensors(tensors, folder / HEADS_WEIGHTS)
     write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
@@ -136,40 +144,29 @@ def model_card(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], numbers: Mapping[str, Any] | None
 ) -> str:
     """Return the README of a tokenizer: its architecture, its training, how to load it."""
-    model = config["model"]
+    target = str(config["model"]["target"])
     count = sum(value.numel() for value in tensors.values())
     block = _block(config)
-    lines = [
-        "---",
-        "library_name: lgvq_plugin",
-        "tags: [vector-quantization, image-tokenizer, lg-vq]",
-        "---",
-        "",
-        f"# {str(model['target']).rpartition('.')[2]}, a VQ image tokenizer",
-        "",
-        f"- host: `{model['target']}`, {count / 1e6:.2f} M values",
-        *[f"- {name}: {value}" for name, value in sizes_of(tensors).items()],
-        f"- trained with: {'LG-VQ, ' + json.dumps(block) if block is not None else 'no LG-VQ'}",
-    ]
+    facts = [f"host: `{target}`, {count / 1e6:.2f} M values"]
+    facts += [f"{name}: {value}" for name, value in sizes_of(tensors).items()]
+    facts += [f"trained with: {'LG-VQ, ' + json.dumps(block) if block is not None else 'no LG-VQ'}"]
     train = ((config.get("data") or {}).get("train") or {}).get("target")
-    lines += [f"- data set: `{train}`"] if train else []
-    lines += ["", "```python", "from lgvq_plugin.checkpoints.pretrained import from_pretrained",
-              "host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]",
-              "reconstruction = host(images)[0]", "```"]  # fmt: skip
-    if numbers:
-        lines += ["", "| metric | value | images |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {row['value']:.4g} {row.get('unit') or ''} | {row.get('n', '')} |"
-            for name, row in numbers.items()
-        ]
-    lines += ["", "License and intended use: to be filled in by the publisher.", ""]
-    return "\n".join(lines)
+    facts += [f"data set: `{train}`"] if train else []
+    rows = ["\n| metric | value | images |\n|---|---|---|"] if numbers else []
+    for name, row in (numbers or {}).items():
+        value = f"{row['value']:.4g} {row.get('unit') or ''}"
+        rows.append(f"| {name} | {value} | {row.get('n', '')} |")
+    return CARD_TEXT.format(
+        name=target.rpartition(".")[2],
+        facts="\n".join(f"- {fact}" for fact in facts),
+        table="".join(f"{row}\n" for row in rows),
+    )
 
 
 def _block(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the `lgvq:` block of a loss of ours; None for another's."""
-    loss = loss_section(config or {})
+    config = config or {}
+    loss = loss_section(config)
     target, has_block = str(loss.get("target")), "lgvq" in (loss.get("params") or {})
-    is_ours = target.startswith("lgvq_plugin.")
-    is_ours = is_ours and (has_block or "LGVQ" in target or ".over." in target)
-    return lgvq_block(config or {}) if is_ours else None
+    is_known = has_block or "LGVQ" in target or ".over." in target
+    return lgvq_block(config) if is_known and target.startswith("lgvq_plugin.") else None

@@ -21,15 +21,14 @@ def compare_hosts(
     batch_size: int = 16,
     max_images: int = 500,
 ) -> dict[str, Any]:
-    """Measure hosts on the same images, as `lgvq eval` does.
+    """Measure hosts on the same images, the first `max_images`, as `lgvq eval` does.
 
     Args:
         hosts: `old` and `new`, and optionally `control`; in evaluation mode, on one device.
-        data: the `{target, params}` of `test` and of `train`, on which the retrieval probe is
-            trained.
+        data: `{target, params}` of `test`, and of `train` for the retrieval probe.
         guide: the `lgvq.guide` block for the retrieval probe; None leaves it out.
         batch_size: images per batch.
-        max_images: number of images of each split, the first ones.
+        max_images: number of images of each split.
 
     Returns:
         `{metric: {"old", "new", "difference", "half_width", "n", "unit"}}`: new - old, and half
