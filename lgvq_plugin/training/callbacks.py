@@ -83,8 +83,7 @@ class TrainingCallback(pl.Callback):
         self.signals.is_training = True
         self.signals.install()
 
-    def on_train_start(self, trainer: pl.Trainer, module: HostDriver) -> None:  # type:
-    ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, module: HostDriver) -> None:  # type: ignore[override]
         """Install the signal handlers again (Lightning replaced them), start the EMA and bar."""
         self.signals.install()
         settings = module.settings
