@@ -72,11 +72,9 @@ def _read_file(path: Path) -> DictConfig:
     if path.is_dir():
         raise ConfigError(f"config {str(path)!r} is a folder; give a YAML file in it")
     if not path.is_file():
-        near = [p.name for p in path.parent.glob("*.yaml")]
-        is_override = "; expected a YAML file first, then overrides" if "=" in str(path) else ""
-        raise ConfigError(
-            f"config {str(path)!r} does not exist{is_override}{suggest(path.name, near)}"
-        )
+        hint = "; expected a YAML file first, then overrides" if "=" in str(path) else ""
+        hint += suggest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise ConfigError(f"config {str(path)!r} does not exist{hint}")
     try:
         config = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
@@ -160,11 +158,10 @@ def _renamed(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     is_cli = isinstance(node.get("class_path"), str) or isinstance(node.get("init_args"), dict)
-    names = CLI_KEYS if is_cli else {}
-    return {names.get(key, key): _renamed(value) for key, value in node.items()}
+    return {CLI_KEYS.get(k, k) if is_cli else k: _renamed(value) for k, value in node.items()}
 
 
-def _mapping(node: Any, *keys: str) -> Any:
+def _mapping(node: Any, *keys: str | None) -> Any:
     """Return the mapping at a path; an empty one, not attached, where there is none."""
     for key in keys:
         node = node.get(key) if isinstance(node, Mapping) else None
@@ -173,24 +170,19 @@ def _mapping(node: Any, *keys: str) -> Any:
 
 def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
     key = loss_key(high) or loss_key(low)
-    targets = [_mapping(node, "model", "params", key or "").get("target") for node in (high, low)]
-    is_ours = str(next((target for target in targets if target), "")).startswith(OURS)
+    targets = [_mapping(node, "model", "params", key).get("target") for node in (high, low)]
+    is_ours = str(targets[0] or targets[1]).startswith(OURS)
     if "lgvq" in high and high["lgvq"] is None and (_block_in(low) or _block_in(high)):
         raise ConfigError(
             f"lgvq: expected {BLOCK_EXAMPLE}, got null, which would change nothing; to train "
             "without LG-VQ, give the loss the target of the host's own loss"
         )
     for node in (low, high):
-        block = _pop_short_forms(node)
-        if not block:
-            continue
-        if not (key and is_ours):
-            node["lgvq"] = block
-            continue
-        for name in ("model", "params", key, "params"):
-            node[name] = _mapping(node, name)
-            node = node[name]
-        node["lgvq"] = laid_over(node.get("lgvq") or {}, block)
+        if block := _pop_short_forms(node):
+            for name in ("model", "params", key, "params") if key and is_ours else ():
+                node[name] = _mapping(node, name)
+                node = node[name]
+            node["lgvq"] = laid_over(node.get("lgvq") or {}, block)
 
 
 def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +207,7 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
 
 def _block_in(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `lgvq:` block of one part of a config, in the loss or at the root."""
-    inner = _mapping(node, "model", "params", loss_key(node) or "", "params", "lgvq")
+    inner = _mapping(node, "model", "params", loss_key(node), "params", "lgvq")
     return inner or _mapping(node, "lgvq")
 
 
@@ -296,9 +288,9 @@ class Sections:
         is_on = any(getattr(block.objectives, name).weight for name in OBJECTIVES)
         if given and is_on and block.start >= steps:
             raise ConfigError(
-                f"lgvq.start: {block.start} is not before the end of training, "
-                f"training.max_steps: {steps}: the objectives of LG-VQ would never be used. Lower "
-                "the one or raise the other"
+                f"lgvq.start: {block.start} is not before the end of training, training.max_steps: "
+                f"{steps}: the objectives of LG-VQ would never be used. Lower the one or raise the "
+                "other"
             )
 
     def warn(self) -> None:
@@ -308,34 +300,31 @@ class Sections:
 
     def learning_rate(self, world_size: int) -> float:
         """Return the host's learning rate on `world_size` processes, and log its derivation."""
-        model, training = self.model, self.training
+        model, training, batch = self.model, self.training, self.data.batch_size
         rate = model.get("learning_rate")
         if rate is None:
-            rate = base = float(model["base_learning_rate"])
+            rate, accumulate = float(model["base_learning_rate"]), training.accumulate_grad_batches
             if training.scale_lr:
-                batch, accumulate = self.data.batch_size, training.accumulate_grad_batches
-                rate = accumulate * world_size * batch * base
+                factors = (accumulate, world_size, batch, rate)
+                rate = math.prod(factors)
                 logger.info(
                     "learning rate %.3g = %d (accumulate_grad_batches) x %d (devices) x %d "
                     "(batch_size) x %.3g (base_learning_rate); off with training.scale_lr=false",
-                    *(rate, accumulate, world_size, batch, base),
+                    *(rate, *factors),
                 )
-        limit = training.max_learning_rate
-        if limit is None or float(rate) <= limit:
-            return float(rate)
+        rate, limit = float(rate), training.max_learning_rate
+        if limit is None or rate <= limit:
+            return rate
         message = "learning rate %.3g instead of %.3g: the limit is training.max_learning_rate=%.3g"
-        logger.info(message, limit, float(rate), limit)
+        logger.info(message, limit, rate, limit)
         return limit
 
 
 def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
     """Remove all but the sections: map foreign keys, refuse likely typos, return the ignored."""
-    ignored, own = list[str](), plain.get("training")
-    taken: dict[str, Any] = {}
+    ignored, taken, own = list[str](), dict[str, Any](), plain.get("training")
     for name in [name for name in plain if name not in SECTIONS]:
         value = plain.pop(name)
-        if name in helpers:
-            continue
         if name == "lgvq":
             raise ConfigError(
                 f"lgvq: the loss {loss_section(plain).get('target')!r} takes no such block; change "
@@ -347,17 +336,16 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
             used = {
                 key: value[key]
                 for key, kind in TRAINER_KEYS.items()
-                if key not in _mapping(plain, "training")
-                and isinstance(value.get(key), kind)
+                if isinstance(value.get(key), kind)
+                and key not in _mapping(own)
                 and value[key] != -1  # Lightning's word for no limit
             }
             if used:
                 logger.info("from `trainer:`: %s", ", ".join(f"{k}={v}" for k, v in used.items()))
             taken |= used
             ignored += [f"trainer.{key}" for key in value if key not in used]
-        elif difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.75):
-            raise ConfigError(f"no section {name[:60]!r} in a config{suggest(name, SECTIONS)}")
-        else:
+        elif name not in helpers:
+            _refuse_near("no section {!r} in a config", [name[:60]], SECTIONS)
             ignored.append(name)
     scale_lr = _mapping(plain, "model").get("scale_lr")  # taming's flag; some keep it here
     taken |= {"scale_lr": scale_lr} if isinstance(scale_lr, bool) else {}
@@ -408,7 +396,7 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"the config has no section `model:`; it has {list(plain)}")
     if not isinstance(model, dict):
         raise ConfigError(f"model: expected a mapping with a `target:`, got {model!r:.80}")
-    _refuse_near("model", model, MODEL_KEYS)
+    _refuse_near("model: no key {!r}", model, MODEL_KEYS)
     model = {key: value for key, value in model.items() if key in MODEL_KEYS}
     if not isinstance(model.get("target"), str):
         raise ConfigError("model.target is missing: the dotted path of the host's class")
@@ -420,24 +408,23 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError("model: give base_learning_rate, or learning_rate (not scaled)")
         model["learning_rate"] = own
     for name in ("learning_rate", "base_learning_rate"):
-        rate = model.get(name)
-        if rate is not None and not _is_rate(rate):
+        if not _is_rate(rate := model.get(name)):
             raise ConfigError(f"model.{name}: a learning rate must be a number > 0, got {rate!r}")
     return model
 
 
 def _is_rate(value: Any) -> bool:
     try:
-        return not isinstance(value, bool) and 0 < float(value) < math.inf
+        return value is None or (value is not True and 0 < float(value) < math.inf)
     except (TypeError, ValueError, OverflowError):  # YAML 1.1 reads 1e-4 as a string
         return False
 
 
-def _refuse_near(section: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+def _refuse_near(message: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Refuse a key that looks like a known one; an unknown one is only warned about."""
     for key in given:
         if key not in known and difflib.get_close_matches(str(key), known, n=1, cutoff=0.75):
-            raise ConfigError(f"{section}: no key {key!r}{suggest(key, known)}")
+            raise ConfigError(f"{message.format(key)}{suggest(key, known)}")
 
 
 def _require_mapping(node: Any, where: str, hint: str = "") -> Mapping[str, Any]:
@@ -463,7 +450,7 @@ def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> Da
         raise MissingError(f"the config has no section `data:`; it has {list(plain)}{DATA_HINT}")
     data = data_mapping(plain["data"])
     given = _flat(with_sizes(data, plain.get("model"), notes))
-    _refuse_near("data", given, [*DATA_KEYS, "wrap"])
+    _refuse_near("data: no key {!r}", given, [*DATA_KEYS, "wrap"])
     for key in ("batch_size", "train"):
         if given.get(key) is None:
             hint = DATA_HINT if key == "train" else ""
@@ -487,14 +474,13 @@ def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """
 
     def search(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        inner = node if isinstance(node, Mapping) else {}
+        inner = _mapping(node)
         yield from ((f"{path}.{key}", inner[key]) for key in RESOLUTION_KEYS if key in inner)
         for key, value in inner.items():
             if key not in LOSS_KEYS:
                 yield from search(value, f"{path}.{key}")
 
-    params = model.get("params") if isinstance(model, Mapping) else None
-    for key, value in search(params, "model.params"):
+    for key, value in search(_mapping(model, "params"), "model.params"):
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
             return key, sides[0] if sides[0] == sides[1] else sides
@@ -509,8 +495,8 @@ def with_sizes(
     Only data sets of this package get one. `notes` collects the warnings of other sizes, which are
     logged if it is None.
     """
-    known, made = resolution_of(model), dict(data)
-    if known is None:
+    made = dict(data)
+    if (known := resolution_of(model)) is None:
         return made
     key, size = known
     folder = f"{__package__.partition('.')[0]}.datasets."
