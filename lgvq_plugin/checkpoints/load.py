@@ -104,8 +104,7 @@ def load_host(
         device: device of the host.
         trust_pickle: see :func:`load_checkpoint`.
         averaged: take averaged weights if there are any.
-        with_loss: build the loss as well (taming's downloads VGG16), heads included; otherwise
-            `host.loss` is a placeholder.
+        with_loss: build the loss too (taming's downloads VGG16), with heads, not a placeholder.
 
     Raises ConfigError if there is no config, or the checkpoint does not fit it.
     """
@@ -130,12 +129,9 @@ def load_into(
 ) -> "LoadReport":
     """Load a checkpoint into a host, and report what was loaded and what was not.
 
-    Args:
-        host: takes the weights; if something does not fit, it is unchanged.
-        checkpoint: from :func:`load_checkpoint`.
-        params: `model.params` of the host's config, compared with the tensors' sizes.
-        optional: prefixes of keys that may be missing, unexpected or of another shape.
-        averaged: take averaged weights if there are any.
+    The `params` of the host's config are compared with the tensors' sizes; keys with `optional`
+    prefixes may be missing, unexpected or of another shape. Averaged weights are taken if there
+    are any and `averaged`. If something does not fit, the host is unchanged.
 
     Raises ConfigError if a key that is not optional is missing, unexpected or of another shape, if
     weights are NaN, or if the host did not take them.

@@ -1,7 +1,8 @@
 """A tokenizer as a folder: model.safetensors, config.json and a model card; heads as another."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,36 +103,34 @@ def push_to_hub(folder: Path, repository: str) -> str:
 
     Raises ConfigError if huggingface_hub is not installed, or the upload failed.
     """
-    try:
+    left = f"the folder {str(folder)!r} is complete, try again when the hub can be reached"
+    with _hub("--push needs", f"--push {repository!r} failed", f"; {left}"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ConfigError("--push needs huggingface_hub: pip install huggingface_hub") from error
-    try:
+
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repository))
-    except Exception as error:  # network, rights, names: all of them the hub's own classes
-        raise ConfigError(
-            f"--push {repository!r} failed ({type(error).__name__}: {error}); the folder "
-            f"{str(folder)!r} is complete, try again when the hub can be reached"
-        ) from error
 
 
 def _download(name: str, revision: str | None) -> Path:
     if name.count("/") != 1:
         raise ConfigError(f"no folder {name!r}, and no hub repository (organization/repository)")
-    try:
+    lacks = f"no folder {name!r}"
+    with _hub(f"{lacks}; downloads need", f"{lacks}, and the download failed"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, revision=revision))
+
+
+@contextmanager
+def _hub(needs: str, failed: str, rest: str = "") -> Iterator[None]:
+    """Turn what the hub raises into a ConfigError."""
+    try:
+        yield
     except ImportError as error:
-        raise ConfigError(
-            f"no folder {name!r}; downloads need huggingface_hub: pip install huggingface_hub"
-        ) from error
+        raise ConfigError(f"{needs} huggingface_hub: pip install huggingface_hub") from error
     except Exception as error:  # network, rights, names: all of them the hub's own classes
-        raise ConfigError(
-            f"no folder {name!r}, and the download failed ({type(error).__name__}: {error})"
-        ) from error
+        raise ConfigError(f"{failed} ({type(error).__name__}: {error}){rest}") from error
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -158,12 +158,8 @@ def build_parts(
 ) -> tuple[Any, Any, Any]:
     """Build host, training set, and validation set or None; report all that is missing at once.
 
-    Args:
-        config: as it was given, for the host.
-        sections: its sections, checked; a part that `problems` has an error of is None.
-        problems: what was found so far.
-
-    Raises ConfigError for all problems together: weights, data sets, captions, keys.
+    A part of `sections` that `problems` has an error of already is None. Raises ConfigError for
+    all problems together: weights, data sets, captions, keys.
     """
     from ..guides.base import build_guide
 
@@ -305,16 +301,11 @@ def with_shortcuts(
 ) -> DictConfig:
     """Return `config` with the values of `--data` and `--max-steps`.
 
-    Args:
-        config: read by :func:`read_config`.
-        data: images with captions in any layout that `lgvq data check` knows, in place of the
-            data section; its batch_size stays, and its num_workers up to the number of cores.
-            Without split folders a tenth of the images is for validation.
-        max_steps: for `training.max_steps`.
-        overrides: the `key=value` words; those about `data` apply to the folder too. Params in
-            `data.train.params` (encoding, size, file_key, ...) hold for its other splits as well.
-
-    Raises ConfigError if the folder is missing, or of no known layout.
+    `data` holds images with captions in any layout that `lgvq data check` knows. It replaces the
+    data section, of which batch_size stays, and num_workers up to the number of cores; without
+    split folders a tenth of the images is for validation. `key=value` words about `data` apply to
+    it too, those in `data.train.params` (encoding, size, file_key, ...) to all its splits.
+    Raises ConfigError if it is missing, or of no known layout.
     """
     if data is not None:
         config = _with_folder(config, Path(data).expanduser(), overrides)

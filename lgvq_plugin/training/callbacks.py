@@ -6,19 +6,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ..files import replacing, writing
+from ..files import remove_parts, replacing, write_text, writing
 from ..finite import all_finite, in_groups
 from . import rng, state
 from .data import validation_loader
@@ -39,28 +42,13 @@ class Stopped(Exception):
 class TrainingCallback(pl.Callback):
     """Logs, validates, draws and saves; leaves the training's random generators unchanged.
 
-    Args:
-        folder: of the run.
-        validation: the data set to validate on; or None.
-        progress: whether to show a bar.
-        signals: that stop the run.
-        begin: called after the first batch, before anything is written; returns the loggers.
-
-    Attributes:
-        metrics: the last value of every key.
+    Nothing is written into the run's `folder` before the first batch has passed. `validation` is
+    the data set to validate on, or None; `metrics` holds the last value of every key.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        validation: Any,
-        progress: bool,
-        signals: "Signals",
-        begin: Callable[[], list[Any]],
-    ):
+    def __init__(self, folder: Path, *, validation: Any, progress: bool, signals: "Signals"):
         self.folder, self.progress, self.signals = folder, progress, signals
-        self._dataset, self._begin = validation, begin
+        self._dataset, self._resumed_at = validation, 0
         self._validation: DataLoader | None = None
         self.metrics: dict[str, float] = {}
         self._loggers: list[Any] | None = None
@@ -86,7 +74,7 @@ class TrainingCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: HostDriver) -> None:  # type: ignore[override]
         """Install the signal handlers again (Lightning replaced them), start the EMA and bar."""
         self.signals.install()
-        settings = module.settings
+        settings, self._resumed_at = module.settings, trainer.global_step
         if self._dataset is not None and (settings.val_every or settings.images_every):
             self._validation = validation_loader(
                 self._dataset,
@@ -104,15 +92,15 @@ class TrainingCallback(pl.Callback):
             elif trainer.global_step:
                 logger.warning("the checkpoint has no EMA weights: averaging starts again here")
         if self.progress and trainer.is_global_zero:
-            total, done = settings.max_steps, trainer.global_step
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+            at = {"total": settings.max_steps, "initial": self._resumed_at}
+            self._bar = tqdm(**at, unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, module: HostDriver, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After each step, do what is due."""
         if self._loggers is None:
-            self._loggers = self._begin()
+            self._loggers = self._begin(module.config) if trainer.is_global_zero else []
         if not module.has_stepped:
             return
         settings, step = module.settings, trainer.global_step
@@ -137,6 +125,18 @@ class TrainingCallback(pl.Callback):
             self._draw(trainer, module, batch, step)
         if is_due(settings.checkpoint_every or settings.max_steps):
             self._save(trainer, module, step)
+
+    def _begin(self, config: Mapping[str, Any]) -> list[Any]:
+        """Make the run folder, and return the loggers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(self.folder)
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+        write_text(self.folder / "configs" / "merged.yaml", text)
+        loggers: list[Any] = [MetricsFile(self.folder, self._resumed_at)]
+        if any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
+            purge: Any = {"purge_step": self._resumed_at + 1} if self._resumed_at else {}
+            loggers.append(TensorBoardLogger(self.folder, name="tensorboard", version="", **purge))
+        return loggers
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the EMA weights."""

@@ -33,14 +33,8 @@ class HostDriver(pl.LightningModule):
             ConfigError is raised.
         settings: the `training:` section.
         dataset: the data set to train on; None if the driver only evaluates.
-        batch_size: samples of one process in a batch.
-        num_workers: processes that load samples.
+        batch_size: samples of one process in a batch, which `num_workers` processes load.
         config: the plain config, kept in every checkpoint.
-
-    Attributes:
-        latest: what the host logged in the last step, by key; detached.
-        samples: samples that all processes together have taken so far.
-        has_stepped: whether the last batch ended a step.
     """
 
     def __init__(
@@ -61,8 +55,9 @@ class HostDriver(pl.LightningModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.config = dict(config or {})
         self.frozen = Freeze(host, settings.freeze, settings.heads_first)
-        self.latest: dict[str, Tensor] = {}
-        self.samples, self.has_stepped = 0, False
+        self.latest: dict[str, Tensor] = {}  # what the host logged in the last step
+        self.samples = 0  # that all processes together have taken so far
+        self.has_stepped = False  # whether the last batch ended a step
         self._batches = 0  # of the step under way
         self._skipped = [0, 0]  # consecutive updates that each optimizer skipped
         self._has_fitted = False  # whether a batch has passed through the host
@@ -363,13 +358,8 @@ class Freeze:
     takes part in the backward pass, so that what the host computes from gradients (the adaptive
     weight of its GAN) is unchanged. Raises ConfigError if the host lacks a part, or has no heads.
 
-    Args:
-        host: with attributes `encoder`, `decoder` and a quantizer, where those are to be frozen.
-        parts: some of encoder, decoder, codebook.
-        heads_first: while the step is below it, everything but our heads is frozen.
-
-    Attributes:
-        heads: ids of the heads' parameters.
+    `parts` are some of encoder, decoder, codebook; while the step is below `heads_first`,
+    everything but the parameters with ids in `heads` is frozen.
     """
 
     def __init__(self, host: nn.Module, parts: tuple[str, ...], heads_first: int):

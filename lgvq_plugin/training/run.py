@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import logging
 import os
 import sys
@@ -22,10 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..arguments import add_shortcuts, parse_words
-from ..files import remove_parts, require_writable, write_text
+from ..files import require_writable
 from ..sockets import ConfigError, Problems
 from .build import build_parts, check_data, with_shortcuts
 from .config import Sections, read_config
@@ -188,15 +187,10 @@ class _Run:
         )
         with _quiet_lightning():
             trainer = _trainer(sections, folder)
-        at = int(checkpoint.get("global_step", 0))
         del checkpoint  # Lightning reads it again
         host.learning_rate = sections.learning_rate(trainer.world_size)
         callback = TrainingCallback(
-            folder,
-            validation=validation,
-            progress=self.progress,
-            signals=self.signals,
-            begin=lambda: _begin(folder, sections.plain, trainer, at),
+            folder, validation=validation, progress=self.progress, signals=self.signals
         )
         trainer.callbacks.append(callback)  # type: ignore[attr-defined]
         try:
@@ -302,27 +296,6 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
     except (MisconfigurationException, ValueError) as error:
         wanted = ", ".join(f"{key}: {value}" for key, value in machine.items())
         raise ConfigError(f"training ({wanted}) is not available here: {error}") from error
-
-
-def _begin(
-    folder: Path, plain: Mapping[str, Any], trainer: pl.Trainer, resumed_at: int
-) -> list[Any]:
-    """Make the run folder, once a first batch has passed, and return the loggers."""
-    if not trainer.is_global_zero:
-        return []
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from .callbacks import MetricsFile
-
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_parts(folder)
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
-    write_text(folder / "configs" / "merged.yaml", text)
-    loggers: list[Any] = [MetricsFile(folder, resumed_at)]
-    if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
-    return loggers
 
 
 def main(argv: list[str]) -> int:
