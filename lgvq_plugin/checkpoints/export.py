@@ -109,7 +109,7 @@ def host_state_dict(
     checkpoint does not fit the config's host, or has no averaged weights.
     """
     from ..host import is_average_of_heads
-    from .layout import EMA
+    from .layout import EMA, split
     from .load import HEADS, load_host
 
     if averaged and checkpoint.averaged is None:
@@ -124,9 +124,8 @@ def host_state_dict(
         logger.warning("%s has no config: its keys are not compared", checkpoint.path)
     averages = {key: v for key, v in checkpoint.aside.items() if key.startswith(EMA)}
     # Runs of earlier versions had the heads in the host's average of itself.
-    return {key: value for key, value in tensors.items() if not key.startswith(HEADS)} | {
-        key: value for key, value in averages.items() if not is_average_of_heads(key)
-    }
+    averages = {key: v for key, v in averages.items() if not is_average_of_heads(key)}
+    return split(tensors, HEADS)[1] | averages
 
 
 def export_host(

@@ -45,16 +45,21 @@ def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
     tensors, wrapper = _strip_wrappers(tensors)
     tensors, aside, owner = _strip_owner(tensors)
     prefix = wrapper + owner
-    own = {key: value for key, value in tensors.items() if not key.startswith(EMA)}
-    copy = {key: value for key, value in tensors.items() if key.startswith(EMA)}
-    bare = {key.removeprefix(EMA): value for key, value in copy.items()}
-    averaged = unflatten(bare, own) if copy else _averaged_elsewhere(raw, found)
+    copy, own = split(tensors, EMA)
+    averaged = unflatten(copy, own) if copy else _averaged_elsewhere(raw, found)
     if copy and not own:  # nothing but averaged weights
-        own = {key: bare[key] for key in bare if key not in ("decay", "num_updates")}
+        own = {key: copy[key] for key in copy if key not in ("decay", "num_updates")}
         copy, averaged, prefix = {}, None, prefix + EMA
-    return Layout(
-        state_dict=own, averaged=averaged, aside={**aside, **copy}, root=found, prefix=prefix
-    )
+    aside |= {EMA + key: value for key, value in copy.items()}
+    return Layout(state_dict=own, averaged=averaged, aside=aside, root=found, prefix=prefix)
+
+
+def split(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors below a prefix, without it, and the other ones."""
+    inside = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+    return inside, {key: tensors[key] for key in tensors if not key.startswith(prefix)}
 
 
 def unflatten(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -109,10 +114,8 @@ def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]
 def _strip_owner(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return the tokenizer's tensors, the other ones, and the prefix of the tokenizer's."""
     for owner in OWNERS:
-        inside = {key[len(owner) :]: v for key, v in tensors.items() if key.startswith(owner)}
-        is_tokenizer = owner == OWNERS[0] or len(inside) == len(tensors)
-        if inside and is_tokenizer:
-            aside = {key: v for key, v in tensors.items() if not key.startswith(owner)}
+        inside, aside = split(tensors, owner)
+        if inside and (owner == OWNERS[0] or not aside):
             return inside, aside, owner
     return tensors, {}, ""
 

@@ -15,6 +15,7 @@ from ..files import write_bytes, write_json, write_text
 from ..host import HEADS_CONFIG, HEADS_WEIGHTS
 from ..sockets import ConfigError
 from ..training.config import lgvq_block, loss_section
+from .layout import split
 from .load import HEADS, Checkpoint, load_host, sizes_of
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -69,7 +70,7 @@ def save_pretrained(
         numbers: `{metric: {"value": v, "n": n, "unit": u}}` for the model card.
     """
     folder = Path(folder)
-    tensors = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
+    _, tensors = split(state_dict, "loss.")
     write_safetensors(tensors, folder / WEIGHTS)
     model = dict(config["model"])
     model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
@@ -87,8 +88,7 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
 
     Raises ConfigError if it has none.
     """
-    state = checkpoint.state_dict
-    tensors = {key.removeprefix(HEADS): state[key] for key in state if key.startswith(HEADS)}
+    tensors, _ = split(checkpoint.state_dict, HEADS)
     if not tensors:
         lacks = f"has no heads ({HEADS}*): it is not of an LG-VQ run"
         raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
