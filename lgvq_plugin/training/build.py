@@ -369,8 +369,8 @@ def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
     shared = {key: value for key, value in own["train"].items() if key not in TRAINING_ONLY}
     sets: dict[str, dict[str, Any]] = {}
     for name in [name for name in DATA_SETS if name in splits]:
-        params = {**splits[name], **shared, **own[name]}.items()
-        params = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in params}
+        params = {**splits[name], **shared, **own[name]}
+        params = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in params.items()}
         sets[name] = {"target": layout.member, "params": params}
     if whole is not None and "validation" in sets:
         try:

@@ -92,7 +92,7 @@ class TrainingCallback(pl.Callback):
             elif trainer.global_step:
                 logger.warning("the checkpoint has no EMA weights: averaging starts again here")
         if self.progress and trainer.is_global_zero:
-            at = {"total": settings.max_steps, "initial": self._resumed_at}
+            at: Any = {"total": settings.max_steps, "initial": self._resumed_at}
             self._bar = tqdm(**at, unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(  # type: ignore[override]

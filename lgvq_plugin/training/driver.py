@@ -131,7 +131,7 @@ class HostDriver(pl.LightningModule):
     def _loss(
         self, x: Tensor, output: Any, which: int, step: int, split: str, log: dict[str, Tensor]
     ) -> Tensor:
-        options = {"last_layer": self.host.get_last_layer(), "split": split}
+        options: Any = {"last_layer": self.host.get_last_layer(), "split": split}
         result = self.host.loss(output[1], x, output[0], which, step, **options)
         loss, terms = result if isinstance(result, tuple) else (result, {})
         log.update({key: torch.as_tensor(value).detach() for key, value in terms.items()})
@@ -259,7 +259,7 @@ class HostDriver(pl.LightningModule):
     def train_dataloader(self) -> DataLoader:
         """Return the endless loader, from the sample on at which a resumed run stopped."""
         pin = self.device.type == "cuda"
-        options = {"num_workers": self.num_workers, "pin_memory": pin}
+        options: Any = {"num_workers": self.num_workers, "pin_memory": pin}
         return train_loader(self.dataset, self._stream(), **options)
 
     def _stream(self) -> Stream:

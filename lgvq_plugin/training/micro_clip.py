@@ -110,12 +110,12 @@ def _train(plan: Plan, output: Path) -> dict[str, Any]:
 def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     """Train in place; returns the mean loss of the last tenth of the steps."""
     network.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    decayed, others = [], []
+    decayed, others = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in network.named_parameters():
         is_decayed = parameter.ndim > 1 and "embedding" not in name
         (decayed if is_decayed else others).append(parameter)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    options = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay, "fused": True}
+    groups: Any = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    options: Any = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(groups, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
     generator = torch.Generator().manual_seed(plan.seed)

@@ -181,7 +181,7 @@ class _Run:
         if self.prepare is not None and found is None:
             self.prepare(host)
         data = sections.data
-        reading = {"batch_size": data.batch_size, "num_workers": data.num_workers}
+        reading: Any = {"batch_size": data.batch_size, "num_workers": data.num_workers}
         driver = HostDriver(
             host, sections.training, dataset=dataset, config=sections.plain, **reading
         )
