@@ -17,9 +17,8 @@ FILES = (".yaml", ".yml", ".json", ".ckpt", ".pt", ".pth", ".bin", ".safetensors
 def is_override(word: str) -> bool:
     """Tell whether a word is `key=value` and not the name of a file with "=" in it.
 
-    Example:
-        >>> is_override("training.max_steps=5"), is_override("run/step=3.ckpt")
-        (True, False)
+    >>> is_override("training.max_steps=5"), is_override("run/step=3.ckpt")
+    (True, False)
     """
     key, equals, _ = word.partition("=")
     if not equals or not KEY.fullmatch(key) or os.path.exists(word):
@@ -57,12 +56,11 @@ def parse_words(
     Returns:
         What the parser made of it, and the key=value words, not checked yet.
 
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> _ = parser.add_argument("-b", "--base", nargs="+", action="extend", default=[])
-        >>> given, overrides = parse_words(parser, ["-b", "a.yaml", "x=1", "lr=1.yaml"], "base")
-        >>> given.base, overrides
-        (['a.yaml', 'lr=1.yaml'], ['x=1'])
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("-b", "--base", nargs="+", action="extend", default=[])
+    >>> given, overrides = parse_words(parser, ["-b", "a.yaml", "x=1", "lr=1.yaml"], "base")
+    >>> given.base, overrides
+    (['a.yaml', 'lr=1.yaml'], ['x=1'])
     """
     words: list[str] = []
     overrides: list[str] = []

@@ -18,8 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def writing(path: Path) -> Iterator[None]:
     """Turn a full disk or a missing permission for `path` into an error that names the file.
 
-    Raises:
-        ConfigError: if the block failed because `path`, or its folder, cannot be written.
+    Raises ConfigError if the block failed because `path`, or its folder, cannot be written.
     """
     try:
         yield
@@ -41,18 +40,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name next to `path`; it replaces `path` if the block succeeds.
 
     Missing folders are created. A block that raises leaves `path` as it was; one that is killed
-    also leaves a `*.part` file, see :func:`remove_parts`.
+    also leaves a `*.part` file, see :func:`remove_parts`. Raises ConfigError if the disk is full or
+    the folder cannot be written to.
 
-    Raises:
-        ConfigError: if the disk is full or the folder cannot be written to.
-
-    Example:
-        >>> import tempfile
-        >>> place = Path(tempfile.mkdtemp()) / "a" / "b.txt"
-        >>> with replacing(place) as part:
-        ...     _ = part.write_text("whole")
-        >>> place.read_text(), [file.name for file in place.parent.iterdir()]
-        ('whole', ['b.txt'])
+    >>> import tempfile
+    >>> place = Path(tempfile.mkdtemp()) / "a" / "b.txt"
+    >>> with replacing(place) as part:
+    ...     _ = part.write_text("whole")
+    >>> place.read_text(), [file.name for file in place.parent.iterdir()]
+    ('whole', ['b.txt'])
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with writing(path):
@@ -75,9 +71,8 @@ def remove_parts(folder: Path) -> list[Path]:
 def require_writable(folder: Path) -> None:
     """Check that `folder` is one, or can be made, and takes files; nothing is made.
 
-    Raises:
-        NotADirectoryError: if a file is in its place or on the way.
-        PermissionError: if it, or the folder it would be made in, takes no files.
+    Raises NotADirectoryError if a file is in its place or on the way; PermissionError if it, or the
+    folder it would be made in, takes no files.
     """
     home = folder.absolute()
     while not os.path.lexists(home):

@@ -23,9 +23,8 @@ def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str
 def in_groups(names: Sequence[str]) -> str:
     """Summarize parameters' names by the part of the host that they belong to.
 
-    Example:
-        >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])
-        'encoder (encoder.a and 1 more), heads (loss.lgvq.c), discriminator (loss.discriminator.d)'
+    >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])
+    'encoder (encoder.a and 1 more), heads (loss.lgvq.c), discriminator (loss.discriminator.d)'
     """
     groups: dict[str, list[str]] = {}
     for name in names:

@@ -32,8 +32,7 @@ def title(path: Path) -> str:
 def copy(names: list[str], folder: Path, *, force: bool = False) -> list[Path]:
     """Copy configs into `folder`, keeping their subfolders; no names: all of them.
 
-    Raises:
-        ConfigError: for an unknown name, or a file that exists already (unless `force`).
+    Raises ConfigError for an unknown name, or a file that exists already (unless `force`).
     """
     known = shipped()
     for name in names:

@@ -8,10 +8,8 @@ from ..sockets import ConfigError
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint file at `path`: itself, or that of a run or a saved folder.
 
-    The file is not opened, so that a mistyped path is reported before torch is imported.
-
-    Raises:
-        ConfigError: if there is none.
+    The file is not opened, so that a mistyped path is reported before torch is imported. Raises
+    ConfigError if there is none.
     """
     path = Path(path)
     if path.is_file():

@@ -34,8 +34,7 @@ PATTERNS = (  # applied in this order to the names of encoder and decoder
 def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
     """Return a diffusers VQModel with a taming-style tokenizer's weights, in evaluation mode.
 
-    Raises:
-        ConfigError: if diffusers is not installed, or the model is not taming's VQModel.
+    Raises ConfigError if diffusers is not installed, or the model is not taming's VQModel.
     """
     arguments = diffusers_config(state_dict, resolution)
     renamed = to_diffusers(state_dict)
@@ -47,9 +46,8 @@ def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
         ) from error
     model: Any = VQModel(**arguments)
     model.eval()
-    wanted = model.state_dict()
-    strange = sorted(set(wanted) ^ set(renamed))
-    strange += [key for key in wanted if key in renamed and wanted[key].shape != renamed[key].shape]
+    shapes = [{k: v.shape for k, v in each.items()} for each in (model.state_dict(), renamed)]
+    strange = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
     if strange:
         raise ConfigError(
             f"--format diffusers: VQModel has other tensors than this host: {strange[:5]}"
@@ -61,12 +59,8 @@ def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
 def diffusers_config(state_dict: Mapping[str, Tensor], resolution: int) -> dict[str, Any]:
     """Return the arguments of diffusers' VQModel for a taming-style tokenizer's tensors.
 
-    Args:
-        state_dict: state dict of the host.
-        resolution: size of its images, which diffusers only records.
-
-    Raises:
-        ConfigError: if the tensors are not those of taming's VQModel.
+    diffusers only records the `resolution` of its images. Raises ConfigError if the tensors are not
+    those of taming's VQModel.
     """
     sizes = sizes_of(state_dict)
     needed = ("ch", "ch_mult", "num_res_blocks", "out_ch", "n_embed", "embed_dim", "z_channels")
@@ -100,9 +94,8 @@ def diffusers_config(state_dict: Mapping[str, Tensor], resolution: int) -> dict[
 def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a taming-style tokenizer's tensors; those of its loss are left out.
 
-    Example:
-        >>> list(to_diffusers({"encoder.down.1.block.0.nin_shortcut.bias": torch.zeros(2)}))
-        ['encoder.down_blocks.1.resnets.0.conv_shortcut.bias']
+    >>> list(to_diffusers({"encoder.down.1.block.0.nin_shortcut.bias": torch.zeros(2)}))
+    ['encoder.down_blocks.1.resnets.0.conv_shortcut.bias']
     """
     levels = [int(m[1]) for key in state_dict if (m := re.match(r"decoder\.up\.(\d+)\.", key))]
     last = max(levels, default=0)
@@ -121,18 +114,11 @@ def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_trip(host: nn.Module, model: Any, images: Tensor) -> dict[str, float]:
-    """Return the largest differences between a host and its diffusers version.
+    """Return the largest differences of `latents` and `images` (B, 3, H, W) between two models.
 
-    Latents are compared before the codebook, and images for the same codes: a code that flips
-    between two equally near ones is an error of neither.
-
-    Args:
-        host: taming's VQModel, in evaluation mode.
-        model: from :func:`build_diffusers`.
-        images: (B, 3, H, W).
-
-    Returns:
-        `latents`, `images`, and `same_codes`, the share of positions with equal codes.
+    They are taming's VQModel, in evaluation mode, and :func:`build_diffusers`'s. Latents are
+    compared before the codebook, and images for the same codes: a code that flips between two
+    equally near ones is an error of neither; `same_codes` is the share of equal ones.
     """
     ours: Any = host
     latents = ours.quant_conv(ours.encoder(images))

@@ -28,14 +28,7 @@ FORMATS = ("host", "safetensors", "diffusers", "heads")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `lgvq export`.
-
-    Args:
-        argv: `--ckpt C --format host|safetensors|diffusers|heads -o F [-b CONFIG...]`.
-
-    Returns:
-        0; errors are raised.
-    """
+    """Run `lgvq export --ckpt C --format FORMAT -o F [-b CONFIG...]`; returns 0."""
     given = _parser().parse_args(argv)
     output = Path(given.output)
     _check_output(output, given.format, given.force)
@@ -110,24 +103,18 @@ def _export_folder(
 def host_state_dict(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None = None, *, averaged: bool = False
 ) -> dict[str, Tensor]:
-    """Return the tensors under exactly the keys of the unmodified host.
+    """Return the tensors, or the averaged ones, under exactly the keys of the unmodified host.
 
-    Args:
-        checkpoint: an LG-VQ run's or any other.
-        config: the run's config; needed for hosts whose own files have other key names.
-        averaged: take averaged weights.
-
-    Raises:
-        ConfigError: if the checkpoint does not fit the config's host, or has no averaged weights.
+    The config is needed for hosts whose own files have other key names. Raises ConfigError if the
+    checkpoint does not fit the config's host, or has no averaged weights.
     """
     from ..host import is_average_of_heads
+    from .layout import EMA, split
     from .load import HEADS, load_host
 
-    tensors = dict(checkpoint.state_dict)
-    if averaged:
-        if checkpoint.averaged is None:
-            raise ConfigError(f"--averaged: {str(checkpoint.path)!r} has no averaged weights")
-        tensors |= checkpoint.averaged
+    if averaged and checkpoint.averaged is None:
+        raise ConfigError(f"--averaged: {str(checkpoint.path)!r} has no averaged weights")
+    tensors = checkpoint.state_dict | ((averaged and checkpoint.averaged) or {})
     config = config or checkpoint.config
     if config is not None:
         host: Any = load_host(config, checkpoint, averaged=averaged)  # raises if it does not fit
@@ -135,14 +122,10 @@ def host_state_dict(
             return host.foreign_state_dict()
     else:
         logger.warning("%s has no config: its keys are not compared", checkpoint.path)
-    bare = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
+    averages = {key: v for key, v in checkpoint.aside.items() if key.startswith(EMA)}
     # Runs of earlier versions had the heads in the host's average of itself.
-    averages = {
-        key: value
-        for key, value in checkpoint.aside.items()
-        if key.startswith("model_ema.") and not is_average_of_heads(key)
-    }
-    return {**bare, **averages}
+    averages = {key: v for key, v in averages.items() if not is_average_of_heads(key)}
+    return split(tensors, HEADS)[1] | averages
 
 
 def export_host(
@@ -158,22 +141,19 @@ def export_host(
         write_safetensors(tensors, path)
         return path
     own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+    content = {"state_dict": own} | ({} if step is None else {"global_step": step})
     with replacing(path) as part:
-        torch.save({"state_dict": own} | ({} if step is None else {"global_step": step}), part)
+        torch.save(content, part)
     return path
 
 
 def export_diffusers(
     checkpoint: Checkpoint, config: Mapping[str, Any], folder: str | Path, *, averaged: bool = False
 ) -> dict[str, float]:
-    """Write a folder for `diffusers.VQModel.from_pretrained`, after comparing both models.
+    """Write a folder for `diffusers.VQModel.from_pretrained`, and return `diffusers.round_trip`.
 
-    Returns:
-        The largest differences, see `diffusers.round_trip`.
-
-    Raises:
-        ConfigError: if diffusers is missing, or the host is not taming's VQModel.
-        RuntimeError: if the two models differ by 1e-4 or more; nothing is written then.
+    Raises ConfigError if diffusers is missing, or the host is not taming's VQModel; RuntimeError if
+    the two models differ by 1e-4 or more; nothing is written then.
     """
     import torch
 
@@ -197,16 +177,14 @@ def export_diffusers(
 
 def _numbers(file: Path) -> dict[str, Any] | None:
     """Return what `lgvq eval` or `lgvq retrofit` wrote beside the checkpoint, if anything."""
-    for folder in (file.parent, file.parent.parent):
-        for name in ("results.json", "retrofit.json"):
-            if not (folder / name).is_file():
-                continue
-            metrics = json.loads((folder / name).read_text()).get("metrics", {})
-            rows = {key: row for key, row in metrics.items() if isinstance(row, Mapping)}
-            values = {key: row.get("value", row.get("new")) for key, row in rows.items()}
-            return {
-                key: {**rows[key], "value": value}
-                for key, value in values.items()
-                if isinstance(value, int | float)
-            }
-    return None
+    places = [file.parent, file.parent.parent]
+    results = [at / name for at in places for name in ("results.json", "retrofit.json")]
+    found = next((path for path in results if path.is_file()), None)
+    if found is None:
+        return None
+    numbers = {}
+    for key, row in json.loads(found.read_text()).get("metrics", {}).items():
+        value = row.get("value", row.get("new")) if isinstance(row, Mapping) else None
+        if isinstance(value, int | float):
+            numbers[key] = {**row, "value": value}
+    return numbers

@@ -17,62 +17,57 @@ EMA = "model_ema."
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Tensors of a checkpoint, sorted.
-
-    Args:
-        state_dict: the host's tensors, without prefixes.
-        averaged: averaged (EMA) weights under the same names, or None.
-        aside: all other tensors, under their own names.
-        root: key that held the state dict; "" if the file is one itself.
-        prefix: prefix that was removed.
-    """
+    """Tensors of a checkpoint, sorted."""
 
     state_dict: dict[str, Tensor]
+    """The host's tensors, without prefixes."""
     averaged: dict[str, Tensor] | None = None
+    """Averaged (EMA) weights under the same names, or None."""
     aside: dict[str, Tensor] = field(default_factory=dict)
+    """All other tensors, under their own names."""
     root: str = ""
+    """Key that held the state dict; "" if the file is one itself."""
     prefix: str = ""
+    """Prefix that was removed."""
 
 
 def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
-    """Find the host's state dict in the content of a checkpoint file.
+    """Find the host's state dict in a checkpoint's content: at `root`, or at one of ROOTS.
 
-    Args:
-        raw: the file's content, in plain containers.
-        root: key of the state dict; None tries the usual ones.
+    Raises ConfigError if there are no tensors, or none at `root`.
 
-    Raises:
-        ConfigError: if there are no tensors, or none at `root`.
-
-    Example:
-        >>> import torch
-        >>> found = sort_tensors({"model": {"module.weight": torch.zeros(1)}, "steps": 3})
-        >>> found.root, found.prefix, list(found.state_dict)
-        ('model', 'module.', ['weight'])
+    >>> import torch
+    >>> found = sort_tensors({"model": {"module.weight": torch.zeros(1)}, "steps": 3})
+    >>> found.root, found.prefix, list(found.state_dict)
+    ('model', 'module.', ['weight'])
     """
     found, tensors = _choose_root(raw, root)
     tensors, wrapper = _strip_wrappers(tensors)
     tensors, aside, owner = _strip_owner(tensors)
     prefix = wrapper + owner
-    own = {key: value for key, value in tensors.items() if not key.startswith(EMA)}
-    copy = {key: value for key, value in tensors.items() if key.startswith(EMA)}
-    bare = {key.removeprefix(EMA): value for key, value in copy.items()}
-    averaged = unflatten(bare, own) if copy else _averaged_elsewhere(raw, found)
+    copy, own = split(tensors, EMA)
+    averaged = unflatten(copy, own) if copy else _averaged_elsewhere(raw, found)
     if copy and not own:  # nothing but averaged weights
-        own = {key: bare[key] for key in bare if key not in ("decay", "num_updates")}
+        own = {key: copy[key] for key in copy if key not in ("decay", "num_updates")}
         copy, averaged, prefix = {}, None, prefix + EMA
-    return Layout(
-        state_dict=own, averaged=averaged, aside={**aside, **copy}, root=found, prefix=prefix
-    )
+    aside |= {EMA + key: value for key, value in copy.items()}
+    return Layout(state_dict=own, averaged=averaged, aside=aside, root=found, prefix=prefix)
+
+
+def split(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors below a prefix, without it, and the other ones."""
+    inside = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+    return inside, {key: tensors[key] for key in tensors if not key.startswith(prefix)}
 
 
 def unflatten(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Restore the names of averaged weights; latent-diffusion's LitEma drops all dots.
 
-    Example:
-        >>> import torch
-        >>> list(unflatten({"ab": torch.zeros(1), "decay": torch.ones(1)}, ["a.b"]))
-        ['a.b']
+    >>> import torch
+    >>> list(unflatten({"ab": torch.zeros(1), "decay": torch.ones(1)}, ["a.b"]))
+    ['a.b']
     """
     known = {name.replace(".", ""): name for name in names}
     flat = {key.replace(".", ""): value for key, value in tensors.items()}
@@ -89,16 +84,13 @@ def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
     if "state_dict" in raw and not _tensors(raw["state_dict"]):
         found = type(raw["state_dict"]).__name__
         raise ConfigError(f"its state_dict is a {found} without tensors; expected name: tensor")
-    for name in ROOTS:
-        if tensors := _tensors(raw.get(name)):
+    for name, node in [*((name, raw.get(name)) for name in ROOTS), ("", raw)]:
+        if tensors := _tensors(node):
             return name, tensors
-    tensors = _tensors(raw)
-    if not tensors:
-        raise ConfigError(
-            f"no tensors in the checkpoint; expected a state dict, alone or at one of "
-            f"{', '.join(ROOTS)}; it has {sorted(map(str, raw))[:10]}"
-        )
-    return "", tensors
+    raise ConfigError(
+        f"no tensors in the checkpoint; expected a state dict, alone or at one of "
+        f"{', '.join(ROOTS)}; it has {sorted(map(str, raw))[:10]}"
+    )
 
 
 def _tensors(node: Any) -> dict[str, Tensor]:
@@ -110,10 +102,7 @@ def _tensors(node: Any) -> dict[str, Tensor]:
 def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Remove what DDP and torch.compile put before (or, for compiled parts, within) the names."""
     removed = ""
-    while tensors:
-        wrapper = next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), None)
-        if wrapper is None:
-            break
+    while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), ""):
         tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
         removed += wrapper
     if any("_orig_mod." in key for key in tensors):
@@ -125,10 +114,8 @@ def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]
 def _strip_owner(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return the tokenizer's tensors, the other ones, and the prefix of the tokenizer's."""
     for owner in OWNERS:
-        inside = {key[len(owner) :]: v for key, v in tensors.items() if key.startswith(owner)}
-        is_tokenizer = owner == OWNERS[0] or len(inside) == len(tensors)
-        if inside and is_tokenizer:
-            aside = {key: v for key, v in tensors.items() if not key.startswith(owner)}
+        inside, aside = split(tensors, owner)
+        if inside and (owner == OWNERS[0] or not aside):
             return inside, aside, owner
     return tensors, {}, ""
 

@@ -27,34 +27,30 @@ logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 HEADS = "loss.lgvq."
+GUMBEL = "quantize.embed"
+CODEBOOKS = ("quantize.embedding", GUMBEL, "quantizer.embedding")
 STATE = "lgvq_training"  # key of our trainer's state: the config, the position in the data
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Layout):
-    """A checkpoint's weights on the CPU, and what else the file contains.
-
-    Args:
-        path: the file.
-        config: the run's config in plain containers, if the file or its folder has it.
-        how: safetensors, weights_only, allow_list (with stand-ins for old Lightning's classes) or
-            pickle.
-        step: number of updates, if the file has it.
-    """
+    """A checkpoint's weights on the CPU, and what else the file contains."""
 
     path: Path
+    """The file."""
     config: dict[str, Any] | None = None
+    """The run's, in plain containers, if the file or its folder has it."""
     how: How = "weights_only"
+    """How the file was read; allow_list: with stand-ins for old Lightning's classes."""
     step: int | None = None
+    """Number of updates, if the file has it."""
 
     def require_config(self) -> dict[str, Any]:
         """Return the config; raises ConfigError if there is none."""
-        if self.config is None:
-            raise ConfigError(
-                f"checkpoint {str(self.path)!r} has no config, nor is there a configs/ folder "
-                "beside it; give -b CONFIG"
-            )
-        return self.config
+        if self.config is not None:
+            return self.config
+        lacks = "has no config, nor is there a configs/ folder beside it; give -b CONFIG"
+        raise ConfigError(f"checkpoint {str(self.path)!r} {lacks}")
 
 
 def load_checkpoint(
@@ -63,15 +59,9 @@ def load_checkpoint(
     """Read a checkpoint: a .safetensors file, a .ckpt/.pt/.pth, a run or `save_pretrained` folder.
 
     No code in the file is run. Classes that old Lightning and OmegaConf wrote get inert stand-ins;
-    anything else is refused unless `trust_pickle`.
-
-    Args:
-        path: the file or the folder.
-        trust_pickle: unpickle fully if nothing else works; that can run any code.
-        root: key of the state dict; None tries state_dict, model, vae, ema.
-
-    Raises:
-        ConfigError: if there is no such file, it is damaged, has no tensors, or needs trust.
+    anything else is refused, unless `trust_pickle` permits to run any code. The state dict is at
+    `root`; None tries state_dict, model, vae, ema. Raises ConfigError if there is no such file, it
+    is damaged, has no tensors, or needs trust.
     """
     file = find_checkpoint(path)
     try:
@@ -114,11 +104,9 @@ def load_host(
         device: device of the host.
         trust_pickle: see :func:`load_checkpoint`.
         averaged: take averaged weights if there are any.
-        with_loss: build the loss as well (taming's downloads VGG16), heads included; otherwise
-            `host.loss` is a placeholder.
+        with_loss: build the loss too (taming's downloads VGG16), with heads, not a placeholder.
 
-    Raises:
-        ConfigError: if there is no config, or the checkpoint does not fit it.
+    Raises ConfigError if there is no config, or the checkpoint does not fit it.
     """
     checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_checkpoint(ckpt, trust_pickle)
     if isinstance(config, str | Path):
@@ -139,21 +127,14 @@ def load_into(
     optional: Sequence[str] = ("loss.",),
     averaged: bool = False,
 ) -> "LoadReport":
-    """Load a checkpoint into a host, after comparing all keys and shapes.
+    """Load a checkpoint into a host, and report what was loaded and what was not.
 
-    Args:
-        host: takes the weights; if something does not fit, it is unchanged.
-        checkpoint: from :func:`load_checkpoint`.
-        params: `model.params` of the host's config, compared with the tensors' sizes.
-        optional: prefixes of keys that may be missing, unexpected or of another shape.
-        averaged: take averaged weights if there are any.
+    The `params` of the host's config are compared with the tensors' sizes; keys with `optional`
+    prefixes may be missing, unexpected or of another shape. Averaged weights are taken if there
+    are any and `averaged`. If something does not fit, the host is unchanged.
 
-    Returns:
-        What was loaded and what was not, optional keys and heads included.
-
-    Raises:
-        ConfigError: if a key that is not optional is missing, unexpected or of another shape, if
-            weights are NaN, or if the host did not take them.
+    Raises ConfigError if a key that is not optional is missing, unexpected or of another shape, if
+    weights are NaN, or if the host did not take them.
     """
     wanted = host.state_dict()
     given = dict(checkpoint.state_dict)
@@ -166,46 +147,38 @@ def load_into(
     given = translate(given) if translate is not None else given
     report = compare(wanted, given, params)
     keys = (*report.missing, *report.unexpected, *(key for key, _, _ in report.mismatched))
+    name, kind = f"checkpoint {str(checkpoint.path)!r}", type(host).__name__
     if not report.loaded or not all(key.startswith(tuple(optional)) for key in keys):
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} does not fit {type(host).__name__}; nothing "
-            f"was loaded. {report}"
-        )
-    nans = [key for key in report.loaded if given[key].isnan().any()]
-    if nans:
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} is of a run that diverged: NaN in "
-            f"{in_groups(nans)}; take an older one"
-        )
+        raise ConfigError(f"{name} does not fit {kind}; nothing was loaded. {report}")
+    if nans := [key for key in report.loaded if given[key].isnan().any()]:
+        diverged = f"is of a run that diverged: NaN in {in_groups(nans)}; take an older one"
+        raise ConfigError(f"{name} {diverged}")
     host.load_state_dict({key: given[key] for key in report.loaded}, strict=False)
     after = host.state_dict()
     for key in report.loaded:
         if not torch.equal(after[key].cpu(), given[key].to(after[key].dtype).cpu()):
-            raise ConfigError(f"{type(host).__name__} did not take {key!r} from the checkpoint")
+            raise ConfigError(f"{kind} did not take {key!r} from the checkpoint")
     return report
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors of a checkpoint fit a host.
-
-    Args:
-        loaded: keys that the host takes.
-        missing: keys of the host that the checkpoint lacks.
-        unexpected: keys of the checkpoint that the host lacks.
-        mismatched: (key, shape in the checkpoint, shape in the host).
-        heads: keys of LG-VQ's heads that the host has no place for.
-        new_heads: keys of heads that the host has and the checkpoint lacks.
-        differences: messages about sizes in the config that contradict the tensors.
-    """
+    """Which tensors of a checkpoint fit a host."""
 
     loaded: tuple[str, ...]
+    """Keys that the host takes."""
     missing: tuple[str, ...] = ()
+    """Keys of the host that the checkpoint lacks."""
     unexpected: tuple[str, ...] = ()
+    """Keys of the checkpoint that the host lacks."""
     mismatched: tuple[tuple[str, Shape, Shape], ...] = ()
+    """(key, shape in the checkpoint, shape in the host)."""
     heads: tuple[str, ...] = ()
+    """Keys of LG-VQ's heads that the host has no place for."""
     new_heads: tuple[str, ...] = ()
+    """Keys of heads that the host has and the checkpoint lacks."""
     differences: tuple[str, ...] = ()
+    """Messages about sizes in the config that contradict the tensors."""
 
     def __str__(self) -> str:
         shapes = [f"{key}: {then} then, {now} now" for key, then, now in self.mismatched]
@@ -218,59 +191,52 @@ class LoadReport:
             lines += [f"  {len(keys)} {what}:"] if keys else []
             lines += [f"    {key}" for key in keys[:12]]
             lines += [f"    ... and {len(keys) - 12} more"] if len(keys) > 12 else []
-        if self.heads:
-            lines.append(f"  {len(self.heads)} of LG-VQ's heads, left out")
-        if self.new_heads:
-            lines.append(f"  {len(self.new_heads)} of LG-VQ's heads, newly initialized")
+        for fate, heads in (("left out", self.heads), ("newly initialized", self.new_heads)):
+            lines += [f"  {len(heads)} of LG-VQ's heads, {fate}"] if heads else []
         return "\n".join(lines)
 
 
 def compare(
     wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], params: Mapping[str, Any] | None
 ) -> LoadReport:
-    """Compare a checkpoint's tensors with a host's; nothing is loaded.
-
-    Args:
-        wanted: the host's state dict.
-        given: the checkpoint's.
-        params: params of the host's config, compared with the sizes of the tensors.
-    """
-    shared = [key for key in given if key in wanted]
-    wrong = [key for key in shared if given[key].shape != wanted[key].shape]
-    strange = [key for key in given if key not in wanted]
-    lacking = [key for key in wanted if key not in given]
+    """Compare a checkpoint's tensors with a host's, and their sizes with its config's `params`."""
+    shapes = {k: (tuple(given[k].shape), tuple(wanted[k].shape)) for k in given if k in wanted}
+    wrong = {key: pair for key, pair in shapes.items() if pair[0] != pair[1]}
+    unexpected, heads = _split(given.keys() - wanted.keys(), given)
+    missing, new_heads = _split(wanted.keys() - given.keys(), wanted)
     return LoadReport(
-        loaded=tuple(key for key in shared if key not in set(wrong)),
-        missing=tuple(key for key in lacking if not key.startswith(HEADS)),
-        unexpected=tuple(key for key in strange if not key.startswith(HEADS)),
-        mismatched=tuple((k, tuple(given[k].shape), tuple(wanted[k].shape)) for k in wrong),
-        heads=tuple(key for key in strange if key.startswith(HEADS)),
-        new_heads=tuple(key for key in lacking if key.startswith(HEADS)),
+        loaded=tuple(key for key in shapes if key not in wrong),
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=tuple((key, *pair) for key, pair in wrong.items()),
+        heads=heads,
+        new_heads=new_heads,
         differences=differences(params or {}, given),
     )
+
+
+def _split(keys: set[str], order: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return some keys in order: those of the host, and those of heads."""
+    listed = [key for key in order if key in keys]
+    heads = tuple(key for key in listed if key.startswith(HEADS))
+    return tuple(key for key in listed if key not in heads), heads
 
 
 def differences(params: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Return a message for each size in a host's `params` that contradicts the tensors.
 
-    Example:
-        >>> import torch
-        >>> differences({"n_embed": 8}, {"quantize.embedding.weight": torch.zeros(16, 4)})
-        ('n_embed is 8 in the config, 16 in the checkpoint: model.params.n_embed=16',)
+    >>> import torch
+    >>> differences({"n_embed": 8}, {"quantize.embedding.weight": torch.zeros(16, 4)})
+    ('n_embed is 8 in the config, 16 in the checkpoint: model.params.n_embed=16',)
     """
     found = []
     sizes = sizes_of(state_dict)
     for path, value in _leaves(params):
-        name = path[-1]
-        if name not in sizes or path[0] in LOSS_KEYS:
-            continue
-        given = list(value) if isinstance(value, list | tuple) else value
-        if given != sizes[name]:
-            override = f"{'.'.join(path)}={sizes[name]}".replace(" ", "")
-            found.append(
-                f"{name} is {given} in the config, {sizes[name]} in the checkpoint: "
-                f"model.params.{override}"
-            )
+        name, given = path[-1], list(value) if isinstance(value, list | tuple) else value
+        if name in sizes and path[0] not in LOSS_KEYS and given != sizes[name]:
+            override = f"model.params.{'.'.join(path)}={sizes[name]}".replace(" ", "")
+            sides = f"{name} is {given} in the config, {sizes[name]} in the checkpoint"
+            found.append(f"{sides}: {override}")
     return tuple(found)
 
 
@@ -285,31 +251,32 @@ def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, 
 def sizes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Derive a taming-style tokenizer's sizes from its tensors, as far as possible.
 
-    Returns:
-        Some of n_embed, embed_dim, z_channels, ch, ch_mult, num_res_blocks, in_channels, out_ch.
+    Some of n_embed, embed_dim, z_channels, ch, ch_mult, num_res_blocks, in_channels, out_ch.
 
-    Example:
-        >>> import torch
-        >>> sizes_of({"quantize.embedding.weight": torch.zeros(16, 4)})
-        {'n_embed': 16, 'embed_dim': 4}
+    >>> import torch
+    >>> sizes_of({"quantize.embedding.weight": torch.zeros(16, 4)})
+    {'n_embed': 16, 'embed_dim': 4}
     """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     sizes: dict[str, Any] = {}
-    codebooks = [f"{name}.weight" for name in ("quantize.embedding", "quantize.embed",
-                                               "quantizer.embedding")]  # fmt: skip
-    codebook = next((name for name in codebooks if len(shapes.get(name, ())) == 2), None)
-    if codebook is not None:
-        sizes["n_embed"], sizes["embed_dim"] = shapes[codebook]
-    if len(shapes.get("quant_conv.weight", ())) == 4:
-        embed_dim, sizes["z_channels"] = shapes["quant_conv.weight"][:2]
-        if codebook != "quantize.embed.weight":  # Gumbel's projects to n_embed by itself
-            sizes["embed_dim"] = embed_dim
-    conv_in = shapes.get("encoder.conv_in.weight", ())
-    if len(conv_in) == 4:
-        sizes["ch"], sizes["in_channels"] = conv_in[:2]
-        sizes |= _levels(shapes, conv_in[0])
-        if len(shapes.get("decoder.conv_out.weight", ())) == 4:
-            sizes["out_ch"] = shapes["decoder.conv_out.weight"][0]
+
+    def read(key: str, rank: int, *names: str | None) -> bool:
+        """Take the first sizes of a tensor of this rank under these names."""
+        is_there = len(shapes.get(key, ())) == rank
+        pairs = zip(names, shapes[key] if is_there else (), strict=False)
+        sizes.update({name: size for name, size in pairs if name is not None})
+        return is_there
+
+    for codebook in CODEBOOKS:
+        if read(f"{codebook}.weight", 2, "n_embed", "embed_dim"):
+            break
+    else:
+        codebook = ""
+    # Gumbel's codebook (quantize.embed) projects to n_embed by itself.
+    read("quant_conv.weight", 4, None if codebook == GUMBEL else "embed_dim", "z_channels")
+    if read("encoder.conv_in.weight", 4, "ch", "in_channels"):
+        sizes |= _levels(shapes, sizes["ch"])
+        read("decoder.conv_out.weight", 4, "out_ch")
     return sizes
 
 

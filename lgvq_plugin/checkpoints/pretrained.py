@@ -1,7 +1,8 @@
 """A tokenizer as a folder: model.safetensors, config.json and a model card; heads as another."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,27 @@ from ..files import write_bytes, write_json, write_text
 from ..host import HEADS_CONFIG, HEADS_WEIGHTS
 from ..sockets import ConfigError
 from ..training.config import lgvq_block, loss_section
+from .layout import split
 from .load import HEADS, Checkpoint, load_host, sizes_of
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CARD_TEXT = """---
+library_name: lgvq_plugin
+tags: [vector-quantization, image-tokenizer, lg-vq]
+---
+
+# {name}, a VQ image tokenizer
+
+{facts}
+
+```python
+from lgvq_plugin.checkpoints.pretrained import from_pretrained
+host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]
+reconstruction = host(images)[0]
+```
+{table}
+License and intended use: to be filled in by the publisher.
+"""
 
 
 def from_pretrained(
@@ -24,13 +43,8 @@ def from_pretrained(
 ) -> nn.Module:
     """Build the tokenizer of a folder written by :func:`save_pretrained`, in evaluation mode.
 
-    Args:
-        name: the folder, or `organization/repository` on the Hugging Face hub.
-        device: device of the host.
-        revision: revision of the hub's repository.
-
-    Raises:
-        ConfigError: if there is no such folder or repository, or it contains no tokenizer.
+    `name` is the folder, or `organization/repository` on the Hugging Face hub. Raises ConfigError
+    if there is no such folder or repository, or it contains no tokenizer.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -47,19 +61,16 @@ def save_pretrained(
     *,
     numbers: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a tokenizer's folder, without its loss, discriminator and heads.
+    """Write a tokenizer's folder, without its loss, discriminator and heads, and return it.
 
     Args:
         state_dict: state dict of the host.
         config: config with a `model:` section; its `data:` is named in the model card.
         folder: created if it does not exist.
         numbers: `{metric: {"value": v, "n": n, "unit": u}}` for the model card.
-
-    Returns:
-        The folder.
     """
     folder = Path(folder)
-    tensors = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
+    _, tensors = split(state_dict, "loss.")
     write_safetensors(tensors, folder / WEIGHTS)
     model = dict(config["model"])
     model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
@@ -75,16 +86,12 @@ def save_pretrained(
 def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
     """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
 
-    Raises:
-        ConfigError: if it has none.
+    Raises ConfigError if it has none.
     """
-    state = checkpoint.state_dict
-    tensors = {key.removeprefix(HEADS): state[key] for key in state if key.startswith(HEADS)}
+    tensors, _ = split(checkpoint.state_dict, HEADS)
     if not tensors:
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} has no heads ({HEADS}*): it is not of an LG-VQ "
-            "run"
-        )
+        lacks = f"has no heads ({HEADS}*): it is not of an LG-VQ run"
+        raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
     folder = Path(folder)
     write_safetensors(tensors, folder / HEADS_WEIGHTS)
     write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
@@ -94,39 +101,36 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
 def push_to_hub(folder: Path, repository: str) -> str:
     """Upload a folder to the Hugging Face hub, with the token of `hf auth login`; return its URL.
 
-    Raises:
-        ConfigError: if huggingface_hub is not installed, or the upload failed.
+    Raises ConfigError if huggingface_hub is not installed, or the upload failed.
     """
-    try:
+    left = f"the folder {str(folder)!r} is complete, try again when the hub can be reached"
+    with _hub("--push needs", f"--push {repository!r} failed", f"; {left}"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ConfigError("--push needs huggingface_hub: pip install huggingface_hub") from error
-    try:
+
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repository))
-    except Exception as error:  # network, rights, names: all of them the hub's own classes
-        raise ConfigError(
-            f"--push {repository!r} failed ({type(error).__name__}: {error}); the folder "
-            f"{str(folder)!r} is complete, try again when the hub can be reached"
-        ) from error
 
 
 def _download(name: str, revision: str | None) -> Path:
     if name.count("/") != 1:
         raise ConfigError(f"no folder {name!r}, and no hub repository (organization/repository)")
-    try:
+    lacks = f"no folder {name!r}"
+    with _hub(f"{lacks}; downloads need", f"{lacks}, and the download failed"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, revision=revision))
+
+
+@contextmanager
+def _hub(needs: str, failed: str, rest: str = "") -> Iterator[None]:
+    """Turn what the hub raises into a ConfigError."""
+    try:
+        yield
     except ImportError as error:
-        raise ConfigError(
-            f"no folder {name!r}; downloads need huggingface_hub: pip install huggingface_hub"
-        ) from error
+        raise ConfigError(f"{needs} huggingface_hub: pip install huggingface_hub") from error
     except Exception as error:  # network, rights, names: all of them the hub's own classes
-        raise ConfigError(
-            f"no folder {name!r}, and the download failed ({type(error).__name__}: {error})"
-        ) from error
+        raise ConfigError(f"{failed} ({type(error).__name__}: {error}){rest}") from error
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -139,40 +143,29 @@ def model_card(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], numbers: Mapping[str, Any] | None
 ) -> str:
     """Return the README of a tokenizer: its architecture, its training, how to load it."""
-    model = config["model"]
+    target = str(config["model"]["target"])
     count = sum(value.numel() for value in tensors.values())
     block = _block(config)
-    lines = [
-        "---",
-        "library_name: lgvq_plugin",
-        "tags: [vector-quantization, image-tokenizer, lg-vq]",
-        "---",
-        "",
-        f"# {str(model['target']).rpartition('.')[2]}, a VQ image tokenizer",
-        "",
-        f"- host: `{model['target']}`, {count / 1e6:.2f} M values",
-        *[f"- {name}: {value}" for name, value in sizes_of(tensors).items()],
-        f"- trained with: {'LG-VQ, ' + json.dumps(block) if block is not None else 'no LG-VQ'}",
-    ]
+    facts = [f"host: `{target}`, {count / 1e6:.2f} M values"]
+    facts += [f"{name}: {value}" for name, value in sizes_of(tensors).items()]
+    facts += [f"trained with: {'LG-VQ, ' + json.dumps(block) if block is not None else 'no LG-VQ'}"]
     train = ((config.get("data") or {}).get("train") or {}).get("target")
-    lines += [f"- data set: `{train}`"] if train else []
-    lines += ["", "```python", "from lgvq_plugin.checkpoints.pretrained import from_pretrained",
-              "host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]",
-              "reconstruction = host(images)[0]", "```"]  # fmt: skip
-    if numbers:
-        lines += ["", "| metric | value | images |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {row['value']:.4g} {row.get('unit') or ''} | {row.get('n', '')} |"
-            for name, row in numbers.items()
-        ]
-    lines += ["", "License and intended use: to be filled in by the publisher.", ""]
-    return "\n".join(lines)
+    facts += [f"data set: `{train}`"] if train else []
+    rows = ["\n| metric | value | images |\n|---|---|---|"] if numbers else []
+    for name, row in (numbers or {}).items():
+        value = f"{row['value']:.4g} {row.get('unit') or ''}"
+        rows.append(f"| {name} | {value} | {row.get('n', '')} |")
+    return CARD_TEXT.format(
+        name=target.rpartition(".")[2],
+        facts="\n".join(f"- {fact}" for fact in facts),
+        table="".join(f"{row}\n" for row in rows),
+    )
 
 
 def _block(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the `lgvq:` block of a loss of ours; None for another's."""
-    loss = loss_section(config or {})
+    config = config or {}
+    loss = loss_section(config)
     target, has_block = str(loss.get("target")), "lgvq" in (loss.get("params") or {})
-    is_ours = target.startswith("lgvq_plugin.")
-    is_ours = is_ours and (has_block or "LGVQ" in target or ".over." in target)
-    return lgvq_block(config or {}) if is_ours else None
+    is_known = has_block or "LGVQ" in target or ".over." in target
+    return lgvq_block(config) if is_known and target.startswith("lgvq_plugin.") else None

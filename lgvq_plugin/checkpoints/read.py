@@ -11,7 +11,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,8 @@ How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
 def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
     """Return the content of a file, on the CPU and in plain containers, and how it was read.
 
-    Raises:
-        ConfigError: if there is no such file, it is damaged, or it needs a full unpickle and
-            `trust_pickle` is off; none of its code has run then.
+    Raises ConfigError if there is no such file, it is damaged, or it needs a full unpickle and
+    `trust_pickle` is off; none of its code has run then.
     """
     if not path.is_file():
         raise ConfigError(f"no checkpoint {str(path)!r}")
@@ -147,11 +146,10 @@ def _plain_key(key: Any) -> Any:
 def stand_in(name: str) -> "type[_Inert] | None":
     """Return an inert class that replaces the dotted `name`, or None if that is not harmless.
 
-    Example:
-        >>> stand_in("pytorch_lightning.callbacks.ModelCheckpoint").__qualname__
-        'ModelCheckpoint'
-        >>> stand_in("os.system") is None
-        True
+    >>> stand_in("pytorch_lightning.callbacks.ModelCheckpoint").__qualname__
+    'ModelCheckpoint'
+    >>> stand_in("os.system") is None
+    True
     """
     for pattern, base in STAND_INS.items():
         if re.fullmatch(pattern, name):
@@ -179,27 +177,6 @@ class _Inert:
                 self.__dict__.update({str(key): value for key, value in part.items()})
 
 
-class _InertDict(_Inert):
-    """Becomes a plain dict, which the unpickler fills."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return dict(args[0]) if args and isinstance(args[0], dict | list) else {}
-
-
-class _InertList(_Inert):
-    """Becomes a plain list, which the unpickler fills."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return list(args[0]) if args and isinstance(args[0], list | tuple) else []
-
-
-class _InertPath(_Inert):
-    """Becomes the path as a string."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return "/".join(str(arg) for arg in args).replace("//", "/")
-
-
 class _InertDtype(_Inert):
     """numpy's dtype: a type such as "f8", and the byte order from the state."""
 
@@ -215,21 +192,30 @@ NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2
 """numpy's types: struct's letters."""
 
 
-class _InertScalar(_Inert):
-    """numpy's scalar of (dtype, bytes) becomes Python's number, or None if it is no number."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 2 or not isinstance(args[0], _InertDtype) or not args[0].args:
-            return None
-        letter = NUMBERS.get(str(args[0].args[0]))
-        raw = args[1].encode("latin1") if isinstance(args[1], str) else args[1]
-        layout = f"{args[0].order}{letter}"
-        if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(layout):
-            return None
-        return struct.unpack(layout, raw)[0]
+def _number(dtype: Any = None, raw: Any = None, *rest: Any) -> Any:
+    """Return numpy's scalar of (dtype, bytes) as Python's number, or None if it is no number."""
+    if rest or not isinstance(dtype, _InertDtype) or not dtype.args:
+        return None
+    letter = NUMBERS.get(str(dtype.args[0]))
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    layout = f"{dtype.order}{letter}"
+    if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(layout):
+        return None
+    return struct.unpack(layout, raw)[0]
 
 
-STAND_INS: dict[str, type[_Inert]] = {
+def _becoming(make: Callable[..., Any]) -> Any:
+    """Return an inert class that becomes what `make` returns for its arguments."""
+    return type("_Plain", (_Inert,), {"__new__": lambda cls, *args, **kwargs: make(*args)})
+
+
+# The unpickler fills the dicts and lists.
+_InertDict = _becoming(lambda *args: dict(*(x for x in args[:1] if isinstance(x, dict | list))))
+_InertList = _becoming(lambda *args: list(*(x for x in args[:1] if isinstance(x, list | tuple))))
+_InertPath = _becoming(lambda *args: "/".join(map(str, args)).replace("//", "/"))
+
+
+STAND_INS: dict[str, Any] = {
     r"typing\.(Any|Union|Optional)": _Inert,
     r"builtins\.(dict|object|int|float|str|bool|tuple|NoneType)": _Inert,
     r"builtins\.list": _InertList,
@@ -239,7 +225,7 @@ STAND_INS: dict[str, type[_Inert]] = {
     r"pathlib\.(Pure)?(Posix|Windows)?Path": _InertPath,
     r"omegaconf\.(dictconfig|listconfig|base|nodes)\.\w+": _Inert,
     r"numpy(\._?core)?\.dtype": _InertDtype,
-    r"numpy\.(_core|core)\.multiarray\.scalar": _InertScalar,
+    r"numpy\.(_core|core)\.multiarray\.scalar": _becoming(_number),
     # Lightning: callbacks are keys of a dict in files of 1.x; hyper-parameters are AttributeDicts.
     r"(pytorch_lightning|lightning(\.pytorch)?)\.callbacks(\.\w+)+": _Inert,
     r"(pytorch_lightning|lightning(\.pytorch)?)\.utilities\.parsing\.AttributeDict": _InertDict,

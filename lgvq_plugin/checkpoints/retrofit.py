@@ -26,6 +26,7 @@ from ..sockets import ConfigError, Problems
 from ..training.build import build_dataset, build_parts, with_shortcuts
 from ..training.config import (
     LOSS_KEYS,
+    OURS,
     Sections,
     lay_over,
     lgvq_block,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TAMING = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
-OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
 GENTLE = {"max_learning_rate": 1e-4, "warmup_steps": 100}
 """Defaults of `training:` in a retrofit."""
 RATES = ("model.learning_rate=", "model.base_learning_rate=")
@@ -55,24 +55,15 @@ CHECKED_IMAGES = 4  # images on which old and new must be bit-identical
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `lgvq retrofit`.
-
-    Args:
-        argv: `-b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`.
-
-    Returns:
-        0; errors are raised.
-    """
+    """Run `lgvq retrofit -b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`; returns 0."""
     given, overrides = parse_words(_parser(), argv, "base")
     _check_arguments(given)
     if given.heads_first is not None:
         overrides.append(f"training.heads_first={given.heads_first}")
     if given.freeze:
         overrides.append(f"training.freeze=[{given.freeze}]")
-    if any(word.startswith(RATES) for word in overrides) and not any(
-        word.startswith("training.max_learning_rate=") for word in overrides
-    ):
-        overrides.append("training.max_learning_rate=null")  # a rate chosen for this run
+    if any(word.startswith(RATES) for word in overrides):  # chosen for this run
+        overrides.insert(0, "training.max_learning_rate=null")
     find_checkpoint(given.ckpt)
     config = read_config(given.base, overrides)
     from .load import load_checkpoint
@@ -139,7 +130,7 @@ def _check_arguments(given: argparse.Namespace) -> None:
 
 
 def require_heads(folder: Path) -> None:
-    """Check that `folder` may be one of exported heads, without reading it."""
+    """Raise ConfigError if `folder` cannot be one of exported heads; it is not read."""
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"--heads: no heads at {str(folder)!r}; expected a folder written by "
@@ -175,8 +166,7 @@ def retrofit(
 
     Args:
         config: the old run's, and `training.max_steps`; a top-level `lgvq:` goes to the loss.
-            Unless `training` says otherwise, the learning rate is at most 1e-4
-            (max_learning_rate) and warms up over 100 steps (warmup_steps), for the control too.
+            Defaults of `training` are those of :func:`gently`, for the control too.
         checkpoint: the old weights.
         folder: folder of the new run.
         averaged: start from averaged weights if there are any.
@@ -187,9 +177,8 @@ def retrofit(
         progress: whether to show a progress bar.
         max_images: images of the comparison.
 
-    Raises:
-        ConfigError: if the config is wrong, or the checkpoint does not fit it.
-        RuntimeError: if the new host's reconstructions are not bit-identical to the old one's.
+    Raises ConfigError if the config is wrong, or the checkpoint does not fit it; RuntimeError if
+    the new host's reconstructions are not bit-identical to the old one's.
     """
     from .load import load_host
     from .side_by_side import compare_hosts
@@ -214,17 +203,14 @@ def retrofit(
         reports.append(load_old(host, checkpoint, new, averaged=averaged, heads=heads))
         require_same(old, host, _first_images(data["test"], CHECKED_IMAGES))
 
-    options: dict[str, Any] = {"resume": resume, "progress": progress}
-    run = train(
-        new, name=folder.name, logdir=folder.parent, prepare=partial(start, heads=heads), **options
-    )
+    options: dict[str, Any] = {"resume": resume, "progress": progress, "prepare": start}
+    with_heads = options | {"prepare": partial(start, heads=heads)}
+    run = train(new, name=folder.name, logdir=folder.parent, **with_heads)
     hosts = {"old": old, "new": run.host}
     loaded = reports[0] if reports else None
     if control:
-        plain["training"] = {k: v for k, v in plain["training"].items() if k != "heads_first"}
-        hosts["control"] = train(
-            plain, name="control", logdir=folder, prepare=start, **options
-        ).host
+        plain["training"].pop("heads_first", None)
+        hosts["control"] = train(plain, name="control", logdir=folder, **options).host
     rows = compare_hosts(
         {name: host.eval().cpu() for name, host in hosts.items()},
         data,
@@ -240,35 +226,27 @@ def retrofit(
 def over_old_loss(
     model: Mapping[str, Any], lgvq: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the `model:` section with LG-VQ over its loss.
+    """Return a plain `model:` section with LG-VQ over its loss, and `lgvq` over its own block.
 
-    Args:
-        model: the old config's, in plain containers.
-        lgvq: laid over the section's own `lgvq:` block, key by key.
+    Raises ConfigError if the section names no loss.
 
-    Raises:
-        ConfigError: if the section names no loss.
-
-    Example:
-        >>> old = {"target": "m.VQModel", "params": {"lossconfig": {"target": "m.Loss"}}}
-        >>> over_old_loss(old)["params"]["lossconfig"]["target"]
-        'lgvq_plugin.over.m.Loss'
+    >>> old = {"target": "m.VQModel", "params": {"lossconfig": {"target": "m.Loss"}}}
+    >>> over_old_loss(old)["params"]["lossconfig"]["target"]
+    'lgvq_plugin.over.m.Loss'
     """
     made = copy.deepcopy(dict(model))
-    params = made["params"] = dict(made.get("params") or {})
-    key = loss_key({"model": made})
+    params, key = made.get("params") or {}, loss_key({"model": made})
     if key is None or "target" not in params[key]:
         raise ConfigError(
             f"model.params has no {' or '.join(LOSS_KEYS)} with a target, so there is no loss to "
             "put LG-VQ over; for such a model use lgvq_plugin.attach in your own training loop"
         )
-    loss = params[key] = dict(params[key])
-    target = str(loss["target"])
+    loss, target = params[key], str(params[key]["target"])
     if target == TAMING:
         loss["target"] = OURS[0]
     elif not target.startswith(OURS):
         loss["target"] = OURS[-1] + target
-    inner = loss["params"] = dict(loss.get("params") or {})
+    inner = loss["params"] = loss.get("params") or {}
     inner["lgvq"] = laid_over(inner.get("lgvq") or {}, lgvq or {})
     parse(inner["lgvq"])
     params.pop("ckpt_path", None)
@@ -276,30 +254,21 @@ def over_old_loss(
 
 
 def gently(training: Any) -> Any:
-    """Return a `training:` section with a safe learning rate for trained weights.
+    """Return a `training:` section, whose keys win, over a safe learning rate for trained weights.
 
     Adam's moments start at zero, so its first steps move every weight by a whole learning rate,
     whatever the gradient is: a rate that trained a host from scratch can ruin it in two of them.
 
-    Args:
-        training: the given section; its own keys win.
-
-    Example:
-        >>> gently({"max_steps": 5000, "warmup_steps": 0})
-        {'max_learning_rate': 0.0001, 'max_steps': 5000, 'warmup_steps': 0}
+    >>> gently({"max_steps": 5000, "warmup_steps": 0})
+    {'max_learning_rate': 0.0001, 'warmup_steps': 0, 'max_steps': 5000}
     """
     if not isinstance(training, Mapping):
         return training
-    return {**{k: v for k, v in GENTLE.items() if k not in training}, **training}
+    return {**GENTLE, **training}
 
 
 def _require_complete(config: dict[str, Any]) -> None:
-    """Report everything that is missing in one message, before the old checkpoint is loaded.
-
-    Raises:
-        ConfigError: at once for wrong values; else if weights, data sets, captions or keys are
-            missing.
-    """
+    """Report all that is missing (weights, data sets, captions, keys) before anything is loaded."""
     problems = Problems()
     sections = Sections.from_config(config, problems)
     problems.raise_wrong()
@@ -328,11 +297,9 @@ def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
         return
     shifted = max(0, params["disc_start"] - checkpoint.step)
     if shifted != params["disc_start"]:
-        logger.info(
-            "disc_start: %d in the new run, as the old one made %d of its %d steps and its "
-            "discriminator is loaded",
-            *(shifted, checkpoint.step, params["disc_start"]),
-        )
+        message = "disc_start: %d in the new run, as the old one made %d of its %d steps and its "
+        message += "discriminator is loaded"
+        logger.info(message, shifted, checkpoint.step, params["disc_start"])
         params["disc_start"] = shifted
 
 
@@ -348,8 +315,7 @@ def load_old(
     from ..host import load_heads
     from .load import load_into
 
-    params = config["model"]["params"]
-    report = load_into(host, checkpoint, params=params, averaged=averaged)
+    report = load_into(host, checkpoint, params=config["model"]["params"], averaged=averaged)
     logger.info("old weights: %s", report)
     if heads is not None:
         if getattr(host.loss, "alignment", None) is None:
@@ -359,23 +325,18 @@ def load_old(
 
 
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
-    """Check that two hosts' reconstructions of images (B, 3, H, W) are bit-identical in eval mode.
-
-    Raises:
-        RuntimeError: if they are not; it gives the largest difference.
-    """
+    """Raise RuntimeError unless both reconstruct images (B, 3, H, W) bit-identically."""
     import torch
 
     from ..host import reconstruct
 
     modes = {part: part.training for part in new.modules()}
-    device = next(old.parameters()).device
-    try:
-        before = reconstruct(old.eval(), images.to(device))
-        after = reconstruct(new.eval(), images.to(next(new.parameters()).device)).to(device)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    before, after = (
+        reconstruct(host.eval(), images.to(next(host.parameters()).device)).cpu()
+        for host in (old, new)
+    )
+    for part, mode in modes.items():
+        part.training = mode
     if not torch.equal(before, after):
         gap = float((before - after).abs().max())
         raise RuntimeError(
@@ -409,28 +370,26 @@ def _write_report(
         "images": "data.validation" if is_held_out else "data.train (no validation in the config)",
         "metrics": result.rows,
     }
-    if result.loaded is not None:
-        report["loaded"] = {
-            "tensors": len(result.loaded.loaded),
-            "missing": list(result.loaded.missing),
-            "unexpected": list(result.loaded.unexpected),
-            "mismatched": [list(entry) for entry in result.loaded.mismatched],
+    if (loaded := result.loaded) is not None:
+        report["loaded"] = {"tensors": len(loaded.loaded)} | {
+            kind: getattr(loaded, kind) for kind in ("missing", "unexpected", "mismatched")
         }
-    text = f"# {checkpoint.path.name}, and after {result.run.steps} steps of LG-VQ\n\n"
-    text += f"On the images of {report['images']}; ± is half the 95 % interval over images.\n\n"
-    text += as_table(result.rows) + "\n"
-    text += "".join(f"\n{line}\n" for line in warnings_of(result.rows))
+    paragraphs = [
+        f"# {checkpoint.path.name}, and after {result.run.steps} steps of LG-VQ",
+        f"On the images of {report['images']}; ± is half the 95 % interval over images.",
+        as_table(result.rows),
+        *warnings_of(result.rows),
+    ]
     write_json(folder / "retrofit.json", report)
-    write_text(folder / "retrofit.md", text)
+    write_text(folder / "retrofit.md", "\n\n".join(paragraphs) + "\n")
 
 
 def warnings_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a warning if the host's reconstructions became worse, with the cause and a fix.
 
-    Example:
-        >>> row = {"old": 19.6, "new": 6.6, "control": 6.5, "difference": -13.0}
-        >>> warnings_of({"reconstruction/psnr": row})[0][:52]
-        'PSNR fell from 19.60 to 6.60 dB, and to 6.50 dB in t'
+    >>> row = {"old": 19.6, "new": 6.6, "control": 6.5, "difference": -13.0}
+    >>> warnings_of({"reconstruction/psnr": row})[0][:52]
+    'PSNR fell from 19.60 to 6.60 dB, and to 6.50 dB in t'
     """
     row = rows.get("reconstruction/psnr", {})
     if not row or row["old"] - min(row["new"], row.get("control", row["new"])) < PSNR_DROP:
@@ -444,7 +403,5 @@ def warnings_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     else:
         found += f", and to {row['control']:.2f} dB in the control, without LG-VQ"
         cause = "the training itself is the cause, not the text"
-    return [
-        f"{found}: {cause}. Lower the learning rate (model.learning_rate, "
-        "training.max_learning_rate), or raise training.warmup_steps"
-    ]
+    fix = "Lower the learning rate (model.learning_rate, training.max_learning_rate), or raise"
+    return [f"{found}: {cause}. {fix} training.warmup_steps"]

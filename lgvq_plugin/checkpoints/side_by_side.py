@@ -21,15 +21,14 @@ def compare_hosts(
     batch_size: int = 16,
     max_images: int = 500,
 ) -> dict[str, Any]:
-    """Measure hosts on the same images, as `lgvq eval` does.
+    """Measure hosts on the same images, the first `max_images`, as `lgvq eval` does.
 
     Args:
         hosts: `old` and `new`, and optionally `control`; in evaluation mode, on one device.
-        data: the `{target, params}` of `test` and of `train`, on which the retrieval probe is
-            trained.
+        data: `{target, params}` of `test`, and of `train` for the retrieval probe.
         guide: the `lgvq.guide` block for the retrieval probe; None leaves it out.
         batch_size: images per batch.
-        max_images: number of images of each split, the first ones.
+        max_images: number of images of each split.
 
     Returns:
         `{metric: {"old", "new", "difference", "half_width", "n", "unit"}}`: new - old, and half
@@ -78,12 +77,11 @@ def _half_width(after: Mapping[str, Any], before: Mapping[str, Any]) -> float | 
 def as_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the rows of :func:`compare_hosts` as a Markdown table.
 
-    Example:
-        >>> row = {"old": 1.0, "new": 2.0, "difference": 1.0, "half_width": None, "n": 3}
-        >>> print(as_table({"reconstruction/psnr": {**row, "unit": "dB"}}))
-        | metric | old | new | new - old | n |
-        |---|---|---|---|---|
-        | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
+    >>> row = {"old": 1.0, "new": 2.0, "difference": 1.0, "half_width": None, "n": 3}
+    >>> print(as_table({"reconstruction/psnr": {**row, "unit": "dB"}}))
+    | metric | old | new | new - old | n |
+    |---|---|---|---|---|
+    | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
     """
     has_control = any("control" in row for row in rows.values())
     names = ["old", *(["control"] if has_control else []), "new"]

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import compat
-from ..config import LGVQConfig, parse, require_finite_weights
+from ..config import LGVQConfig, parse, require, require_finite_weights
 from ..sockets import (
     ConfigError,
     Problems,
@@ -59,6 +59,7 @@ CAPTION_LAYOUTS = (
     "beside each image (list_file); a .txt or .json member in each sample (webdataset). "
     "`lgvq data check PATH` shows what is found; data sets of taming's own have no captions"
 )
+READING = ("size", "crop", "flip", "crop_size", "random_crop", "channel_first")
 TRAINING_ONLY = ("root", "split", "crop", "flip")  # params that other data sets do not share
 MAX_COUNTED = 20_000  # samples whose captions are counted
 MAX_READ = 2_000  # captions whose words are looked up
@@ -67,32 +68,26 @@ MAX_READ = 2_000  # captions whose words are looked up
 def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
     """Build the host that the config's `model:` section names.
 
-    Raises:
-        ConfigError: if a target in that section does not exist, or a constructor does not take
-            its params, or refuses their values.
+    Raises ConfigError if a target in that section does not exist, or a constructor does not take
+    its params, or refuses their values.
 
-    Example:
-        >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
-        Identity()
+    >>> build_host({"model": {"target": "torch.nn.Identity", "learning_rate": 0.1}})
+    Identity()
     """
-    whole = lay_over(OmegaConf.create({}), config)
-    model = model_section(to_plain(whole, "model"))
+    model = model_section(to_plain(lay_over(DictConfig({}), config), "model"))
     _check_targets(model, "model")
-    loss = loss_section({"model": model})
+    name, params, loss = model["target"], model.get("params") or {}, loss_section({"model": model})
     weights = loss.get("params") or {}
     require_finite_weights(weights, f"model.params.{loss_key({'model': model})}.params")
     weight = compat.perceptual_weight_of(loss.get("target"), weights)
-    target, params = import_target(model["target"]), model.get("params") or {}
-    check_call(f"model: {model['target']}", target, (), params)
+    target = import_target(name)
+    check_call(f"model: {name}", target, (), params)
     # Hosts read their configs as attributes (encoder.dim), as OmegaConf's containers allow.
     given = OmegaConf.create(params, flags={"allow_objects": True})
-    with building("model", model["target"], params):
-        # Hosts print in their constructors, and stdout is for tables.
-        with (
-            compat.lpips_only_if_used(weight, loss.get("target")),
-            contextlib.redirect_stdout(sys.stderr),
-        ):
-            host = target(**{str(key): value for key, value in given.items()})
+    lpips = compat.lpips_only_if_used(weight, loss.get("target"))
+    # Hosts print in their constructors, and stdout is for tables.
+    with building("model", name, params), lpips, contextlib.redirect_stdout(sys.stderr):
+        host = target(**{str(key): value for key, value in given.items()})
         require_host = getattr(getattr(host, "loss", None), "require_host", None)
         if callable(require_host):  # LGVQLoss: report a missing quantizer before the first step
             require_host()
@@ -102,10 +97,11 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
 def _check_targets(node: Any, where: str) -> None:
     """Check what can be checked of a tree of `{target, params}` before anything is built."""
     if not isinstance(node, Mapping):
-        if where.endswith(".lossconfig"):
-            raise ConfigError(f"{where}: expected a mapping with a `target:`, got {node!r}")
-        if isinstance(node, float) and math.isnan(node):
-            raise ConfigError(f"{where}: expected a number, got {node!r}")
+        is_loss = where.endswith(".lossconfig")
+        is_wrong = is_loss or (isinstance(node, float) and math.isnan(node))
+        require(
+            not is_wrong, where, f"a {'mapping with a `target:`' if is_loss else 'number'}", node
+        )
         return
     if isinstance(node.get("target"), str):
         try:
@@ -115,14 +111,14 @@ def _check_targets(node: Any, where: str) -> None:
             raise ConfigError(f"{where}.target: {error}{hint}") from error
         params = params_of(node, where)
         if where in [f"model.params.{key}" for key in LOSS_KEYS]:
-            _check_loss(node["target"], target, params, f"{where}.params")
+            _check_loss(target, params, f"{where}.params")
     elif where.endswith("lossconfig"):
         raise ConfigError(f"{where}: expected a `target:`, got keys {sorted(node)}")
     for key, value in node.items():
         _check_targets(value, f"{where}.{key}")
 
 
-def _check_loss(name: str, loss: Any, params: Mapping[str, Any], where: str) -> None:
+def _check_loss(loss: Any, params: Mapping[str, Any], where: str) -> None:
     """Check the params of the host's loss; those of its base loss if it is ours."""
     from ..loss import LGVQLoss, base_of
 
@@ -138,12 +134,10 @@ def _check_loss(name: str, loss: Any, params: Mapping[str, Any], where: str) -> 
 def build_dataset(section: Mapping[str, Any]) -> Any:
     """Build the data set `{target, params}`; the target may be a member's short name.
 
-    Raises:
-        ConfigError: if there is no such data set, it does not take the params, or is empty.
+    Raises ConfigError if there is no such data set, it does not take the params, or is empty.
 
-    Example:
-        >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
-        5
+    >>> len(build_dataset({"target": "scenes", "params": {"length": 5}}))
+    5
     """
     try:
         member = resolve("datasets", section["target"])
@@ -164,13 +158,8 @@ def build_parts(
 ) -> tuple[Any, Any, Any]:
     """Build host, training set, and validation set or None; report all that is missing at once.
 
-    Args:
-        config: as it was given, for the host.
-        sections: its sections, checked; a part that `problems` has an error of is None.
-        problems: what was found so far.
-
-    Raises:
-        ConfigError: for all problems together: weights, data sets, captions, keys.
+    A part of `sections` that `problems` has an error of already is None. Raises ConfigError for
+    all problems together: weights, data sets, captions, keys.
     """
     from ..guides.base import build_guide
 
@@ -183,8 +172,7 @@ def build_parts(
             with problems.collecting():  # a host builds its loss before it gets to the guide
                 build_guide(block.guide)
     for name in ("train", "validation"):
-        section = getattr(sections.data, name) if sections.data is not None else None
-        if section is not None:
+        if (section := getattr(sections.data, name, None)) is not None:
             with problems.collecting():
                 built[name] = _build_named(name, section)
     if problems and "train" in built and block is not None:
@@ -220,8 +208,7 @@ def _alignment_block(sections: Sections) -> LGVQConfig | None:
 def check_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> None:
     """Refuse images without captions where heads need them; warn about doubtful data.
 
-    Raises:
-        ConfigError: if no training image has a caption.
+    Raises ConfigError if no training image has a caption.
     """
     alignment = getattr(getattr(host, "loss", None), "alignment", None)
     if alignment is not None:
@@ -234,18 +221,10 @@ def check_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> 
 
 
 def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> list[str] | None:
-    """Return some captions of the training set, and log how many images have any.
+    """Return up to 2,000 captions of the training set, and log how many images have any.
 
-    Args:
-        dataset: the training set.
-        block: the `lgvq:` block.
-        peek: read the first sample of a data set that cannot list its captions.
-
-    Returns:
-        Up to 2,000 captions; None if only the batches show them.
-
-    Raises:
-        ConfigError: if no image has a caption.
+    None if only the batches show them; `peek` reads the first sample of such a data set. Raises
+    ConfigError if no image has a caption.
     """
     from ..datasets.base import CaptionedImages
 
@@ -262,11 +241,10 @@ def require_captions(dataset: Any, block: LGVQConfig, *, peek: bool = False) -> 
             f"have nothing to learn from; {CAPTION_LAYOUTS}. To train without text, use the "
             "host's own loss"
         )
-    if len(looked) == total:
-        logger.info("%s of %s training images have captions", f"{len(found):,}", f"{total:,}")
-    else:
-        share = 100 * len(found) / len(looked)
-        logger.info("about %.0f %% of %s training images have captions", share, f"{total:,}")
+    share = f"{len(found):,}"
+    if len(looked) < total:
+        share = f"about {100 * len(found) / len(looked):.0f} %"
+    logger.info("%s of %s training images have captions", share, f"{total:,}")
     return [text for texts in found[:MAX_READ] for text in texts][:MAX_READ]
 
 
@@ -287,12 +265,12 @@ def _warn_of_unknown_words(guide: AbstractGuide, captions: list[str]) -> None:
 
 
 def _warn_of_shared_images(train: Any, validation: Any, sections: Sections) -> None:
-    files = [_files_of(dataset) for dataset in (train, validation)]
-    total = len(validation)
-    if files[0] is not None and files[1] is not None:
-        shared = len([file for file in files[1] if file in {*files[0]}])
+    files, held_out = _files_of(train), _files_of(validation)
+    total, data = len(validation), sections.data
+    if files is not None and held_out is not None:
+        known = {*files}
+        shared = len([file for file in held_out if file in known])
     else:
-        data = sections.data
         shared = total if _images_of(data.train) == _images_of(data.validation or {}) else 0
     if shared:
         logger.warning(
@@ -310,8 +288,7 @@ def _files_of(dataset: Any) -> list[str] | None:
 
 def _images_of(section: Mapping[str, Any]) -> Any:
     """Return target and params of a data set, without those that leave its images the same."""
-    reading = ("size", "crop", "flip", "crop_size", "random_crop", "channel_first")
-    params = {k: v for k, v in (section.get("params") or {}).items() if k not in reading}
+    params = {k: v for k, v in _params_in(section).items() if k not in READING}
     return section.get("target"), params
 
 
@@ -324,55 +301,47 @@ def with_shortcuts(
 ) -> DictConfig:
     """Return `config` with the values of `--data` and `--max-steps`.
 
-    Args:
-        config: read by :func:`read_config`.
-        data: images with captions in any layout that `lgvq data check` knows, in place of the
-            data section; its batch_size stays, and its num_workers up to the number of cores.
-            Without split folders a tenth of the images is for validation.
-        max_steps: for `training.max_steps`.
-        overrides: the `key=value` words; those about `data` apply to the folder too. Params in
-            `data.train.params` (encoding, size, file_key, ...) hold for its other splits as well.
-
-    Raises:
-        ConfigError: if the folder is missing, or of no known layout.
+    `data` holds images with captions in any layout that `lgvq data check` knows. It replaces the
+    data section, of which batch_size stays, and num_workers up to the number of cores; without
+    split folders a tenth of the images is for validation. `key=value` words about `data` apply to
+    it too, those in `data.train.params` (encoding, size, file_key, ...) to all its splits.
+    Raises ConfigError if it is missing, or of no known layout.
     """
     if data is not None:
-        folder = Path(data).expanduser()
-        if not folder.exists():
-            raise ConfigError(f"{folder} does not exist; expected a folder of images or a table")
-        words = [word for word in overrides if word.startswith(("data.", "dataset."))]
-        over = lay_over(OmegaConf.create({}), OmegaConf.from_dotlist(words))
-        try:  # what refers to the data section is resolved before it goes
-            plain: Any = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"config: {error}") from error
-        helpers, old = helpers_of(config), plain.get("data")
-        merged: Any = OmegaConf.merge({k: v for k, v in plain.items() if k != "data"}, over)
-        given = to_plain(merged, "data").get("data") or {}
-        sections = {str(key): value for key, value in plain.items() if key not in helpers}
-        sections["data"] = _data_of(folder, old if isinstance(old, dict) else {}, given)
-        config = lay_over(OmegaConf.create(sections), {"data": given})
+        config = _with_folder(config, Path(data).expanduser(), overrides)
     if max_steps is not None:
         config = lay_over(config, {"training": {"max_steps": max_steps}})
     return config
 
 
+def _with_folder(config: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
+    if not folder.exists():
+        raise ConfigError(f"{folder} does not exist; expected a folder of images or a table")
+    words = [word for word in overrides if word.startswith(("data.", "dataset."))]
+    over = lay_over(DictConfig({}), OmegaConf.from_dotlist(words))
+    try:  # what refers to the data section is resolved before it goes
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {error}") from error
+    old = plain.pop("data", None)
+    merged: Any = OmegaConf.merge(plain, over)
+    given = to_plain(merged, "data").get("data") or {}
+    sections = {str(key): plain[key] for key in plain if key not in helpers_of(config)}
+    sections["data"] = _data_of(folder, old if isinstance(old, dict) else {}, given)
+    return lay_over(OmegaConf.create(sections), {"data": given})
+
+
 def _data_of(folder: Path, old: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    params = old.get("params")
-    given = {**(params if isinstance(params, Mapping) else {}), **old}
-    batch_size = given.get("batch_size")
+    given = {**_params_in(old), **old}
+    batch_size, workers = given.get("batch_size"), given.get("num_workers")
     if batch_size is None:
         batch_size = 8
         logger.info("--data: batch_size 8, as the config gives none (data.batch_size=N)")
-    workers = given.get("num_workers")
     if not isinstance(workers, int):
         workers = 2 * batch_size if isinstance(batch_size, int) else 0  # taming's default
     sets = _sets_of(folder, over)
-    logger.info(
-        "--data %s in place of the config's data section: %s",
-        folder,
-        "; ".join(f"{name}: {made['target']} {made['params']}" for name, made in sets.items()),
-    )
+    listed = "; ".join(f"{name}: {made['target']} {made['params']}" for name, made in sets.items())
+    logger.info("--data %s in place of the config's data section: %s", folder, listed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"batch_size": batch_size, "num_workers": min(workers, cores or 1), **sets}
 
@@ -398,11 +367,11 @@ def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
         splits["train"].setdefault("crop", "random")
     own = {name: _params_in(over.get(name)) for name in DATA_SETS}
     shared = {key: value for key, value in own["train"].items() if key not in TRAINING_ONLY}
-    sets: dict[str, dict[str, Any]] = {
-        name: {"target": layout.member, "params": {**splits[name], **shared, **own[name]}}
-        for name in DATA_SETS
-        if name in splits
-    }
+    sets: dict[str, dict[str, Any]] = {}
+    for name in [name for name in DATA_SETS if name in splits]:
+        params = {**splits[name], **shared, **own[name]}
+        params = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in params.items()}
+        sets[name] = {"target": layout.member, "params": params}
     if whole is not None and "validation" in sets:
         try:
             build_dataset(sets["validation"])
@@ -411,9 +380,6 @@ def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
             del sets["validation"]
     elif "validation" not in sets:
         logger.warning("--data %s: no validation images; only training metrics are logged", folder)
-    for made in sets.values():
-        params = made["params"].items()
-        made["params"] = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in params}
     return sets
 
 

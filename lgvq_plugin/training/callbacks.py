@@ -6,19 +6,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ..files import replacing, writing
+from ..files import remove_parts, replacing, write_text, writing
 from ..finite import all_finite, in_groups
 from . import rng, state
 from .data import validation_loader
@@ -39,28 +42,13 @@ class Stopped(Exception):
 class TrainingCallback(pl.Callback):
     """Logs, validates, draws and saves; leaves the training's random generators unchanged.
 
-    Args:
-        folder: of the run.
-        validation: the data set to validate on; or None.
-        progress: whether to show a bar.
-        signals: that stop the run.
-        begin: called after the first batch, before anything is written; returns the loggers.
-
-    Attributes:
-        metrics: the last value of every key.
+    Nothing is written into the run's `folder` before the first batch has passed. `validation` is
+    the data set to validate on, or None; `metrics` holds the last value of every key.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        validation: Any,
-        progress: bool,
-        signals: "Signals",
-        begin: Callable[[], list[Any]],
-    ):
+    def __init__(self, folder: Path, *, validation: Any, progress: bool, signals: "Signals"):
         self.folder, self.progress, self.signals = folder, progress, signals
-        self._dataset, self._begin = validation, begin
+        self._dataset, self._resumed_at = validation, 0
         self._validation: DataLoader | None = None
         self.metrics: dict[str, float] = {}
         self._loggers: list[Any] | None = None
@@ -72,14 +60,11 @@ class TrainingCallback(pl.Callback):
     # Lightning's hooks, in the order of a run.
 
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the EMA weights until the host is on its device.
-
-        Raises:
-            CheckpointError: if they do not fit the host.
-        """
+        """Keep the EMA weights until the host is on its device, if they fit it."""
         self._saved = checkpoint.get("ema_state_dict")
         if self._saved is not None:
-            state.require_fit(self._saved, module.host, "ema_state_dict", str(trainer.ckpt_path))
+            with module.checking():
+                state.require_fit(self._saved, module.host, "ema_state_dict")
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """From here on a signal waits for the end of the step."""
@@ -89,7 +74,7 @@ class TrainingCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: HostDriver) -> None:  # type: ignore[override]
         """Install the signal handlers again (Lightning replaced them), start the EMA and bar."""
         self.signals.install()
-        settings = module.settings
+        settings, self._resumed_at = module.settings, trainer.global_step
         if self._dataset is not None and (settings.val_every or settings.images_every):
             self._validation = validation_loader(
                 self._dataset,
@@ -107,15 +92,15 @@ class TrainingCallback(pl.Callback):
             elif trainer.global_step:
                 logger.warning("the checkpoint has no EMA weights: averaging starts again here")
         if self.progress and trainer.is_global_zero:
-            total, done = settings.max_steps, trainer.global_step
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+            at: Any = {"total": settings.max_steps, "initial": self._resumed_at}
+            self._bar = tqdm(**at, unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, module: HostDriver, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After each step, do what is due."""
         if self._loggers is None:
-            self._loggers = self._begin()
+            self._loggers = self._begin(module.config) if trainer.is_global_zero else []
         if not module.has_stepped:
             return
         settings, step = module.settings, trainer.global_step
@@ -126,17 +111,32 @@ class TrainingCallback(pl.Callback):
         if self._ema is not None:
             self._ema.update()
         if step == 1 or is_due(settings.log_every):
-            self._log_training(trainer, module, step)
+            group = trainer.optimizers[0].param_groups[0]
+            rate = group["lr"] * module.warmup(group, step - 1)
+            values = {key: value.float().mean().item() for key, value in module.latest.items()}
+            self._log({**values, "train/lr": rate}, step)
         if self._bar is not None:
             self._show(module)
         self._stop_if_signaled(trainer, module, step)
         if is_due(settings.val_every):
             self._validate(trainer, module, step)
             self._stop_if_signaled(trainer, module, step)
-        if is_due(settings.images_every):
+        if is_due(settings.images_every) and trainer.is_global_zero:
             self._draw(trainer, module, batch, step)
         if is_due(settings.checkpoint_every or settings.max_steps):
             self._save(trainer, module, step)
+
+    def _begin(self, config: Mapping[str, Any]) -> list[Any]:
+        """Make the run folder, and return the loggers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(self.folder)
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+        write_text(self.folder / "configs" / "merged.yaml", text)
+        loggers: list[Any] = [MetricsFile(self.folder, self._resumed_at)]
+        if any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
+            purge: Any = {"purge_step": self._resumed_at + 1} if self._resumed_at else {}
+            loggers.append(TensorBoardLogger(self.folder, name="tensorboard", version="", **purge))
+        return loggers
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the EMA weights."""
@@ -151,30 +151,18 @@ class TrainingCallback(pl.Callback):
             each.finalize("")
 
     def _stop_if_signaled(self, trainer: pl.Trainer, module: HostDriver, step: int) -> None:
-        stops = self.signals.received is not None
-        if trainer.world_size > 1:  # one process may have got the signal alone
-            stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
-        if stops:
+        # One of several processes may have got the signal alone.
+        if _on_any(trainer, self.signals.received is not None):
             path = self._save(trainer, module, step)
             raise Stopped(f"stopped at step {step}, saved in {path}")
-
-    def _log_training(self, trainer: pl.Trainer, module: HostDriver, step: int) -> None:
-        values = {key: value.float().mean().item() for key, value in module.latest.items()}
-        group = trainer.optimizers[0].param_groups[0]
-        values["train/lr"] = group["lr"] * module.warmup(group, step - 1)
-        self._log(values, step)
 
     def _show(self, module: HostDriver) -> None:
         """Advance the bar; update its losses every few seconds."""
         self._bar.update()
         if (now := time.monotonic()) - self._shown_at >= BAR_SECONDS:
-            self._shown_at = now
-            shown = {key.split("/", 1)[1]: module.latest.get(key) for key in ON_BAR}
-            self._bar.set_postfix({
-                key: f"{value.float().mean().item():.3g}"
-                for key, value in shown.items()
-                if value is not None
-            })  # fmt: skip
+            self._shown_at, log = now, module.latest
+            shown = {key.split("/", 1)[1]: log[key] for key in ON_BAR if key in log}
+            self._bar.set_postfix({k: f"{v.float().mean().item():.3g}" for k, v in shown.items()})
 
     def _log(self, values: dict[str, float], step: int) -> None:
         self.metrics |= values
@@ -202,8 +190,6 @@ class TrainingCallback(pl.Callback):
         self._log({key: (value / count).item() for key, value in sums.items()}, step)
 
     def _draw(self, trainer: pl.Trainer, module: HostDriver, batch: Any, step: int) -> None:
-        if not trainer.is_global_zero:
-            return
         batches = {"train": batch}
         if self._validation is not None:
             batches["val"] = next(iter(self._validation))
@@ -213,22 +199,15 @@ class TrainingCallback(pl.Callback):
                 write_grid(self.folder / "images" / f"{split}_{step:08d}.png", rows)
 
     def _save(self, trainer: pl.Trainer, module: HostDriver, step: int) -> Path:
-        """Write a checkpoint.
-
-        Raises:
-            FloatingPointError: if a weight is not finite; nothing is written then.
-        """
+        """Write a checkpoint; FloatingPointError instead if a weight is not finite."""
         bad = module.nonfinite()
         if self._ema is not None:
             averages = self._ema.weights.items()
             bad += [f"{name}, averaged" for name, value in averages if not all_finite([value])]
-        if trainer.world_size > 1:  # sharded weights: one process may be the only one to see it
-            any_bad = trainer.strategy.reduce_boolean_decision(bool(bad), all=False)
-            bad = bad or ["on another process"] * any_bad
-        if bad:
+        if _on_any(trainer, bool(bad)):  # of sharded weights one process may see it alone
             raise FloatingPointError(
-                f"step {step}: weights are not finite: {in_groups(bad)}; they are not saved. Lower "
-                "the learning rate, or clip (training.gradient_clip_val)"
+                f"step {step}: weights are not finite: {in_groups(bad or ['on another process'])}; "
+                "they are not saved. Lower the learning rate, or clip (training.gradient_clip_val)"
             )
         keep = module.settings.keep_checkpoints
         return state.save(trainer, self.folder / "checkpoints", step, keep)
@@ -237,12 +216,9 @@ class TrainingCallback(pl.Callback):
     def _evaluating(self, trainer: pl.Trainer, module: HostDriver) -> Iterator[None]:
         """Eval mode, no gradients, EMA weights if there are any; everything restored after."""
         modes = {part: part.training for part in module.modules()}
-        with ExitStack() as stack:
-            stack.enter_context(rng.preserved())
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(trainer.precision_plugin.val_step_context())
-            if self._ema is not None:
-                stack.enter_context(self._ema.applied())
+        averages = nullcontext() if self._ema is None else self._ema.applied()
+        amp = trainer.precision_plugin.val_step_context()
+        with rng.preserved(), torch.no_grad(), amp, averages:
             rng.seed_all(module.settings.seed + trainer.global_rank)
             module.eval()
             try:
@@ -252,15 +228,19 @@ class TrainingCallback(pl.Callback):
                     part.training = mode
 
 
+def _on_any(trainer: pl.Trainer, holds: bool) -> bool:
+    """Whether something holds on any process; all of them must ask."""
+    if trainer.world_size == 1:
+        return holds
+    return trainer.strategy.reduce_boolean_decision(holds, all=False)
+
+
 class EMA:
     """Exponential moving average of the trainable parameters, without a copy of the modules.
 
     Buffers and frozen parameters are not averaged (an EMA codebook's counts would be averaged
-    twice); :meth:`state_dict` takes them from the host.
-
-    Args:
-        host: whose parameters are averaged.
-        decay: in (0, 1): average += (1 - decay) * (parameter - average).
+    twice); :meth:`state_dict` takes them from the host. With a `decay` in (0, 1), a step is
+    average += (1 - decay) * (parameter - average).
     """
 
     def __init__(self, host: nn.Module, decay: float):
@@ -306,13 +286,9 @@ class EMA:
 class Signals:
     """Handles SIGINT and SIGTERM from the first moment of a run to its last.
 
-    Before the first step a signal raises KeyboardInterrupt at once. After it the first signal is
-    only noted, so that the step ends and is saved; the second raises. Noting it matters in any
-    case: Python drops an exception raised by a handler inside a `__del__` or a callback.
-
-    Attributes:
-        received: the number of the signal that came, or None.
-        is_training: whether steps are under way.
+    Before the first step (`is_training`) a signal raises KeyboardInterrupt at once. After it the
+    first one is only noted, so that the step ends and is saved; the second raises. Its number is
+    in `received` in any case: Python drops what a handler raises in a `__del__` or a callback.
     """
 
     def __init__(self) -> None:
@@ -352,26 +328,22 @@ class MetricsFile:
     """Writes `metrics.csv`: a row per logged step, on disk when the call returns.
 
     Lightning's CSVLogger deletes the file of an interrupted run; this drops only the rows after
-    the step at which the run resumes.
-
-    Args:
-        folder: of the run.
-        resumed_at: rows of later steps are dropped; 0 starts a new file.
+    step `resumed_at`, where the run resumes; 0 starts a new file.
     """
 
     name = "metrics.csv"
 
     def __init__(self, folder: Path, resumed_at: int = 0):
         self.path = folder / self.name
-        self._keys = ["step"]
-        self._rows: list[dict[str, str]] = []
+        self._keys, self._rows = ["step"], list[dict[str, str]]()
         self._has_all = False  # whether the file holds all rows and keys, and can be appended to
         if resumed_at > 0 and self.path.is_file():
             lines = self.path.read_text(errors="replace").splitlines(keepends=True)
             # A kill or a full disk leaves half a row at the end.
             reader = csv.DictReader(line for line in lines if line.endswith("\n"))
-            rows = [row for row in reader if (row.get("step") or "").isdecimal()]
-            self._rows = [row for row in rows if int(row["step"]) <= resumed_at]
+            for row in reader:
+                if (row.get("step") or "").isdecimal() and int(row["step"]) <= resumed_at:
+                    self._rows.append(row)
             self._keys = list(reader.fieldnames or self._keys)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

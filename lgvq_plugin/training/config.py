@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 SECTIONS = ["model", "data", "training", "lightning", "evaluation"]
 SHORT_FORMS = ["lgvq", "recipe", "objectives"]
 FOREIGN = ["dataset", "trainer", "seed_everything"]  # of ViT-VQGAN and LightningCLI
+TRAINER_KEYS = {"max_steps": int, "accumulate_grad_batches": int, "precision": str}  # taken over
+CLI_KEYS = {"class_path": "target", "init_args": "params"}  # LightningCLI's
 OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
 OBJECTIVES = [entry.name for entry in fields(ObjectivesConfig)]
 LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
@@ -47,11 +50,9 @@ RENAMED = (  # in interpolations
 def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
     """Merge YAML files, the later over the earlier, then `key=value` overrides.
 
-    Raises:
-        ConfigError: if a file is missing, a folder or no YAML mapping, or an override has
-            no `=` or names no section; the message names the file and the line.
+    Raises ConfigError, which names file and line, if a file is missing, a folder or no YAML
+    mapping, or if an override has no `=` or names no section.
 
-    Example:
         >>> read_config([], ["training.max_steps=5", "lgvq.stop=4"])
         {'training': {'max_steps': 5}, 'lgvq': {'stop': 4}}
     """
@@ -60,25 +61,20 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
     for override in overrides:
         _check_override(override, known)
     try:
-        whole = OmegaConf.create({})
-        for part in [*parts, OmegaConf.from_dotlist(list(overrides))]:
-            whole = lay_over(whole, part)
+        return reduce(lay_over, [*parts, OmegaConf.from_dotlist([*overrides])], DictConfig({}))
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"the configs and overrides do not fit together: {error}") from error
-    return whole
 
 
 def _read_file(path: Path) -> DictConfig:
     if path.is_dir():
         raise ConfigError(f"config {str(path)!r} is a folder; give a YAML file in it")
     if not path.is_file():
-        near = [p.name for p in path.parent.glob("*.yaml")]
-        is_override = "; expected a YAML file first, then overrides" if "=" in str(path) else ""
-        raise ConfigError(
-            f"config {str(path)!r} does not exist{is_override}{suggest(path.name, near)}"
-        )
+        hint = "; expected a YAML file first, then overrides" if "=" in str(path) else ""
+        hint += suggest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise ConfigError(f"config {str(path)!r} does not exist{hint}")
     try:
         config = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
@@ -112,7 +108,6 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
     (data.params) become ours; `lgvq`, `recipe` and `objectives` at the root go to the loss as
     soon as it is one of ours. A data set, or a guide, of another target loses the old params.
 
-    Example:
         >>> below = OmegaConf.create({"data": {"train": {"target": "scenes", "params": {"a": 1}}}})
         >>> lay_over(below, {"data": {"train": {"target": "folder"}}})
         {'data': {'train': {'target': 'folder'}}}
@@ -122,27 +117,29 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
     for key in DATA_SETS:
         old, new = _mapping(low, "data", key), _mapping(high, "data", key).get("target")
         if new and old.get("target") not in (None, new) and (lost := old.pop("params", None)):
-            lost = ", ".join(map(str, lost))
             message = "data.%s: %s replaces %s, whose params are dropped (%s)"
-            logger.info(message, key, new, old["target"], lost)
+            logger.info(message, key, new, old["target"], ", ".join(map(str, lost)))
     old, new = (_mapping(_block_in(node), "guide") for node in (low, high))
     if new.get("use") not in (None, old.get("use", "open_clip")):
         old.clear()
-    merged = OmegaConf.merge(OmegaConf.create(low), OmegaConf.create(high))
-    assert isinstance(merged, DictConfig)
+    merged: Any = OmegaConf.merge(OmegaConf.create(low), OmegaConf.create(high))
     return merged
 
 
 def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Return a config in plain containers, unresolved, its foreign keys renamed."""
-    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-    plain: Any = _renamed(OmegaConf.to_container(node, resolve=False))
-    plain = {str(key): value for key, value in plain.items()}
+    renamed = _renamed(OmegaConf.to_container(as_omegaconf(config), resolve=False))
+    plain = {str(key): value for key, value in renamed.items()}
     if "dataset" in plain and "data" not in plain:
         plain["data"] = plain.pop("dataset")
     if isinstance(_mapping(plain, "data").get("params"), dict):
         plain["data"] = _flat(plain["data"])
     return plain
+
+
+def as_omegaconf(config: DictConfig | Mapping[str, Any]) -> DictConfig:
+    """Return `config` itself, or a mapping as OmegaConf's."""
+    return config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,39 +158,31 @@ def _renamed(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     is_cli = isinstance(node.get("class_path"), str) or isinstance(node.get("init_args"), dict)
-    names = {"class_path": "target", "init_args": "params"} if is_cli else {}
-    return {names.get(key, key): _renamed(value) for key, value in node.items()}
+    return {CLI_KEYS.get(k, k) if is_cli else k: _renamed(value) for k, value in node.items()}
 
 
-def _mapping(node: Any, *keys: str) -> dict[str, Any]:
+def _mapping(node: Any, *keys: str | None) -> Any:
     """Return the mapping at a path; an empty one, not attached, where there is none."""
     for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node if isinstance(node, dict) else {}
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else {}
 
 
 def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
     key = loss_key(high) or loss_key(low)
-    targets = [_mapping(node, "model", "params", key or "").get("target") for node in (high, low)]
-    is_ours = str(next((target for target in targets if target), "")).startswith(OURS)
+    targets = [_mapping(node, "model", "params", key).get("target") for node in (high, low)]
+    is_ours = str(targets[0] or targets[1]).startswith(OURS)
     if "lgvq" in high and high["lgvq"] is None and (_block_in(low) or _block_in(high)):
         raise ConfigError(
             f"lgvq: expected {BLOCK_EXAMPLE}, got null, which would change nothing; to train "
             "without LG-VQ, give the loss the target of the host's own loss"
         )
     for node in (low, high):
-        block = _pop_short_forms(node)
-        if not block:
-            continue
-        if not (key and is_ours):
-            node["lgvq"] = block
-            continue
-        inner = node
-        for name in ("model", "params", key, "params"):
-            if not isinstance(inner.get(name), dict):
-                inner[name] = {}
-            inner = inner[name]
-        inner["lgvq"] = laid_over(inner.get("lgvq") or {}, block)
+        if block := _pop_short_forms(node):
+            for name in ("model", "params", key, "params") if key and is_ours else ():
+                node[name] = _mapping(node, name)
+                node = node[name]
+            node["lgvq"] = laid_over(node.get("lgvq") or {}, block)
 
 
 def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +207,7 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
 
 def _block_in(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `lgvq:` block of one part of a config, in the loss or at the root."""
-    inner = _mapping(node, "model", "params", loss_key(node) or "", "params", "lgvq")
+    inner = _mapping(node, "model", "params", loss_key(node), "params", "lgvq")
     return inner or _mapping(node, "lgvq")
 
 
@@ -255,12 +244,8 @@ class Sections:
     ) -> "Sections":
         """Check `config`; `training:` may be missing but for `max_steps`.
 
-        Args:
-            config: all sections.
-            problems: collects what is wrong in a section, which is then None in the result.
-
-        Raises:
-            ConfigError: for a section, key or value that is missing or unknown.
+        Raises ConfigError for a section, key or value that is missing or unknown, unless
+        `problems` is there to collect it; that section is then None in the result.
         """
         whole = lay_over(OmegaConf.create({}), config)
         plain = to_plain(whole)
@@ -276,8 +261,9 @@ class Sections:
             ignored += [f"data.{k}" for k in _flat(plain["data"]) if k not in (*DATA_KEYS, "wrap")]
             plain["data"] = with_sizes(plain["data"], plain.get("model"), [])
         with found.collecting():
-            section = _section(plain, "training", default={})
-            parts["training"] = TrainingConfig.from_dict(section)
+            given = plain.get("training")
+            given = _require_mapping({} if given is None else given, "training")
+            parts["training"] = TrainingConfig.from_dict(given)
         if problems is None:
             found.raise_any()
         if ignored:
@@ -289,9 +275,8 @@ class Sections:
     def check_names(self) -> None:
         """Check the data sets' names and the `lgvq:` block, as far as that needs no torch.
 
-        Raises:
-            ConfigError: for a data set that is neither a member nor a dotted path, a key or value
-                of the block that is wrong, or objectives that start after the last step.
+        Raises ConfigError for an unknown data set or guide, a wrong key or value of the block, or
+        objectives that start after the last step.
         """
         for section in (self.data.train, self.data.validation, self.data.test):
             if section is not None:
@@ -303,9 +288,9 @@ class Sections:
         is_on = any(getattr(block.objectives, name).weight for name in OBJECTIVES)
         if given and is_on and block.start >= steps:
             raise ConfigError(
-                f"lgvq.start: {block.start} is not before the end of training, "
-                f"training.max_steps: {steps}: the objectives of LG-VQ would never be used. Lower "
-                "the one or raise the other"
+                f"lgvq.start: {block.start} is not before the end of training, training.max_steps: "
+                f"{steps}: the objectives of LG-VQ would never be used. Lower the one or raise the "
+                "other"
             )
 
     def warn(self) -> None:
@@ -315,35 +300,31 @@ class Sections:
 
     def learning_rate(self, world_size: int) -> float:
         """Return the host's learning rate on `world_size` processes, and log its derivation."""
-        model, training = self.model, self.training
+        model, training, batch = self.model, self.training, self.data.batch_size
         rate = model.get("learning_rate")
         if rate is None:
-            rate = base = float(model["base_learning_rate"])
+            rate, accumulate = float(model["base_learning_rate"]), training.accumulate_grad_batches
             if training.scale_lr:
-                batch, accumulate = self.data.batch_size, training.accumulate_grad_batches
-                rate = accumulate * world_size * batch * base
+                factors = (accumulate, world_size, batch, rate)
+                rate = math.prod(factors)
                 logger.info(
                     "learning rate %.3g = %d (accumulate_grad_batches) x %d (devices) x %d "
                     "(batch_size) x %.3g (base_learning_rate); off with training.scale_lr=false",
-                    *(rate, accumulate, world_size, batch, base),
+                    *(rate, *factors),
                 )
-        limit = training.max_learning_rate
-        if limit is None or float(rate) <= limit:
-            return float(rate)
+        rate, limit = float(rate), training.max_learning_rate
+        if limit is None or rate <= limit:
+            return rate
         message = "learning rate %.3g instead of %.3g: the limit is training.max_learning_rate=%.3g"
-        logger.info(message, limit, float(rate), limit)
+        logger.info(message, limit, rate, limit)
         return limit
 
 
 def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
     """Remove all but the sections: map foreign keys, refuse likely typos, return the ignored."""
-    ignored = []
-    own = plain.get("training")
-    taken: dict[str, Any] = {}
+    ignored, taken, own = list[str](), dict[str, Any](), plain.get("training")
     for name in [name for name in plain if name not in SECTIONS]:
         value = plain.pop(name)
-        if name in helpers:
-            continue
         if name == "lgvq":
             raise ConfigError(
                 f"lgvq: the loss {loss_section(plain).get('target')!r} takes no such block; change "
@@ -352,21 +333,19 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
         if name == "seed_everything":
             taken |= {"seed": value} if type(value) is int else {}
         elif name == "trainer" and isinstance(value, dict):
-            kinds = {"max_steps": int, "accumulate_grad_batches": int, "precision": str}
             used = {
                 key: value[key]
-                for key, kind in kinds.items()
-                if key not in _mapping(plain, "training")
-                and isinstance(value.get(key), kind)
+                for key, kind in TRAINER_KEYS.items()
+                if isinstance(value.get(key), kind)
+                and key not in _mapping(own)
                 and value[key] != -1  # Lightning's word for no limit
             }
             if used:
                 logger.info("from `trainer:`: %s", ", ".join(f"{k}={v}" for k, v in used.items()))
             taken |= used
             ignored += [f"trainer.{key}" for key in value if key not in used]
-        elif difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.75):
-            raise ConfigError(f"no section {name[:60]!r} in a config{suggest(name, SECTIONS)}")
-        else:
+        elif name not in helpers:
+            _refuse_near("no section {!r} in a config", [name[:60]], SECTIONS)
             ignored.append(name)
     scale_lr = _mapping(plain, "model").get("scale_lr")  # taming's flag; some keep it here
     taken |= {"scale_lr": scale_lr} if isinstance(scale_lr, bool) else {}
@@ -377,22 +356,17 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
 
 def helpers_of(config: DictConfig) -> set[str]:
     """Return the keys of the root beside the sections that the config's interpolations name."""
-
     text = OmegaConf.to_yaml(config, resolve=False)
     return {*re.findall(r"\$\{([A-Za-z_]\w*)", text)} - {*SECTIONS, *SHORT_FORMS}
 
 
 def to_plain(config: DictConfig | Mapping[str, Any], *sections: str) -> dict[str, Any]:
-    """Return `config` as dicts, lists and scalars, interpolations resolved.
+    """Return `config` as dicts, lists and scalars, interpolations (across sections) resolved.
 
-    Args:
-        config: all sections, because interpolations may lead from one to another.
-        sections: return only these, if any are given; others may still be `???`.
-
-    Raises:
-        ConfigError: if a value is still `???`, or an interpolation leads nowhere.
+    Only `sections`, if any are given; others may still be `???`. Raises ConfigError if a value is
+    still `???`, or an interpolation leads nowhere.
     """
-    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    node = as_omegaconf(config)
 
     def resolved(value: Any) -> Any:
         if not OmegaConf.is_config(value):
@@ -415,15 +389,14 @@ def to_plain(config: DictConfig | Mapping[str, Any], *sections: str) -> dict[str
 def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checked `model:` section of a plain config, unknown keys left out.
 
-    Raises:
-        ConfigError: if a key is missing, wrong, or nearly a known one.
+    Raises ConfigError if a key is missing, wrong, or nearly a known one.
     """
     model = plain.get("model")
     if model is None:
         raise ConfigError(f"the config has no section `model:`; it has {list(plain)}")
     if not isinstance(model, dict):
         raise ConfigError(f"model: expected a mapping with a `target:`, got {model!r:.80}")
-    _refuse_near("model", model, MODEL_KEYS)
+    _refuse_near("model: no key {!r}", model, MODEL_KEYS)
     model = {key: value for key, value in model.items() if key in MODEL_KEYS}
     if not isinstance(model.get("target"), str):
         raise ConfigError("model.target is missing: the dotted path of the host's class")
@@ -435,60 +408,49 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError("model: give base_learning_rate, or learning_rate (not scaled)")
         model["learning_rate"] = own
     for name in ("learning_rate", "base_learning_rate"):
-        rate = model.get(name)
-        if rate is not None and not _is_rate(rate):
+        if not _is_rate(rate := model.get(name)):
             raise ConfigError(f"model.{name}: a learning rate must be a number > 0, got {rate!r}")
     return model
 
 
 def _is_rate(value: Any) -> bool:
     try:
-        return not isinstance(value, bool) and 0 < float(value) < math.inf
+        return value is None or (value is not True and 0 < float(value) < math.inf)
     except (TypeError, ValueError, OverflowError):  # YAML 1.1 reads 1e-4 as a string
         return False
 
 
-def _refuse_near(section: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+def _refuse_near(message: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Refuse a key that looks like a known one; an unknown one is only warned about."""
     for key in given:
         if key not in known and difflib.get_close_matches(str(key), known, n=1, cutoff=0.75):
-            raise ConfigError(f"{section}: no key {key!r}{suggest(key, known)}")
+            raise ConfigError(f"{message.format(key)}{suggest(key, known)}")
 
 
-def _section(
-    plain: Mapping[str, Any], name: str, hint: str = "", *, default: Any = None
-) -> dict[str, Any]:
-    section = default if plain.get(name) is None else plain[name]
-    if section is None:
-        raise MissingError(f"the config has no section `{name}:`; it has {list(plain)}{hint}")
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name}: expected a mapping, got {section!r:.80}{hint}")
-    return section
+def _require_mapping(node: Any, where: str, hint: str = "") -> Mapping[str, Any]:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {node!r:.80}{hint}")
+    return node
 
 
 def data_mapping(data: Any) -> Mapping[str, Any]:
-    """Return `data`, checked to be a mapping, as are its `params`.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"data: expected a mapping, got {data!r:.80}{DATA_HINT}")
-    params = data.get("params")
-    if params is not None and not isinstance(params, Mapping):
-        raise ConfigError(f"data.params: expected a mapping, got {params!r:.80}{DATA_HINT}")
+    """Return `data`; raises ConfigError if it, or its `params`, is no mapping."""
+    params = _require_mapping(data, "data", DATA_HINT).get("params")
+    if params is not None:
+        _require_mapping(params, "data.params", DATA_HINT)
     return data
 
 
 def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> DataSection:
     """Return the checked `data:` section of a plain config, see :func:`with_sizes`.
 
-    Raises:
-        ConfigError: for what is missing or unknown in it.
+    Raises ConfigError for what is missing or unknown in it.
     """
-    data = data_mapping(_section(plain, "data", DATA_HINT))
+    if plain.get("data") is None:
+        raise MissingError(f"the config has no section `data:`; it has {list(plain)}{DATA_HINT}")
+    data = data_mapping(plain["data"])
     given = _flat(with_sizes(data, plain.get("model"), notes))
-    _refuse_near("data", given, [*DATA_KEYS, "wrap"])
+    _refuse_near("data: no key {!r}", given, [*DATA_KEYS, "wrap"])
     for key in ("batch_size", "train"):
         if given.get(key) is None:
             hint = DATA_HINT if key == "train" else ""
@@ -507,20 +469,18 @@ def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> Da
 def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """Return key and value of the image size that a host is built for, if it names one.
 
-    Example:
-        >>> resolution_of({"params": {"ddconfig": {"resolution": 256, "ch": 128}}})
-        ('model.params.ddconfig.resolution', 256)
+    >>> resolution_of({"params": {"ddconfig": {"resolution": 256, "ch": 128}}})
+    ('model.params.ddconfig.resolution', 256)
     """
 
     def search(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        inner = node if isinstance(node, Mapping) else {}
+        inner = _mapping(node)
         yield from ((f"{path}.{key}", inner[key]) for key in RESOLUTION_KEYS if key in inner)
         for key, value in inner.items():
             if key not in LOSS_KEYS:
                 yield from search(value, f"{path}.{key}")
 
-    params = model.get("params") if isinstance(model, Mapping) else None
-    for key, value in search(params, "model.params"):
+    for key, value in search(_mapping(model, "params"), "model.params"):
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
             return key, sides[0] if sides[0] == sides[1] else sides
@@ -532,23 +492,18 @@ def with_sizes(
 ) -> dict[str, Any]:
     """Return the `data:` section with the host's resolution as `size` where it names none.
 
-    Args:
-        data: the section; only data sets of this package get a size.
-        model: the `model:` section, if there is one.
-        notes: collects warnings of other sizes, which are logged if it is None.
+    Only data sets of this package get one. `notes` collects the warnings of other sizes, which are
+    logged if it is None.
     """
-    known, made = resolution_of(model), dict(data)
-    if known is None:
+    made = dict(data)
+    if (known := resolution_of(model)) is None:
         return made
     key, size = known
     folder = f"{__package__.partition('.')[0]}.datasets."
     ours = {*MEMBERS, *(f"{folder}{path}" for path in MEMBERS.values())}  # these all take `size`
     for name in DATA_SETS:
-        section = data.get(name)
-        if (
-            not isinstance(section, Mapping)
-            or str(section.get("target")).replace(":", ".") not in ours
-        ):
+        section = _mapping(data, name)
+        if str(section.get("target")).replace(":", ".") not in ours:
             continue
         params = {"size": size, **(section.get("params") or {})}
         made[name] = {**section, "params": params}
@@ -565,19 +520,15 @@ def with_sizes(
 
 def loss_key(config: Mapping[str, Any]) -> str | None:
     """Return where `model.params` holds the host's loss: lossconfig, or loss; None for neither."""
-    model = config.get("model")
-    params = model.get("params") if isinstance(model, Mapping) else None
-    if not isinstance(params, Mapping):
-        return None
+    params = _mapping(config, "model", "params")
     return next((key for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
 
 
 def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of the host's loss, `{target, params}`; {} if there is none.
 
-    Example:
-        >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
-        {'target': 'torch.nn.MSELoss'}
+    >>> loss_section({"model": {"params": {"loss": {"target": "torch.nn.MSELoss"}}}})
+    {'target': 'torch.nn.MSELoss'}
     """
     key = loss_key(config)
     return to_plain(config["model"]["params"][key]) if key else {}
@@ -586,8 +537,7 @@ def loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
 def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `lgvq:` block of the host's loss, one at the root over it; {} if there is none.
 
-    Raises:
-        ConfigError: if it is no mapping.
+    Raises ConfigError if it is no mapping.
     """
     root, params = config.get("lgvq"), loss_section(config).get("params")
     block = params.get("lgvq") if isinstance(params, Mapping) else None

@@ -21,17 +21,12 @@ Draw = tuple[int, int]
 class Stream(Sampler[list[Draw]]):
     """Endless batches of (epoch, index), in the order given by (seed, epoch).
 
-    Args:
-        length: samples in the data set.
-        batch_size: samples of one process in a batch.
-        seed: of the order.
-        start: samples that all processes together have taken already.
-        rank, world_size: this process, and how many there are; each takes its part.
+    A batch has `batch_size` samples of each of `world_size` processes, this one is `rank`; `start`
+    is the number of samples that all processes together have taken already.
 
-    Example:
-        >>> batches = iter(Stream(length=5, batch_size=2, seed=0))
-        >>> [[epoch for epoch, _ in next(batches)] for _ in range(3)]
-        [[0, 0], [0, 0], [1, 1]]
+    >>> batches = iter(Stream(length=5, batch_size=2, seed=0))
+    >>> [[epoch for epoch, _ in next(batches)] for _ in range(3)]
+    [[0, 0], [0, 0], [1, 1]]
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """HostDriver: one training step of any taming-style host under Lightning 2."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 PASSES = ("generator", "discriminator")
 PARTS = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+PROTOCOL = ("get_input", "image_key", "loss", "get_last_layer", "configure_optimizers")
 HEADS = "loss.lgvq."
 
 
@@ -28,20 +29,12 @@ class HostDriver(pl.LightningModule):
     """Drives a host; its state dict is the host's, key for key.
 
     Args:
-        host: follows taming's protocol (`get_input`, `loss`, `get_last_layer`,
-            `configure_optimizers`, forward -> (xrec, qloss, ...)).
+        host: follows taming's protocol (`PROTOCOL`, forward -> (xrec, qloss, ...)); otherwise a
+            ConfigError is raised.
         settings: the `training:` section.
         dataset: the data set to train on; None if the driver only evaluates.
-        batch_size: samples of one process in a batch.
-        num_workers: processes that load samples.
+        batch_size: samples of one process in a batch, which `num_workers` processes load.
         config: the plain config, kept in every checkpoint.
-
-    Attributes:
-        latest: what the host logged in the last step, by key; detached.
-        samples: samples that all processes together have taken so far.
-
-    Raises:
-        ConfigError: if the host optimizes by hand itself, or lacks a part of the protocol.
     """
 
     def __init__(
@@ -61,12 +54,12 @@ class HostDriver(pl.LightningModule):
         self.settings, self.dataset = settings, dataset
         self.batch_size, self.num_workers = batch_size, num_workers
         self.config = dict(config or {})
-        self.frozen = Freeze(host, tuple(settings.freeze), settings.heads_first)
-        self.latest: dict[str, Tensor] = {}
-        self.samples = 0
+        self.frozen = Freeze(host, settings.freeze, settings.heads_first)
+        self.latest: dict[str, Tensor] = {}  # what the host logged in the last step
+        self.samples = 0  # that all processes together have taken so far
         self.has_stepped = False  # whether the last batch ended a step
         self._batches = 0  # of the step under way
-        self._skipped: dict[int, int] = {}  # consecutive updates that each optimizer skipped
+        self._skipped = [0, 0]  # consecutive updates that each optimizer skipped
         self._has_fitted = False  # whether a batch has passed through the host
         self._resumed: dict[str, Any] | None = None  # the checkpoint, until training starts
         # Buffers may hold -inf from the start (attention masks), but must not become infinite.
@@ -77,8 +70,7 @@ class HostDriver(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Pass `batch` through the host once (or twice) and update all its optimizers.
 
-        Raises:
-            ConfigError: if the first batch does not fit the host, or the host's own code fails.
+        Raises ConfigError if the first batch does not fit the host, or the host's own code fails.
         """
         if self._has_fitted:
             self._train_on(batch)
@@ -94,8 +86,7 @@ class HostDriver(pl.LightningModule):
         step, self._batches = self.global_step, self._batches + 1
         self.has_stepped = self._batches == self.settings.accumulate_grad_batches
         self.frozen.set_modes(step)
-        x = self.host.get_input(batch, self.host.image_key)
-        output = self.host(x)
+        x, output = self._forward(batch)
         if not self._has_fitted:
             require_same_shape(self.host, batch, x, output[0])
         log: dict[str, Tensor] = {}
@@ -120,32 +111,28 @@ class HostDriver(pl.LightningModule):
             self._share_buffers()
             self._schedule()
 
+    def _forward(self, batch: Any) -> tuple[Tensor, Any]:
+        x = self.host.get_input(batch, self.host.image_key)
+        return x, self.host(x)
+
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Return the host's validation log of `batch`, from both passes of its loss."""
         log: dict[str, Tensor] = {}
-        x = self.host.get_input(batch, self.host.image_key)
-        output = self.host(x)
+        x, output = self._forward(batch)
         for which in range(len(self.trainer.optimizers)):
             self._loss(x, output, which, self.global_step, "val", log)
         return log
 
     def reconstruct(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and reconstructions, (B, 3, H, W) each, near [-1, 1]."""
-        x = self.host.get_input(batch, self.host.image_key)
-        return x, self.host(x)[0]
+        x, output = self._forward(batch)
+        return x, output[0]
 
     def _loss(
         self, x: Tensor, output: Any, which: int, step: int, split: str, log: dict[str, Tensor]
     ) -> Tensor:
-        result = self.host.loss(
-            output[1],
-            x,
-            output[0],
-            which,
-            step,
-            last_layer=self.host.get_last_layer(),
-            split=split,
-        )
+        options: Any = {"last_layer": self.host.get_last_layer(), "split": split}
+        result = self.host.loss(output[1], x, output[0], which, step, **options)
         loss, terms = result if isinstance(result, tuple) else (result, {})
         log.update({key: torch.as_tensor(value).detach() for key, value in terms.items()})
         log[f"{split}/{('aeloss', 'discloss')[which]}"] = loss.detach()  # taming's names
@@ -160,15 +147,19 @@ class HostDriver(pl.LightningModule):
             extra._on_before_step = extra._on_after_step = lambda: None
         return optimizers
 
+    @property
+    def _scaler(self) -> Any:
+        """Of fp16; None in other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def _require_finite(
         self, loss: Tensor, log: Mapping[str, Tensor], optimizer: Any, which: int, step: int
     ) -> None:
         """Check the loss and, before an update, all gradients, with one read from the device.
 
-        Raises:
-            FloatingPointError: for a loss that is not finite, or for gradients, unless the next
-                update is to be skipped (`lgvq.on_nonfinite: skip`; fp16's own scaler); also
-                after MAX_SKIPPED such updates in a row.
+        Raises FloatingPointError for a loss that is not finite, or for gradients, unless the next
+        update is to be skipped (`lgvq.on_nonfinite: skip`; fp16's own scaler); also after
+        MAX_SKIPPED such updates in a row.
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None] if self.has_stepped else []
@@ -184,34 +175,33 @@ class HostDriver(pl.LightningModule):
                 "the learning rate, clip (training.gradient_clip_val), or train in 32-true"
             )
         if not gradient_is_bad:
-            self._skipped[which] = 0 if self.has_stepped else self._skipped.get(which, 0)
+            if self.has_stepped:
+                self._skipped[which] = 0
             return
         where = nonfinite_gradients(self.host, held) or "?"
         found = f"step {step}: the {PASSES[which]}'s gradient is not finite in {where}"
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        skips = has_scaler or getattr(self.host.loss, "on_nonfinite", "raise") == "skip"
-        self._skipped[which] = self._skipped.get(which, 0) + 1
+        skips = self._scaler or getattr(self.host.loss, "on_nonfinite", "raise") == "skip"
+        self._skipped[which] += 1
         if not skips or self._skipped[which] >= MAX_SKIPPED:
             count = f", the {MAX_SKIPPED}th skipped update in a row" if skips else ""
             raise FloatingPointError(
                 f"{found}{count}; no weight was updated with it. Lower the learning rate or the "
                 "weight of that term, or train in 32-true"
             )
-        if not has_scaler:  # GradScaler skips the update by itself, and lowers its scale
+        if self._scaler is None:  # GradScaler skips the update by itself, and lowers its scale
             logger.warning("%s; this update is skipped", found)
             optimizer.zero_grad(set_to_none=True)
 
     def _update(self, optimizer: Any, step: int) -> None:
-        clip = self.settings.gradient_clip_val
-        if clip is not None:
+        limit = self.settings.gradient_clip_val
+        if limit is not None:
             # fp16 gradients still carry the scaler's factor here: the limit carries it too.
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            limit = clip * (scaler.get_scale() if scaler is not None else 1.0)
+            limit *= self._scaler.get_scale() if self._scaler is not None else 1.0
             self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
         rates = [group["lr"] for group in optimizer.param_groups]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            factor = self.warmup(group, step)
-            group["lr"] = rate if factor == 1.0 else rate * factor
+        for group in optimizer.param_groups:
+            if (factor := self.warmup(group, step)) != 1.0:
+                group["lr"] = group["lr"] * factor
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the host's schedules continue from their own
@@ -231,8 +221,8 @@ class HostDriver(pl.LightningModule):
     def nonfinite(self) -> list[str]:
         """Return the names of weights, buffers and optimizer states that are not finite."""
         names = {p: name for name, p in self.host.named_parameters()}
-        buffers = [(n, b) for n, b in self.host.named_buffers() if n not in self._infinite]
-        tensors = [(name, [p]) for p, name in names.items()] + [(n, [b]) for n, b in buffers]
+        tensors = [(name, [p]) for p, name in names.items()]
+        tensors += [(n, [b]) for n, b in self.host.named_buffers() if n not in self._infinite]
         for optimizer in self.trainer.optimizers:
             for parameter, moments in optimizer.state.items():
                 values = [value for value in moments.values() if isinstance(value, Tensor)]
@@ -251,12 +241,10 @@ class HostDriver(pl.LightningModule):
 
     def _schedule(self) -> None:
         """Step the host's learning rate schedules: by step, or where an epoch of data ends."""
-        if not self.trainer.lr_scheduler_configs:
-            return
         batch = self.batch_size * self.trainer.world_size
-        per_epoch = max(1, self._stream().per_epoch // batch)
-        ends_epoch = self.samples // batch % per_epoch < self.settings.accumulate_grad_batches
         for config in self.trainer.lr_scheduler_configs:
+            per_epoch = max(1, self._stream().per_epoch // batch)
+            ends_epoch = self.samples // batch % per_epoch < self.settings.accumulate_grad_batches
             is_due = self.global_step % config.frequency == 0
             if is_due if config.interval == "step" else ends_epoch:
                 scheduler: Any = config.scheduler
@@ -270,12 +258,9 @@ class HostDriver(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the endless loader, from the sample on at which a resumed run stopped."""
-        return train_loader(
-            self.dataset,
-            self._stream(),
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        pin = self.device.type == "cuda"
+        options: Any = {"num_workers": self.num_workers, "pin_memory": pin}
+        return train_loader(self.dataset, self._stream(), **options)
 
     def _stream(self) -> Stream:
         return Stream(
@@ -287,55 +272,49 @@ class HostDriver(pl.LightningModule):
             world_size=self.trainer.world_size,
         )
 
+    def checking(self) -> Any:
+        """Return a context whose Unfit become a CheckpointError about the resumed checkpoint."""
+        return state.checking(str(self.trainer.ckpt_path))
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the place in the data; generators follow when training starts.
 
-        Raises:
-            CheckpointError: if something in it does not fit the host.
+        Raises CheckpointError if something in it does not fit the host.
         """
-        path, kept = self._path, checkpoint[state.STATE]
-        state.require_fit(checkpoint["state_dict"], self.host, "state_dict", path)
-        loops = self.trainer.fit_loop.state_dict()
-        state.require_like(checkpoint["loops"]["fit_loop"], loops, "loops.fit_loop", path)
-        for generators in kept["generators"]:
-            try:
-                with rng.preserved():
-                    rng.restore(generators)
-            except Exception as error:  # whatever the generators make of it
-                problem = f"{state.STATE}.generators: {type(error).__name__}: {error}"
-                raise state.unusable(path, problem) from error
+        kept = checkpoint[state.STATE]
+        with self.checking():
+            state.require_fit(checkpoint["state_dict"], self.host, "state_dict")
+            loops = self.trainer.fit_loop.state_dict()
+            state.require_like(checkpoint["loops"]["fit_loop"], loops, "loops.fit_loop")
+            for generators in kept["generators"]:
+                try:
+                    with rng.preserved():
+                        rng.restore(generators)
+                except Exception as error:  # whatever the generators make of it
+                    problem = f"{state.STATE}.generators: {type(error).__name__}: {error}"
+                    raise state.Unfit(problem) from error
         self._resumed, self.samples = checkpoint, kept["samples"]
-
-    @property
-    def _path(self) -> str:
-        """Of the checkpoint that is resumed."""
-        return str(self.trainer.ckpt_path)
 
     def on_fit_start(self) -> None:
         """Tell modules of the other Lightning package their device; ours moves only tensors.
 
-        Raises:
-            CheckpointError: if the optimizers' states to be resumed do not fit.
+        Raises CheckpointError if the optimizers' states to be resumed do not fit.
         """
         if self._resumed is not None:
             schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-            optimizers = self.trainer.optimizers
-            state.require_optimizers(self._resumed, optimizers, schedulers, self._path)
+            with self.checking():
+                state.require_optimizers(self._resumed, self.trainer.optimizers, schedulers)
         part: Any
         for part in self.host.modules():
             if "_device" in vars(part):
                 part._device = self.device
 
     def on_train_start(self) -> None:
-        """Check that a checkpoint agrees with itself about its step.
-
-        Raises:
-            CheckpointError: if it does not.
-        """
+        """Raise CheckpointError if a checkpoint does not agree with itself about its step."""
         saved = self._resumed and self._resumed["global_step"]
-        if saved is not None and saved != self.global_step:
-            problem = f"global_step is {saved}, its loops are at {self.global_step}"
-            raise state.unusable(self._path, problem)
+        with self.checking():
+            if saved not in (None, self.global_step):
+                raise state.Unfit(f"global_step is {saved}, its loops are at {self.global_step}")
         # Give each process a stream of its own, independent of how the host was built.
         rng.seed_all(self.settings.seed + self.trainer.global_rank)
 
@@ -377,24 +356,16 @@ class Freeze:
 
     A frozen part is in evaluation mode and its gradients are dropped before an update. It still
     takes part in the backward pass, so that what the host computes from gradients (the adaptive
-    weight of its GAN) is unchanged.
+    weight of its GAN) is unchanged. Raises ConfigError if the host lacks a part, or has no heads.
 
-    Args:
-        host: with attributes `encoder`, `decoder` and a quantizer, where those are to be frozen.
-        parts: some of encoder, decoder, codebook.
-        heads_first: while the step is below it, everything but our heads is frozen.
-
-    Attributes:
-        heads: ids of the heads' parameters.
-
-    Raises:
-        ConfigError: if the host lacks a part, or has no heads to train first.
+    `parts` are some of encoder, decoder, codebook; while the step is below `heads_first`,
+    everything but the parameters with ids in `heads` is frozen.
     """
 
     def __init__(self, host: nn.Module, parts: tuple[str, ...], heads_first: int):
         self.heads_first = heads_first
-        heads = [p for name, p in host.named_parameters() if name.startswith(HEADS)]
-        if heads_first and not heads:
+        self.heads = {id(p) for name, p in host.named_parameters() if name.startswith(HEADS)}
+        if heads_first and not self.heads:
             raise ConfigError(
                 f"training.heads_first: {heads_first}, but {type(host).__name__} has no heads of "
                 "LG-VQ; give it a loss of lgvq_plugin, or leave the key out"
@@ -403,7 +374,6 @@ class Freeze:
         self._first = [module for name, module in host.named_children() if name != "loss"]
         discriminator = getattr(getattr(host, "loss", None), "discriminator", None)
         self._first += [discriminator] if isinstance(discriminator, nn.Module) else []
-        self.heads = {id(p) for p in heads}
         self._others = [p for p in host.parameters() if id(p) not in self.heads]
 
     def set_modes(self, step: int) -> None:
@@ -416,15 +386,9 @@ class Freeze:
 
     def drop_gradients(self, step: int) -> None:
         """Drop the gradients of what is frozen at `step`."""
-        for parameter in self._parameters(step):
+        frozen = (p for module in self._frozen for p in module.parameters())
+        for parameter in self._others if step < self.heads_first else frozen:
             parameter.grad = None
-
-    def _parameters(self, step: int) -> Iterator[nn.Parameter]:
-        if step < self.heads_first:
-            yield from self._others
-            return
-        for module in self._frozen:
-            yield from module.parameters()
 
 
 def _modules(host: nn.Module, part: str) -> list[nn.Module]:
@@ -448,8 +412,7 @@ def _check_protocol(host: nn.Module) -> None:
             f"{type(host).__name__} optimizes by hand itself; give it to a lightning Trainer "
             "directly: LGVQLoss needs no more than its line in the config there"
         )
-    needed = ("get_input", "image_key", "loss", "get_last_layer", "configure_optimizers")
-    missing = [name for name in needed if not hasattr(host, name)]
+    missing = [name for name in PROTOCOL if not hasattr(host, name)]
     if missing:
         raise ConfigError(
             f"{type(host).__name__} has no {', '.join(missing)}: `lgvq train` drives hosts with "

@@ -80,41 +80,43 @@ def train(plan: Plan, output: Path) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     try:
         with seeded(plan.seed):
-            guide = resolve("guides", "micro_clip")
-            tokenizer, network = guide.new_tokenizer(), guide.new_network(plan.seed)
-            pairs = _draw("train", plan.scenes, plan.seed)
-            tokens = tokenizer([caption for captions in pairs[1] for caption in captions])
-            start = time.perf_counter()
-            loss = _fit(network, pairs, tokenizer, plan)
-            minutes = (time.perf_counter() - start) / 60
-            held_out = _draw("validation", plan.held_out, plan.seed)
-            facts = {
-                **asdict(plan),
-                "data": "lgvq_plugin.datasets.scenes",
-                "loss": round(loss, 4),
-                "retrieval": _retrieval(network, held_out, tokenizer),
-                "minutes": round(minutes, 1),
-                "machine": platform.machine(),
-                "torch": torch.__version__,
-                "command": "python -m lgvq_plugin.training.micro_clip",
-            }
-            guide.save(network, tokens.unique(), output, facts)
-            return facts
+            return _train(plan, output)
     finally:
         torch.set_num_threads(threads)
+
+
+def _train(plan: Plan, output: Path) -> dict[str, Any]:
+    guide = resolve("guides", "micro_clip")
+    tokenizer, network = guide.new_tokenizer(), guide.new_network(plan.seed)
+    pairs = _draw("train", plan.scenes, plan.seed)
+    tokens = tokenizer([caption for captions in pairs[1] for caption in captions])
+    start = time.perf_counter()
+    loss = _fit(network, pairs, tokenizer, plan)
+    minutes = (time.perf_counter() - start) / 60
+    facts = {
+        **asdict(plan),
+        "data": "lgvq_plugin.datasets.scenes",
+        "loss": round(loss, 4),
+        "retrieval": _retrieval(network, _draw("validation", plan.held_out, plan.seed), tokenizer),
+        "minutes": round(minutes, 1),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "command": "python -m lgvq_plugin.training.micro_clip",
+    }
+    guide.save(network, tokens.unique(), output, facts)
+    return facts
 
 
 def _fit(network: Any, pairs: Pairs, tokenizer: Any, plan: Plan) -> float:
     """Train in place; returns the mean loss of the last tenth of the steps."""
     network.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    named = [*network.named_parameters()]
-    decayed = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
-    others = [p for name, p in named if p.ndim <= 1 or "embedding" in name]
-    groups = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
+    decayed, others = list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in network.named_parameters():
+        is_decayed = parameter.ndim > 1 and "embedding" not in name
+        (decayed if is_decayed else others).append(parameter)
+    groups: Any = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    options: Any = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(groups, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
     generator = torch.Generator().manual_seed(plan.seed)
     network.train()
@@ -191,14 +193,11 @@ def _retrieval(network: Any, pairs: Pairs, tokenizer: Any) -> dict[str, float]:
     relevant = torch.tensor([[a == b for b in captions] for a in captions])
     similarity = image @ text.T
     ways = {"image_to_text": similarity, "text_to_image": similarity.T}
-    return {
-        "scenes": len(captions),
-        **{
-            f"{k}_recall@1": retrieval_recall(v, relevant, ks=(1,))["recall@1"]
-            for k, v in ways.items()
-        },
-        "chance": 1 / len(captions),
+    recalls = {
+        f"{way}_recall@1": retrieval_recall(similarity, relevant, ks=(1,))["recall@1"]
+        for way, similarity in ways.items()
     }
+    return {"scenes": len(captions), **recalls, "chance": 1 / len(captions)}
 
 
 if __name__ == "__main__":

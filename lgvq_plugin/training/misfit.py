@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from ..host import reconstruct
 from ..sockets import ConfigError
 
+PREFIX = "the first batch does not fit the host"
+
 
 @contextmanager
 def explained(host: Any, batch: Any) -> Iterator[None]:
-    """Turn what a host raises at its first batch into a ConfigError that says why.
-
-    Raises:
-        ConfigError: what in the batch does not fit the host, or where in its code it failed.
-    """
+    """Turn what a host raises at its first batch into a ConfigError that says why and where."""
     try:
         yield
     except (ConfigError, FloatingPointError):
@@ -39,17 +37,13 @@ def explained(host: Any, batch: Any) -> Iterator[None]:
 
 
 def require_same_shape(host: Any, batch: Any, x: Tensor, reconstruction: Any) -> None:
-    """Refuse reconstructions that torch would silently broadcast to the images' shape.
-
-    Raises:
-        ConfigError: if they are of such a shape.
-    """
+    """Raise ConfigError if torch would silently broadcast the reconstructions to the images."""
     if not isinstance(reconstruction, Tensor) or reconstruction.ndim != x.ndim:
         return
     pairs = [(a, b) for a, b in zip(x.shape, reconstruction.shape, strict=True) if a != b]
     if pairs and all(1 in pair for pair in pairs):
         shapes = f"images {tuple(x.shape)}, reconstructions {tuple(reconstruction.shape)}"
-        raise ConfigError(misfit(host, batch) or f"the first batch does not fit the host: {shapes}")
+        raise ConfigError(misfit(host, batch) or f"{PREFIX}: {shapes}")
 
 
 def misfit(host: Any, batch: Any) -> str | None:
@@ -69,34 +63,29 @@ def misfit(host: Any, batch: Any) -> str | None:
     except Exception:  # the host's own code on data that it was not made for
         return None
     if len(sides) != 2:
-        return f"the first batch does not fit the host: images of shape {tuple(x.shape[1:])}"
+        return f"{PREFIX}: images of shape {tuple(x.shape[1:])}"
     takes = _channels_in(getattr(host, "encoder", host)) or channels
     gives, multiple = _try_sizes(host, takes, sides)
     loss = getattr(host, "loss", None)
     seen = _channels_in(getattr(loss, "discriminator", None))
-    found = []  # (the reason, what to change)
+    found = {}  # the reason: what to change
     if takes != channels:
         hint = "in_channels of the model, or `channels` of the data set"
-        found.append((f"this host takes {_count(takes)}", hint))
+        found[f"this host takes {_count(takes)}"] = hint
     if multiple > 1:
         verb = "" if found else "this host takes "
-        found.append((f"{verb}multiples of {multiple}", "`size` of the data set"))
+        found[f"{verb}multiples of {multiple}"] = "`size` of the data set"
     if gives not in (None, channels):
-        found.append((f"its decoder gives {_count(gives)}", f"out_ch: {channels}"))
+        found[f"its decoder gives {_count(gives)}"] = f"out_ch: {channels}"
     if getattr(loss, "disc_conditional", False):
         reason = "its discriminator expects a condition, which is not given"
-        found.append((reason, "disc_conditional: false"))
+        found[reason] = "disc_conditional: false"
     elif seen not in (None, gives or channels):
-        hint = f"disc_in_channels: {gives or channels}"
-        found.append((f"its discriminator takes {_count(seen)}", hint))
+        found[f"its discriminator takes {_count(seen)}"] = f"disc_in_channels: {gives or channels}"
     if not found:
         return None
-    reasons, hints = zip(*found, strict=True)
     given = f"data gives {channels} × {sides[0]} × {sides[1]}"
-    return (
-        f"the first batch does not fit the host: {given}; {' and '.join(reasons)}. "
-        f"Change {'; '.join(hints)}"
-    )
+    return f"{PREFIX}: {given}; {' and '.join(found)}. Change {'; '.join(found.values())}"
 
 
 def _count(channels: int | None) -> str:
@@ -114,14 +103,13 @@ def _try_sizes(host: Any, channels: int, sides: list[int]) -> tuple[int | None, 
     like = next(host.parameters())
     host.eval()
 
-    def gives(height: int, width: int) -> int | None:
-        blank = torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
+    def gives(*shape: int) -> int | None:
         try:
             with torch.no_grad():
-                made = reconstruct(host, blank)
+                made = reconstruct(host, like.new_zeros(1, channels, *shape))
         except Exception:  # sizes that it was not made for
             return None
-        return int(made.shape[1]) if made.shape[2:] == blank.shape[2:] else None
+        return int(made.shape[1]) if made.shape[2:] == shape else None
 
     found, multiple = gives(*sides), 1
     while found is None and multiple < 64:
@@ -139,5 +127,4 @@ def _place_in_host(error: BaseException) -> str | None:
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
     if not own or own[-1].filename.startswith((str(Path(__file__).parents[1]), "<")):
         return None
-    last = own[-1]
-    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"
+    return "{0.filename}:{0.lineno} in {0.name}: {0.line}".format(own[-1])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import logging
 import os
 import sys
@@ -22,10 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..arguments import add_shortcuts, parse_words
-from ..files import remove_parts, require_writable, write_text
+from ..files import require_writable
 from ..sockets import ConfigError, Problems
 from .build import build_parts, check_data, with_shortcuts
 from .config import Sections, read_config
@@ -41,6 +40,11 @@ RUN_NAME = "LGVQ_RUN_NAME"  # passes the name to the processes that Lightning st
 RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")  # of Lightning and of torchrun
 # `lightning` and `pytorch_lightning` share one variable for their logger: the last import sets it.
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+TOO_EARLY = "stopped before the first step; nothing new to save"
+AT_ONCE = (
+    "stopped at once, without saving; resume from the newest checkpoint, if there is one: "
+    "--resume auto"
+)
 EXPECTED_WARNINGS = ("many workers", "in eval mode at the start", "LeafSpec")  # LPIPS is in eval
 
 
@@ -85,12 +89,10 @@ def train(
         progress: whether to show a bar.
         prepare: called with the host before a new run starts, not when one is resumed.
 
-    Raises:
-        ConfigError: if the config, the data or the checkpoint is wrong, or the first batch does
-            not fit the host; a new run has written nothing then.
-        Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
-        FloatingPointError: if a loss, a gradient or a weight is not finite; it names the term or
-            the parameters, the step, and the last checkpoint.
+    Raises ConfigError if the config, the data or the checkpoint is wrong, or the first batch does
+    not fit the host; a new run has written nothing then; Interrupted after SIGINT or SIGTERM, once
+    a checkpoint is saved; FloatingPointError if a loss, a gradient or a weight is not finite; it
+    names the term or the parameters, the step, and the last checkpoint.
     """
     problems = Problems()
     sections = Sections.from_config(config, problems)
@@ -118,12 +120,7 @@ def train(
             is_other = signals.is_training and isinstance(error, Exception)
             if signals.received is None or (is_other and not isinstance(error, SIGTERMException)):
                 raise
-            raise Interrupted(
-                "stopped at once, without saving; resume from the newest checkpoint, if there is "
-                "one: --resume auto"
-                if signals.is_training
-                else "stopped before the first step; nothing new to save"
-            ) from error
+            raise Interrupted(AT_ONCE if signals.is_training else TOO_EARLY) from error
 
 
 @dataclass(frozen=True)
@@ -159,10 +156,10 @@ class _Run:
             except state.CheckpointError as error:
                 logger.warning("%s", error)
                 failed.append(error)
-        if failed:
-            message = f"{failed[0]}; no older checkpoint of {str(path)!r} can be resumed"
-            raise ConfigError(message) from failed[0]
-        return self.fit(None, {})
+        if not failed:
+            return self.fit(None, {})
+        message = f"{failed[0]}; no older checkpoint of {str(path)!r} can be resumed"
+        raise ConfigError(message) from failed[0]
 
     def fit(self, found: Path | None, checkpoint: Mapping[str, Any]) -> TrainResult:
         """Train from the checkpoint at `found`, or from the start."""
@@ -183,25 +180,17 @@ class _Run:
         check_data(host, dataset, validation, sections)
         if self.prepare is not None and found is None:
             self.prepare(host)
+        data = sections.data
+        reading: Any = {"batch_size": data.batch_size, "num_workers": data.num_workers}
         driver = HostDriver(
-            host,
-            sections.training,
-            dataset=dataset,
-            batch_size=sections.data.batch_size,
-            num_workers=sections.data.num_workers,
-            config=sections.plain,
+            host, sections.training, dataset=dataset, config=sections.plain, **reading
         )
         with _quiet_lightning():
             trainer = _trainer(sections, folder)
-        at = int(checkpoint.get("global_step", 0))
         del checkpoint  # Lightning reads it again
         host.learning_rate = sections.learning_rate(trainer.world_size)
         callback = TrainingCallback(
-            folder,
-            validation=validation,
-            progress=self.progress,
-            signals=self.signals,
-            begin=lambda: _begin(folder, sections.plain, trainer, at),
+            folder, validation=validation, progress=self.progress, signals=self.signals
         )
         trainer.callbacks.append(callback)  # type: ignore[attr-defined]
         try:
@@ -243,11 +232,7 @@ def _is_child() -> bool:
 
 
 def _new_name(stem: str = "") -> str:
-    """Return the name of a new run: the same one in all its processes.
-
-    Raises:
-        ConfigError: if another process chose it and there is no way to learn it.
-    """
+    """Return the name of a new run: the same in all its processes, or ConfigError."""
     name = [f"{datetime.now():%Y-%m-%dT%H-%M-%S}{stem and '_' + stem}"]
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed and distributed.is_available() and distributed.is_initialized():
@@ -313,66 +298,33 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
         raise ConfigError(f"training ({wanted}) is not available here: {error}") from error
 
 
-def _begin(
-    folder: Path, plain: Mapping[str, Any], trainer: pl.Trainer, resumed_at: int
-) -> list[Any]:
-    """Make the run folder, once a first batch has passed, and return the loggers."""
-    if not trainer.is_global_zero:
-        return []
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from .callbacks import MetricsFile
-
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_parts(folder)
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
-    write_text(folder / "configs" / "merged.yaml", text)
-    loggers: list[Any] = [MetricsFile(folder, resumed_at)]
-    if any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
-    return loggers
-
-
 def main(argv: list[str]) -> int:
-    """Run `lgvq train`.
-
-    Args:
-        argv: `-b CONFIG... [--data FOLDER] [--max-steps N] [--name N] [--resume auto|PATH]
-            [--logdir D] [key=value ...]`.
-
-    Returns:
-        0; errors are raised.
-    """
+    """Run `lgvq train -b CONFIG... [options] [key=value ...]`; returns 0, errors are raised."""
     parser = argparse.ArgumentParser(
         prog="lgvq train",
         description="Train a tokenizer, with or without LG-VQ, from taming-style configs.",
         epilog="key=value overrides the config, such as training.max_steps=5000",
     )
-    parser.add_argument("-b", "--base", nargs="+", action="extend", required=True,
-                        metavar="CONFIG", help="YAML files; later ones win")  # fmt: skip
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG",
+        help="YAML files; later ones win")  # fmt: skip
     add_shortcuts(parser, steps=True)
-    parser.add_argument("-n", "--name", help="run folder; default: time and name of the config")
-    parser.add_argument("--logdir", default="logs", help="folder of run folders (default: logs)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    add("-n", "--name", help="run folder; default: time and name of the config")
+    add("--logdir", default="logs", help="folder of run folders (default: logs)")
+    add("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
+    add("--no-progress", action="store_true", help="show no progress bar")
     given, overrides = parse_words(parser, argv, "base")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    config = with_shortcuts(
-        read_config(given.base, overrides),
-        data=given.data,
-        max_steps=given.max_steps,
-        overrides=overrides,
-    )
+    shortcuts = {"data": given.data, "max_steps": given.max_steps, "overrides": overrides}
+    config = with_shortcuts(read_config(given.base, overrides), **shortcuts)
     name, resume, stem = given.name, given.resume, Path(given.base[0]).stem
     if resume == "auto" and not name:
         runs = sorted(Path(given.logdir).glob(f"*_{stem}/checkpoints/*.ckpt"))
         name, resume = (runs[-1].parents[1].name, resume) if runs else (None, None)
     if not name and resume is None:
         name = _new_name(stem)
-    result = train(
-        config, name=name, logdir=given.logdir, resume=resume, progress=not given.no_progress
-    )
+    options = {"logdir": given.logdir, "resume": resume, "progress": not given.no_progress}
+    result = train(config, name=name, **options)
     logger.info("%d steps in %s", result.steps, result.folder)
     return 0

@@ -1,11 +1,11 @@
 """Checkpoint files: written atomically, and checked before a run resumes from them."""
 
-import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from ..finite import all_finite
 from ..objectives import rename_old_heads
 from ..sockets import ConfigError
 
-logger = logging.getLogger(__name__)
-
 LAST = "last.ckpt"
 STATE = "lgvq_training"  # our own entry of a checkpoint
 EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
@@ -37,6 +35,7 @@ EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
     "pytorch-lightning_version": "",
     STATE: {"samples": 0, "generators": list, "config": {}},
 }
+OPTIONAL: dict[str, Any] = {"ema_state_dict": {}, "MixedPrecision": {}}
 VERSION = re.compile(r"([2-9]|\d{2,})(\.\d+)+((a|b|rc|\.post|\.?dev)\d+)?")  # of Lightning
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # shaped as the parameter
 RANGES = {  # settings of a parameter group and what must be below or equal to: torch's own limits
@@ -52,12 +51,20 @@ class CheckpointError(ConfigError):
     """A checkpoint cannot be resumed; `--resume auto` then tries the one before it."""
 
 
-def unusable(path: Path | str, problem: str) -> CheckpointError:
-    """Return an error that names a checkpoint and what is wrong with it."""
-    return CheckpointError(
-        f"checkpoint {str(path)!r} cannot be resumed: {problem}; the file was damaged or changed "
-        "after it was written, resume from another"
-    )
+class Unfit(Exception):
+    """Says what is wrong in a checkpoint; :func:`checking` adds which one it is."""
+
+
+@contextmanager
+def checking(path: Path | str) -> Iterator[None]:
+    """Turn :class:`Unfit` into a CheckpointError that names the checkpoint at `path`."""
+    try:
+        yield
+    except Unfit as problem:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} cannot be resumed: {problem}; the file was damaged or "
+            "changed after it was written, resume from another"
+        ) from problem.__cause__
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -80,9 +87,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def read(path: Path) -> dict[str, Any]:
     """Return the checkpoint at `path`.
 
-    Raises:
-        CheckpointError: if it does not exist, is damaged, was not written by `lgvq train`, or an
-            entry is missing or of another type.
+    Raises CheckpointError if it does not exist, is damaged, was not written by `lgvq train`, or an
+    entry is missing or of another type.
     """
     try:
         raw, _ = read_raw(path)
@@ -95,140 +101,117 @@ def read(path: Path) -> dict[str, Any]:
             f"checkpoint {str(path)!r} {kind}: only a checkpoint of `lgvq train` can be resumed; "
             f"to start from its weights: lgvq retrofit -b CONFIG --ckpt {path} -o DIR"
         )
-    optional: dict[str, Any] = {
-        key: {} for key in ("ema_state_dict", "MixedPrecision") if key in raw
-    }
-    for key, example in {**EXPECTED, **optional}.items():
-        require_like(raw.get(key), example, key, path)
-    samples, version = raw[STATE]["samples"], raw["pytorch-lightning_version"]
-    if not (isinstance(samples, int) and 0 <= samples < 2**63):
-        raise unusable(path, f"{STATE}.samples is {samples!r}")
-    if not raw[STATE]["generators"]:
-        raise unusable(path, f"{STATE}.generators has 0 entries")
-    if not VERSION.fullmatch(version):
-        raise unusable(path, f"pytorch-lightning_version is {version!r}")
+    with checking(path):
+        for key, example in {**EXPECTED, **OPTIONAL}.items():
+            if key in raw or key in EXPECTED:
+                require_like(raw.get(key), example, key)
+        samples, version = raw[STATE]["samples"], raw["pytorch-lightning_version"]
+        if not (isinstance(samples, int) and 0 <= samples < 2**63):
+            raise Unfit(f"{STATE}.samples is {samples!r}")
+        if not raw[STATE]["generators"]:
+            raise Unfit(f"{STATE}.generators has 0 entries")
+        if not VERSION.fullmatch(version):
+            raise Unfit(f"pytorch-lightning_version is {version!r}")
     return dict(raw)
 
 
-def require_like(given: Any, example: Any, where: str, path: Path | str) -> None:
-    """Check that a part of a checkpoint has the entries, types and shapes of an example.
+def require_like(given: Any, example: Any, where: str) -> None:
+    """Raise Unfit unless a part of a checkpoint has the entries, types and shapes of an example.
 
-    Args:
-        given: the part.
-        example: its keys must all be in `given`; a list must have its length, a tensor its shape
-            and kind, and finite values if the example's are. `list` is any list of mappings,
-            None is anything.
-        where: name of the part, for the message.
-        path: of the checkpoint, for the message.
+    The example's keys must all be in `given`; a list must have its length, a tensor its shape and
+    kind, and finite values if the example's are. `list` is any list of mappings, None is anything.
 
-    Raises:
-        CheckpointError: if it does not.
-
-    Example:
-        >>> require_like({"step": "two"}, {"step": 1}, "loops", "last.ckpt")
-        Traceback (most recent call last):
-        ...
-        lgvq_plugin.training.state.CheckpointError: ...: loops.step is of type str, expected int...
+    >>> require_like({"step": "two"}, {"step": 1}, "loops")
+    Traceback (most recent call last):
+    ...
+    lgvq_plugin.training.state.Unfit: loops.step is of type str, expected int
     """
     if example is None:
         return
     if given is None:
-        raise unusable(path, f"{where} is missing")
+        raise Unfit(f"{where} is missing")
+    if example is list:
+        example = [{}] * len(given) if isinstance(given, list) else []
     if isinstance(example, Tensor):
-        _require_tensor(given, example, where, path)
-    elif example is list:
-        require_like(given, [{}] * len(given) if isinstance(given, list) else [], where, path)
+        _require_tensor(given, example, where)
     elif isinstance(example, Mapping) and isinstance(given, Mapping):
         for key, value in example.items():
-            require_like(given.get(key), value, f"{where}.{key}", path)
+            require_like(given.get(key), value, f"{where}.{key}")
     elif isinstance(example, list | tuple) and isinstance(given, list | tuple):
         if len(given) != len(example):
-            problem = f"{where} has {len(given)} entries, expected {len(example)}"
-            raise unusable(path, problem)
+            raise Unfit(f"{where} has {len(given)} entries, expected {len(example)}")
         for i, value in enumerate(example):
-            require_like(given[i], value, f"{where}[{i}]", path)
-    else:
-        is_number = isinstance(example, int | float) and not isinstance(example, bool)
-        kinds = (int, float) if is_number else (type(example),)
-        if not isinstance(given, kinds) or isinstance(given, bool) != isinstance(example, bool):
-            problem = f"{where} is of type {type(given).__name__}, expected {kinds[0].__name__}"
-            raise unusable(path, problem)
+            require_like(given[i], value, f"{where}[{i}]")
+    elif not (_is_number(given) if _is_number(example) else type(given) is type(example)):
+        raise Unfit(f"{where} is of type {type(given).__name__}, expected {type(example).__name__}")
 
 
-def _require_tensor(given: Any, example: Tensor, where: str, path: Path | str) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_tensor(given: Any, example: Tensor, where: str) -> None:
     if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta:
         kind = getattr(given, "layout", type(given).__name__)
-        raise unusable(path, f"{where} is of type {kind}, expected a dense tensor")
+        raise Unfit(f"{where} is of type {kind}, expected a dense tensor")
     if given.shape != example.shape:
-        shapes = f"{tuple(given.shape)}, the host's {tuple(example.shape)}"
-        raise unusable(path, f"{where} is {shapes}")
+        raise Unfit(f"{where} is {tuple(given.shape)}, the host's {tuple(example.shape)}")
     if given.is_floating_point() != example.is_floating_point() or given.is_complex():
-        raise unusable(path, f"{where} is of {given.dtype}, the host's of {example.dtype}")
+        raise Unfit(f"{where} is of {given.dtype}, the host's of {example.dtype}")
     if not all_finite([given]) and all_finite([example]):  # masks may hold -inf from the start
-        raise unusable(path, f"{where} holds NaN or inf: the run diverged")
+        raise Unfit(f"{where} holds NaN or inf: the run diverged")
 
 
-def require_fit(given: Any, host: nn.Module, where: str, path: str) -> None:
-    """Check that a state dict, or its EMA weights, has the host's keys, shapes and kinds.
+def require_fit(given: Any, host: nn.Module, where: str) -> None:
+    """Raise Unfit unless a state dict, or its EMA weights, has the host's keys, shapes and kinds.
 
-    Raises:
-        CheckpointError: if it does not; the message names the key.
+    Keys of heads of earlier versions are renamed in `given`, which is loaded next.
     """
     if isinstance(given, dict):
-        rename_old_heads(given)  # in place: this is what is loaded next
+        rename_old_heads(given)
     wanted = host.state_dict()
-    require_like(given, wanted, where, path)
+    require_like(given, wanted, where)
     if strange := given.keys() - wanted.keys():
-        raise unusable(path, f"{where}.{min(strange)} is not {type(host).__name__}'s")
+        raise Unfit(f"{where}.{min(strange)} is not {type(host).__name__}'s")
 
 
 def require_optimizers(
-    checkpoint: Mapping[str, Any], optimizers: list[Optimizer], schedulers: list[Any], path: str
+    checkpoint: Mapping[str, Any], optimizers: list[Optimizer], schedulers: list[Any]
 ) -> None:
-    """Check that the states of optimizers and of schedulers fit those of the host.
-
-    Raises:
-        CheckpointError: if they do not.
-    """
+    """Raise Unfit unless the states of optimizers and of schedulers fit those of the host."""
     states, saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-    require_like(states, [{"state": {}}] * len(optimizers), "optimizer_states", path)
-    counts = checkpoint[STATE].get("moments") or [None] * len(states)  # older files have no counts
-    for i, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
+    require_like(states, [{"state": {}}] * len(optimizers), "optimizer_states")
+    counts = checkpoint[STATE].get("moments") or []  # older files have none
+    pairs = enumerate(zip(states, optimizers, strict=True))
+    for i, (state, optimizer) in pairs:
         where, found = f"optimizer_states[{i}]", len(state["state"])
         wanted = counts[i] if i < len(counts) else None
         if wanted is None and i == 0 and isinstance(optimizer, Adam) and not found:
             wanted = 1 if checkpoint["global_step"] else 0
         if wanted not in (None, found):
-            raise unusable(path, f"{where}.state has {found} entries, expected {wanted}")
-        _require_optimizer(state, optimizer, where, path)
-    require_like(saved, [{}] * len(schedulers), "lr_schedulers", path)
+            raise Unfit(f"{where}.state has {found} entries, expected {wanted}")
+        _require_optimizer(state, optimizer, where)
+    require_like(saved, [{}] * len(schedulers), "lr_schedulers")
     for i, (state, scheduler) in enumerate(zip(saved, schedulers, strict=True)):
         like = _shared(scheduler.state_dict(), state)
         for key, value in like.items():  # lists by group: earlier versions had fewer groups
             if isinstance(value, list) and isinstance(state[key], list):
                 like[key] = value[: max(1, len(state[key]))]
-        require_like(state, like, f"lr_schedulers[{i}]", path)
+        require_like(state, like, f"lr_schedulers[{i}]")
 
 
-def _require_optimizer(
-    state: Mapping[str, Any], optimizer: Optimizer, where: str, path: str
-) -> None:
-    groups: Any = state.get("param_groups")
-    require_like(groups, list, f"{where}.param_groups", path)
-    for group in groups:
-        numbers = group["params"] if isinstance(group.get("params"), list) else [0]
-        like = {"params": [0] * len(numbers), "lr": 0.0}
-        require_like(group, like, f"{where}.param_groups", path)
-        _require_settings(group, f"{where}.param_groups", path)
+def _require_optimizer(state: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
+    at = f"{where}.param_groups"
+    require_like(state.get("param_groups"), list, at)
+    for group in state["param_groups"]:
+        _require_group(group, at)
     for accept in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state = accept(optimizer, dict(state)) or state  # heads in other groups, or none
     groups, own = state["param_groups"], optimizer.param_groups
     if len(groups) == len(own):  # otherwise the optimizer itself reports it
-        likes = [
-            _shared(a, b) | {"params": [0] * len(a["params"])}
-            for a, b in zip(own, groups, strict=True)
-        ]
-        require_like(groups, likes, f"{where}.param_groups", path)
+        for i, (mine, group) in enumerate(zip(own, groups, strict=True)):
+            like = _shared(mine, group) | {"params": [0] * len(mine["params"])}
+            require_like(group, like, f"{at}[{i}]")
     parameters = [p for group in own for p in group["params"]]
     shapes = dict(zip_longest((n for group in groups for n in group["params"]), parameters))
     kept = {name for moments in state["state"].values() for name in moments}
@@ -236,30 +219,30 @@ def _require_optimizer(
         kept |= {"step", *MOMENTS[:2]}
     for key, moments in state["state"].items():
         entry = f"{where}.state[{key}]"
-        require_like(moments, {}, entry, path)
+        require_like(moments, {}, entry)
         if missing := sorted(kept - moments.keys()):
-            raise unusable(path, f"{entry} has no {missing[0]}")
+            raise Unfit(f"{entry} has no {missing[0]}")
         parameter = shapes.get(key) if isinstance(key, int) else None
         if parameter is None or not all(_is_moment(*m, like=parameter) for m in moments.items()):
-            raise unusable(path, f"{entry} does not fit the host's parameter")
+            raise Unfit(f"{entry} does not fit the host's parameter")
 
 
-def _require_settings(group: Mapping[str, Any], where: str, path: str) -> None:
-    """Check a saved group's learning rate, betas and so on against torch's limits."""
+def _require_group(group: Mapping[str, Any], where: str) -> None:
+    """Check a saved group's parameters, and its learning rate, betas and so on."""
+    numbers = group["params"] if isinstance(group.get("params"), list) else [0]
+    require_like(group, {"params": [0] * len(numbers), "lr": 0.0}, where)
     for key in RANGES.keys() & group.keys():
         name, limit = RANGES[key]
         values = group[key] if isinstance(group[key], list | tuple) else [group[key]]
-        for value in values:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < limit:
-                raise unusable(path, f"{where}: Invalid {name}: {group[key]!r}")
+        if not all(_is_number(value) and 0 <= value < limit for value in values):
+            raise Unfit(f"{where}: Invalid {name}: {group[key]!r}")
 
 
 def _is_moment(name: str, value: Any, *, like: Tensor) -> bool:
     """Whether an optimizer may keep `value` as `name` for a parameter."""
+    if name == "momentum_buffer" and value is None:  # plain SGD
+        return True
     if name in MOMENTS:
-        if name == "momentum_buffer" and value is None:  # plain SGD
-            return True
         is_like = isinstance(value, Tensor) and value.shape == like.shape
         if not (is_like and value.is_floating_point() and value.layout == torch.strided):
             return False
@@ -276,16 +259,10 @@ def _shared(example: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def save(trainer: Any, folder: Path, step: int, keep: int | None) -> Path:
-    """Save `step=....ckpt` and `last.ckpt`, and return the latter; all processes must call it.
+    """Save `step=....ckpt` and `last.ckpt` in `folder`, return the latter; called by all processes.
 
-    Args:
-        trainer: Lightning's.
-        folder: of the run's checkpoints.
-        step: in the file's name.
-        keep: number of `step=....ckpt` to keep; None = all.
-
-    Raises:
-        ConfigError: if the disk is full; earlier checkpoints are unchanged.
+    The newest `keep` files of steps stay (None: all). Raises ConfigError if the disk is full;
+    earlier checkpoints are unchanged then.
     """
     path = folder / f"step={step:08d}.ckpt"
     trainer.save_checkpoint(path, weights_only=False)  # False = optimizers too
@@ -309,11 +286,7 @@ def candidates(run: Path) -> list[Path]:
 
 
 def check_config(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
-    """Refuse to resume another host's run.
-
-    Raises:
-        ConfigError: if the `model:` sections differ; it names the keys.
-    """
+    """Raise ConfigError, which names the keys, if a run's `model:` section is not the same."""
     before = checkpoint[STATE]["config"]
     differ = differing({"model": before.get("model")}, {"model": config.get("model")})
     if differ:
