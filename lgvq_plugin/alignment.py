@@ -21,7 +21,7 @@ from .heads import CodeViT
 from .objectives import Caption
 from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
-from .types import Codes, CodeView, Term
+from .types import Codes, CodeView, Term, TextFeatures, TextTokens
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ MAX_SKIPPED_BROKEN = 3  # updates in a row without a term, if the heads' own wei
 PAPER_GRID = (16, 16)
 PATIENCE = 5  # training batches without any caption before it is an error
 Captions = Sequence[str | Sequence[str] | None]
+Row = tuple[Tensor, Tensor]
+"""Features of a caption, (Ds,), and of its tokens, (T, Dt) or (0, Dt)."""
 
 
 class Alignment(nn.Module):
@@ -76,6 +78,8 @@ class Alignment(nn.Module):
                 if own.weight > 0:
                     objective = resolve("objectives", name)
                     self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
+        needs_tokens = any(objective.needs_tokens for objective in self.objectives.values())
+        self.texts = CaptionEncoder(guide, tokens=needs_tokens, megabytes=config.feature_cache)
 
     def forward(
         self,
@@ -133,11 +137,20 @@ class Alignment(nn.Module):
         device = codes.codes.device
         if self.guide.device != device:
             self.guide.to(device)
-        has_caption = torch.tensor([bool(string) for string in strings], device=device)
-        features = self.guide.encode(strings)
+        tokens = self.guide.tokenize(strings)
+        masks: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            mask = objective.draw_mask(strings, tokens, self.guide, generator)
+            if mask is not None:
+                masks[name] = mask.cpu()
+        whole, *masked = self.texts.encode(strings, tokens, [*masks.values()])
+        masked_of = dict(zip(masks, masked, strict=True))
         view = self.view(codes)
-        caption = Caption(strings, has_caption, features, self.guide, generator)
-        terms: dict[str, Term] = {n: each(view, caption) for n, each in self.objectives.items()}
+        caption = Caption(strings, tokens, whole, self.guide, generator)
+        terms: dict[str, Term] = {}
+        for name, objective in self.objectives.items():
+            own = replace(caption, mask=masks.get(name), masked=masked_of.get(name))
+            terms[name] = objective(view, own)
         bad = self._handle_nonfinite(terms, step, split)
         total: Tensor = torch.zeros((), device=device)
         for name, term in terms.items():
@@ -260,6 +273,103 @@ class Alignment(nn.Module):
         if message not in self._warned:
             self._warned.add(message)
             logger.warning("%s", message)
+
+
+class CaptionEncoder:
+    """Encodes the captions of a step, whole and masked, in one call.
+
+    Features of whole captions are kept, so that they cost nothing from the second epoch on. On a
+    CPU each is then encoded alone: its features do not depend on the rest of the batch, so a
+    resumed run, which has forgotten them, continues bit-identically.
+
+    Args:
+        guide: encodes.
+        tokens: keep the features of tokens, too.
+        megabytes: MiB of kept features at most; further captions are encoded each time.
+    """
+
+    def __init__(self, guide: AbstractGuide, *, tokens: bool, megabytes: int) -> None:
+        self.guide, self.tokens, self.megabytes = guide, tokens, megabytes
+        self._kept: dict[str, Row] = {}
+        self._bytes, self._device = 0, guide.device
+
+    def encode(
+        self, strings: Sequence[str], tokens: TextTokens, masks: Sequence[Tensor]
+    ) -> list[TextFeatures]:
+        """Return features of B captions, and of the same under each mask.
+
+        Args:
+            strings: B captions.
+            tokens: their tokens, on the CPU.
+            masks: tokens to mask, each (B, max_length) bool on the CPU.
+        """
+        if self.megabytes == 0 or self.guide.keeps_features:
+            return self._encode(strings, strings, masks)
+        if self._device != self.guide.device:
+            self._kept, self._bytes, self._device = {}, 0, self.guide.device
+        new = [text for text in dict.fromkeys(strings) if text not in self._kept]
+        fresh: dict[str, Row] = {}
+        if self._device.type == "cpu":
+            for text in new:
+                fresh |= self._keep([text], *self._parts(self.guide.encode([text])))
+            new = []
+        masked: list[TextFeatures] = []
+        if new or masks:
+            whole, *masked = self._encode(new, strings, masks)
+            fresh |= self._keep(new, *self._parts(whole))
+        rows = [fresh[text] if text in fresh else self._kept[text] for text in strings]
+        return [self._join(rows, tokens), *masked]
+
+    def _encode(
+        self, new: Sequence[str], strings: Sequence[str], masks: Sequence[Tensor]
+    ) -> list[TextFeatures]:
+        mask = None
+        if masks:
+            mask = torch.cat([masks[0].new_zeros(len(new), masks[0].shape[1]), *masks])
+        features = self.guide.encode([*new, *(text for _ in masks for text in strings)], mask)
+        return features.split([len(new), *(len(strings) for _ in masks)])
+
+    def _parts(self, features: TextFeatures) -> tuple[Tensor, Tensor | None]:
+        """Return copies, not views of a batch with masked captions."""
+        return features.sentence.clone(), features.tokens.clone() if self.tokens else None
+
+    def _keep(
+        self, texts: Sequence[str], sentences: Tensor, tokens: Tensor | None = None
+    ) -> dict[str, Row]:
+        """Return the rows by caption, kept as long as there is room."""
+        if tokens is None:
+            tokens = sentences.new_zeros(len(texts), 0, self.guide.token_dim)
+        rows = {text: (sentences[i], tokens[i]) for i, text in enumerate(texts)}
+        for text, row in rows.items():
+            size = sum(part.nbytes for part in row)
+            if self._bytes + size > self.megabytes * 2**20:
+                break
+            self._kept[text] = row
+            self._bytes += size
+        return rows
+
+    def _join(self, rows: Sequence[Row], tokens: TextTokens) -> TextFeatures:
+        lengths = tokens.attention_mask.sum(dim=1)
+        longest = int(lengths.max()) if len(rows) else 0
+        of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
+        return TextFeatures(
+            token_ids=tokens.token_ids[:, :longest].to(self._device),
+            attention_mask=tokens.attention_mask[:, :longest].to(self._device),
+            word_ids=tokens.word_ids[:, :longest].to(self._device),
+            tokens=of_tokens[:, :longest],
+            sentence=torch.stack([row[0] for row in rows]),
+            vocabulary=self.guide.vocabulary,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CaptionEncoder":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_encoder, (self.guide, self.tokens, self.megabytes)
+
+
+def _new_encoder(guide: AbstractGuide, tokens: bool, megabytes: int) -> CaptionEncoder:
+    return CaptionEncoder(guide, tokens=tokens, megabytes=megabytes)
 
 
 def zero_of(module: nn.Module) -> Tensor:

@@ -273,6 +273,9 @@ class MaskedTextConfig:
     """Mask words before the text encoder, or (released code, leaks) after it."""
     ratio: tuple[float, float] = (0.15, 0.5)
     """Minimum and maximum share of masked words; at `output` bounds of a truncated normal."""
+    vocabulary: Literal["seen", "full"] = "seen"
+    """Words to choose from: those of the training captions so far, or (released code) all of the
+    guide's. The first is faster; its values are lower, since there are fewer words to exclude."""
     label_smoothing: float = 0.0
     """0.1 in the released code, none in the paper."""
     attend_padding: bool = False
@@ -386,6 +389,8 @@ class LGVQConfig:
     gradient_ratio: float | None = None
     """Length of our gradient at the codes relative to the host's; the weights then only divide it
     among the objectives. null: the weights decide."""
+    feature_cache: int = 256
+    """MiB of memory for the text features of captions that were encoded before; 0: none."""
     start: int = 0
     """First step with the objectives."""
     ramp: int = 0
@@ -413,6 +418,7 @@ class LGVQConfig:
         require(ratio is None or ratio <= 1000, "gradient_ratio", "<= 1000, or null", ratio)
         expected = "null with codebook_gradient: true, whose gradient bypasses the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
+        require(self.feature_cache >= 0, "feature_cache", ">= 0", self.feature_cache)
         require(self.start >= 0, "start", ">= 0", self.start)
         require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
         expected = f"> start ({self.start}), or null"
@@ -433,6 +439,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "masked_text": {
             "mask_at": "output",
             "ratio": (0.1, 0.3),
+            "vocabulary": "full",
             "label_smoothing": 0.1,
             "attend_padding": True,
             "attend_cls": True,

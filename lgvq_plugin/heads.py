@@ -135,7 +135,7 @@ class TextDecoder(nn.Module):
         # One learned vector per position stands for a masked word; position-specific in the paper.
         self.mask_tokens = nn.Parameter(torch.empty(1, max_length, width).normal_(std=0.01))
         self.in_proj = nn.Identity() if memory_dim == width else nn.Linear(memory_dim, width)
-        self.blocks = nn.ModuleList(_decoder_block(width, heads, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, dropout) for _ in range(depth))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.register_load_state_dict_pre_hook(accept_old_names)
@@ -147,17 +147,20 @@ class TextDecoder(nn.Module):
         memory: Tensor,
         vocabulary: Tensor,
         attention_mask: Tensor | None = None,
+        choices: Tensor | None = None,
     ) -> Tensor:
         """Return the logits of the M masked positions only, (M, V), in row-major order.
 
         Args:
             text: token features, (B, T, Dt); those under the mask are never read.
-            mask: True at masked tokens, (B, T) bool.
+            mask: True at masked tokens, (B, T) bool; if on the CPU, no GPU has to be waited for.
             memory: code-ViT tokens, (B, N, D).
             vocabulary: the guide's token embedding, (V, Dt); detached.
             attention_mask: True at real tokens, (B, T) bool; None attends to padding too, as the
                 released code does. A row without a real token attends to all of it, since
                 attention over nothing is NaN.
+            choices: ids of the words to choose from, (V',) int64, as columns of the logits; None
+                is the whole vocabulary.
 
         Raises:
             ValueError: for captions longer than `max_length`.
@@ -165,15 +168,83 @@ class TextDecoder(nn.Module):
         length, longest = text.shape[1], self.mask_tokens.shape[1]
         if length > longest:
             raise ValueError(f"captions of {length} tokens, but max_length is {longest}")
+        positions = mask.flatten().nonzero()[:, 0].to(text.device)
+        mask = mask.to(text.device)
         states = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
         padding = None
         if attention_mask is not None:
             padding = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
         memory = self.in_proj(memory)
         for block in self.blocks:
-            states = block(states, memory, tgt_key_padding_mask=padding)
-        states = self.head(states[mask])
-        return states @ vocabulary.detach().to(states.dtype).mT + self.bias
+            states = block(states, memory, padding)
+        states = self.head(states.flatten(0, 1)[positions])
+        rows, bias = vocabulary.detach(), self.bias
+        if choices is not None:
+            rows, bias = rows[choices], bias[choices]
+        return states @ rows.to(states.dtype).mT + bias
+
+
+class DecoderBlock(nn.TransformerDecoderLayer):
+    """A decoder layer of torch (post-norm) with :func:`cross_attention`.
+
+    Args:
+        width: Dt.
+        heads: attention heads.
+        dropout: after each part, none in the attention.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__(
+            width, heads, width, dropout=dropout, layer_norm_eps=1e-12, batch_first=True
+        )
+        for attention in (self.self_attn, self.multihead_attn):
+            attention.dropout = 0.0
+            nn.init.normal_(attention.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(attention.out_proj.weight, std=width**-0.5)
+        for linear in (self.linear1, self.linear2):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, states: Tensor, memory: Tensor, padding: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return new states (B, T, Dt) of states and memory (B, N, Dt).
+
+        Args:
+            states: of the caption's tokens, (B, T, Dt).
+            memory: of the image, (B, N, Dt).
+            padding: True at tokens that are not attended to, (B, T) bool.
+        """
+        own = self.self_attn(states, states, states, key_padding_mask=padding, need_weights=False)
+        states = self.norm1(states + self.dropout1(own[0]))
+        seen = cross_attention(self.multihead_attn, states, memory)
+        states = self.norm2(states + self.dropout2(seen))
+        hidden = self.linear2(self.dropout(self.activation(self.linear1(states))))
+        return self.norm3(states + self.dropout3(hidden))
+
+
+def cross_attention(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor) -> Tensor:
+    """Return `attention(query, memory, memory)` without projecting the memory.
+
+    Scores are (q Wk) m instead of q (Wk m), and values are projected after they are averaged: the
+    same up to rounding, at a cost that grows with the T words of a query instead of the N codes of
+    an image, of which there are many more. The key's bias shifts all scores of a query alike, so it
+    has no effect.
+
+    Args:
+        attention: with `batch_first`, a bias and one width for all.
+        query: (B, T, D).
+        memory: (B, N, D).
+
+    Returns:
+        (B, T, D).
+    """
+    heads, width = attention.num_heads, attention.head_dim
+    weights = attention.in_proj_weight.unflatten(0, (3, heads, width))
+    bias = attention.in_proj_bias.unflatten(0, (3, heads, width))
+    queries = torch.einsum("btd,hed->bhte", query, weights[0]) + bias[0][:, None]
+    queries = torch.einsum("bhte,hed->bhtd", queries, weights[1])
+    keys = memory.to(queries.dtype)[:, None].expand(-1, heads, -1, -1)
+    means = F.scaled_dot_product_attention(queries, keys, keys, scale=width**-0.5)
+    values = torch.einsum("bhtd,hed->bthe", means, weights[2]) + bias[2]
+    return attention.out_proj(values.flatten(2))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -196,19 +267,6 @@ def _encoder_block(width: int, heads: int, depth: int) -> nn.TransformerEncoderL
     nn.init.normal_(block.self_attn.out_proj.weight, std=residual_std)
     nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
     nn.init.normal_(block.linear2.weight, std=residual_std)
-    return block
-
-
-def _decoder_block(width: int, heads: int, dropout: float) -> nn.TransformerDecoderLayer:
-    block = nn.TransformerDecoderLayer(
-        width, heads, width, dropout=dropout, layer_norm_eps=1e-12, batch_first=True
-    )
-    for attention in (block.self_attn, block.multihead_attn):
-        attention.dropout = 0.0
-        nn.init.normal_(attention.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(attention.out_proj.weight, std=width**-0.5)
-    for linear in (block.linear1, block.linear2):
-        nn.init.normal_(linear.weight, std=width**-0.5)
     return block
 
 

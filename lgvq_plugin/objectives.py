@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GlobalSemanticConfig, MaskedTextConfig, RelationshipConfig
@@ -22,10 +24,11 @@ from .functional import (
     sample_token_mask,
     sample_truncated_ratio,
     word_semantic_loss,
+    world_size,
 )
 from .guides.base import AbstractGuide
 from .heads import CodeViT, TextDecoder, accept_old_names
-from .types import CodeView, PastPairs, Term, TextFeatures
+from .types import CodeView, PastPairs, Term, TextFeatures, TextTokens
 
 MEMBERS = {
     "global_semantic": "GlobalSemantic",
@@ -43,18 +46,32 @@ class Caption:
     """One batch of captions.
 
     Args:
-        strings: B captions.
-        has_caption: True where an image has one, (B,) bool; the others do not contribute.
+        strings: B captions, "" for an image without one.
+        tokens: the guide's tokens of them, (B, max_length) on the CPU.
         features: the guide's features of the unmasked captions.
-        guide: encodes masked captions.
+        guide: the text guide.
         generator: CPU generator of this step's draws.
+        mask: what :meth:`AbstractObjective.draw_mask` returned, (B, max_length) bool on the CPU.
+        masked: features of the captions under that mask.
     """
 
     strings: Sequence[str]
-    has_caption: Tensor
+    tokens: TextTokens
     features: TextFeatures
     guide: AbstractGuide
     generator: torch.Generator
+    mask: Tensor | None = None
+    masked: TextFeatures | None = None
+
+    @property
+    def has_caption(self) -> Tensor:
+        """True where an image has a caption, (B,) bool on the CPU; others do not contribute."""
+        return torch.tensor([bool(string) for string in self.strings], dtype=torch.bool)
+
+    def rows(self, device: torch.device) -> Tensor | slice:
+        """Index of the images with a caption, made on the CPU so that no GPU is waited for."""
+        has_caption = self.has_caption
+        return slice(None) if has_caption.all() else has_caption.nonzero()[:, 0].to(device)
 
 
 class AbstractObjective(nn.Module, ABC):
@@ -62,6 +79,23 @@ class AbstractObjective(nn.Module, ABC):
 
     Members are built as `Objective(config, guide=guide, code_dim=C)`.
     """
+
+    needs_tokens = True
+    """Whether it reads `caption.features.tokens`; if no objective does, they have no token (T = 0)
+    in steps whose captions were encoded before."""
+
+    def draw_mask(
+        self,
+        strings: Sequence[str],
+        tokens: TextTokens,
+        guide: AbstractGuide,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """Return the tokens to mask before the encoder, (B, max_length) bool; None: no mask.
+
+        The captions are then encoded once more, see `Caption.masked`.
+        """
+        return None
 
     @abstractmethod
     def forward(self, view: CodeView, caption: Caption) -> Term:
@@ -82,7 +116,7 @@ class GlobalSemantic(AbstractObjective):
     ) -> None:
         super().__init__()
         image_dim, sentence_dim = guide.token_dim, guide.sentence_dim  # the code-ViT's, the text's
-        self.config = config
+        self.config, self.needs_tokens = config, config.words_weight > 0
         same_width = image_dim == sentence_dim
         self.project = nn.Identity() if same_width else nn.Linear(image_dim, sentence_dim)
         self.log_temperature = nn.Parameter(
@@ -95,11 +129,11 @@ class GlobalSemantic(AbstractObjective):
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_gsa over the images with a caption, on all ranks if `gather`."""
-        text, keep = caption.features, caption.has_caption
+        text, keep = caption.features, caption.rows(view.cls.device)
         summary = view.tokens.mean(dim=1) if self.config.source == "pooled" else view.cls
         image, sentence = self.project(summary)[keep].float(), text.sentence[keep].float()
         # Captions of the same tokens have the same features: they are no negatives of each other.
-        token_ids = text.token_ids[keep]
+        token_ids = caption.tokens.token_ids.to(view.cls.device)[keep]
         if self.config.gather:
             # The whole loss on every rank: its mean gradient over ranks is that of one process
             # with all rows, and all ranks agree on whether the value is finite.
@@ -125,7 +159,7 @@ class GlobalSemantic(AbstractObjective):
 
     def _words(self, view: CodeView, caption: Caption, temperature: Tensor) -> Tensor:
         """Contrast words with patches, on this rank alone: all ranks' patches are too many."""
-        text, keep = caption.features, caption.has_caption
+        text, keep = caption.features, caption.rows(view.cls.device)
         words, is_word = pool_words(text.tokens[keep], text.word_ids[keep])
         words, is_word = pool_phrases(words, is_word, self.config.words_span)
         token_ids = text.token_ids[keep]
@@ -219,63 +253,117 @@ def _retrieval_top1(image: Tensor, sentence: Tensor, same: Tensor) -> Tensor:
 
 
 class MaskedText(AbstractObjective):
-    """Masked text prediction (L_mtp, Eq. 6): the image's codes fill in masked words."""
+    """Masked text prediction (L_mtp, Eq. 6): the image's codes fill in masked words.
+
+    With `vocabulary: seen` the words to choose from are those of the training captions so far, of
+    all ranks; they are kept in checkpoints.
+    """
+
+    seen: Tensor
 
     def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.needs_tokens = config, config.mask_at == "output"
+        size = len(guide.vocabulary)
         self.decoder = TextDecoder(
             guide.token_dim,
             memory_dim=guide.token_dim,
-            vocabulary_size=len(guide.vocabulary),
+            vocabulary_size=size,
             max_length=guide.max_length,
             depth=config.depth,
             heads=config.heads,
             dropout=config.dropout,
         )
+        self._is_seen: Tensor | None = None  # `seen` on the CPU
+        if config.vocabulary == "seen":
+            self.register_buffer("seen", torch.zeros(size, dtype=torch.bool))
+        self.register_load_state_dict_pre_hook(_fit_seen_words)
+
+    def draw_mask(
+        self,
+        strings: Sequence[str],
+        tokens: TextTokens,
+        guide: AbstractGuide,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """Draw whole words, unless the config masks at the output."""
+        if self.config.mask_at == "output":
+            return None
+        ratio = self.config.ratio
+        return guide.draw_mask(strings, tokens.word_ids, ratio=ratio, generator=generator)
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_mtp over the images with a caption, and the recall@1 of masked words."""
-        text = caption.features
-        mask = self._mask(caption) & caption.has_caption[:, None]
-        if self.config.mask_at == "input":
-            text = caption.guide.encode(caption.strings, token_mask=mask)
+        if caption.masked is not None and caption.mask is not None:
+            text, mask = caption.masked, caption.mask[:, : caption.masked.token_ids.shape[1]]
+        else:
+            text = caption.features.padded(caption.guide.max_length, caption.guide.pad_id)
+            mask = self._mask_at_output(text, caption.generator)
+        if self.config.attend_padding:
+            text = text.padded(caption.guide.max_length, caption.guide.pad_id)
+            mask = F.pad(mask, (0, text.token_ids.shape[1] - mask.shape[1]))
+        mask = mask & caption.has_caption[:, None].to(mask.device)
         memory = view.tokens
         if self.config.attend_cls:
             memory = torch.cat([view.cls[:, None], memory], dim=1)
+        targets = text.token_ids.flatten()[mask.flatten().nonzero()[:, 0].to(memory.device)]
+        choices = self._words_seen(caption.tokens, memory.device)
         logits = self.decoder(
             text.tokens.detach().masked_fill(~self._is_not_padding(text)[..., None], 0.0),
             mask,
             memory,
             text.vocabulary,
             attention_mask=None if self.config.attend_padding else text.attention_mask,
+            choices=choices,
         )
-        targets = text.token_ids[mask]
+        if choices is not None:
+            targets = torch.searchsorted(choices, targets)
         value = masked_text_loss(logits, targets, label_smoothing=self.config.label_smoothing)
         hits = (logits.detach().argmax(dim=-1) == targets).float()
         return Term(value, {"word_recall": hits.sum() / max(len(hits), 1)})
 
-    def _mask(self, caption: Caption) -> Tensor:
-        text, config = caption.features, self.config
-        if config.mask_at == "input":
-            return caption.guide.draw_mask(
-                caption.strings, text.word_ids, ratio=config.ratio, generator=caption.generator
-            )
+    def _words_seen(self, tokens: TextTokens, device: torch.device) -> Tensor | None:
+        """Return sorted ids of the words so far, those of this batch included; None: all words."""
+        if self.config.vocabulary == "full":
+            return None
+        if self._is_seen is None:
+            self._is_seen = self.seen.cpu()
+        is_seen = self._is_seen.index_fill(0, tokens.token_ids[tokens.word_ids >= 0].cpu(), True)
+        if self.training and torch.is_grad_enabled():
+            if world_size() > 1:
+                of_all = is_seen.to(device, torch.uint8)
+                dist.all_reduce(of_all, op=dist.ReduceOp.MAX)
+                is_seen = of_all.bool().cpu()
+            if not torch.equal(is_seen, self._is_seen):
+                self._is_seen = is_seen
+                self.seen.copy_(is_seen)
+        choices = is_seen.nonzero()[:, 0] if is_seen.any() else torch.zeros(1, dtype=torch.int64)
+        return choices.to(device)
+
+    def _mask_at_output(self, text: TextFeatures, generator: torch.Generator) -> Tensor:
         # Released code: a normal draw cut to the ratio's bounds, of which (0.1, 0.3) lie below
         # its mean, so that most draws are close to the upper one.
-        low, high = config.ratio
+        low, high = self.config.ratio
         ratio = sample_truncated_ratio(
-            mean=0.5, deviation=0.1, low=low, high=high, generator=caption.generator
+            mean=0.5, deviation=0.1, low=low, high=high, generator=generator
         )
-        return sample_token_mask(
-            self._is_not_padding(text), text.word_ids, ratio=ratio, generator=caption.generator
-        )
+        is_word = self._is_not_padding(text)
+        return sample_token_mask(is_word, text.word_ids, ratio=ratio, generator=generator)
 
     def _is_not_padding(self, text: TextFeatures) -> Tensor:
         if self.config.mask_at == "input":
             return text.attention_mask
         # Released code: a word piece of id 0 counts as padding, too.
         return text.attention_mask & (text.token_ids != 0)
+
+
+def _fit_seen_words(module: Any, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """Accept states with and without the words seen so far; a pre-hook of `load_state_dict`."""
+    key, module._is_seen = f"{prefix}seen", None
+    if module.config.vocabulary == "full":
+        state.pop(key, None)
+    else:
+        state.setdefault(key, torch.zeros_like(module.seen))
 
 
 class Relationship(AbstractObjective):
@@ -286,7 +374,7 @@ class Relationship(AbstractObjective):
 
     def __init__(self, config: RelationshipConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.needs_tokens = config, config.between == "words"
         self.project: nn.Module = nn.Identity()
         if config.project:
             linear = nn.Linear(code_dim, guide.token_dim)
@@ -295,12 +383,13 @@ class Relationship(AbstractObjective):
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_ras over the images with a caption."""
-        text, keep = caption.features, caption.has_caption
+        text, keep = caption.features, caption.rows(view.cls.device)
         codes = self.project(view.codes.codes)[keep]
         if self.config.between == "captions":
             return Term(caption_relationship_loss(text.sentence[keep], codes))
         if self.config.variant == "paper":
             # Released code: start and end count as words, and a word piece of id 0 as padding.
+            text = text.padded(caption.guide.max_length, caption.guide.pad_id)
             words, mask = text.tokens, text.attention_mask & (text.token_ids != 0)
         else:
             words, mask = pool_words(text.tokens, text.word_ids)

@@ -5,9 +5,10 @@ T text positions, W words, V vocabulary, Dt token-feature width, Ds sentence-fea
 D width of the code-ViT's output.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -53,6 +54,8 @@ class TextTokens:
 class TextFeatures:
     """Features of a batch of captions from the frozen guide; without gradients.
 
+    T is at most the guide's `max_length`; guides may trim it to the longest caption of the batch.
+
     Args:
         token_ids, attention_mask, word_ids: as in :class:`TextTokens`.
         tokens: contextual feature of each token, (B, T, Dt).
@@ -66,6 +69,22 @@ class TextFeatures:
     tokens: Tensor
     sentence: Tensor
     vocabulary: Tensor
+
+    def padded(self, length: int, pad_id: int) -> "TextFeatures":
+        """Return them with T = `length`, at least the present one; padding has zero features."""
+        more = length - self.token_ids.shape[1]
+        return replace(
+            self,
+            token_ids=F.pad(self.token_ids, (0, more), value=pad_id),
+            attention_mask=F.pad(self.attention_mask, (0, more)),
+            word_ids=F.pad(self.word_ids, (0, more), value=-1),
+            tokens=F.pad(self.tokens, (0, 0, 0, more)),
+        )
+
+    def split(self, sizes: Sequence[int]) -> "list[TextFeatures]":
+        """Return consecutive rows, `sizes` of them each."""
+        rows = [getattr(self, each.name).split(list(sizes)) for each in fields(self)[:-1]]
+        return [TextFeatures(*parts, self.vocabulary) for parts in zip(*rows, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """The schedule of the text losses: start, ramp, stop; and how hard they pull."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from lgvq_plugin import attach
-from lgvq_plugin.alignment import Alignment
+from lgvq_plugin.alignment import Alignment, CaptionEncoder
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.hosts.vqvae import VectorQuantizer
@@ -136,3 +139,84 @@ def test_heads_saved_under_old_names_still_load(tmp_path):
     run = {f"loss.lgvq.{key}": value for key, value in old.items()} | {"encoder.enter.a": 1}
     rename_old_heads(run)
     assert run.keys() == {*(f"loss.lgvq.{key}" for key in saved), "encoder.enter.a"}
+
+
+class Calls:
+    """Counts the captions that a guide encodes."""
+
+    def __init__(self, guide, monkeypatch):
+        self.calls, encode = [], guide.encode
+        monkeypatch.setattr(
+            guide, "encode", lambda *given: (self.calls.append(given), encode(*given))[1]
+        )
+
+    def take(self):
+        """Return the captions of each call since the last time."""
+        taken, self.calls = [list(given[0]) for given in self.calls], []
+        return taken
+
+
+BATCH = ["a red circle above a blue star", "", "two stars", "a red circle above a blue star"]
+
+
+@pytest.fixture
+def guide():
+    return build_guide({"use": "micro_clip"})
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_captions_are_encoded_once_and_masked_ones_in_one_call(guide, monkeypatch, tokens):
+    texts = guide.tokenize(BATCH)
+    mask = texts.word_ids == 1
+    expected, expected_masked = guide.encode(BATCH), guide.encode(BATCH, mask)
+    encoder = CaptionEncoder(guide, tokens=tokens, megabytes=1)
+    calls = Calls(guide, monkeypatch)
+    for epoch in range(2):
+        whole, masked = encoder.encode(BATCH, texts, [mask])
+        assert calls.take() == [*([[text] for text in BATCH[:3]] if epoch == 0 else []), BATCH]
+        assert torch.allclose(whole.sentence, expected.sentence, atol=1e-5)
+        assert torch.equal(whole.token_ids, expected.token_ids)
+        assert torch.equal(whole.word_ids, expected.word_ids)
+        assert torch.equal(masked.tokens, expected_masked.tokens)
+        words = expected.attention_mask
+        if tokens:
+            assert torch.allclose(whole.tokens[words], expected.tokens[words], atol=1e-5)
+        else:
+            assert whole.tokens.shape == (4, 0, guide.token_dim)
+
+
+def test_features_of_a_caption_do_not_depend_on_when_it_was_encoded(guide):
+    """Else a resumed run, which has forgotten them, would differ."""
+    alone = CaptionEncoder(guide, tokens=False, megabytes=1)
+    alone.encode(BATCH[:1], guide.tokenize(BATCH[:1]), [])
+    fresh = CaptionEncoder(guide, tokens=False, megabytes=1)
+    one, other = (each.encode(BATCH, guide.tokenize(BATCH), [])[0] for each in (alone, fresh))
+    assert torch.equal(one.sentence, other.sentence)
+
+
+def test_memory_for_features_is_bounded(guide, monkeypatch):
+    captions = [f"circle {number}" for number in range(5000)]  # 256 bytes each, room for 4,096
+    encoder = CaptionEncoder(guide, tokens=False, megabytes=1)
+    encoder._keep(captions, torch.zeros(5000, guide.sentence_dim))
+    calls = Calls(guide, monkeypatch)
+    encoder.encode(captions, guide.tokenize(captions), [])
+    assert [text for call in calls.take() for text in call] == captions[4096:]
+
+
+def test_without_room_all_is_encoded_in_one_call(guide, monkeypatch):
+    texts = guide.tokenize(BATCH)
+    mask = texts.word_ids == 1
+    calls = Calls(guide, monkeypatch)
+    encoder = CaptionEncoder(guide, tokens=False, megabytes=0)
+    for _ in range(2):
+        whole, masked = encoder.encode(BATCH, texts, [mask])
+        assert calls.take() == [BATCH * 2]
+    assert torch.equal(whole.tokens, masked.tokens) is False
+    assert len(whole.sentence) == len(masked.sentence) == 4
+
+
+def test_copies_and_files_hold_no_features(guide):
+    encoder = CaptionEncoder(guide, tokens=True, megabytes=1)
+    encoder.encode(BATCH, guide.tokenize(BATCH), [])
+    assert copy.deepcopy(encoder) is encoder
+    assert len(pickle.dumps(encoder)) < 2000

@@ -43,6 +43,8 @@ class Result:
         ratios: LG-VQ step / bare step of each round.
         bare, lgvq: seconds per step of each round.
         parts: seconds per LG-VQ step by part, the median over rounds.
+        memory: peak MiB of a step with its weights and optimizer, "bare" and "lgvq"; empty where
+            it cannot be read (CPUs without Linux).
     """
 
     case: Case
@@ -51,6 +53,7 @@ class Result:
     bare: list[float]
     lgvq: list[float]
     parts: dict[str, float]
+    memory: dict[str, float]
 
     @property
     def ratio(self) -> float:
@@ -204,9 +207,14 @@ def measure(
             "lgvq": Step(_host(case, guide), device),
         }
         silent = _NoParts(device)
+        heads = step_of["lgvq"].host.loss.alignment
+        for batch in batches:  # as in later epochs, unless the case switches the cache off
+            texts = batch["caption"]
+            heads.texts.encode(texts, heads.guide.tokenize(texts), [])
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
             for batch in batches[:2]:
                 step(batch, silent)
+        memory = {name: _peak(step, batches[0], device) for name, step in step_of.items()}
         taken: dict[str, list[float]] = {name: [] for name in step_of}
         position = 0
         for number in range(rounds):
@@ -222,7 +230,45 @@ def measure(
                 progress()
         parts = _parts(step_of["lgvq"], batches[: max(2, steps)], device)
     ratios = [a / b for a, b in zip(taken["lgvq"], taken["bare"], strict=True)]
-    return Result(case, batch_size, ratios, taken["bare"], taken["lgvq"], parts)
+    known = {name: peak for name, peak in memory.items() if peak is not None}
+    return Result(case, batch_size, ratios, taken["bare"], taken["lgvq"], parts, known)
+
+
+def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
+    """Return MiB of the step's weights and optimizer, and of what one step adds at its peak."""
+    heads: Alignment | None = getattr(step.host.loss, "alignment", None)
+    states = [
+        value
+        for each in step.optimizers
+        for state in each.state.values()
+        for value in state.values()
+    ]
+    held = [*step.host.parameters(), *step.host.buffers(), *states]
+    held += heads.guide.weights().values() if heads is not None else []
+    size = sum(each.nbytes for each in held if isinstance(each, Tensor))
+    before = _memory(device, reset=True)
+    if before is None:
+        return None
+    step(batch, _NoParts(device))
+    peak = _memory(device)
+    assert peak is not None
+    return (size + peak - before) / 2**20
+
+
+def _memory(device: torch.device, *, reset: bool = False) -> float | None:
+    """Return the peak of memory in bytes since the last reset; with `reset`, what is used now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * float(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
 def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, float]:

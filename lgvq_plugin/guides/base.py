@@ -3,8 +3,9 @@
 import hashlib
 import inspect
 import json
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..functional import sample_word_mask
 from ..sockets import ConfigError, resolve, suggest
 from ..types import TextFeatures, TextTokens
+
+logger = logging.getLogger(__name__)
 
 PLACES = ("device", "cache_dir")  # parameters that change no feature
 
@@ -43,13 +46,17 @@ class AbstractGuide(ABC):
         max_length: captions are cut to this many tokens, start and end included.
         token_dim: Dt, width of `TextFeatures.tokens` and of `vocabulary`.
         sentence_dim: Ds, width of `TextFeatures.sentence`.
-        truncated: number of captions cut since the guide was built.
+        pad_id: token id of padding.
+        truncated: number of different captions cut since the guide was built.
+        keeps_features: features are in memory or on disk already.
     """
 
     max_length: int
     token_dim: int
     sentence_dim: int
+    pad_id: int = 0
     truncated: int = 0
+    keeps_features: bool = False
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
@@ -62,10 +69,12 @@ class AbstractGuide(ABC):
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
         """Encode B captions under `no_grad`, in float32, on :attr:`device`.
 
+        The result may be trimmed to T tokens, the longest of the B captions.
+
         Args:
             captions: B strings; an empty one gives start and end tokens only.
-            token_mask: tokens to mask, (B, T) bool; no feature depends on the masked words, and
-                `token_ids` of the result still holds them.
+            token_mask: tokens to mask, (B, max_length) bool; no feature depends on the masked
+                words, and `token_ids` of the result still holds them.
         """
 
     def draw_mask(
@@ -82,12 +91,12 @@ class AbstractGuide(ABC):
 
         Args:
             captions: B strings.
-            word_ids: the word of each token, -1 for none, (B, T) int64.
+            word_ids: the word of each token, -1 for none, (B, max_length) int64.
             ratio: lowest and highest share of words, each in [0, 1].
             generator: CPU generator.
 
         Returns:
-            True at every piece of a masked word, (B, T) bool.
+            True at every piece of a masked word, (B, max_length) bool.
         """
         return sample_word_mask(word_ids, ratio=ratio, generator=generator)
 
@@ -109,6 +118,19 @@ class AbstractGuide(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build this guide again."""
+
+    def count_truncated(self, captions: Iterable[str]) -> None:
+        """Count captions that were cut, each once; the first one is logged."""
+        known: set[str] = self.__dict__.setdefault("_truncated", set())
+        new = {*captions} - known
+        if new and not known:
+            logger.warning(
+                "a caption has more than max_length = %d tokens and is cut, its end token kept; "
+                "the guide's `truncated` counts such captions",
+                self.max_length,
+            )
+        known |= new
+        self.truncated += len(new)
 
     def unknown_words(self, captions: Sequence[str]) -> "UnknownWords | None":
         """Count the words that the guide has never seen; None for guides that cannot tell."""

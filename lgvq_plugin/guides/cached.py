@@ -27,7 +27,6 @@ from ..functional import sample_word_mask
 from ..sockets import ConfigError, suggest
 from ..types import TextFeatures, TextTokens
 from .base import PLACES, AbstractGuide, UnknownWords, build_guide
-from .tokens import warn_of_truncation
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +64,8 @@ class CachedGuide(AbstractGuide):
     Raises:
         ConfigError: if there is no cache, it is broken, or another guide made it.
     """
+
+    keeps_features = True
 
     def __init__(
         self,
@@ -242,10 +243,10 @@ class CachedGuide(AbstractGuide):
                 f"text cache {self._folder}; run `lgvq cache` again with this config (captions "
                 "that are there are kept), or set `guide.missing: encode`"
             )
-        self._last = key, places  # a step asks several times; a truncated caption counts once
-        if (cut := _count_cut(places)) and not self.truncated:
-            warn_of_truncation(self.max_length)
-        self.truncated += cut
+        self._last = key, places  # a step asks several times
+        if _count_cut(places):
+            cut = (bool(shard["cut"][row]) for shard, row in places)
+            self.count_truncated(text for text, is_cut in zip(captions, cut, strict=True) if is_cut)
         return places
 
     def _mask_numbers(
@@ -414,7 +415,7 @@ def _encode_batch(
 ) -> Arrays:
     """Return the arrays of :func:`open_shard` for a batch, encoded whole and under each mask."""
     cut = [guide.tokenize([caption]).cut > 0 for caption in captions]
-    plain = guide.encode(captions)
+    plain = guide.encode(captions).padded(guide.max_length, guide.pad_id)
     attention, sentence = plain.attention_mask.cpu().numpy(), plain.sentence.cpu().numpy()
     blocks: list[np.ndarray] = []
     ends = [first_row]
@@ -442,6 +443,7 @@ def _encode_batch(
         masked_sentence = np.repeat(sentence[:, None], facts.maskings, axis=1)
         for m in range(facts.maskings):
             masked = guide.encode(captions, token_mask=torch.from_numpy(masks[:, m]))
+            masked = masked.padded(guide.max_length, guide.pad_id)
             tokens, sentence = masked.tokens.cpu().numpy(), masked.sentence.cpu().numpy()
             for row in range(len(captions)):
                 # Short captions have few distinct masks: equal ones are stored once.

@@ -53,7 +53,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
         limits = (self._tokenizer.model_max_length, positions)
         self.max_length = require_length(max_length, min(int(one) for one in limits if one))
         self._words = network.get_input_embeddings().weight.shape[0]
-        self._pad = self._tokenizer.pad_token_id or 0
+        self.pad_id = self._tokenizer.pad_token_id or 0
         self._mask_id = self._tokenizer.mask_token_id
         if self._mask_id is None:
             self._mask_id = self._words

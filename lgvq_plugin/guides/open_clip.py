@@ -32,8 +32,8 @@ class OpenCLIPText(AbstractTokenGuide):
     usual size, the same for every masked word. Words are replaced before the first layer, so no
     feature depends on them. The caption is pooled at its end token.
 
-    A causal tower never looks ahead, so it gets `max_length` positions only, with the same result
-    as with its whole context. Other towers get the whole context, and the result is cut.
+    A causal tower never looks ahead, so it gets the longest caption's positions only, with the same
+    result as with its whole context. Other towers get the whole context, and the result is cut.
 
     Features of the same batch are bit-identical. Those of the same caption in another batch may
     differ by about 1e-5, since matrix products are split by batch size.
@@ -67,17 +67,17 @@ class OpenCLIPText(AbstractTokenGuide):
             )
         context = tower.context_length
         self.max_length = require_length(max_length, context)
-        self._tokenizer, self._pad = tokenizer, tower.pad_id
+        self._tokenizer, self.pad_id = tokenizer, tower.pad_id
         is_causal = tower.attn_mask is not None and tower.cls_emb is None
-        self._span = max_length if is_causal and tower.pool_type in ("argmax", "eos") else context
+        self._is_trimmed = is_causal and tower.pool_type in ("argmax", "eos")
         self._words = self._mask_id = tower.vocab_size
         self._network: TextTransformer = tower.float().eval().requires_grad_(False)
         tower.token_embedding = with_mean_row(tower.token_embedding)
         if tower.pool_type == "argmax":
             # The end token has the largest id except for the new one: name it instead.
             tower.pool_type, tower.eos_id = "eos", tokenizer.eot_token_id
-        if self._span < context:
-            tower.attn_mask = tower.attn_mask[: self._span, : self._span]
+        if self._is_trimmed:
+            tower.register_buffer("causal_mask", tower.attn_mask, persistent=False)
         self.token_dim = self.sentence_dim = tower.width
         if isinstance(tower.text_projection, nn.Linear):
             self.sentence_dim = tower.text_projection.out_features
@@ -103,11 +103,15 @@ class OpenCLIPText(AbstractTokenGuide):
         return rows
 
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        ids = nn.functional.pad(ids, (0, self._span - ids.shape[1]), value=self._pad)
-        states = self._network.forward_intermediates(
+        network, length = self._network, ids.shape[1]
+        if self._is_trimmed:
+            network.attn_mask = network.causal_mask[:length, :length]
+        else:
+            ids = nn.functional.pad(ids, (0, network.context_length - length), value=self.pad_id)
+        states = network.forward_intermediates(
             ids, indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
-        return states["text_intermediates"][0][:, : self.max_length], states["text_features"]
+        return states["text_intermediates"][0][:, :length], states["text_features"]
 
 
 class OpenCLIPGuide(OpenCLIPText):

@@ -1,6 +1,5 @@
 """What guides with a network of their own share: tokenize, truncate, mask and encode captions."""
 
-import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from ..sockets import ConfigError
 from ..types import TextFeatures, TextTokens
 from .base import AbstractGuide
 
-logger = logging.getLogger(__name__)
+MAX_KNOWN = 100_000  # captions whose tokens are kept
+CPU_ROWS = 8  # captions per forward pass on a CPU
 
 Row = tuple[Sequence[int], Sequence[int]]
 """Token ids and word numbers of one caption, start and end included."""
@@ -21,16 +21,13 @@ Row = tuple[Sequence[int], Sequence[int]]
 class AbstractTokenGuide(AbstractGuide):
     """A frozen network over rows of tokens; masked words become one token id.
 
-    The tokens of the last batch are kept: a step asks for them whole and once more with masked
-    words, and a truncated caption counts once.
+    A step asks for the tokens of its captions several times, and epochs do again: they are kept.
     """
 
     _network: nn.Module
     _source: Mapping[str, Any]  # constructor arguments, except max_length and device
     _words: int  # size of the vocabulary, without the row for masked words
-    _pad: int
     _mask_id: int
-    _last: tuple[tuple[str, ...], TextTokens] | None = None
 
     @property
     @abstractmethod
@@ -71,46 +68,63 @@ class AbstractTokenGuide(AbstractGuide):
 
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
         """Split B captions into (B, max_length) tokens; long ones are cut, their end token kept."""
-        key = tuple(captions)
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        rows = self._rows(captions)
-        tokens = assemble(rows, length=self.max_length, pad=self._pad)
-        if tokens.cut and not self.truncated:
-            warn_of_truncation(self.max_length)
-        self.truncated += tokens.cut
-        self._last = key, tokens
+        known = self.__dict__.setdefault("_known", {})
+        new = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        if len(known) + len(new) > MAX_KNOWN:
+            known.clear()
+            new = [*dict.fromkeys(captions)]
+        known |= zip(new, self._rows(new), strict=True)
+        tokens = assemble([known[each] for each in captions], self.max_length, self.pad_id)
+        if tokens.cut:
+            self.count_truncated(each for each in captions if len(known[each][0]) > self.max_length)
         return tokens
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
-        """Encode B captions; `token_mask` (B, T) masks words, never start, end or padding."""
+        """Encode B captions, trimmed to the longest; start, end and padding are never masked.
+
+        Args:
+            captions: B strings.
+            token_mask: tokens to mask, (B, max_length) or (B, T) bool.
+        """
         text = self.tokenize(captions)
+        vocabulary, device = self.vocabulary, self.device
+        lengths = text.attention_mask.sum(dim=1)
+        longest = int(lengths.max()) if len(lengths) else 0
         shape, seen = tuple(text.token_ids.shape), text.token_ids
         if token_mask is not None:
-            if tuple(token_mask.shape) != shape:
+            if tuple(token_mask.shape) not in (shape, (len(captions), longest)):
                 raise ValueError(f"token_mask: expected {shape}, got {tuple(token_mask.shape)}")
-            seen = seen.masked_fill(token_mask.cpu() & (text.word_ids >= 0), self._mask_id)
-        vocabulary = self.vocabulary
-        device = vocabulary.device
-        attention_mask = text.attention_mask.to(device)
-        if len(captions):
-            with torch.autocast(device.type, enabled=False):
-                tokens, sentence = self._forward(seen.to(device), attention_mask)
-        else:
-            tokens = vocabulary.new_zeros(*shape, self.token_dim)
-            sentence = vocabulary.new_zeros(0, self.sentence_dim)
+            masked = token_mask.cpu() & (text.word_ids[:, : token_mask.shape[1]] >= 0)
+            seen = seen[:, :longest].masked_fill(masked[:, :longest], self._mask_id)
+        tokens = torch.zeros(len(seen), longest, self.token_dim, device=device)
+        sentence = torch.zeros(len(seen), self.sentence_dim, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for rows in self._groups(lengths):
+                length = int(lengths[rows].max())
+                ids, mask = seen[rows, :length], text.attention_mask[rows, :length]
+                found = self._forward(ids.to(device), mask.to(device))
+                where = rows.to(device)
+                tokens[where, :length], sentence[where] = found
         return TextFeatures(
-            token_ids=text.token_ids.to(device),
-            attention_mask=attention_mask,
-            word_ids=text.word_ids.to(device),
+            token_ids=text.token_ids[:, :longest].to(device),
+            attention_mask=text.attention_mask[:, :longest].to(device),
+            word_ids=text.word_ids[:, :longest].to(device),
             tokens=tokens,
             sentence=sentence,
             vocabulary=vocabulary,
         )
 
+    def _groups(self, lengths: Tensor) -> Sequence[Tensor]:
+        """Return which rows to encode together: on a CPU, where padding costs, by length."""
+        if len(lengths) == 0:
+            return []
+        if self.device.type != "cpu":
+            return [torch.arange(len(lengths))]
+        return lengths.argsort(stable=True).split(CPU_ROWS)
 
-def assemble(rows: Sequence[Row], *, length: int, pad: int) -> TextTokens:
+
+def assemble(rows: Sequence[Row], length: int, pad: int) -> TextTokens:
     """Cut rows to `length`, keeping their last token, and pad the shorter ones.
 
     Args:
@@ -138,15 +152,6 @@ def assemble(rows: Sequence[Row], *, length: int, pad: int) -> TextTokens:
         attention_mask[row, : len(ids)] = True
     cut = sum(len(ids) > length for ids, _ in rows)
     return TextTokens(token_ids, attention_mask, word_ids, cut)
-
-
-def warn_of_truncation(max_length: int) -> None:
-    """Log the first truncated caption of a guide."""
-    logger.warning(
-        "a caption has more than max_length = %d tokens and is cut, its end token kept; the "
-        "guide's `truncated` counts further ones",
-        max_length,
-    )
 
 
 def require_length(max_length: int, limit: int) -> int:

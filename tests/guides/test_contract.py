@@ -39,8 +39,9 @@ def same(a, b) -> bool:
 
 def test_shapes_and_types(guide):
     features = guide.encode(CAPTIONS)
-    assert features.token_ids.shape == (4, guide.max_length)
-    assert features.tokens.shape == (4, guide.max_length, guide.token_dim)
+    longest = int(guide.tokenize(CAPTIONS).attention_mask.sum(dim=1).max())
+    assert features.token_ids.shape == (4, longest)
+    assert features.tokens.shape == (4, longest, guide.token_dim)
     assert features.sentence.shape == (4, guide.sentence_dim)
     assert features.vocabulary.shape[1] == guide.token_dim
     assert features.token_ids.max() < len(features.vocabulary)
@@ -80,9 +81,10 @@ def test_global_random_stream_is_left_alone(config):
 
 def test_batch_mates_and_padding_change_nothing(guide):
     together, alone = guide.encode(CAPTIONS), guide.encode(CAPTIONS[:1])
-    assert torch.equal(together.token_ids[:1], alone.token_ids)
-    words = alone.attention_mask
-    assert torch.allclose(together.tokens[:1][words], alone.tokens[words], **TOLERANCE)
+    length = int(alone.attention_mask.sum())
+    assert alone.tokens.shape[1] == length < together.tokens.shape[1]
+    assert torch.equal(together.token_ids[:1, :length], alone.token_ids)
+    assert torch.allclose(together.tokens[:1, :length], alone.tokens, **TOLERANCE)
     assert torch.allclose(together.sentence[:1], alone.sentence, **TOLERANCE)
 
 
@@ -128,7 +130,9 @@ def test_too_long_a_caption_keeps_its_end_and_is_counted(config, caplog):
     assert text.token_ids[3, -1] == end
     assert text.word_ids[3, -1] == -1
     guide.tokenize([LONG, LONG, "circle"])
-    assert guide.truncated == 3
+    assert guide.truncated == 1
+    guide.encode([LONG, f"two {LONG}"])
+    assert guide.truncated == 2
     assert sum("max_length" in record.getMessage() for record in caplog.records) == 1
 
 
@@ -142,7 +146,8 @@ def test_hidden_words_leak_nowhere(guide):
     assert not torch.allclose(plain.sentence[0], plain.sentence[1], **TOLERANCE)
     assert torch.equal(features.tokens[0], features.tokens[1])
     assert torch.equal(features.sentence[0], features.sentence[1])
-    assert torch.equal(features.token_ids, text.token_ids)  # still there
+    length = features.token_ids.shape[1]
+    assert torch.equal(features.token_ids, text.token_ids[:, :length])  # still there
     assert not torch.allclose(features.sentence, plain.sentence, **TOLERANCE)
 
 
@@ -165,7 +170,7 @@ def test_a_mask_of_another_shape_is_refused(guide):
 
 def test_no_caption_at_all(guide):
     features = guide.encode([])
-    assert features.tokens.shape == (0, guide.max_length, guide.token_dim)
+    assert features.tokens.shape == (0, 0, guide.token_dim)
     assert features.sentence.shape == (0, guide.sentence_dim)
 
 
@@ -205,7 +210,7 @@ def test_fingerprint(config, guide):
     assert int(guide.fingerprint, 16)
     shorter = build_guide({**config, "max_length": 12})
     assert shorter.fingerprint != guide.fingerprint
-    assert shorter.encode(CAPTIONS[:1]).tokens.shape[1] == 12
+    assert shorter.encode([LONG]).tokens.shape[1] == 12
 
 
 def test_it_is_outside_the_module_tree(guide):

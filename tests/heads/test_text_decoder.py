@@ -1,5 +1,6 @@
 """TextDecoder: the released sizes; equal to a post-norm decoder in NumPy; masks that mask."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgvq_plugin.heads import TextDecoder
+from lgvq_plugin.heads import TextDecoder, cross_attention
 from lgvq_plugin.sockets import ConfigError
 
 
@@ -186,3 +187,26 @@ def test_input_that_does_not_fit(decoder, batch):
         decoder(long, torch.ones(2, 6, dtype=torch.bool), *batch[2:4])
     with pytest.raises(ConfigError, match="heads of the text decoder: 3 does not divide"):
         TextDecoder(8, memory_dim=8, vocabulary_size=11, heads=3)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_cross_attention_is_torchs(heads):
+    own = nn.MultiheadAttention(8, heads, batch_first=True).double()
+    for parameter in own.parameters():
+        nn.init.normal_(parameter)
+    twin = copy.deepcopy(own)
+    inputs = [torch.randn(3, n, 8, dtype=torch.float64) for n in (5, 7)]
+    gradients = []
+    for attention, attend in ((own, cross_attention), (twin, lambda a, q, m: a(q, m, m)[0])):
+        query, memory = (x.clone().requires_grad_() for x in inputs)
+        result = attend(attention, query, memory)
+        (result * torch.arange(8)).sin().sum().backward()
+        parts = [attention.in_proj_weight, attention.in_proj_bias, *attention.out_proj.parameters()]
+        gradients.append([result, query.grad, memory.grad, *(p.grad for p in parts)])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_choices_are_columns_of_the_whole(decoder, batch):
+    choices = torch.tensor([0, 3, 10])
+    assert torch.allclose(decoder(*batch, choices=choices), decoder(*batch)[:, choices], atol=1e-6)

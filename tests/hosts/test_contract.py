@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,10 +62,15 @@ def weighted_terms(heads, codes, captions):
     """Sum of weight * objective, put together here."""
     side = round(codes.shape[1] ** 0.5)
     view = heads.view(Codes(codes, None, (side, side)))
-    has_caption = torch.tensor([bool(c) for c in captions])
-    features = heads.guide.encode(captions)
-    caption = Caption(captions, has_caption, features, heads.guide, heads._generator(0))
-    return sum(WEIGHTS[name] * o(view, caption).value for name, o in heads.objectives.items())
+    guide, generator = heads.guide, heads._generator(0)
+    tokens, features = guide.tokenize(captions), guide.encode(captions)
+    caption = Caption(captions, tokens, features, guide, generator)
+    total = 0
+    for name, objective in heads.objectives.items():
+        mask = objective.draw_mask(captions, tokens, guide, generator)
+        masked = None if mask is None else guide.encode(captions, token_mask=mask)
+        total += WEIGHTS[name] * objective(view, replace(caption, mask=mask, masked=masked)).value
+    return total
 
 
 def structure(host):

@@ -82,19 +82,21 @@ class Batch:
     def term(self):
         """Run the objective; the same draws in every call."""
         generator = torch.Generator().manual_seed(0)
-        return self.objective(self.view, replace(self.caption, generator=generator))
+        caption = replace(self.caption, generator=generator)
+        mask = self.objective.draw_mask(caption.strings, caption.tokens, caption.guide, generator)
+        masked = None if mask is None else caption.guide.encode(caption.strings, token_mask=mask)
+        return self.objective(self.view, replace(caption, mask=mask, masked=masked))
 
     def but(self, **changes):
-        """Change the captions ("strings", "has_caption") or the view ("cls", "tokens", "codes")."""
+        """Change the captions ("strings") or the view ("cls", "tokens", "codes")."""
         view, caption = self.view, self.caption
         codes = replace(view.codes, codes=changes.pop("codes", view.codes.codes))
         strings = changes.pop("strings", caption.strings)
-        has_caption = changes.pop("has_caption", torch.tensor([bool(s) for s in strings]))
         guide = changes.pop("guide", caption.guide)
         caption = replace(
             caption,
             strings=strings,
-            has_caption=has_caption,
+            tokens=guide.tokenize(strings),
             guide=guide,
             features=guide.encode(strings),
         )
@@ -126,9 +128,8 @@ def batch():
             for shape in ((size, TOKEN_DIM), (size, CELLS, TOKEN_DIM), (size, CELLS, CODE_DIM))
         )
         view = CodeView(Codes(codes, None, (3, 3), None), cls, tokens)
-        features = guide.encode(strings)
-        has_caption = torch.tensor([bool(s) for s in strings])
-        caption = Caption(strings, has_caption, features, guide, torch.Generator().manual_seed(0))
+        tokens, features = guide.tokenize(strings), guide.encode(strings)
+        caption = Caption(strings, tokens, features, guide, torch.Generator().manual_seed(0))
         return Batch(objective, view, caption)
 
     return make

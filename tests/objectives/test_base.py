@@ -66,11 +66,11 @@ def test_no_captions_cost_nothing(batch, name, recipe):
 @each
 def test_an_image_without_caption_takes_no_part(batch, name, recipe):
     given = batch(name, recipe)
+    strings = ["a red circle above", "", "triangles", given.caption.strings[3]]
     has_caption = torch.tensor([True, False, True, True])
-    fewer = given.but(has_caption=has_caption)
+    fewer = given.but(strings=strings)
     noisy = fewer.but(
-        has_caption=has_caption,
-        strings=["a red circle above", "quite another", "triangles", given.caption.strings[3]],
+        strings=strings,
         **{
             key: leaf + 5 * (~has_caption).view(-1, *[1] * (leaf.ndim - 1))
             for key, leaf in given.leaves.items()

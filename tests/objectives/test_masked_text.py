@@ -21,9 +21,9 @@ class Recorder(nn.Module):
         generator = torch.Generator().manual_seed(5)
         self.logits = torch.randn(batch, length, vocabulary, generator=generator)
 
-    def forward(self, text, mask, memory, vocabulary, attention_mask=None):
+    def forward(self, text, mask, memory, vocabulary, attention_mask=None, choices=None):
         self.given = text, mask, memory, vocabulary, attention_mask
-        return self.logits[mask]
+        return self.logits[mask] if choices is None else self.logits[mask][:, choices]
 
 
 def recorded(given):
@@ -72,8 +72,9 @@ def test_paper_masks_by_one_ratio_a_batch(batch):
     assert given.objective.config.dropout == 0.1
 
 
-def test_corrected_hides_whole_words_before_the_encoder(batch):
-    given = batch("masked_text", "corrected", LONG)
+@pytest.mark.parametrize("vocabulary", ["seen", "full"])
+def test_corrected_hides_whole_words_before_the_encoder(batch, vocabulary):
+    given = batch("masked_text", "corrected", LONG, vocabulary=vocabulary)
     recorder, term = recorded(given)
     text, mask, memory, _, attention_mask = recorder.given
     features = given.caption.features
@@ -83,9 +84,40 @@ def test_corrected_hides_whole_words_before_the_encoder(batch):
     again = given.caption.guide.encode(LONG, token_mask=mask)
     real = features.attention_mask
     assert torch.equal(text[real], again.tokens[real])
-    picked = recorder.logits[mask]
-    expected = nn.functional.cross_entropy(picked.double(), features.token_ids[mask])
+    logits = recorder.logits[mask].double()
+    if vocabulary == "seen":  # the others have probability 0
+        occurs = torch.zeros(logits.shape[1], dtype=torch.bool)
+        occurs[features.token_ids[features.word_ids >= 0]] = True
+        logits[:, ~occurs] = float("-inf")
+    expected = nn.functional.cross_entropy(logits, features.token_ids[mask])
     assert term.value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_words_seen_in_training_stay_choices(batch):
+    first, later = batch("masked_text", "corrected", LONG[:4]), LONG[4:]
+    objective = first.objective.train()
+    first.term()
+    seen = first.caption.tokens
+    expected = {*seen.token_ids[seen.word_ids >= 0].tolist()}
+    assert {*objective.seen.nonzero()[:, 0].tolist()} == expected
+    # In validation a batch's own words are choices too, but are not kept.
+    objective.eval()
+    first.but(strings=["zebra " + text for text in later]).term()
+    assert {*objective.seen.nonzero()[:, 0].tolist()} == expected
+
+
+def test_words_seen_are_in_the_state_and_may_be_missing(batch):
+    given = batch("masked_text", "corrected", LONG)
+    given.objective.train()
+    given.term()
+    state = given.objective.state_dict()
+    again = batch("masked_text", "corrected", LONG).objective
+    again.load_state_dict(state)
+    assert torch.equal(again.seen, given.objective.seen)
+    old = {key: value for key, value in state.items() if key != "seen"}
+    again.load_state_dict(old)  # written before there were such words
+    assert not again.seen.any()
+    batch("masked_text", "corrected", LONG, vocabulary="full").objective.load_state_dict(state)
 
 
 def differing(given, mask):
