@@ -106,11 +106,15 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, path: str | list[str], heads: Alignment, hook: Any, optimizers: Any
+        self,
+        model: nn.Module,
+        path: str | list[str],
+        heads: Alignment,
+        hook: QuantizerHook,
+        optimizers: Any = None,
     ) -> None:
         self.model, self.path, self.heads = model, path, heads
-        self._hook: QuantizerHook = hook
-        self._optimizers, self._step = optimizers, 0
+        self._hook, self._optimizers, self._step = hook, optimizers, 0
 
     def loss(
         self, captions: Captions, *, step: int | None = None, split: str = "train"
@@ -567,8 +571,9 @@ def add_heads(
     model = optimizer.param_groups[index]
     names = {id(p): f"lgvq.{i}" for i, p in enumerate(fresh)}
     is_decayed = bool(model.get("weight_decay"))
-    for is_spared, own in ((False, {}), (True, {"weight_decay": 0.0})):
+    for is_spared in (False, True):
         part: list[Any] = [p for p in fresh if (is_decayed and id(p) in exempt) == is_spared]
+        own = {"weight_decay": 0.0} if is_spared else {}
         if "param_names" in model:
             part = [(names[id(p)], p) for p in part]
         if part:

@@ -367,15 +367,13 @@ def captions_of(batch: Any, key: str | None) -> Captions | None:
         ConfigError: if `key` is missing, or there is no list at it.
     """
     if not isinstance(batch, Mapping):
-        if key is not None:
-            raise ConfigError(
-                f"lgvq.caption_key: {key!r} needs a batch with keys, got a {type(batch).__name__}"
-            )
-        return None
+        if key is None:
+            return None
+        kind = type(batch).__name__
+        raise ConfigError(f"lgvq.caption_key: {key!r} needs a batch with keys, got a {kind}")
     if key is not None and key not in batch:
-        raise ConfigError(
-            f"lgvq.caption_key: the batch has no {key!r}; it has {', '.join(map(str, batch))}"
-        )
+        known = ", ".join(map(str, batch))
+        raise ConfigError(f"lgvq.caption_key: the batch has no {key!r}; it has {known}")
     found = next((batch[k] for k in ((key,) if key else CAPTION_KEYS) if k in batch), None)
     if found is not None and (isinstance(found, str) or not hasattr(found, "__len__")):
         raise ConfigError(
@@ -420,11 +418,7 @@ def in_words(status: Mapping[str, Any]) -> str:
 def base_of(
     base: Mapping[str, Any] | None, kwargs: dict[str, Any], default: str
 ) -> tuple[str, dict[str, Any]]:
-    """Return (target, params) of the base loss; `kwargs` override the params of `base`.
-
-    Raises:
-        ConfigError: if `base` has no target.
-    """
+    """Return (target, params) of the base loss; `kwargs` override the params of `base`."""
     if base is None:
         return default, kwargs
     if not isinstance(base, Mapping) or not isinstance(base.get("target"), str):

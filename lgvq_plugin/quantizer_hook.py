@@ -85,11 +85,7 @@ def require_quantizer(model: nn.Module, path: str | None = None) -> tuple[str, n
 def require_quantizers(
     model: nn.Module, paths: str | Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Return the model's quantizer, or all those at `paths`, by path.
-
-    Raises:
-        ConfigError: see :func:`require_quantizer`; also if two paths lead to one module.
-    """
+    """Return the model's quantizer, or all those at `paths`, by path; ConfigError for others."""
     several = [paths] if paths is None or isinstance(paths, str) else paths
     quantizers = dict(require_quantizer(model, path) for path in several)
     if len({id(module) for module in quantizers.values()}) < len(quantizers):
@@ -252,13 +248,9 @@ class QuantizerHook:
         if layout is None:
             layout = layout_of(output, quantizer, width=record.width)
             record.layouts[vectors.ndim] = layout
+        through, width = self.balance.split if self.balance else None, record.width
         record.codes = read_codes(
-            output,
-            quantizer,
-            grid=self.grid,
-            through=None if self.balance is None else self.balance.split,
-            layout=layout,
-            width=record.width,
+            output, quantizer, grid=self.grid, through=through, layout=layout, width=width
         )
         record.had_gradients = torch.is_grad_enabled()
         node: Any = vectors.grad_fn
@@ -426,9 +418,9 @@ def read_codes(
     """
     vectors = _require_vectors(output, quantizer)
     layout = layout or layout_of(output, quantizer, width=width)
-    channels_last = _channels_last(vectors if through is None else through(vectors), layout)
+    channels_last = _channels_last(through(vectors) if through else vectors, layout)
     if width is not None and channels_last.shape[-1] != width:
-        raise ConfigError(_misfit(vectors, quantizer, width, f"layout {layout}, shape", [layout]))
+        raise _misfit(vectors, quantizer, width, f"layout {layout}, shape", [layout])
     shape = channels_last.shape[1:-1]
     rows = channels_last.flatten(1, -2)
     batch, count, channels = rows.shape
@@ -452,31 +444,27 @@ def read_codes(
 
 
 def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) -> str:
-    """Decide whether quantized vectors are channels_first or channels_last.
+    """Decide whether quantized vectors are channels_first or channels_last, else ConfigError.
 
     Evidence, strongest first: the class (rosinality's, vector-quantize-pytorch's switches, an
     attribute `layout`), the width of a code, the shape of the indices, and in which layout equal
     indices have equal vectors.
-
-    Raises:
-        ConfigError: if both layouts fit, or none.
     """
     vectors = _require_vectors(output, quantizer)
     if (known := _layout_of_class(quantizer, vectors.ndim)) is not None:
         return known
     expected = width or code_width(quantizer)
-    shapes = {each: _channels_last(vectors, each).shape for each in LAYOUTS}
-    left = [each for each in LAYOUTS if expected in (None, shapes[each][-1])]
-    by_indices = [
-        each for each in LAYOUTS if _indices(output, len(vectors), shapes[each][1:-1]) is not None
-    ]
+    views = {each: _channels_last(vectors, each) for each in LAYOUTS}
+    found = {k: _indices(output, len(v), v.shape[1:-1]) for k, v in views.items()}
+    left = [each for each in LAYOUTS if expected in (None, views[each].shape[-1])]
+    by_indices = [each for each in LAYOUTS if found[each] is not None]
     if width is not None and not left:
-        raise ConfigError(_misfit(vectors, quantizer, width, "shape", by_indices))
+        raise _misfit(vectors, quantizer, width, "shape", by_indices)
     left = left or list(LAYOUTS)
     if len(left) > 1 and len(by_indices) == 1:
         left = by_indices
     if len(left) > 1:
-        left = _layout_by_values(codebook_of(quantizer), vectors, output) or left
+        left = _layout_by_values(codebook_of(quantizer), views, found) or left
     if len(left) == 1:
         return left[0]
     if expected is None and not by_indices:  # no evidence: the usual ones
@@ -505,16 +493,16 @@ def _layout_of_class(quantizer: nn.Module, ndim: int) -> str | None:
 
 
 @torch.no_grad()
-def _layout_by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> list[str]:
+def _layout_by_values(
+    codebook: Tensor | None, views: dict[str, Tensor], found: dict[str, Tensor | None]
+) -> list[str]:
     """Return the layout in which equal indices have equal vectors, or else the codebook's rows.
 
     The former also holds where an EMA has changed the codebook since the look-up.
     """
     spreads, gaps = [], []
-    for each in LAYOUTS:
-        channels_last = _channels_last(vectors, each)
-        rows = channels_last.flatten(0, -2).float()
-        indices = _indices(output, len(vectors), channels_last.shape[1:-1])
+    for layout, view in views.items():
+        rows, indices = view.flatten(0, -2).float(), found[layout]
         if indices is None or indices.ndim == 3:
             return []
         used, group = indices.flatten().unique(return_inverse=True)
@@ -523,9 +511,9 @@ def _layout_by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> 
         spreads.append(float((rows - means[group]).square().mean()))
         if codebook is not None and codebook.shape[1] == rows.shape[1] and used[-1] < len(codebook):
             gaps.append(float((rows - codebook[indices.flatten()]).square().mean()))
-    for found in (spreads, gaps):
-        if len(found) == 2 and min(found) < 0.1 * max(found):
-            return [LAYOUTS[found.index(min(found))]]
+    for errors in (spreads, gaps):
+        if len(errors) == 2 and min(errors) < 0.1 * max(errors):
+            return [LAYOUTS[errors.index(min(errors))]]
     return []
 
 
@@ -535,10 +523,10 @@ def _channels_last(vectors: Tensor, layout: str) -> Tensor:
 
 def _misfit(
     vectors: Tensor, quantizer: nn.Module, width: int, what: str, fitting: list[str]
-) -> str:
-    shapes = {each: _channels_last(vectors, each).shape[-1] for each in fitting or LAYOUTS}
-    ways = " or ".join(f"lgvq.code_dim: {c} ({each})" for each, c in shapes.items())
-    return (
+) -> ConfigError:
+    widths = {each: _channels_last(vectors, each).shape[-1] for each in fitting or LAYOUTS}
+    ways = " or ".join(f"lgvq.code_dim: {c} ({each})" for each, c in widths.items())
+    return ConfigError(
         f"lgvq.code_dim: the heads were built for codes of width {width}, but "
         f"{type(quantizer).__name__} gives vectors of {what} {tuple(vectors.shape)}; set {ways}"
     )

@@ -296,15 +296,12 @@ def _suspect_keys(
     innermost line of code names, outside of torch and importlib.
     """
     quoted = set(re.findall(r"'(\w+)'", message))
-    found = [
-        key
-        for key, value in nodes.items()
-        if isinstance(value, str) and len(value) > 3 and value in message
-    ] or [key for key in nodes if key.rpartition(".")[2] in quoted]
+    files = {key: value for key, value in nodes.items() if isinstance(value, str)}
+    found = [key for key, value in files.items() if len(value) > 3 and value in message]
+    found = found or [key for key in nodes if key.rpartition(".")[2] in quoted]
+    outside = (f"{os.sep}torch{os.sep}", f"{os.sep}importlib{os.sep}")
     for frame in reversed(frames):
-        if found:
-            break
-        if any(f"{os.sep}{part}{os.sep}" in frame.filename for part in ("torch", "importlib")):
+        if found or any(folder in frame.filename for folder in outside):
             continue
         first = frame.lineno or 0
         last = getattr(frame, "end_lineno", None) or first

@@ -37,16 +37,10 @@ class SonnetVQVAE(AbstractImageTokenizer):
     are dead, `dead_threshold: 0.25` restarts them from the first batches on.
 
     Args:
-        lossconfig: `{target, params}` of a loss with taming's signature.
-        n_embed: K, the number of codes.
-        embed_dim: C, the width of a code.
-        channels: width of the convolutions, even.
         residual_channels: width inside a residual block.
-        num_res_blocks: residual blocks in the encoder, and in the decoder.
-        quantizer, decay, commitment, restart_dead, dead_threshold: see
-            :class:`~lgvq_plugin.hosts.vqvae.VectorQuantizer`; "ema" for files with moving
-            averages, "gradient" for those without.
-        image_key: key of the images in a batch.
+        quantizer: "ema" for files with moving averages, "gradient" for those without.
+        lossconfig, n_embed, embed_dim, channels, num_res_blocks, decay, commitment, restart_dead,
+            dead_threshold, image_key: see :class:`~lgvq_plugin.hosts.vqvae.VQVAE`.
     """
 
     learning_rate = 1e-3
