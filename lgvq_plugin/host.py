@@ -363,8 +363,9 @@ def gets_quantizer(
 def grid_of(host: nn.Module) -> tuple[int, int] | None:
     """Return (h, w) of the codes as a taming-style decoder knows it, else None."""
     shape = getattr(getattr(host, "decoder", None), "z_shape", None)
-    is_known = shape is not None and len(shape) == 4 and min(shape[-2:]) >= 1
-    return (int(shape[-2]), int(shape[-1])) if is_known else None
+    if shape is None or len(shape) != 4 or min(shape[-2:]) < 1:
+        return None
+    return int(shape[-2]), int(shape[-1])
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -446,7 +447,8 @@ class HostMethods:
     def configure_optimizers(self) -> Any:
         """Stand in for Lightning's and taming's method; adds the heads."""
         self.find_emas()
-        return self.loss.add_heads(type(self.host).configure_optimizers(self.host))
+        host: Any = type(self.host)
+        return self.loss.add_heads(host.configure_optimizers(self.host))
 
 
 def _call_as_declared(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -65,7 +65,7 @@ class BaseLossWrapper(nn.Module):
             return getattr(self.base_loss, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("base_loss")
+        base: Any = self.__dict__.get("base_loss")
         is_ours = base is None or name in self.__dict__ or hasattr(type(self), name)
         if not is_ours and (hasattr(base, name) or name in _names_in_code(base.__class__)):
             setattr(base, name, value)

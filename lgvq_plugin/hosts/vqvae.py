@@ -97,13 +97,13 @@ class AbstractImageTokenizer(nn.Module, ABC):
         groups = [[p for part in parts for p in part.parameters()]]
         if (discriminator := getattr(self.loss, "discriminator", None)) is not None:
             groups.append(list(discriminator.parameters()))
-        rates = {"lr": self.learning_rate, "betas": self.betas}
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(g, **rates) for g in groups]
+        lr, betas = self.learning_rate, self.betas
+        adams: list[torch.optim.Optimizer] = [torch.optim.Adam(g, lr, betas) for g in groups]
         schedule = self.scheduler_config
-        return optimizers, [
-            {"scheduler": instantiate(schedule, optimizer=each), "interval": "step"}
-            for each in (optimizers if schedule is not None else [])
-        ]
+        if schedule is None:
+            return adams, []
+        schedulers = [instantiate(schedule, optimizer=adam) for adam in adams]
+        return adams, [{"scheduler": each, "interval": "step"} for each in schedulers]
 
 
 class VQVAE(AbstractImageTokenizer):
