@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 compat.install()  # finders that act once taming is imported; nothing is imported here
-moved.install()
+moved.install(moved.OldPaths)
 
 _LAZY = {
     "AbstractGuide": "guides.base",

@@ -10,9 +10,6 @@ so that `from taming.models.vqgan import VQModel` works after it. Nothing that e
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import logging
 import re
@@ -22,9 +19,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from . import moved
 from .sockets import ConfigError, check_call, check_numbers, import_target
 
 logger = logging.getLogger(__name__)
@@ -63,46 +64,36 @@ SUPPLIED: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 
 def install() -> None:
     """Install the two finders; idempotent. `import lgvq_plugin` calls it."""
-    present = {(type(f).__module__, type(f).__name__) for f in sys.meta_path}
-    if (__name__, "_CloneFirst") not in present:
-        sys.meta_path.insert(0, _CloneFirst())
-    if (__name__, "_Supplier") not in present:
-        sys.meta_path.append(_Supplier())
+    moved.install(_CloneFirst, first=True)
+    moved.install(_Supplier)
 
 
 def patch() -> dict[str, str]:
-    """Import now what the finders would supply on demand; idempotent.
-
-    Returns:
-        What is supplied: module name -> why.
-    """
+    """Import now what the finders would supply on demand, and return it: module -> why."""
     install()
     supplied = {}
     for name, (why, _) in SUPPLIED.items():
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+        if find_spec(name.partition(".")[0]) is not None:
             spec = importlib.import_module(name).__spec__
             if spec is not None and isinstance(spec.loader, _Supplier):
                 supplied[name] = why
     return supplied
 
 
-class _Supplier(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """The last finder: makes the modules of :data:`SUPPLIED` that no other finder found."""
+class _Supplier(moved.ModuleMaker):
+    """Makes the modules of :data:`SUPPLIED` that no other finder found."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in SUPPLIED else None
+    def makes(self, name: str) -> bool:
+        return name in SUPPLIED
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        why, _ = SUPPLIED[spec.name]
-        return types.ModuleType(spec.name, f"Supplied by lgvq_plugin.compat: {why}.")
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__dict__.update(SUPPLIED[module.__name__][1]())
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        why, names = SUPPLIED[spec.name]
+        module = types.ModuleType(spec.name, f"Supplied by lgvq_plugin.compat: {why}.")
+        vars(module).update(names())
+        return module
 
 
-class _CloneFirst(importlib.abc.MetaPathFinder):
+class _CloneFirst(MetaPathFinder):
     """The first finder: `import taming` means a clone on the path, if there is one.
 
     Python itself prefers the wheel, wherever it is on the path, because a clone has no
@@ -111,28 +102,27 @@ class _CloneFirst(importlib.abc.MetaPathFinder):
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        root = _clone() if name == "taming" else None
-        if root is None:
+    ) -> ModuleSpec | None:
+        folder = _clone() if name == "taming" else None
+        if folder is None:
             return None
         if wheel := _taming_wheel():
-            logger.info("taming: the clone in %s is used, not the installed %s", root, wheel)
-        folder = root / "taming"
-        if (folder / "__init__.py").is_file():
-            return importlib.util.spec_from_file_location(
-                name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            logger.info(
+                "taming: the clone in %s is used, not the installed %s", folder.parent, wheel
             )
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        if (init := folder / "__init__.py").is_file():
+            return spec_from_file_location(name, init, submodule_search_locations=[str(folder)])
+        spec = ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
         return spec
 
 
 def _clone() -> Path | None:
-    """Return the first folder on `sys.path`, outside site-packages, with a clone of taming."""
+    """Return the first `taming` on `sys.path`, outside site-packages, that is a clone."""
     for place in (Path(entry or ".").absolute() for entry in sys.path):
         is_installed = {"site-packages", "dist-packages"} & {*place.parts}
         if not is_installed and (place / "taming" / "models" / "vqgan.py").is_file():
-            return place
+            return place / "taming"
     return None
 
 
@@ -177,8 +167,7 @@ def check_loss(
         "; if they are another loss's, name it: target: lgvq_plugin.over.<its target>, or "
         "params.base: {target: <its target>}"
     )
-    name = f"{where}: {target}" if where else target
-    check_call(name, loss, args, params, hint=hint)
+    check_call(f"{where}: {target}" if where else target, loss, args, params, hint=hint)
     check_numbers(where or target, loss, params)
 
 
@@ -199,12 +188,9 @@ def perceptual_weight_of(target: str | None, params: Mapping[str, Any] | None) -
 def lpips_only_if_used(perceptual_weight: float, target: str | None = None) -> Iterator[None]:
     """Inside the context the loss class `target` builds no LPIPS network if its weight is 0.
 
-    Whatever module the network comes from: the loss's own, `lpips`, torchmetrics. With a weight
+    This holds for the loss's own network, that of `lpips` and that of torchmetrics. With a weight
     above 0 taming's linear heads come from torchmetrics, which carries the very file that would
-    be downloaded, and missing VGG16 weights are reported in full.
-
-    Raises:
-        ConfigError: if VGG16's weights are needed, missing, and cannot be downloaded.
+    be downloaded; ConfigError if VGG16's weights are missing and cannot be downloaded.
     """
     with ExitStack() as stack:
         for network in _lpips_classes(target):
@@ -235,21 +221,18 @@ def _lpips_classes(target: str | None) -> list[Any]:
         return []  # LGVQLoss builds its base by `build_loss`
     from torch import nn
 
-    seen: list[Any] = []
+    found: dict[Any, None] = {}  # in order, without repeats
     for module in {sys.modules.get(cls.__module__) for cls in loss.__mro__}:
         values = list(vars(module).values()) if module else []
         for inner in [value for value in values if isinstance(value, types.ModuleType)]:
             values += [v for k, v in vars(inner).items() if LPIPS_NAMES.fullmatch(k)]
-        seen += [v for v in values if isinstance(v, type) and issubclass(v, nn.Module)]
-    return [
-        cls
-        for cls in dict.fromkeys(seen)
-        if LPIPS_NAMES.fullmatch(cls.__name__) and cls not in loss.__mro__
-    ]
+        classes = (v for v in values if isinstance(v, type) and issubclass(v, nn.Module))
+        found |= dict.fromkeys(cls for cls in classes if LPIPS_NAMES.fullmatch(cls.__name__))
+    return [cls for cls in found if cls not in loss.__mro__]
 
 
 def _no_lpips(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Replace a network's `__init__`: it becomes a module without parameters."""
+    """Replace a network's `__init__`: it becomes a module without parameters, of distance 0."""
     from torch import nn
 
     nn.Module.__init__(self)
@@ -258,7 +241,6 @@ def _no_lpips(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _zero_distance(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """LPIPS of weight 0, for losses that compute it all the same: zeros (B, 1, 1, 1)."""
     return inputs.new_zeros(inputs.shape[0], 1, 1, 1)
 
 
@@ -289,7 +271,7 @@ def vgg_path() -> Path:
 
 def _heads_path(fallback: Callable[..., str]) -> Callable[..., str]:
     """Return a replacement for taming's get_ckpt_path that finds torchmetrics' copy of the file."""
-    spec = importlib.util.find_spec("torchmetrics")
+    spec = find_spec("torchmetrics")
     root = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     bundled = root / "functional" / "image" / "lpips_models" / "vgg.pth"
 

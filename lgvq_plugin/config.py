@@ -2,9 +2,20 @@
 
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from .sockets import FLOAT32, ConfigError, suggest
 
@@ -23,17 +34,14 @@ def to_plain(value: Any) -> Any:
     """Convert OmegaConf's (or any) mappings and sequences to dicts and lists, recursively."""
     if isinstance(value, Mapping):
         return {key: to_plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [to_plain(inner) for inner in value]
-    return value
+    return [to_plain(inner) for inner in value] if _is_list(value) else value
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return `below` with `above` merged over it, recursively.
 
-    Example:
-        >>> laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
-        {'a': {'b': 3, 'c': 2}}
+    >>> laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
     """
     merged = dict(below)
     for key, value in above.items():
@@ -46,9 +54,8 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 def differing(old: Any, new: Any) -> list[str]:
     """Return the differences between two configs, each as "key: old then, new now".
 
-    Example:
-        >>> differing({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
-        ['a.b: 1 then, 3 now']
+    >>> differing({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
+    ['a.b: 1 then, 3 now']
     """
     then, now = _flat(old), _flat(new)
     keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
@@ -60,28 +67,32 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: to_plain(node)}
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= _flat(value, _joined(prefix, key))
     return flat
 
 
-def build(cls: type[T], given: Any, path: str) -> T:
-    """Build a dataclass from a mapping.
+def _joined(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
-    Args:
-        cls: a dataclass whose field types are numbers, booleans, strings, Literals, tuples,
-            mappings, None or such dataclasses.
-        given: the mapping; a missing key, and None for a dataclass, means the default.
-        path: its path in the config, for messages.
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def build(cls: type[T], given: Any, path: str) -> T:
+    """Build a dataclass from the mapping at `path` in a config, see :func:`read`.
+
+    A missing key, and None for a dataclass, means the default.
 
     Raises:
         ConfigError: for an unknown key or a value of the wrong type.
     """
-    require(isinstance(given, Mapping), path, f"a mapping of {_names(cls)}", given)
+    hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    require(isinstance(given, Mapping), path, f"a mapping of {', '.join(known)}", given)
     for key in given:
         if key not in known:
             raise ConfigError(f"unknown key {path}.{key}{suggest(key, known)}")
-    hints = get_type_hints(cls)
     values = {key: read(value, hints[key], f"{path}.{key}") for key, value in given.items()}
     try:
         return cls(**values)
@@ -90,43 +101,38 @@ def build(cls: type[T], given: Any, path: str) -> T:
 
 
 def read(value: Any, hint: Any, path: str) -> Any:
-    """Return `value` as type `hint`; numbers may be strings, as which YAML 1.1 reads 1e-3.
+    """Return `value` as type `hint`, ConfigError if it is none; "1e-3" is a number in YAML 1.2.
 
-    Raises:
-        ConfigError: if it is of another type.
+    Types are numbers, booleans, strings, Literals, tuples, mappings, dataclasses, or one or None.
 
-    Example:
-        >>> read("1e-3", float, "weight"), read([1, 2], tuple[int, int] | None, "grid")
-        (0.001, (1, 2))
+    >>> read("1e-3", float, "weight"), read([1, 2], tuple[int, int] | None, "grid")
+    (0.001, (1, 2))
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None:
             return None
         hints = [h for h in inner if h is not type(None)]
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
         # `str | tuple[str, ...]`: one or a list of them.
-        hint = next((h for h in hints if (get_origin(h) is tuple) == is_list), hints[0])
-        return read(value, hint, path)
+        fitting = (h for h in hints if (get_origin(h) is tuple) == _is_list(value))
+        return read(value, next(fitting, hints[0]), path)
     if is_dataclass(hint):
         return build(hint, {} if value is None else value, path)  # type: ignore[arg-type]
-    if origin is Literal:
-        require(value in inner, path, " or ".join(map(repr, inner)), value)
-        return value
     if origin is tuple and inner[-1] is Ellipsis:
         return tuple(read(each, inner[0], f"{path}[{i}]") for i, each in enumerate(value))
     if origin is tuple:
         example = "[16, 16]" if inner[0] is int else "[0.1, 0.5]"
         expected = f"{len(inner)} values, each {WORDS[inner[0]]}, like {example}"
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        require(is_list and len(value) == len(inner), path, expected, value)
+        require(_is_list(value) and len(value) == len(inner), path, expected, value)
         try:
             return tuple(read(v, h, path) for v, h in zip(value, inner, strict=True))
         except ConfigError:
             raise ConfigError(f"{path}: expected {expected}, got {value!r}") from None
     if hint in (float, int):
         return _number(value, hint, path)
-    if hint in (bool, str):
+    if origin is Literal:
+        require(value in inner, path, " or ".join(map(repr, inner)), value)
+    elif hint in (bool, str):
         require(isinstance(value, hint), path, WORDS[hint], value)
     elif origin is not None:
         require(isinstance(value, Mapping), path, "a mapping", value)
@@ -141,29 +147,20 @@ def _number(value: Any, hint: type, path: str) -> float | int:
     holds = abs(number) <= LARGEST[hint] and (hint is float or number.is_integer())
     limit = "" if math.isnan(number) else f" of at most {LARGEST[hint]:.3g}"
     require(holds, path, f"{WORDS[hint]}{limit}", value)
-    return number if hint is float else int(number)
-
-
-def _names(cls: type) -> str:
-    return ", ".join(f.name for f in fields(cls))
+    return hint(number)
 
 
 def verify(value: Any, hint: Any, key: str) -> None:
-    """Check what `json.loads` returned against a type, recursively, without converting anything.
+    """Check the value at `key` of a JSON file against a type, recursively, converting nothing.
 
-    Args:
-        value: the JSON value.
-        hint: a number, string, boolean, Literal, list, tuple, dict, TypedDict, dataclass, or one
-            of these or None. A JSON list passes as a tuple of its length.
-        key: its path in the file, for messages.
+    Types are those of :func:`read`, lists and TypedDicts; a list passes as a tuple of its length.
 
     Raises:
         ConfigError: for a value of another type, a missing key or, in a dataclass, an unknown one.
 
-    Example:
-        >>> verify({"values": [1, "2"]}, dict[str, list[float]], "row")
-        Traceback (most recent call last):
-        lgvq_plugin.sockets.ConfigError: row.values[1]: expected a number, got '2'
+    >>> verify({"values": [1, "2"]}, dict[str, list[float]], "row")
+    Traceback (most recent call last):
+    lgvq_plugin.sockets.ConfigError: row.values[1]: expected a number, got '2'
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -182,57 +179,92 @@ def verify(value: Any, hint: Any, key: str) -> None:
         require(isinstance(value, Mapping), key, "a mapping", value)
         for name, part in value.items():
             verify(name, str, f"{key}: a key")
-            verify(part, inner[1], f"{key}.{name}" if key else name)
+            verify(part, inner[1], _joined(key, name))
     elif is_dataclass(hint) or is_typeddict(hint):
         _verify_record(value, hint, key)
-    elif hint in (float, int, bool, str):
+    elif hint in WORDS:
         require(_is_a(value, hint), key, WORDS[hint], value)
 
 
-def _verify_record(value: Any, cls: type, key: str) -> None:
+def _verify_record(value: Any, cls: Any, key: str) -> None:
     hints = get_type_hints(cls)
     require(isinstance(value, Mapping), key, f"a mapping of {', '.join(hints)}", value)
     needed = getattr(cls, "__required_keys__", ())
     if is_dataclass(cls):
         needed = [f.name for f in fields(cls) if MISSING is f.default is f.default_factory]
         for name in value:
-            at = f"{key}.{name}" if key else name
-            require(name in hints, at, f"one of {', '.join(hints)}", name)
+            require(name in hints, _joined(key, name), f"one of {', '.join(hints)}", name)
     for name in sorted(needed):
         require(name in value, key, f"a mapping with {name!r}", [*value])
     for name in hints.keys() & value.keys():
-        verify(value[name], hints[name], f"{key}.{name}" if key else name)
+        verify(value[name], hints[name], _joined(key, name))
 
 
 def _is_a(value: Any, hint: type) -> bool:
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
     if hint is str:  # JSON can hold half a surrogate pair, which cannot be encoded
-        return isinstance(value, str) and not any(
-            "\ud800" <= letter <= "\udfff" for letter in value
-        )
+        surrogates = range(0xD800, 0xE000)
+        return isinstance(value, str) and not any(ord(letter) in surrogates for letter in value)
     if isinstance(value, int):
         return abs(value) < 2**63
     return hint is float and isinstance(value, float)
 
 
+# -- the block -----------------------------------------------------------------------------------
+
 MAX_WEIGHT = 1.0e6
 """Far above useful weights; float32 gradients overflow beyond."""
-TEMPERATURES = (1.0e-4, 100.0)
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1.0e-4, 100.0
 """Cosines are in [-1, 1]: lower ones overflow, higher ones make all pairs equal."""
 MAX_PAIRS = 2**20
 MAX_DEPTH = 256
 
 
-def _require_weight(value: float, key: str = "weight") -> None:
-    require(0 <= value <= MAX_WEIGHT, key, f">= 0 and <= {MAX_WEIGHT:g}", value)
+class Limit(NamedTuple):
+    """What the value of a key must satisfy, unless it is None."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_0 = Limit(">= 0", lambda number: number >= 0)
+AT_LEAST_1 = Limit(">= 1", lambda number: number >= 1)
+AT_LEAST_1_OR_NULL = Limit(">= 1 or null", lambda number: number >= 1)
+WEIGHT = Limit(f">= 0 and <= {MAX_WEIGHT:g}", lambda weight: 0 <= weight <= MAX_WEIGHT)
+PAIRS = Limit(f">= 0 and <= {MAX_PAIRS}", lambda count: 0 <= count <= MAX_PAIRS)
+DEPTH = Limit(f">= 1 and <= {MAX_DEPTH}", lambda depth: 1 <= depth <= MAX_DEPTH)
+SHARE = Limit(">= 0 and < 1", lambda share: 0 <= share < 1)
+RANGE = Limit("0 < low <= high <= 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
+RATIO = Limit("> 0 and <= 1000, or null", lambda ratio: 0 < ratio <= 1000)
+SEED = Limit(">= 0 and < 2**63", lambda seed: 0 <= seed < 2**63)
+GRID = Limit("two whole numbers >= 1, like [16, 16], or null", lambda grid: min(grid) >= 1)
+TEMPERATURE = Limit(
+    f"> 0 (>= {MIN_TEMPERATURE:g}) and <= {MAX_TEMPERATURE:g}",
+    lambda temperature: MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
+)
+PATHS = Limit(
+    "a path, a list of different paths like [quantize_t, quantize_b], or null",
+    lambda paths: isinstance(paths, str) or (all(paths) and 0 < len({*paths}) == len(paths)),
+)
+
+
+class Block:
+    """A part of the config; it raises ConfigError for a value outside the limit of its key."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for limit in getattr(hint, "__metadata__", ()):
+                shown = [*value] if limit in (RANGE, GRID) and value else value
+                require(value is None or limit.holds(value), name, limit.expected, shown)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalSemanticConfig:
+class GlobalSemanticConfig(Block):
     """L_gsa, global semantic alignment."""
 
-    weight: float = 1.0e-3
+    weight: Annotated[float, WEIGHT] = 1.0e-3
     """Alpha; 0 disables the objective. Paper's configs: 0.001."""
     temperature: float = 0.07
     """Divides the cosines; 1 in the released code."""
@@ -246,72 +278,61 @@ class GlobalSemanticConfig:
     """Exclude pairs with an identical caption from the negatives."""
     source: Literal["cls", "pooled"] = "cls"
     """Feature of the image: the code-ViT's [CLS], or the mean of its patch tokens."""
-    queue: int = 0
+    queue: Annotated[int, PAIRS] = 0
     """Number of pairs kept from earlier batches as further negatives."""
-    words_weight: float = 0.0
+    words_weight: Annotated[float, WEIGHT] = 0.0
     """Weight of a second contrast, of captions' words with images' patches; 0: none."""
-    words_span: int = 1
+    words_span: Annotated[int, AT_LEAST_1] = 1
     """n-gram size of the second contrast; 1: single words."""
 
     def __post_init__(self) -> None:
-        _require_weight(self.weight)
-        require(0 <= self.queue <= MAX_PAIRS, "queue", f">= 0 and <= {MAX_PAIRS}", self.queue)
-        _require_weight(self.words_weight, "words_weight")
-        require(self.words_span >= 1, "words_span", ">= 1", self.words_span)
-        lowest, highest = 0.01 if self.learnable_temperature else TEMPERATURES[0], TEMPERATURES[1]
-        expected = f"> 0 (>= {TEMPERATURES[0]:g}, >= 0.01 if learnable) and <= {highest:g}"
-        require(lowest <= self.temperature <= highest, "temperature", expected, self.temperature)
+        super().__post_init__()
+        lowest = 0.01 if self.learnable_temperature else MIN_TEMPERATURE
+        holds = lowest <= self.temperature <= MAX_TEMPERATURE
+        bounds = f">= {MIN_TEMPERATURE:g}, >= 0.01 if learnable"
+        expected = f"> 0 ({bounds}) and <= {MAX_TEMPERATURE:g}"
+        require(holds, "temperature", expected, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTextConfig:
+class MaskedTextConfig(Block):
     """L_mtp, masked text prediction."""
 
-    weight: float = 1.0e-2
+    weight: Annotated[float, WEIGHT] = 1.0e-2
     """Beta; 0 disables the objective."""
     mask_at: Literal["input", "output"] = "input"
     """Mask words before the text encoder, or (released code, leaks) after it."""
-    ratio: tuple[float, float] = (0.15, 0.5)
+    ratio: Annotated[tuple[float, float], RANGE] = (0.15, 0.5)
     """Minimum and maximum share of masked words; at `output` bounds of a truncated normal."""
     vocabulary: Literal["seen", "full"] = "seen"
     """Words to choose from: those of the training captions so far, or (released code) all of the
     guide's. The first is faster; its values are lower, since there are fewer words to exclude."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, SHARE] = 0.0
     """0.1 in the released code, none in the paper."""
     attend_padding: bool = False
     """Attend to padding, as the released code does: its padding mask has no effect."""
     attend_cls: bool = False
     """Let words attend to the code-ViT's [CLS] too, as the released code does."""
-    depth: int = 2
+    depth: Annotated[int, DEPTH] = 2
     """Number of decoder blocks."""
-    heads: int = 1
+    heads: Annotated[int, AT_LEAST_1] = 1
     """Attention heads in the decoder."""
-    dropout: float = 0.0
+    dropout: Annotated[float, SHARE] = 0.0
     """Dropout in the decoder; 0.1 in the released code."""
-
-    def __post_init__(self) -> None:
-        _require_weight(self.weight)
-        low, high = self.ratio
-        require(0 < low <= high <= 1, "ratio", "0 < low <= high <= 1", [low, high])
-        smoothing = self.label_smoothing
-        require(0 <= smoothing < 1, "label_smoothing", ">= 0 and < 1", smoothing)
-        require(0 <= self.dropout < 1, "dropout", ">= 0 and < 1", self.dropout)
-        require(1 <= self.depth <= MAX_DEPTH, "depth", f">= 1 and <= {MAX_DEPTH}", self.depth)
-        require(self.heads >= 1, "heads", ">= 1", self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelationshipConfig:
+class RelationshipConfig(Block):
     """L_ras, relationship alignment."""
 
-    weight: float = 1.0e-4
+    weight: Annotated[float, WEIGHT] = 1.0e-4
     """Gamma; 0 disables the objective."""
     variant: Literal["paper", "pairs"] = "pairs"
     """See `functional.relationship_loss`."""
     between: Literal["words", "captions"] = "words"
     """Relate the words of a caption, or the captions of a batch (images' mean codes); `pairs`
     only."""
-    temperature: float = 0.1
+    temperature: Annotated[float, TEMPERATURE] = 0.1
     """Temperature of the soft matching; `pairs` only."""
     matching: Literal["soft", "straight_through"] = "soft"
     """Match a word to a mixture of codes, or to the best with `soft`'s gradient; `pairs` only."""
@@ -319,10 +340,7 @@ class RelationshipConfig:
     """Project codes by a learned layer, as the released code does; false: raw codes (paper)."""
 
     def __post_init__(self) -> None:
-        _require_weight(self.weight)
-        lowest, highest = TEMPERATURES
-        expected = f"> 0 (>= {lowest:g}) and <= {highest:g}"
-        require(lowest <= self.temperature <= highest, "temperature", expected, self.temperature)
+        super().__post_init__()
         holds = self.between == "words" or self.variant == "pairs"
         require(holds, "between", "words, or variant: pairs with it", self.between)
 
@@ -340,26 +358,24 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeViTConfig:
+class CodeViTConfig(Block):
     """The code-ViT."""
 
-    width: int | None = None
+    width: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
     """Width of the transformer; null: the code width."""
-    depth: int = 2
+    depth: Annotated[int, DEPTH] = 2
     """Number of blocks."""
     heads: int = 1
     """Attention heads; must divide the width."""
 
     def __post_init__(self) -> None:
-        require(self.width is None or self.width >= 1, "width", ">= 1 or null", self.width)
-        require(1 <= self.depth <= MAX_DEPTH, "depth", f">= 1 and <= {MAX_DEPTH}", self.depth)
-        expected = ">= 1 and a divisor of the width"
+        super().__post_init__()
         holds = self.heads >= 1 and (self.width or self.heads) % self.heads == 0
-        require(holds, "heads", expected, self.heads)
+        require(holds, "heads", ">= 1 and a divisor of the width", self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LGVQConfig:
+class LGVQConfig(Block):
     """Everything under `lgvq:`."""
 
     recipe: Literal["corrected", "paper"] = "corrected"
@@ -370,15 +386,15 @@ class LGVQConfig:
     """`use:` is a member of guides or a dotted path; other keys go to its constructor."""
     code_vit: CodeViTConfig = field(default_factory=CodeViTConfig)
     """The code-ViT."""
-    quantizer: str | tuple[str, ...] | None = None
+    quantizer: Annotated[str | tuple[str, ...] | None, PATHS] = None
     """Path of the host's quantizer; null: found by name. A list for hosts with several levels
     (VQ-VAE-2): coarse grids are upsampled to the finest, and codes concatenated per position."""
     layout: Literal["channels_first", "channels_last"] | None = None
     """Layout of the quantized vectors: (B, C, h, w) or (B, C, N), or (B, h, w, C) or (B, N, C);
     null: inferred from the width of a code, the indices' shape and the codebook's values."""
-    code_dim: int | None = None
+    code_dim: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
     """Width of a code; null: read from the quantizer."""
-    grid: tuple[int, int] | None = None
+    grid: Annotated[tuple[int, int] | None, GRID] = None
     """(h, w) of the code-ViT's position embeddings, and of codes that the host returns as rows;
     null: read from the host, else 16 x 16. Codes of another grid interpolate the position
     embeddings, with a warning if this key is set."""
@@ -386,44 +402,30 @@ class LGVQConfig:
     """Key of the captions in a batch; null: `caption`, `captions`, `text` or `txt`."""
     codebook_gradient: bool = False
     """Let the objectives train the codebook: z_q + (e_k - sg(e_k))."""
-    gradient_ratio: float | None = None
+    gradient_ratio: Annotated[float | None, RATIO] = None
     """Length of our gradient at the codes relative to the host's; the weights then only divide it
     among the objectives. null: the weights decide."""
-    feature_cache: int = 256
+    feature_cache: Annotated[int, AT_LEAST_0] = 256
     """MiB of memory for the text features of captions that were encoded before; 0: none."""
-    start: int = 0
+    start: Annotated[int, AT_LEAST_0] = 0
     """First step with the objectives."""
-    ramp: int = 0
+    ramp: Annotated[int, AT_LEAST_0] = 0
     """Steps over which the weights grow linearly to their values."""
     stop: int | None = None
     """First step that trains the host alone again; null: never."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What to do on NaN/inf in a term or a gradient: raise an error, or skip it in the update, at
     most 25 times in a row (3 if the heads' own weights are not finite)."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the heads' initial weights, the masks and the choice of captions."""
 
     def __post_init__(self) -> None:
-        paths = [self.quantizer] if isinstance(self.quantizer, str) else self.quantizer
-        holds = paths is None or (all(paths) and 0 < len({*paths}) == len(paths))
-        expected = "a path, a list of different paths like [quantize_t, quantize_b], or null"
-        require(holds, "quantizer", expected, self.quantizer)
-        grid = self.grid
-        expected = "two whole numbers >= 1, like [16, 16], or null"
-        require(grid is None or min(grid) >= 1, "grid", expected, [*(grid or ())])
-        width = self.code_dim
-        require(width is None or width >= 1, "code_dim", ">= 1 or null", width)
+        super().__post_init__()
         ratio = self.gradient_ratio
-        require(ratio is None or ratio > 0, "gradient_ratio", "> 0, or null", ratio)
-        require(ratio is None or ratio <= 1000, "gradient_ratio", "<= 1000, or null", ratio)
         expected = "null with codebook_gradient: true, whose gradient bypasses the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
-        require(self.feature_cache >= 0, "feature_cache", ">= 0", self.feature_cache)
-        require(self.start >= 0, "start", ">= 0", self.start)
-        require(self.ramp >= 0, "ramp", ">= 0", self.ramp)
         expected = f"> start ({self.start}), or null"
         require(self.stop is None or self.stop > self.start, "stop", expected, self.stop)
-        require(0 <= self.seed < 2**63, "seed", ">= 0 and < 2**63", self.seed)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -453,13 +455,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 def require_finite_weights(params: Mapping[str, Any], path: str) -> None:
     """Refuse weights of a base loss that are not finite in float32: inf * 0 is NaN at once.
 
-    Raises:
-        ConfigError: naming the key.
-
-    Example:
-        >>> require_finite_weights({"disc_weight": float("inf"), "disc_start": float("inf")}, "p")
-        Traceback (most recent call last):
-        lgvq_plugin.sockets.ConfigError: p.disc_weight: expected a number of at most 1e+06, got inf
+    >>> require_finite_weights({"disc_weight": float("inf"), "disc_start": float("inf")}, "p")
+    Traceback (most recent call last):
+    lgvq_plugin.sockets.ConfigError: p.disc_weight: expected a number of at most 1e+06, got inf
     """
     for key, value in params.items():
         if isinstance(value, Mapping) and key != "lgvq":
@@ -483,21 +481,22 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
         Traceback (most recent call last):
         lgvq_plugin.sockets.ConfigError: unknown key lgvq.objectives.masked_text.wieght; did you...
     """
-    block = to_plain(given) or {}
-    require(isinstance(block, dict), "lgvq", "a mapping, for instance {recipe: paper}", block)
+    block = _mapping(to_plain(given), "lgvq", "{recipe: paper}")
     recipe = block.get("recipe", "corrected")
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ConfigError(f"lgvq.recipe: no recipe {recipe!r}{suggest(recipe, RECIPES)}")
-    objectives = block.get("objectives") or {}
-    expected = "a mapping, for instance {masked_text: {weight: 0.01}}"
-    require(isinstance(objectives, dict), "lgvq.objectives", expected, objectives)
-    merged = dict(objectives)
-    for name, defaults in RECIPES[recipe].items():
-        own = objectives.get(name)
-        if own is None or isinstance(own, dict):
-            merged[name] = {**defaults, **(own or {})}
-    guide = block.get("guide") or {}
-    expected = "a mapping, for instance {use: micro_clip}"
-    require(isinstance(guide, dict), "lgvq.guide", expected, guide)
-    guide = {"use": "open_clip", **guide}
-    return build(LGVQConfig, {**block, "objectives": merged, "guide": guide}, "lgvq")
+    example = "{masked_text: {weight: 0.01}}"
+    objectives = _mapping(block.get("objectives"), "lgvq.objectives", example)
+    own = {name: {} if keys is None else keys for name, keys in objectives.items()}
+    guide = _mapping(block.get("guide"), "lgvq.guide", "{use: micro_clip}")
+    merged = {
+        **block,
+        "objectives": laid_over(RECIPES[recipe], own),
+        "guide": {"use": "open_clip", **guide},
+    }
+    return build(LGVQConfig, merged, "lgvq")
+
+
+def _mapping(value: Any, key: str, example: str) -> dict[str, Any]:
+    require(isinstance(value or {}, dict), key, f"a mapping, for instance {example}", value)
+    return value or {}

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -35,30 +35,18 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One line of the report."""
 
-    Args:
-        level: ok, note (something works without it) or problem.
-        what: the subject.
-        told: what was found.
-        command: the one command that fixes it, or "".
-    """
-
-    level: Level
-    what: str
-    told: str
-    command: str = ""
+    level: Level  # note: something works without it
+    what: str  # the subject
+    told: str  # what was found
+    command: str = ""  # the one command that fixes it
 
 
 def examine(*, full: bool = False) -> list[Finding]:
-    """Return all findings; nothing here raises.
-
-    Args:
-        full: also import what training imports, which takes some seconds.
-    """
-    checks: list[Callable[[], list[Finding]]] = [stack, taming, supplied, devices, weights]
+    """Return all findings; nothing here raises. `full` also imports what training imports."""
     found: list[Finding] = []
-    for check in [*checks, imports] if full else checks:
+    for check in (stack, taming, supplied, devices, weights, *([imports] if full else [])):
         try:
             found += check()
         except Exception as error:  # a broken installation can fail in any way
@@ -83,8 +71,7 @@ def requirements() -> dict[str, list[str]]:
 
 def required() -> list[str]:
     """Return the requirements of the commands; `taming` examines taming-transformers itself."""
-    found = requirements()
-    wishes = [*found.get("", []), *found.get("train", []), *found.get("bench", [])]
+    wishes = [wish for extra in ("", "train", "bench") for wish in requirements().get(extra, [])]
     return [wish for wish in wishes if not wish.startswith("taming")]
 
 
@@ -109,17 +96,20 @@ def stack() -> list[Finding]:
     for wish in required():
         name, _, oldest = wish.partition(">=")
         version = _version(name)
-        if version is not None and _numbers(version) >= _numbers(oldest):
-            found.append(Finding("ok", name, version))
-        else:
-            text = f"{version or 'not installed'}, needed: {wish}"
-            found.append(Finding("problem", name, text, f"pip install '{wish}'"))
+        is_new = version is not None and _numbers(version) >= _numbers(oldest)
+        text, command = f"{version or 'not installed'}, needed: {wish}", f"pip install '{wish}'"
+        found.append(_either(is_new, name, str(version), text, command, level="problem"))
     for name, purpose in EXTRAS.items():
-        if version := _version(name):
-            found.append(Finding("ok", name, f"{version} ({purpose})"))
-        else:
-            found.append(Finding("note", name, f"not installed: {purpose}", f"pip install {name}"))
+        version, text = _version(name), f"not installed: {purpose}"
+        is_here = version is not None
+        found.append(_either(is_here, name, f"{version} ({purpose})", text, f"pip install {name}"))
     return found
+
+
+def _either(
+    is_fine: bool, what: str, told: str, otherwise: str, command: str, level: Level = "note"
+) -> Finding:
+    return Finding("ok", what, told) if is_fine else Finding(level, what, otherwise, command)
 
 
 def taming() -> list[Finding]:
@@ -154,25 +144,26 @@ def _unusable(place: Path, kind: str, has: Mapping[str, bool]) -> list[Finding]:
         found.append(Finding("problem", "ldm", text, compat.TAMING_CLONE))
     if not _mentions(place / "models/vqgan.py", "from main import"):
         return found
+    text = "its models import main.py, which "
     if importlib.util.find_spec("main") is None:
-        text = "its models import main.py, which is not on the path"
         command = f"export PYTHONPATH={place.parent}:$PYTHONPATH"
-        found.append(Finding("problem", "taming", text, command))
+        found.append(Finding("problem", "taming", f"{text}is not on the path", command))
     elif missing := _missing(place.parent / "main.py"):
-        text = f"its models import main.py, which needs {', '.join(missing)}"
+        text += f"needs {', '.join(missing)}"
         found.append(Finding("problem", "taming", text, f"pip install {' '.join(missing)}"))
     return found
 
 
 def _missing(file: Path) -> list[str]:
     """Return the packages that a script imports at its top and that are not installed."""
-    roots: set[str] = set()
+    modules: list[str] = []
     for node in ast.parse(file.read_text(errors="replace")).body:
         if isinstance(node, ast.Import):
-            roots |= {alias.name.split(".")[0] for alias in node.names}
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            roots.add(node.module.split(".")[0])
-    return sorted(name for name in roots if importlib.util.find_spec(name) is None)
+            modules.append(node.module)
+    roots = sorted({module.split(".")[0] for module in modules})
+    return [name for name in roots if importlib.util.find_spec(name) is None]
 
 
 def _source_of(distribution: str) -> str | None:
@@ -187,20 +178,15 @@ def _source_of(distribution: str) -> str | None:
 
 def supplied() -> list[Finding]:
     """Report what old code misses in today's stack, and compat supplies at run time."""
-    owners = {
-        "pytorch_lightning.utilities.distributed": "pytorch-lightning",
-        "torch._six": "torch",
-    }
-    return [
-        Finding("ok", "compat", f"supplies {module} after `import lgvq_plugin`")
-        for module, owner in owners.items()
-        if _version(owner) and not _has_module(owner, module)
-    ]
-
-
-def _has_module(distribution: str, module: str) -> bool:
-    file = metadata.distribution(distribution).locate_file(f"{module.replace('.', '/')}.py")
-    return Path(str(file)).is_file()
+    found = []
+    for module in compat.SUPPLIED:
+        owner = module.split(".")[0].replace("_", "-")
+        if _version(owner):
+            file = metadata.distribution(owner).locate_file(f"{module.replace('.', '/')}.py")
+            if not Path(str(file)).is_file():
+                text = f"supplies {module} after `import lgvq_plugin`"
+                found.append(Finding("ok", "compat", text))
+    return found
 
 
 def devices() -> list[Finding]:
@@ -227,30 +213,35 @@ def weights() -> list[Finding]:
     """Report which frozen weights are on this machine already."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(*CLIP)
-    folder = Path(__file__).parent / "guides"
-    embedded = next(folder.glob("*micro_clip/*.safetensors"), None)
+    clip = try_to_load_from_cache(*CLIP)
+    embedded = next((Path(__file__).parent / "guides").glob("*micro_clip/*.safetensors"), None)
     size = embedded.stat().st_size / 1e6 if embedded else 0.0
     vgg = compat.vgg_path()
-    missing_clip = "CLIP ViT-B-32/openai is not here: it is downloaded at first use (605 MB), or "
-    missing_clip += "give a file: guide: {use: open_clip, pretrained: PATH}"
-    missing_vgg = f"VGG16's weights are not at {vgg}: downloaded at first use (528 MB), or set "
-    missing_vgg += "perceptual_weight: 0"
     return [
-        Finding("ok", "guide open_clip", f"ViT-B-32/openai: {cached}")
-        if isinstance(cached, str)
-        else Finding("note", "guide open_clip", missing_clip, f"hf download {CLIP[0]} {CLIP[1]}"),
-        Finding("ok", "guide micro_clip", f"embedded, {size:.1f} MB")
-        if embedded
-        else Finding(
-            "problem",
+        _either(
+            isinstance(clip, str),
+            "guide open_clip",
+            f"ViT-B-32/openai: {clip}",
+            "CLIP ViT-B-32/openai is not here: it is downloaded at first use (605 MB), or give a "
+            "file: guide: {use: open_clip, pretrained: PATH}",
+            f"hf download {' '.join(CLIP)}",
+        ),
+        _either(
+            embedded is not None,
             "guide micro_clip",
+            f"embedded, {size:.1f} MB",
             "its weights are not in this installation",
             "pip install --force-reinstall --no-deps lgvq_plugin",
+            level="problem",
         ),
-        Finding("ok", "LPIPS", f"VGG16's weights: {vgg}")
-        if vgg.is_file()
-        else Finding("note", "LPIPS", missing_vgg, INSTALL_VGG),
+        _either(
+            vgg.is_file(),
+            "LPIPS",
+            f"VGG16's weights: {vgg}",
+            f"VGG16's weights are not at {vgg}: downloaded at first use (528 MB), or set "
+            "perceptual_weight: 0",
+            INSTALL_VGG,
+        ),
     ]
 
 
@@ -273,13 +264,12 @@ def imports() -> list[Finding]:
 def report(found: Sequence[Finding]) -> str:
     """Return the findings as text, problems last, each with its command.
 
-    Example:
-        >>> print(report([Finding("ok", "torch", "2.9"), Finding("problem", "x", "gone", "get x")]))
-          torch             2.9
-        <BLANKLINE>
-        1 problem:
-        1. x: gone
-             get x
+    >>> print(report([Finding("ok", "torch", "2.9"), Finding("problem", "x", "gone", "get x")]))
+      torch             2.9
+    <BLANKLINE>
+    1 problem:
+    1. x: gone
+         get x
     """
     lines = [f"  {f.what:<17} {f.told}" for f in found if f.level == "ok"]
     for level, title in (("note", "works without"), ("problem", "problem")):
@@ -295,14 +285,7 @@ def report(found: Sequence[Finding]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `lgvq doctor`.
-
-    Args:
-        argv: `[--full] [--json]`.
-
-    Returns:
-        0 if there is no problem to fix, else 1; notes are none.
-    """
+    """Run `lgvq doctor`; the exit code is 1 if there is a problem to fix. Notes are none."""
     parser = argparse.ArgumentParser(
         prog="lgvq doctor",
         description="Report what is installed, which taming is found, and how to fix what is not. "
@@ -324,12 +307,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version.
-
-    Example:
-        >>> _numbers("2.10.1+cu128") > _numbers("2.5")
-        True
-    """
+    """Return the leading numbers of a version: (2, 10, 1) of "2.10.1+cu128"."""
     head = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in head[0].split(".")) if head else (0,)
 

@@ -72,16 +72,13 @@ def attach(
     Raises:
         ConfigError: for a wrong option, or if the quantizer cannot be found or has heads already.
 
-    Example:
-        >>> from lgvq_plugin.hosts.vqvae import VectorQuantizer
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), VectorQuantizer(16, 8))
-        >>> handle = attach(model, "1", guide={"use": "micro_clip"})
-        >>> _ = model(torch.randn(2, 3, 16, 16))
-        >>> loss, log = handle.loss(["a red square", None])
-        >>> loss.requires_grad, "train/lgvq/total" in log
-        (True, True)
-        >>> handle.detach() is model
-        True
+    >>> from lgvq_plugin.hosts.vqvae import VectorQuantizer
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), VectorQuantizer(16, 8))
+    >>> handle = attach(model, "1", guide={"use": "micro_clip"})
+    >>> _ = model(torch.randn(2, 3, 16, 16))
+    >>> loss, log = handle.loss(["a red square", None])
+    >>> loss.requires_grad, "train/lgvq/total" in log, handle.detach() is model
+    (True, True, True)
     """
     quantizers = require_quantizers(model, quantizer)
     for name, module in quantizers.items():
@@ -89,16 +86,12 @@ def attach(
             raise ConfigError(f"{type(model).__name__}.{name} has heads already; detach them first")
     path = [*quantizers] if len(quantizers) > 1 else next(iter(quantizers))
     heads, hook = build_alignment({**options, "quantizer": path}, quantizers)
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        heads.to(parameter.device)
+    host = list(model.parameters())
+    if host:
+        heads.to(host[0].device)
     if optimizer is not None:
-        add_heads(
-            optimizer,
-            list(heads.parameters()),
-            list(model.parameters()),
-            undecayed=undecayed_parameters(heads),
-        )
+        undecayed = undecayed_parameters(heads)
+        add_heads(optimizer, list(heads.parameters()), host, undecayed=undecayed)
     handle = Handle(model, path, heads, hook, optimizer)
     logger.info("LG-VQ on %s.%s: %s", type(model).__name__, path, handle.trainable_parameters())
     return handle
@@ -120,9 +113,8 @@ class Handle:
         hook: QuantizerHook,
         optimizers: Any = None,
     ) -> None:
-        self.model, self.path, self.heads, self._hook = model, path, heads, hook
-        self._optimizers = optimizers
-        self._step = 0
+        self.model, self.path, self.heads = model, path, heads
+        self._hook, self._optimizers, self._step = hook, optimizers, 0
 
     def loss(
         self, captions: Captions, *, step: int | None = None, split: str = "train"
@@ -135,9 +127,7 @@ class Handle:
             split: prefix of the log's keys; nothing is trained unless it is "train".
 
         Raises:
-            RuntimeError: if the model did not run since the last call, or after detach; if the
-                codes carry no gradient although the model trains (a pass under torch.no_grad()
-                came in between), or the quantizer ran twice.
+            RuntimeError: see :meth:`QuantizerHook.take`; also after detach.
             ConfigError: if the number of captions is wrong.
         """
         if not self._hook.enabled:
@@ -157,16 +147,15 @@ class Handle:
 
     def trainable_parameters(self) -> str:
         """Return one line: how many parameters train, and how many heads and host have."""
-        heads = {id(p): p for p in self.heads.parameters()}
-        host = [p for p in self.model.parameters() if id(p) not in heads]
-        every = [*heads.values(), *host]
-        trained = sum(p.numel() for p in every if p.requires_grad)
-        count = sum(p.numel() for p in every)
+        heads = list(self.heads.parameters())
+        ours = {id(p) for p in heads}
+        host = [p for p in self.model.parameters() if id(p) not in ours]
+        trained = sum(p.numel() for p in [*heads, *host] if p.requires_grad)
+        of_heads, of_host = (sum(p.numel() for p in part) for part in (heads, host))
         return (
-            f"trainable params: {trained:,} || heads params: "
-            f"{sum(p.numel() for p in heads.values()):,} || host params: "
-            f"{sum(p.numel() for p in host):,} || all params: {count:,} || "
-            f"trainable%: {100 * trained / count:.4f}"
+            f"trainable params: {trained:,} || heads params: {of_heads:,} || "
+            f"host params: {of_host:,} || all params: {of_heads + of_host:,} || "
+            f"trainable%: {100 * trained / (of_heads + of_host):.4f}"
         )
 
     def print_trainable_parameters(self) -> None:
@@ -196,15 +185,15 @@ class Handle:
         return status(self.heads, self.path) | {"enabled": self._hook.enabled}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the heads alone, as `lgvq export --format heads` does."""
-        save_heads(self.heads, Path(folder))
+        """Write the heads alone with their config, as `lgvq export --format heads` does."""
+        from safetensors.torch import save
+
+        state = {k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}
+        write_bytes(Path(folder) / HEADS_WEIGHTS, save(state))  # save_file's files have mode 600
+        write_json(Path(folder) / HEADS_CONFIG, {"lgvq": asdict(self.heads.config)})
 
     def load_pretrained(self, folder: str | Path) -> None:
-        """Read what :meth:`save_pretrained` or `lgvq export --format heads` wrote.
-
-        Raises:
-            ConfigError: if it is missing or does not fit.
-        """
+        """Read what :meth:`save_pretrained` wrote; ConfigError if it is missing or other heads."""
         load_heads(self.heads, Path(folder))
 
     def detach(self) -> nn.Module:
@@ -238,14 +227,10 @@ def build_alignment(
     with torch.random.fork_rng(devices=[]):  # a guide may draw initial weights
         guide = build_guide(config.guide)
     heads = Alignment(config, guide, code_dim=sum(widths.values()), grid=grid)
-    hook = QuantizerHook(
-        quantizers,
-        widths=widths,
-        grid=config.grid or grid,
-        ratio=config.gradient_ratio,
-        layout=config.layout,
+    ratio, layout = config.gradient_ratio, config.layout
+    return heads, QuantizerHook(
+        quantizers, widths=widths, grid=config.grid or grid, ratio=ratio, layout=layout
     )
-    return heads, hook
 
 
 def status(heads: Alignment, path: str | list[str]) -> dict[str, Any]:
@@ -261,21 +246,8 @@ def status(heads: Alignment, path: str | list[str]) -> dict[str, Any]:
     }
 
 
-def save_heads(heads: Alignment, folder: Path) -> None:
-    """Write the heads as safetensors, with the config they were built from."""
-    from safetensors.torch import save
-
-    state = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
-    write_bytes(folder / HEADS_WEIGHTS, save(state))  # save_file's files have mode 600
-    write_json(folder / HEADS_CONFIG, {"lgvq": asdict(heads.config)})
-
-
 def load_heads(heads: Alignment, folder: Path) -> None:
-    """Read heads from `folder`.
-
-    Raises:
-        ConfigError: if the file is missing, or the heads in it are different ones.
-    """
+    """Read heads from `folder`; ConfigError if they are missing or different ones."""
     from safetensors.torch import load_file
 
     path = folder / HEADS_WEIGHTS
@@ -308,17 +280,15 @@ def encode(
         layout: channels_first or channels_last, if it cannot be decided.
 
     Raises:
-        ConfigError: if the quantizer cannot be found.
-        RuntimeError: if the host does not call it.
+        ConfigError: if the quantizer cannot be found; RuntimeError if the host does not call it.
     """
     loss = getattr(host, "loss", None)
     grid, configured = getattr(loss, "reading", (None, None))
     quantizers = require_quantizers(host, quantizer or getattr(loss, "quantizer_path", None))
     hook = QuantizerHook(quantizers, grid=grid, layout=layout or configured)
     try:
-        encoder: Any = getattr(host, "encode", None)
-        if encoder is not None:
-            encoder(images)
+        if hasattr(host, "encode"):
+            host.encode(images)  # type: ignore[operator]
         if hook.codes is None:
             host(images)
         return hook.take()
@@ -337,11 +307,7 @@ def reconstruct(host: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(host: Any, codes: Tensor) -> Tensor:
-    """Return images of code grids (B, C, h, w).
-
-    Raises:
-        ConfigError: if the host has no `decode`.
-    """
+    """Return images of code grids (B, C, h, w); ConfigError if the host has no `decode`."""
     if not hasattr(host, "decode"):
         raise ConfigError(f"{type(host).__name__} has no decode(codes), so codes cannot be shown")
     if "force_not_quantize" in inspect.signature(host.decode).parameters:  # diffusers
@@ -410,17 +376,28 @@ def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+LIGHTNING_STEPS = ("training_step", "validation_step", "test_step")
+
+
+def _stand_in(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that calls `run` with the name of the method that it stands in for."""
+
+    def method(self: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, name, first, *args, **kwargs)
+
+    method.__name__ = name  # by which a bound method is pickled
+    return method
+
+
 class HostMethods:
     """Stand-ins for methods of the host, through which batches and optimizers pass.
 
     They are bound methods as attributes of the instance: these survive copy.deepcopy and pickle.
     """
 
-    INPUTS = ("training_step", "validation_step", "test_step")
-
     def __init__(self, host: nn.Module, loss: Any):
         self.host, self.loss = host, loss
-        names = ("get_input",) if hasattr(host, "get_input") else self.INPUTS
+        names = ("get_input",) if hasattr(host, "get_input") else LIGHTNING_STEPS
         self.names = [n for n in (*names, "configure_optimizers") if hasattr(host, n)]
         for name in self.names:
             setattr(host, name, getattr(self, name))
@@ -434,10 +411,8 @@ class HostMethods:
     def remove(self) -> None:
         """Restore the methods of the host and of its EMA."""
         self.find_emas()
-        for hook in self._hooks:
-            hook.remove()
-        for ema in self.emas:
-            ema.remove()
+        for part in (*self._hooks, *self.emas):
+            part.remove()
         self.emas = []
         for name in self.names:
             if getattr(vars(self.host).get(name), "__self__", None) is self:
@@ -458,34 +433,22 @@ class HostMethods:
         for key in [k for k in state if is_average_of_heads(k.removeprefix(prefix))]:
             del state[key]
 
-    def get_input(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the method of taming and its descendants."""
-        return self._with_batch("get_input", batch, *args, **kwargs)
+    def _with_batch(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self.find_emas()
+        self.loss.receive(batch)
+        own = getattr(type(self.host), name).__get__(self.host)
+        return _call_as_declared(own, batch, *args, **kwargs)
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for Lightning's method."""
-        return self._with_batch("training_step", batch, *args, **kwargs)
-
-    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for Lightning's method."""
-        return self._with_batch("validation_step", batch, *args, **kwargs)
-
-    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for Lightning's method."""
-        return self._with_batch("test_step", batch, *args, **kwargs)
+    get_input = _stand_in("get_input", _with_batch)  # of taming and its descendants
+    training_step = _stand_in("training_step", _with_batch)
+    validation_step = _stand_in("validation_step", _with_batch)
+    test_step = _stand_in("test_step", _with_batch)
 
     def configure_optimizers(self) -> Any:
         """Stand in for Lightning's and taming's method; adds the heads."""
         self.find_emas()
-        return self.loss.add_heads(self._own("configure_optimizers")())
-
-    def _own(self, name: str) -> Any:
-        return getattr(type(self.host), name).__get__(self.host)
-
-    def _with_batch(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self.find_emas()
-        self.loss.receive(batch)
-        return _call_as_declared(self._own(name), batch, *args, **kwargs)
+        host: Any = type(self.host)
+        return self.loss.add_heads(host.configure_optimizers(self.host))
 
 
 def _call_as_declared(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -506,9 +469,8 @@ def _call_as_declared(method: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def is_average_of_heads(key: str) -> bool:
     """Whether a host's EMA of itself (LitEma) has a head at `key`; it leaves the dots out.
 
-    Example:
-        >>> is_average_of_heads("model_ema.losslgvqcode_vitcls"), is_average_of_heads("loss.lgvq.a")
-        (True, False)
+    >>> is_average_of_heads("model_ema.losslgvqcode_vitcls"), is_average_of_heads("loss.lgvq.a")
+    (True, False)
     """
     return key.startswith("model_ema.") and "losslgvq" in key.replace(".", "")
 
@@ -518,12 +480,7 @@ class HostEMA:
 
     LitEma is latent-diffusion's, and SEED-Voken's and others': `m_name2s_name` maps names of
     parameters to those of buffers; `forward(model)` and `copy_to(model)` iterate over
-    `model.named_parameters()`.
-
-    Args:
-        module: the EMA; its buffers for heads are removed.
-        host: the averaged model.
-        loss: has the heads as `lgvq`.
+    `model.named_parameters()`. Its buffers for the heads, `loss.lgvq`, are removed.
     """
 
     METHODS = ("forward", "copy_to")
@@ -544,14 +501,6 @@ class HostEMA:
         for name in self.METHODS:
             vars(self.module).pop(name, None)
 
-    def forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Update the average."""
-        return self._without_heads("forward", model, *args, **kwargs)
-
-    def copy_to(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Give `model` the averaged weights."""
-        return self._without_heads("copy_to", model, *args, **kwargs)
-
     def _without_heads(self, name: str, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         modules = self.loss._modules if model is self.host else {}
         kept = dict(modules)
@@ -561,6 +510,9 @@ class HostEMA:
         finally:
             modules.clear()
             modules.update(kept)
+
+    forward = _stand_in("forward", _without_heads)
+    copy_to = _stand_in("copy_to", _without_heads)
 
 
 # -- the heads' parameter group ------------------------------------------------------------------
@@ -587,13 +539,11 @@ def add_heads(
     from such a state get the missing entries at the next step.
 
     Args:
-        result: what `configure_optimizers` returns: an optimizer, a list, a dict, (list, list).
+        result: what `configure_optimizers` returns: an optimizer, a list, a dict, (list, list);
+            it is changed in place and returned.
         heads: parameters of the heads; those that an optimizer already has are skipped.
         host: parameters of quantizer, encoder and decoder.
         undecayed: those of `heads` without weight decay, see :func:`undecayed_parameters`.
-
-    Returns:
-        `result`, with the groups added in place; schedulers of that optimizer follow.
 
     Raises:
         ConfigError: if no optimizer trains the host, or a scheduler that is not in `result`
@@ -602,7 +552,7 @@ def add_heads(
     optimizers = list(_of_type(result, Optimizer))
     wanted = {id(p) for p in host}
     held = [sum(_share(optimizer, wanted)) for optimizer in optimizers]
-    if not optimizers or max(held) == 0:
+    if not any(held):
         raise ConfigError(
             f"no optimizer among {len(optimizers)} trains the host's parameters, so the heads "
             "would never learn; pass the heads' parameters to your optimizer yourself"
@@ -612,25 +562,25 @@ def add_heads(
     fresh = [p for p in heads if p.requires_grad and id(p) not in known]
     if not fresh:
         return result
-    schedulers = [s for s in _schedulers(result) if s.optimizer is optimizer]
+    schedulers = [s for s in _of_type(result, LRScheduler) if s.optimizer is optimizer]
     if not schedulers and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise ConfigError(
             "a learning rate scheduler already drives the optimizer, and would not know the new "
             "group; add the heads before building it, or give both: [optimizer, scheduler]"
         )
     shares, first = _share(optimizer, wanted), len(optimizer.param_groups)
-    index = shares.index(max(shares))
-    model = dict(optimizer.param_groups[index])
+    index, exempt = shares.index(max(shares)), {id(p) for p in undecayed}
+    model = optimizer.param_groups[index]
     names = {id(p): f"lgvq.{i}" for i, p in enumerate(fresh)}
-    exempt = {id(p) for p in undecayed} if model.get("weight_decay") else set()
-    parts = [(model, [p for p in fresh if id(p) not in exempt])]
-    parts += [({**model, "weight_decay": 0.0}, [p for p in fresh if id(p) in exempt])]
-    for settings, part in parts:
+    is_decayed = bool(model.get("weight_decay"))
+    for is_spared in (False, True):
+        part: list[Any] = [p for p in fresh if (is_decayed and id(p) in exempt) == is_spared]
+        own = {"weight_decay": 0.0} if is_spared else {}
+        if "param_names" in model:
+            part = [(names[id(p)], p) for p in part]
         if part:
-            optimizer.add_param_group(_group_like(settings, part, names))
-    older = OlderStates(
-        first, index, heads=fresh, exempt={id(p) for p in undecayed}, schedulers=schedulers
-    )
+            optimizer.add_param_group({**_settings(model), **own, "params": part})
+    older = OlderStates(first, index, heads=fresh, exempt=exempt, schedulers=schedulers)
     optimizer.register_load_state_dict_pre_hook(older.accept)
     if schedulers:
         optimizer.register_step_pre_hook(older.extend)
@@ -650,10 +600,8 @@ def remove_heads(result: Any, heads: Sequence[nn.Parameter]) -> None:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
         if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-        for hooks in (
-            optimizer._optimizer_load_state_dict_pre_hooks,
-            optimizer._optimizer_step_pre_hooks,
-        ):
+        of_states = optimizer._optimizer_load_state_dict_pre_hooks
+        for hooks in (of_states, optimizer._optimizer_step_pre_hooks):
             for key, hook in [*hooks.items()]:
                 if isinstance(getattr(hook, "__self__", None), OlderStates):
                     del hooks[key]
@@ -665,10 +613,9 @@ def undecayed_parameters(module: nn.Module) -> list[nn.Parameter]:
     These are biases, norms and temperatures (fewer than two dimensions), and learned tokens:
     position embeddings, [CLS], mask tokens (first dimension 1) and embeddings.
 
-    Example:
-        >>> layers = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-        >>> [tuple(p.shape) for p in undecayed_parameters(layers)]
-        [(2,), (2,), (2,)]
+    >>> layers = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    >>> [tuple(p.shape) for p in undecayed_parameters(layers)]
+    [(2,), (2,), (2,)]
     """
     return [
         parameter
@@ -685,17 +632,13 @@ def _share(optimizer: Optimizer, wanted: set[int]) -> list[int]:
     return [sum(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups]
 
 
-def _group_like(
-    model: dict[str, Any], heads: list[nn.Parameter], names: dict[int, str]
-) -> dict[str, Any]:
-    """Return a group with the settings of `model`, including those that a scheduler keeps there."""
-    group = {
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group, including those that a scheduler keeps there."""
+    return {
         key: value.clone() if isinstance(value, Tensor) else value
-        for key, value in model.items()
+        for key, value in group.items()
         if key not in ("params", "param_names")
     }
-    is_named = "param_names" in model
-    return {**group, "params": [(names[id(p)], p) for p in heads] if is_named else heads}
 
 
 class OlderStates:
@@ -710,13 +653,7 @@ class OlderStates:
     """
 
     def __init__(
-        self,
-        first: int,
-        model: int,
-        *,
-        heads: Sequence[nn.Parameter],
-        exempt: set[int],
-        schedulers: Sequence[Any],
+        self, first: int, model: int, *, heads: Any, exempt: set[int], schedulers: list[Any]
     ) -> None:
         self.first, self.model, self.schedulers = first, model, schedulers
         self.one_group = [id(p) for p in heads]
@@ -761,14 +698,7 @@ class OlderStates:
 def _of_type(node: Any, kind: type) -> Iterator[Any]:
     if isinstance(node, kind):
         yield node
-    elif isinstance(node, dict | list | tuple):
+        node = getattr(node, "_schedulers", ())  # SequentialLR, ChainedScheduler
+    if isinstance(node, dict | list | tuple):
         for value in node.values() if isinstance(node, dict) else node:
             yield from _of_type(value, kind)
-
-
-def _schedulers(result: Any) -> Iterator[Any]:
-    waiting = [*_of_type(result, LRScheduler)]
-    while waiting:
-        scheduler = waiting.pop(0)
-        yield scheduler
-        waiting += getattr(scheduler, "_schedulers", ())  # SequentialLR, ChainedScheduler

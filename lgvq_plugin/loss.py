@@ -44,11 +44,10 @@ CAPTION_KEYS = ("caption", "captions", "text", "txt")
 class BaseLossWrapper(nn.Module):
     """A module that stands in for another one, its base loss.
 
-    Parameters, buffers and submodules are those of the base loss under their own names: both
-    modules share the very dicts. Other attributes are read from the wrapper first, then from the
-    base loss. Assigning one reaches the base loss only if the base loss has it, or its code reads
-    it, and neither this object nor its class has it: a host's `loss.disc_weight = 1` arrives,
-    `self.new_state = 3` stays here.
+    Both share the dicts of parameters, buffers and submodules. Other attributes are read from the
+    wrapper first, then from the base loss. An assignment reaches the base loss only if that has the
+    name, or its code reads it, and neither this object nor its class has it: a host's
+    `loss.disc_weight = 1` arrives, `self.new_state = 3` stays here.
     """
 
     def __init__(self, base_loss: nn.Module) -> None:
@@ -66,10 +65,9 @@ class BaseLossWrapper(nn.Module):
             return getattr(self.base_loss, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("base_loss")
-        if base is None or name in self.__dict__ or hasattr(type(self), name):
-            super().__setattr__(name, value)
-        elif hasattr(base, name) or name in _names_in_code(base.__class__):
+        base: Any = self.__dict__.get("base_loss")
+        is_ours = base is None or name in self.__dict__ or hasattr(type(self), name)
+        if not is_ours and (hasattr(base, name) or name in _names_in_code(base.__class__)):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
@@ -85,16 +83,11 @@ class BaseLossWrapper(nn.Module):
 def _names_in_code(cls: type) -> frozenset[str]:
     """Return the names that the methods of a class mention, those of nn.Module excepted."""
     found: set[str] = set()
-    for each in cls.__mro__:
-        if each not in nn.Module.__mro__:
-            methods = (getattr(method, "__code__", None) for method in vars(each).values())
-            for code in filter(None, methods):
-                found.update(code.co_names, filter(_is_name, code.co_consts))
+    methods = (m for c in cls.__mro__ if c not in nn.Module.__mro__ for m in vars(c).values())
+    for code in (method.__code__ for method in methods if hasattr(method, "__code__")):
+        strings = (each for each in code.co_consts if isinstance(each, str))
+        found.update(code.co_names, filter(str.isidentifier, strings))  # getattr(self, "factor", 1)
     return frozenset(found)
-
-
-def _is_name(constant: Any) -> bool:
-    return isinstance(constant, str) and constant.isidentifier()  # getattr(self, "factor", 1)
 
 
 class LGVQLoss(BaseLossWrapper):
@@ -116,10 +109,9 @@ class LGVQLoss(BaseLossWrapper):
     Raises:
         ConfigError: for an unknown key under `lgvq:`, or a base loss that does not exist.
 
-    Example:
-        >>> loss = LGVQLoss(base={"target": "torch.nn.MSELoss"}, lgvq={"recipe": "paper"})
-        >>> float(loss(torch.zeros(2), torch.ones(2)))  # no host: the base loss alone
-        1.0
+    >>> loss = LGVQLoss(base={"target": "torch.nn.MSELoss"}, lgvq={"recipe": "paper"})
+    >>> float(loss(torch.zeros(2), torch.ones(2)))  # no host: the base loss alone
+    1.0
     """
 
     BASE_TARGET = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
@@ -211,18 +203,15 @@ class LGVQLoss(BaseLossWrapper):
             step = self._step
             if split == "train":
                 self._step += 1
-        if is_training:
-            self._check_optimizers(heads)
+        if is_training and self._host is not None:
+            if self._optimizer_check is None:
+                self._optimizer_check = OptimizerCheck(heads, self._host_parameters)
+            self._optimizer_check.raise_if_failed()
+            if self.checks_gradients and self._gradient_check is None:
+                how = self._config.on_nonfinite
+                self._gradient_check = GradientCheck(heads, self._host, how)
         captions = [None] * len(codes.codes) if captions is None else captions
         return heads(codes, captions, step=int(step), split=split, balance=hook.balance)
-
-    def _check_optimizers(self, heads: Alignment) -> None:
-        if self._optimizer_check is None:
-            self._optimizer_check = OptimizerCheck(heads, self._host_parameters)
-        self._optimizer_check.raise_if_failed()
-        if self.checks_gradients and self._gradient_check is None:
-            assert self._host is not None
-            self._gradient_check = GradientCheck(self._host, heads, self._config.on_nonfinite)
 
     def set_captions(self, captions: Captions | None) -> None:
         """Give the captions of the batch that comes next; None for a batch without."""
@@ -251,24 +240,20 @@ class LGVQLoss(BaseLossWrapper):
         """
         if self._host is not None:
             return
-        if not is_on(self._config):
-            self._set_host(host)
+        is_active, path = is_on(self._config), self._config.quantizer
+        quantizers = require_quantizers(search_in or host, path) if is_active else {}
+        stop_awaiting_host(self)
+        self.__dict__["_host"] = host  # no submodule: the host contains this loss
+        self._ancestors, self._path = (), (*quantizers,)
+        if not is_active:
             return
-        quantizers = require_quantizers(search_in or host, self._config.quantizer)
-        self._path = (*quantizers,)
-        self._set_host(host)
         grid = self._config.grid or grid_of(host)
         heads, self._hook = build_alignment(self._block, quantizers, grid)
         parameter = next((p for q in quantizers.values() for p in q.parameters()), None)
         self._modules["lgvq"] = heads.to(parameter.device) if parameter is not None else heads
         self._methods = HostMethods(host, self)
-        path = ", ".join(self._path)
-        logger.info("LG-VQ on %s.%s: %s", type(host).__name__, path, in_words(self.status()))
-
-    def _set_host(self, host: nn.Module) -> None:
-        stop_awaiting_host(self)
-        self.__dict__["_host"] = host  # no submodule: the host contains this loss
-        self._ancestors = ()
+        where = f"{type(host).__name__}.{', '.join(self._path)}"
+        logger.info("LG-VQ on %s: %s", where, in_words(self.status()))
 
     def detach(self) -> nn.Module:
         """Restore the host's own loss and methods; returns that loss.
@@ -276,8 +261,7 @@ class LGVQLoss(BaseLossWrapper):
         The heads are gone from the host; an optimizer that holds them steps the host as before.
         """
         stop_awaiting_host(self)
-        parts = (self._hook, self._optimizer_check, self._gradient_check, self._methods)
-        for part in parts:
+        for part in (self._hook, self._optimizer_check, self._gradient_check, self._methods):
             if part is not None:
                 part.remove()
         if self._host is not None:
@@ -315,11 +299,7 @@ class LGVQLoss(BaseLossWrapper):
     # -- the host's batches and optimizers, see HostMethods ----------------------------------
 
     def receive(self, batch: Any) -> None:
-        """Take the captions of a batch that the host is about to use.
-
-        Raises:
-            ConfigError: if there are captions, but no list with one entry per image.
-        """
+        """Take the captions of a batch that the host is about to use; see `captions_of`."""
         self._follow()
         self.set_captions(captions_of(batch, self._config.caption_key))
 
@@ -329,18 +309,13 @@ class LGVQLoss(BaseLossWrapper):
             require_captions(batch, self._config.caption_key)
 
     def add_heads(self, optimizers: Any) -> Any:
-        """Add the heads to the optimizer that trains the host; returns `optimizers`.
-
-        Raises:
-            ConfigError: if none of them does.
-        """
+        """Add the heads to the one of `optimizers` that trains the host, else ConfigError."""
         self._follow()
-        heads = self.alignment
+        heads, host = self.alignment, self._host_parameters
         if heads is None:
             return optimizers
         undecayed = undecayed_parameters(heads)
-        own = self._host_parameters
-        return add_heads(optimizers, list(heads.parameters()), own, undecayed=undecayed)
+        return add_heads(optimizers, list(heads.parameters()), host, undecayed=undecayed)
 
     def _follow(self) -> None:
         """Hook the quantizer that the host has now: GumbelVQ, built on VQModel, replaces it."""
@@ -392,15 +367,13 @@ def captions_of(batch: Any, key: str | None) -> Captions | None:
         ConfigError: if `key` is missing, or there is no list at it.
     """
     if not isinstance(batch, Mapping):
-        if key is not None:
-            raise ConfigError(
-                f"lgvq.caption_key: {key!r} needs a batch with keys, got a {type(batch).__name__}"
-            )
-        return None
+        if key is None:
+            return None
+        kind = type(batch).__name__
+        raise ConfigError(f"lgvq.caption_key: {key!r} needs a batch with keys, got a {kind}")
     if key is not None and key not in batch:
-        raise ConfigError(
-            f"lgvq.caption_key: the batch has no {key!r}; it has {', '.join(map(str, batch))}"
-        )
+        known = ", ".join(map(str, batch))
+        raise ConfigError(f"lgvq.caption_key: the batch has no {key!r}; it has {known}")
     found = next((batch[k] for k in ((key,) if key else CAPTION_KEYS) if k in batch), None)
     if found is not None and (isinstance(found, str) or not hasattr(found, "__len__")):
         raise ConfigError(
@@ -428,27 +401,24 @@ def is_on(config: LGVQConfig) -> bool:
 def in_words(status: Mapping[str, Any]) -> str:
     """Return `LGVQLoss.status()` as one line.
 
-    Example:
-        >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15000,
-        ...           "gradient_ratio": 4.0, "guide": {"use": "MicroCLIP"}})
-        'masked_text x 0.01, gradient ratio 4, recipe paper, guide MicroCLIP, 15,000 parameters'
+    >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15000,
+    ...           "gradient_ratio": 4.0, "guide": {"use": "MicroCLIP"}})
+    'masked_text x 0.01, gradient ratio 4, recipe paper, guide MicroCLIP, 15,000 parameters'
     """
-    guide, ratio = status.get("guide") or {}, status.get("gradient_ratio")
-    parts = [f"{name} x {weight:g}" for name, weight in status["objectives"].items()]
-    parts += [f"gradient ratio {ratio:g}"] if ratio is not None else []
-    parts += [f"recipe {status['recipe']}"]
-    parts += [f"guide {guide['use']}"] if guide.get("use") else []
-    return ", ".join([*parts, f"{status['parameters']:,} parameters"])
+    ratio = status["gradient_ratio"]
+    return ", ".join([
+        *(f"{name} x {weight:g}" for name, weight in status["objectives"].items()),
+        *([] if ratio is None else [f"gradient ratio {ratio:g}"]),
+        f"recipe {status['recipe']}",
+        f"guide {status['guide']['use']}",
+        f"{status['parameters']:,} parameters",
+    ])  # fmt: skip
 
 
 def base_of(
     base: Mapping[str, Any] | None, kwargs: dict[str, Any], default: str
 ) -> tuple[str, dict[str, Any]]:
-    """Return (target, params) of the base loss; `kwargs` override the params of `base`.
-
-    Raises:
-        ConfigError: if `base` has no target.
-    """
+    """Return (target, params) of the base loss; `kwargs` override the params of `base`."""
     if base is None:
         return default, kwargs
     if not isinstance(base, Mapping) or not isinstance(base.get("target"), str):
@@ -461,9 +431,8 @@ def _bound_arguments(
 ) -> dict[str, Any]:
     """Return arguments by the names of the base loss: hosts disagree on the positions.
 
-    Example:
-        >>> _bound_arguments(lambda qloss, x, optimizer_idx, **more: 0, (0.1, 0.2, 1), {"step": 5})
-        {'qloss': 0.1, 'x': 0.2, 'optimizer_idx': 1, 'step': 5}
+    >>> _bound_arguments(lambda qloss, x, optimizer_idx, **more: 0, (0.1, 0.2, 1), {"step": 5})
+    {'qloss': 0.1, 'x': 0.2, 'optimizer_idx': 1, 'step': 5}
     """
     try:
         signature = inspect.signature(forward)
@@ -479,17 +448,17 @@ def _bound_arguments(
 def _add_terms(result: Any, terms: Tensor, log: Mapping[str, Tensor]) -> Any:
     """Add to what a base loss returns: a scalar, (loss, log, ...), (loss, ...), {"loss": ...}.
 
-    Example:
-        >>> _add_terms((torch.tensor(1.0), {"a": 2}), torch.tensor(3.0), {"b": 4})
-        (tensor(4.), {'a': 2, 'b': 4})
+    >>> _add_terms((torch.tensor(1.0), {"a": 2}), torch.tensor(3.0), {"b": 4})
+    (tensor(4.), {'a': 2, 'b': 4})
     """
     if isinstance(result, Mapping):
         return {**result, "loss": result["loss"] + terms, **log}
-    if isinstance(result, tuple) and len(result) > 1 and isinstance(result[1], Mapping):
-        return (result[0] + terms, {**result[1], **log}, *result[2:])
-    if isinstance(result, tuple):
-        return (result[0] + terms, *result[1:])
-    return result + terms
+    if not isinstance(result, tuple):
+        return result + terms
+    first, *rest = result
+    if rest and isinstance(rest[0], Mapping):
+        rest[0] = {**rest[0], **log}
+    return (first + terms, *rest)
 
 
 def _allow_missing_heads(module: nn.Module, incompatible: Any) -> None:
@@ -506,22 +475,20 @@ def _allow_missing_heads(module: nn.Module, incompatible: Any) -> None:
 class StepCheck:
     """Sees every step of every optimizer, through torch's global hook, until it is removed."""
 
-    REGISTER: Callable[..., Any]
-
-    def __init__(self, heads: nn.Module) -> None:
+    def __init__(self, heads: nn.Module, register: Callable[..., Any]) -> None:
         self.heads = {id(p) for p in heads.parameters() if p.requires_grad}
         this = weakref.ref(self)  # torch's hook must not keep the check alive
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             check = this()
             if check is not None:
-                check.see(optimizer)
+                check.see([p for group in optimizer.param_groups for p in group["params"]])
 
-        self._handle: Any = type(self).REGISTER(hook)
+        self._handle: Any = register(hook)
         weakref.finalize(self, self._handle.remove).atexit = False
 
-    def see(self, optimizer: Optimizer) -> None:
-        """Look at one step of `optimizer`."""
+    def see(self, held: list[nn.Parameter]) -> None:
+        """Look at one step of an optimizer that holds these parameters."""
         raise NotImplementedError
 
     def remove(self) -> None:
@@ -534,23 +501,17 @@ class StepCheck:
 class OptimizerCheck(StepCheck):
     """Checks, once, that the optimizers that step the host hold the heads too."""
 
-    REGISTER = staticmethod(register_optimizer_step_post_hook)
-
     def __init__(self, heads: nn.Module, host: list[nn.Parameter]) -> None:
-        super().__init__(heads)
+        super().__init__(heads, register_optimizer_step_post_hook)
         self.host = {id(p) for p in host}
         self.stepped: set[int] = set()
 
-    def see(self, optimizer: Optimizer) -> None:
+    def see(self, held: list[nn.Parameter]) -> None:
         """Remember which parameters were stepped."""
-        self.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.stepped |= {id(p) for p in held}
 
     def raise_if_failed(self) -> None:
-        """Decide after the first step that moved the host; called once per batch.
-
-        Raises:
-            RuntimeError: if that step did not include the heads.
-        """
+        """Raise RuntimeError if the first step that moved the host left out the heads."""
         if self._handle is None or not self.stepped & (self.host | self.heads):
             return
         if not self.heads <= self.stepped:
@@ -573,16 +534,13 @@ class GradientCheck(StepCheck):
         on_nonfinite: "raise", or "skip": leave the update out, at most MAX_SKIPPED in a row.
     """
 
-    REGISTER = staticmethod(register_optimizer_step_pre_hook)
-
-    def __init__(self, host: nn.Module, heads: nn.Module, on_nonfinite: str) -> None:
-        super().__init__(heads)
+    def __init__(self, heads: nn.Module, host: nn.Module, on_nonfinite: str) -> None:
+        super().__init__(heads, register_optimizer_step_pre_hook)
         self.host, self.on_nonfinite = host, on_nonfinite
         self.steps = self.skipped = 0
 
-    def see(self, optimizer: Optimizer) -> None:
+    def see(self, held: list[nn.Parameter]) -> None:
         """Raise FloatingPointError, or drop all gradients, if one is not finite."""
-        held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in self.heads for p in reversed(held)):
             return
         self.steps += 1
@@ -590,8 +548,8 @@ class GradientCheck(StepCheck):
             self.skipped = 0
             return
         self.skipped += 1
-        problem = f"update {self.steps}: the gradient is not finite in "
-        problem += nonfinite_gradients(self.host, held)
+        where = nonfinite_gradients(self.host, held)
+        problem = f"update {self.steps}: the gradient is not finite in {where}"
         if self.on_nonfinite == "raise" or self.skipped >= MAX_SKIPPED:
             often = f" ({self.skipped} updates in a row)" if self.skipped > 1 else ""
             raise FloatingPointError(
@@ -599,4 +557,5 @@ class GradientCheck(StepCheck):
                 "weight of that term"
             )
         logger.warning("%s; this update is left out", problem)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in held:
+            parameter.grad = None

@@ -1,12 +1,12 @@
 """Old dotted paths of modules that have moved still work, with a DeprecationWarning."""
 
-import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 import types
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 MOVED = {
@@ -46,8 +46,6 @@ MOVED = {
     "training.base": "training.build",
 }
 """Old module: new one, both relative to this package."""
-
-
 SPLIT = {"training.base": ("training.config", "training.settings")}
 """Old modules whose names are now in further ones."""
 
@@ -69,22 +67,48 @@ def new_module(name: str) -> str | None:
     return None
 
 
-class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """The last finder: an old module forwards every attribute to the new one."""
+class ModuleMaker(MetaPathFinder, Loader):
+    """A finder of modules without a file; it comes after all others."""
+
+    def makes(self, name: str) -> bool:
+        """Whether the module `name` comes from here."""
+        raise NotImplementedError
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if new_module(name) is None:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+    ) -> ModuleSpec | None:
+        """Return the spec of a module that is made here; importlib calls it."""
+        return ModuleSpec(name, self, is_package=True) if self.makes(name) else None
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Do nothing: `create_module` has filled it."""
+
+
+def install(finder: type[MetaPathFinder], *, first: bool = False) -> None:
+    """Put a finder on `sys.meta_path` unless one of its name, also of a reloaded module, is there.
+
+    Args:
+        finder: its class.
+        first: before all others; else after them.
+    """
+    known = {(type(each).__module__, type(each).__name__) for each in sys.meta_path}
+    if (finder.__module__, finder.__name__) not in known:
+        sys.meta_path.insert(0 if first else len(sys.meta_path), finder())
+
+
+class OldPaths(ModuleMaker):
+    """Makes old modules, which forward every attribute to the new ones."""
+
+    def makes(self, name: str) -> bool:
+        """Whether the module has moved."""
+        return new_module(name) is not None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        """Return the old module, with a warning."""
         new = str(new_module(spec.name))
         warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
-        old = spec.name.partition(".")[2]
-        paths = [new, *(f"{__package__}.{path}" for path in SPLIT.get(old, ()))]
-        modules = [importlib.import_module(path) for path in paths]
+        split = SPLIT.get(spec.name.partition(".")[2], ())
+        modules = [import_module(path) for path in (new, *(f"{__package__}.{s}" for s in split))]
 
         def find(name: str) -> Any:
             if name.startswith("__"):  # with the new module's __path__ it would be imported twice
@@ -95,12 +119,3 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = types.ModuleType(spec.name)
         module.__dict__["__getattr__"] = find
         return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-def install() -> None:
-    """Install the finder; idempotent. `import lgvq_plugin` calls it."""
-    if not any(type(finder).__name__ == "_OldPaths" for finder in sys.meta_path):
-        sys.meta_path.append(_OldPaths())

@@ -5,36 +5,23 @@ understands it: importing `lgvq_plugin.over.a.b` gives a module whose attribute 
 of LGVQLoss over `a.b.C`.
 """
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
 import types
-from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from .loss import LGVQLoss
+from .moved import ModuleMaker, install
 from .sockets import ConfigError, import_target
 
 __path__: list[str] = []  # a package without files: its submodules come from the finder below
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `lgvq_plugin.over.<module>` for every module that exists."""
+class _Finder(ModuleMaker):
+    def makes(self, name: str) -> bool:
+        return name.startswith(f"{__name__}.")
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not name.startswith(f"{__name__}."):
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         return _Over(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        return
 
 
 class _Over(types.ModuleType):
@@ -49,14 +36,10 @@ class _Over(types.ModuleType):
 
 
 def over(target: str) -> type[LGVQLoss]:
-    """Return LGVQLoss over the loss class `target`.
+    """Return LGVQLoss over the loss class `target`; ConfigError if there is no such class.
 
-    Raises:
-        ConfigError: if it does not exist.
-
-    Example:
-        >>> over("torch.nn.MSELoss").__module__
-        'lgvq_plugin.over.torch.nn'
+    >>> over("torch.nn.MSELoss").__module__
+    'lgvq_plugin.over.torch.nn'
     """
     loss = import_target(target)
     if not isinstance(loss, type):
@@ -67,8 +50,4 @@ def over(target: str) -> type[LGVQLoss]:
     return type(name, (LGVQLoss,), namespace)
 
 
-if not any(
-    (type(finder).__module__, type(finder).__name__) == (__name__, "_Finder")
-    for finder in sys.meta_path
-):
-    sys.meta_path.append(_Finder())
+install(_Finder)

@@ -60,22 +60,24 @@ def require_quantizer(model: nn.Module, path: str | None = None) -> tuple[str, n
         ConfigError: if the path does not exist, or there is no quantizer or more than one.
     """
     if path is not None:
-        module = dict(model.named_modules(remove_duplicate=False)).get(path)
-        if module is None:
-            names = [name for name, _ in model.named_modules() if name]
-            near = suggest(path, [name for name in names if name.count(".") <= path.count(".")])
-            raise ConfigError(f"lgvq.quantizer: {type(model).__name__} has no {path!r}{near}")
-        return path, module
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if path in modules:
+            return path, modules[path]
+        near = [name for name, _ in model.named_modules() if name]
+        near = [name for name in near if name.count(".") <= path.count(".")]
+        raise ConfigError(
+            f"lgvq.quantizer: {type(model).__name__} has no {path!r}{suggest(path, near)}"
+        )
     found = _candidates(model)
     if len(found) == 1:
         return found[0]
-    names = [name for name, _ in found]
-    several = f"several modules that could be it ({', '.join(names)})"
-    levels = f", or all levels with [{', '.join(names)}]" if names else ""
+    names = ", ".join(name for name, _ in found)
+    what = (
+        f"several modules that could be it ({names})" if names else "no module that looks like it"
+    )
     raise ConfigError(
-        f"lgvq.quantizer: {type(model).__name__} has "
-        f"{several if names else 'no module that looks like it'}; name it with "
-        f"lgvq.quantizer: PATH{levels}. "
+        f"lgvq.quantizer: {type(model).__name__} has {what}; name it with lgvq.quantizer: PATH"
+        f"{f', or all levels with [{names}]' if names else ''}. "
         f"Modules: {', '.join(sorted(dict(model.named_children())))}"
     )
 
@@ -83,14 +85,9 @@ def require_quantizer(model: nn.Module, path: str | None = None) -> tuple[str, n
 def require_quantizers(
     model: nn.Module, paths: str | Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Return the model's quantizer, or all those at `paths`, by path.
-
-    Raises:
-        ConfigError: see :func:`require_quantizer`; also if two paths lead to one module.
-    """
-    if paths is None or isinstance(paths, str):
-        return dict([require_quantizer(model, paths)])
-    quantizers = dict(require_quantizer(model, path) for path in paths)
+    """Return the model's quantizer, or all those at `paths`, by path; ConfigError for others."""
+    several = [paths] if paths is None or isinstance(paths, str) else paths
+    quantizers = dict(require_quantizer(model, path) for path in several)
     if len({id(module) for module in quantizers.values()}) < len(quantizers):
         raise ConfigError(
             f"lgvq.quantizer: {', '.join(quantizers)} are one module of {type(model).__name__}; "
@@ -124,31 +121,24 @@ def _is_named_so(name: str, module: nn.Module) -> bool:
 def _has_codebook(name: str, module: nn.Module) -> bool:
     """Whether a module has a matrix and an attribute that is its number of rows."""
     codebook = None if isinstance(module, nn.Embedding) else codebook_of(module)
-    return codebook is not None and any(
-        getattr(module, size, None) == len(codebook) for size in SIZES
-    )
+    return codebook is not None and len(codebook) in (getattr(module, n, None) for n in SIZES)
 
 
 def codebook_of(quantizer: nn.Module) -> Tensor | None:
     """Return the code vectors (K, C), differentiable where they are trained; None if look-up free.
 
-    Example:
-        >>> codebook_of(nn.ModuleDict({"embedding": nn.Embedding(4, 2)})).shape
-        torch.Size([4, 2])
+    >>> codebook_of(nn.ModuleDict({"embedding": nn.Embedding(4, 2)})).shape
+    torch.Size([4, 2])
     """
     for name in CODEBOOKS:
         found = getattr(quantizer, name, None)
-        if isinstance(found, nn.Module):
-            found = getattr(found, "weight", None)
-        if not isinstance(found, Tensor) or not found.is_floating_point():
-            continue
-        if found.ndim == 3 and found.shape[0] == 1:
-            found = found[0]
-        if found.ndim != 2:
-            continue
-        rows = found.mT if _is_transposed(quantizer) else found
-        is_unit = any(getattr(quantizer, flag, False) is True for flag in UNIT_LENGTH)
-        return F.normalize(rows, dim=-1) if is_unit else rows
+        found = getattr(found, "weight", None) if isinstance(found, nn.Module) else found
+        if isinstance(found, Tensor) and found.is_floating_point():
+            found = found[0] if found.ndim == 3 and len(found) == 1 else found
+            if found.ndim == 2:
+                rows = found.mT if _is_transposed(quantizer) else found
+                is_unit = any(getattr(quantizer, flag, False) is True for flag in UNIT_LENGTH)
+                return F.normalize(rows, dim=-1) if is_unit else rows
     return None
 
 
@@ -169,17 +159,13 @@ def code_width(quantizer: nn.Module) -> int | None:
 def _is_transposed(quantizer: nn.Module) -> bool:
     """Whether the codebook is rosinality's: a buffer `embed` (C, K); its vectors (B, h, w, C)."""
     embed = dict(quantizer.named_buffers(recurse=False)).get("embed")
-    if embed is None or embed.ndim != 2:
-        return False
-    return _int_attribute(quantizer, ("dim",)) == len(embed)
+    is_matrix = embed is not None and embed.ndim == 2
+    return is_matrix and _int_attribute(quantizer, ("dim",)) == len(embed)  # type: ignore[arg-type]
 
 
 def _int_attribute(quantizer: nn.Module, names: Sequence[str]) -> int | None:
-    for name in names:
-        value = getattr(quantizer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
+    values = (getattr(quantizer, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
 # -- hook ----------------------------------------------------------------------------------------
@@ -212,20 +198,20 @@ class QuantizerHook:
         self.grid, self.layout, self.enabled = grid, layout, True
         self.balance = None if ratio is None else GradientBalance(ratio)
         self._records: dict[str, _Record] = {}
-        self._install(quantizers, widths or {})
-
-    def _install(self, quantizers: Mapping[str, nn.Module], widths: Mapping[str, int]) -> None:
-        self.remove()
         for path, module in quantizers.items():
-            handle = module.register_forward_hook(self.record)
-            self._records[path] = _Record(module, widths.get(path), handle)
+            self._install(path, module, (widths or {}).get(path))
+
+    def _install(self, path: str, module: nn.Module, width: int | None) -> None:
+        handle = module.register_forward_hook(self.record)
+        self._records[path] = _Record(module, width, handle)
 
     def follow(self, host: nn.Module) -> None:
         """Move to the quantizers that `host` has at the same paths now."""
-        now = {path: host.get_submodule(path) for path in self._records}
-        if any(now[path] is not record.module for path, record in self._records.items()):
-            widths = {path: record.width for path, record in self._records.items() if record.width}
-            self._install(now, widths)
+        for path, record in self._records.items():
+            module = host.get_submodule(path)
+            if module is not record.module:
+                record.handle.remove()
+                self._install(path, module, record.width)
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -262,13 +248,9 @@ class QuantizerHook:
         if layout is None:
             layout = layout_of(output, quantizer, width=record.width)
             record.layouts[vectors.ndim] = layout
+        through, width = self.balance.split if self.balance else None, record.width
         record.codes = read_codes(
-            output,
-            quantizer,
-            grid=self.grid,
-            through=None if self.balance is None else self.balance.split,
-            layout=layout,
-            width=record.width,
+            output, quantizer, grid=self.grid, through=through, layout=layout, width=width
         )
         record.had_gradients = torch.is_grad_enabled()
         node: Any = vectors.grad_fn
@@ -289,18 +271,17 @@ class QuantizerHook:
             RuntimeError: if no pass was recorded or, with a `host` to train, the codes carry no
                 gradient or may belong to another pass than the loss's own.
         """
-        codes = self.codes
-        if codes is None:
-            missing = [path for path, record in self._records.items() if record.codes is None]
-            is_partial = 0 < len(missing) < len(self._records)
-            self.forget()
-            raise RuntimeError(
-                "the quantizer's hook saw no codes since the last step"
-                + (f" ({', '.join(missing)} did not run)" if is_partial else "")
-                + ": run the model before its loss; under torch.compile attach before the first "
-                "compiled call; or the model does not call this module (set lgvq.quantizer)"
-            )
         try:
+            codes = self.codes
+            if codes is None:
+                missing = [path for path, record in self._records.items() if record.codes is None]
+                is_partial = 0 < len(missing) < len(self._records)
+                which = f" ({', '.join(missing)} did not run)" if is_partial else ""
+                raise RuntimeError(
+                    f"the quantizer's hook saw no codes since the last step{which}: run the model "
+                    "before its loss; under torch.compile attach before the first compiled call; "
+                    "or the model does not call this module (set lgvq.quantizer)"
+                )
             if host is not None and torch.is_grad_enabled():
                 for path, record in self._records.items():
                     self._require_gradient(host, path, record)
@@ -310,27 +291,31 @@ class QuantizerHook:
                             f"{path or 'the quantizer'} ran {alive} times with gradients since "
                             f"the last loss, so it is ambiguous whose codes to use; {ONE_PASS}"
                         )
+            return codes
         finally:
             self.forget()
-        return codes
 
     def _require_gradient(self, host: nn.Module, path: str, record: "_Record") -> None:
-        assert record.codes is not None
-        has_gradient = record.codes.codes.requires_grad
+        has_gradient = record.codes is not None and record.codes.codes.requires_grad
         if has_gradient and record.reaches_input is not False:
             return
         inside = {id(p) for r in self._records.values() for p in r.module.parameters()}
-        names = [n for n, p in host.named_parameters() if p.requires_grad and id(p) not in inside]
-        names = [n for n in names if not n.startswith(("loss.", "lgvq.", "heads."))]
-        if record.had_gradients:  # codes of a frozen encoder have none either
-            names = [name for name in names if _is_before(name, path)]
-        if not names:
+        untrained = [
+            name
+            for name, p in host.named_parameters()
+            if p.requires_grad
+            and id(p) not in inside
+            and not name.startswith(("loss.", "lgvq.", "heads."))
+            # Codes of a frozen encoder have no gradient either.
+            and (_is_before(name, path) or not record.had_gradients)
+        ]
+        if not untrained:
             return
         if has_gradient:
             raise RuntimeError(
                 f"the gradient of the codes ends inside {path or 'the quantizer'}, so the text "
-                f"loss would not train {names[0]}: its straight-through step is outside of it, or "
-                "it got a detached input; let it return z + (codes - z).detach(), or name a "
+                f"loss would not train {untrained[0]}: its straight-through step is outside of it, "
+                "or it got a detached input; let it return z + (codes - z).detach(), or name a "
                 "module that does (lgvq.quantizer)"
             )
         cause = (
@@ -340,8 +325,8 @@ class QuantizerHook:
             "model's forward pass and its loss"
         )
         raise RuntimeError(
-            f"the codes carry no gradient, so the text loss would not train {names[0]}: {cause}; "
-            f"{ONE_PASS}"
+            f"the codes carry no gradient, so the text loss would not train {untrained[0]}: "
+            f"{cause}; {ONE_PASS}"
         )
 
     @contextmanager
@@ -394,14 +379,12 @@ def _reaches(output: Tensor, inputs: Any) -> bool:
     sources = [tensor for tensor in _tensors_in(inputs) if tensor.requires_grad]
     ends = {tensor.grad_fn for tensor in sources if tensor.grad_fn is not None}
     leaves = {id(tensor) for tensor in sources if tensor.grad_fn is None}
-    seen, waiting = {output.grad_fn}, [output.grad_fn]
+    seen, waiting = {None, output.grad_fn}, [output.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None:
-            continue
         if node in ends or id(getattr(node, "variable", None)) in leaves:
             return True
-        fresh = {following for following, _ in node.next_functions} - seen
+        fresh = {following for following, _ in node.next_functions} - seen  # type: ignore[union-attr]
         seen |= fresh
         waiting += fresh
     return False
@@ -419,10 +402,10 @@ def read_codes(
     layout: str | None = None,
     width: int | None = None,
 ) -> Codes:
-    """Convert what `quantizer(source)` returned.
+    """Convert the `output` of a quantizer.
 
     Args:
-        output: return value of the quantizer.
+        output: what it returned.
         quantizer: owns the codebook.
         grid: (h, w), for hosts whose codes are (B, N, C); square if None.
         through: applied to our copy of the quantized vectors.
@@ -435,11 +418,9 @@ def read_codes(
     """
     vectors = _require_vectors(output, quantizer)
     layout = layout or layout_of(output, quantizer, width=width)
-    if through is not None:
-        vectors = through(vectors)
-    channels_last = _channels_last(vectors, layout)
+    channels_last = _channels_last(through(vectors) if through else vectors, layout)
     if width is not None and channels_last.shape[-1] != width:
-        raise ConfigError(_misfit(vectors, quantizer, width, f"layout {layout}, shape", [layout]))
+        raise _misfit(vectors, quantizer, width, f"layout {layout}, shape", [layout])
     shape = channels_last.shape[1:-1]
     rows = channels_last.flatten(1, -2)
     batch, count, channels = rows.shape
@@ -455,49 +436,51 @@ def read_codes(
     has_levels = indices is not None and indices.ndim == 3
     if codebook is not None and (has_levels or codebook.shape[1] != channels):
         codebook = None  # a sum of rows, or projected after the look-up: no row is a code
-    if has_levels:
-        indices = indices[..., 0]  # type: ignore[index]
-    if indices is not None and getattr(quantizer, "remap", None) is not None:
-        indices = quantizer.unmap_to_all(indices)  # type: ignore[operator]  # taming
+    if indices is not None:
+        indices = indices[..., 0] if has_levels else indices
+        if getattr(quantizer, "remap", None) is not None:
+            indices = quantizer.unmap_to_all(indices)  # type: ignore[operator]  # taming
     return Codes(rows, indices, grid, codebook)
 
 
 def layout_of(output: Any, quantizer: nn.Module, *, width: int | None = None) -> str:
-    """Decide whether quantized vectors are channels_first or channels_last.
+    """Decide whether quantized vectors are channels_first or channels_last, else ConfigError.
 
     Evidence, strongest first: the class (rosinality's, vector-quantize-pytorch's switches, an
     attribute `layout`), the width of a code, the shape of the indices, and in which layout equal
     indices have equal vectors.
-
-    Raises:
-        ConfigError: if both layouts fit, or none.
     """
     vectors = _require_vectors(output, quantizer)
-    known = _layout_of_class(quantizer, vectors.ndim)
-    if known is not None:
+    if (known := _layout_of_class(quantizer, vectors.ndim)) is not None:
         return known
     expected = width or code_width(quantizer)
-    shapes = {each: _channels_last(vectors, each).shape for each in LAYOUTS}
-    left = [each for each in LAYOUTS if expected is None or shapes[each][-1] == expected]
-    by_indices = [
-        each for each in LAYOUTS if _indices(output, len(vectors), shapes[each][1:-1]) is not None
-    ]
+    views = {each: _channels_last(vectors, each) for each in LAYOUTS}
+    found = {k: _indices(output, len(v), v.shape[1:-1]) for k, v in views.items()}
+    left = [each for each in LAYOUTS if expected in (None, views[each].shape[-1])]
+    by_indices = [each for each in LAYOUTS if found[each] is not None]
     if width is not None and not left:
-        raise ConfigError(_misfit(vectors, quantizer, width, "shape", by_indices))
+        raise _misfit(vectors, quantizer, width, "shape", by_indices)
     left = left or list(LAYOUTS)
-    if len(left) > 1 and len([each for each in left if each in by_indices]) == 1:
+    if len(left) > 1 and len(by_indices) == 1:
         left = by_indices
     if len(left) > 1:
-        left = _layout_by_values(codebook_of(quantizer), vectors, output) or left
-    if len(left) > 1 and expected is None and not by_indices:  # no evidence: the usual ones
+        left = _layout_by_values(codebook_of(quantizer), views, found) or left
+    if len(left) == 1:
+        return left[0]
+    if expected is None and not by_indices:  # no evidence: the usual ones
         return FIRST if vectors.ndim == 4 else LAST
-    if len(left) > 1:
-        raise ConfigError(
-            f"lgvq.layout: the vectors of {type(quantizer).__name__}, shape "
-            f"{tuple(vectors.shape)}, fit both layouts; set lgvq.layout: channels_first "
-            "(B, C, h, w) or channels_last (B, h, w, C)"
-        )
-    return left[0]
+    raise ConfigError(
+        f"lgvq.layout: the vectors of {type(quantizer).__name__}, shape {tuple(vectors.shape)}, "
+        "fit both layouts; set lgvq.layout: channels_first (B, C, h, w) or channels_last "
+        "(B, h, w, C)"
+    )
+
+
+SWITCHES = (  # of vector-quantize-pytorch: (attribute that is True, dimensions, layout)
+    ("channel_first", (3, 4), FIRST),
+    ("accept_image_fmap", (4,), FIRST),
+    ("channel_last", (3,), LAST),
+)
 
 
 def _layout_of_class(quantizer: nn.Module, ndim: int) -> str | None:
@@ -505,26 +488,21 @@ def _layout_of_class(quantizer: nn.Module, ndim: int) -> str | None:
         return LAST
     if getattr(quantizer, "layout", None) in LAYOUTS:
         return str(quantizer.layout)
-    if getattr(quantizer, "channel_first", None) is True:
-        return FIRST
-    if getattr(quantizer, "accept_image_fmap", None) is True and ndim == 4:
-        return FIRST
-    if getattr(quantizer, "channel_last", None) is True and ndim == 3:
-        return LAST
-    return None
+    given = (s for s in SWITCHES if getattr(quantizer, s[0], None) is True and ndim in s[1])
+    return next((layout for *_, layout in given), None)
 
 
 @torch.no_grad()
-def _layout_by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> list[str]:
+def _layout_by_values(
+    codebook: Tensor | None, views: dict[str, Tensor], found: dict[str, Tensor | None]
+) -> list[str]:
     """Return the layout in which equal indices have equal vectors, or else the codebook's rows.
 
     The former also holds where an EMA has changed the codebook since the look-up.
     """
     spreads, gaps = [], []
-    for each in LAYOUTS:
-        channels_last = _channels_last(vectors, each)
-        rows = channels_last.flatten(0, -2).float()
-        indices = _indices(output, len(vectors), channels_last.shape[1:-1])
+    for layout, view in views.items():
+        rows, indices = view.flatten(0, -2).float(), found[layout]
         if indices is None or indices.ndim == 3:
             return []
         used, group = indices.flatten().unique(return_inverse=True)
@@ -533,9 +511,9 @@ def _layout_by_values(codebook: Tensor | None, vectors: Tensor, output: Any) -> 
         spreads.append(float((rows - means[group]).square().mean()))
         if codebook is not None and codebook.shape[1] == rows.shape[1] and used[-1] < len(codebook):
             gaps.append(float((rows - codebook[indices.flatten()]).square().mean()))
-    for found in (spreads, gaps):
-        if len(found) == 2 and min(found) < 0.1 * max(found):
-            return [LAYOUTS[found.index(min(found))]]
+    for errors in (spreads, gaps):
+        if len(errors) == 2 and min(errors) < 0.1 * max(errors):
+            return [LAYOUTS[errors.index(min(errors))]]
     return []
 
 
@@ -545,10 +523,10 @@ def _channels_last(vectors: Tensor, layout: str) -> Tensor:
 
 def _misfit(
     vectors: Tensor, quantizer: nn.Module, width: int, what: str, fitting: list[str]
-) -> str:
-    shapes = {each: _channels_last(vectors, each).shape[-1] for each in fitting or LAYOUTS}
-    ways = " or ".join(f"lgvq.code_dim: {c} ({each})" for each, c in shapes.items())
-    return (
+) -> ConfigError:
+    widths = {each: _channels_last(vectors, each).shape[-1] for each in fitting or LAYOUTS}
+    ways = " or ".join(f"lgvq.code_dim: {c} ({each})" for each, c in widths.items())
+    return ConfigError(
         f"lgvq.code_dim: the heads were built for codes of width {width}, but "
         f"{type(quantizer).__name__} gives vectors of {what} {tuple(vectors.shape)}; set {ways}"
     )
@@ -585,8 +563,9 @@ def _indices(output: Any, batch: int, grid: Sequence[int]) -> Tensor | None:
     for tensor in integers:
         if tensor.ndim < 3 or len(tensor) != batch or tensor.numel() % (batch * count):
             continue
-        if tensor.shape[1] == count or math.prod(tensor.shape[1:3]) == count:
-            if len(grid) == 1 or tensor.shape[1] == count or tensor.shape[1:3] == tuple(grid):
+        is_flat = tensor.shape[1] == count
+        if is_flat or math.prod(tensor.shape[1:3]) == count:
+            if is_flat or len(grid) == 1 or tensor.shape[1:3] == tuple(grid):
                 return tensor.reshape(batch, count, -1)
         elif tensor.shape[-1] == count or tensor.shape[-2:] == tuple(grid):  # levels come first
             return tensor.reshape(batch, -1, count).mT
@@ -631,13 +610,12 @@ class GradientBalance:
     def split(self, vectors: Tensor) -> Tensor:
         """Return the codes for our heads; the host continues with `vectors`, of any shape.
 
-        Example:
-            >>> codes = torch.ones(2, requires_grad=True)
-            >>> vectors = codes * 1
-            >>> for_our_heads = GradientBalance(0.5).split(vectors)
-            >>> ((vectors * torch.tensor([3.0, 4.0])).sum() + 100 * for_our_heads[0]).backward()
-            >>> codes.grad  # the host's (3, 4), and ours along the first axis, half as long
-            tensor([5.5000, 4.0000])
+        >>> codes = torch.ones(2, requires_grad=True)
+        >>> vectors = codes * 1
+        >>> for_our_heads = GradientBalance(0.5).split(vectors)
+        >>> ((vectors * torch.tensor([3.0, 4.0])).sum() + 100 * for_our_heads[0]).backward()
+        >>> codes.grad  # the host's (3, 4), and ours along the first axis, half as long
+        tensor([5.5000, 4.0000])
         """
         if not vectors.requires_grad:
             return vectors

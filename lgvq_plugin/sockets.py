@@ -18,14 +18,11 @@ from .moved import new_module
 
 
 class ConfigError(ValueError):
-    """The user's input is wrong; the message says what, where and how to fix it.
-
-    If a DataLoader re-raises a worker's error with a traceback as its message, only the message
-    proper is kept.
-    """
+    """The user's input is wrong; the message says what, where and how to fix it."""
 
     def __init__(self, message: object = "") -> None:
         text = str(message)
+        # A DataLoader re-raises a worker's error with a traceback as its message.
         if text.startswith("Caught ") and "Traceback (most recent call last)" in text:
             text = re.split(rf"^[\w.]*\b{type(self).__name__}: ", text, flags=re.M)[-1].strip()
         super().__init__(text)
@@ -38,17 +35,16 @@ class MissingError(ConfigError):
 class Problems:
     """Collects errors in the user's input, so that one message names all of them.
 
-    Example:
-        >>> problems = Problems()
-        >>> for name in ("a", "b"):
-        ...     with problems.collecting():
-        ...         raise ConfigError(f"{name} is missing")
-        >>> problems.raise_any()
-        Traceback (most recent call last):
-        ...
-        lgvq_plugin.sockets.ConfigError: 2 things are missing or wrong:
-          1. a is missing
-          2. b is missing
+    >>> problems = Problems()
+    >>> for name in ("a", "b"):
+    ...     with problems.collecting():
+    ...         raise ConfigError(f"{name} is missing")
+    >>> problems.raise_any()
+    Traceback (most recent call last):
+    ...
+    lgvq_plugin.sockets.ConfigError: 2 things are missing or wrong:
+      1. a is missing
+      2. b is missing
     """
 
     def __init__(self) -> None:
@@ -77,17 +73,16 @@ class Problems:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            lines = [f"  {number}. {error}" for number, error in enumerate(self.errors, 1)]
+            lines = [f"\n  {number}. {error}" for number, error in enumerate(self.errors, 1)]
             count = f"{len(lines)} things are missing or wrong:"
-            raise ConfigError("\n".join([count, *lines])) from self.errors[0]
+            raise ConfigError(count + "".join(lines)) from self.errors[0]
 
 
 def suggest(name: object, known: Iterable[object]) -> str:
     """Return the end of a message: the nearest known name, if any, and a list of all.
 
-    Example:
-        >>> suggest("wieght", ["weight", "start"])
-        "; did you mean 'weight'? Known: start, weight"
+    >>> suggest("wieght", ["weight", "start"])
+    "; did you mean 'weight'? Known: start, weight"
     """
     names = sorted(str(n) for n in known)
     if not names:
@@ -102,10 +97,6 @@ def import_target(path: str) -> Any:
 
     Raises:
         ConfigError: if the path has no dot, or the module or the attribute does not exist.
-
-    Example:
-        >>> import_target("collections.OrderedDict").__name__
-        'OrderedDict'
     """
     parts = path.replace(":", ".").split(".") if isinstance(path, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
@@ -116,28 +107,26 @@ def import_target(path: str) -> Any:
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         module_name = moved
     try:
-        module = importlib.import_module(module_name)
+        owner: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # Distinguish a module that is missing inside the target's own imports.
         missing = error.name or ""
         if not (module_name == missing or module_name.startswith(missing + ".")):
             raise ConfigError(f"target {path!r} needs {missing!r}, not installed") from error
-        outer, _, name = module_name.rpartition(".")
-        owner = _try_attribute(outer, name)
+        owner = _try_attribute(module_name)
         if owner is None or not hasattr(owner, attribute):
             raise ConfigError(
                 f"target {path!r} does not exist: no module named {missing!r}; "
                 "check the spelling, or install the package that holds it"
             ) from error
-        return getattr(owner, attribute)
     except ImportError as error:  # a name that another version of a package has
         raise ConfigError(f"target {path!r} cannot be imported: {error}") from error
-    if not hasattr(module, attribute):
+    if not hasattr(owner, attribute):
         raise ConfigError(
             f"target {path!r} does not exist: module {module_name!r} has no "
-            f"{attribute!r}{suggest(attribute, _defined_in(module))}"
+            f"{attribute!r}{suggest(attribute, _defined_in(owner))}"
         )
-    return getattr(module, attribute)
+    return getattr(owner, attribute)
 
 
 def _defined_in(module: types.ModuleType) -> list[str]:
@@ -152,7 +141,9 @@ def _defined_in(module: types.ModuleType) -> list[str]:
     ]
 
 
-def _try_attribute(module_name: str, name: str) -> Any:
+def _try_attribute(path: str) -> Any:
+    """Return what is at `path` if that is no module but, say, a class in one; else None."""
+    module_name, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module_name), name, None) if module_name else None
     except ModuleNotFoundError:
@@ -164,10 +155,6 @@ def resolve(socket: str, name: str) -> Any:
 
     Raises:
         ConfigError: if the name is neither a member nor a dotted path that exists.
-
-    Example:
-        >>> resolve("hosts", "vqvae").__name__
-        'VQVAE'
     """
     return import_target(path_of(socket, name))
 
@@ -180,9 +167,8 @@ def path_of(socket: str, name: str) -> str:
     Raises:
         ConfigError: if the name is neither a member nor a dotted path.
 
-    Example:
-        >>> path_of("hosts", "vqvae")
-        'lgvq_plugin.hosts.vqvae.VQVAE'
+    >>> path_of("hosts", "vqvae")
+    'lgvq_plugin.hosts.vqvae.VQVAE'
     """
     members = importlib.import_module(f"{__package__}.{socket}").MEMBERS
     if not isinstance(name, str):
@@ -194,10 +180,8 @@ def path_of(socket: str, name: str) -> str:
     others = {entry.name: entry.value for entry in entry_points(group=f"{__package__}.{socket}")}
     if name in others:
         return others[name]
-    known = [*members, *others]
-    raise ConfigError(
-        f"unknown member of {socket}: {name!r}{suggest(name, known)}; or give 'pkg.module:Class'"
-    )
+    near = suggest(name, [*members, *others])
+    raise ConfigError(f"unknown member of {socket}: {name!r}{near}; or give 'pkg.module:Class'")
 
 
 def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
@@ -206,10 +190,6 @@ def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
     Raises:
         ConfigError: if `target` is missing or does not exist, or its constructor does not take
             the params; what the constructor itself raises is not caught.
-
-    Example:
-        >>> instantiate({"target": "fractions.Fraction", "params": {"numerator": 3}})
-        Fraction(3, 1)
     """
     if not isinstance(config, Mapping) or "target" not in config:
         got = f"keys {[*config]}" if isinstance(config, Mapping) else repr(config)
@@ -221,14 +201,8 @@ def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def params_of(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return the `params:` of a config with a `target:`, {} for none.
-
-    Raises:
-        ConfigError: if they are not a mapping of names to values.
-    """
-    params = config.get("params")
-    if params is None:
-        return {}
+    """Return the `params:` of a config, {} for none; ConfigError if they are no mapping."""
+    params = {} if config.get("params") is None else config["params"]
     if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
         raise ConfigError(f"{where}: `params:` must be a mapping, got {params!r}")
     return params
@@ -247,15 +221,14 @@ def check_call(
     except (TypeError, ValueError):  # some builtins have none
         return
     known = signature.parameters.values()
-    if not any(one.kind is one.VAR_KEYWORD for one in known):
-        names = [one.name for one in known if one.kind in (one.KEYWORD_ONLY, POSITIONAL)]
-        strange = [key for key in params if key not in names]
-        if strange:
-            unknown = ", ".join(map(repr, strange))
-            raise ConfigError(
-                f"{name}: unexpected keyword argument {unknown}{suggest(strange[0], names)}; "
-                f"given params: {sorted(params)}{hint}"
-            )
+    names = [one.name for one in known if one.kind in (one.KEYWORD_ONLY, POSITIONAL)]
+    strange = [key for key in params if key not in names]
+    if strange and not any(one.kind is one.VAR_KEYWORD for one in known):
+        unknown = ", ".join(map(repr, strange))
+        raise ConfigError(
+            f"{name}: unexpected keyword argument {unknown}{suggest(strange[0], names)}; "
+            f"given params: {sorted(params)}{hint}"
+        )
     try:
         signature.bind(*args, **params)
     except TypeError as error:
@@ -267,11 +240,7 @@ FLOAT32 = 3.4028234e38
 
 
 def check_numbers(where: str, target: Any, params: Mapping[str, Any]) -> None:
-    """Check the numeric params of a loss, which would otherwise fail in the first step.
-
-    Raises:
-        ConfigError: for one that is not a finite float32 number.
-    """
+    """Raise ConfigError for a numeric param of a loss that is not a finite float32 number."""
     try:
         defaults = {p.name: p.default for p in inspect.signature(target).parameters.values()}
     except (TypeError, ValueError):
@@ -289,10 +258,7 @@ def check_numbers(where: str, target: Any, params: Mapping[str, Any]) -> None:
 def building(where: str, target: str, params: Any) -> Iterator[None]:
     """Turn any exception of a constructor into a ConfigError that names place and key.
 
-    Args:
-        where: section of the config, such as model.
-        target: dotted path of what is built.
-        params: its params, among which the key is searched.
+    `where` is a section of the config, such as model; the key is searched in `params`.
     """
     try:
         yield
@@ -330,15 +296,12 @@ def _suspect_keys(
     innermost line of code names, outside of torch and importlib.
     """
     quoted = set(re.findall(r"'(\w+)'", message))
-    found = [
-        key
-        for key, value in nodes.items()
-        if isinstance(value, str) and len(value) > 3 and value in message
-    ] or [key for key in nodes if key.rpartition(".")[2] in quoted]
+    files = {key: value for key, value in nodes.items() if isinstance(value, str)}
+    found = [key for key, value in files.items() if len(value) > 3 and value in message]
+    found = found or [key for key in nodes if key.rpartition(".")[2] in quoted]
+    outside = (f"{os.sep}torch{os.sep}", f"{os.sep}importlib{os.sep}")
     for frame in reversed(frames):
-        if found:
-            break
-        if any(f"{os.sep}{part}{os.sep}" in frame.filename for part in ("torch", "importlib")):
+        if found or any(folder in frame.filename for folder in outside):
             continue
         first = frame.lineno or 0
         last = getattr(frame, "end_lineno", None) or first

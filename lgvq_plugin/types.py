@@ -52,23 +52,17 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Features of a batch of captions from the frozen guide; without gradients.
+    """Features of a batch of captions from the frozen guide, without gradients; cf. TextTokens.
 
     T is at most the guide's `max_length`; guides may trim it to the longest caption of the batch.
-
-    Args:
-        token_ids, attention_mask, word_ids: as in :class:`TextTokens`.
-        tokens: contextual feature of each token, (B, T, Dt).
-        sentence: feature of the whole caption, (B, Ds).
-        vocabulary: the guide's token embedding, (V, Dt).
     """
 
     token_ids: Tensor
     attention_mask: Tensor
     word_ids: Tensor
-    tokens: Tensor
-    sentence: Tensor
-    vocabulary: Tensor
+    tokens: Tensor  # contextual feature of each token, (B, T, Dt)
+    sentence: Tensor  # feature of the whole caption, (B, Ds)
+    vocabulary: Tensor  # the guide's token embedding, (V, Dt)
 
     def padded(self, length: int, pad_id: int) -> "TextFeatures":
         """Return them with T = `length`, at least the present one; padding has zero features."""
@@ -89,43 +83,25 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class CodeView:
-    """One batch of codes as the heads see it.
-
-    Args:
-        codes: the quantized grid.
-        cls: the code-ViT's summary of the image, (B, D).
-        tokens: the code-ViT's patch tokens, (B, N, D).
-    """
+    """One batch of codes as the heads see it."""
 
     codes: Codes
-    cls: Tensor
-    tokens: Tensor
+    cls: Tensor  # the code-ViT's summary of the image, (B, D)
+    tokens: Tensor  # its patch tokens, (B, N, D)
 
 
 @dataclass(frozen=True)
 class PastPairs:
-    """Images and captions of earlier batches, as further negatives; without gradients.
+    """Images and captions of earlier batches, as further negatives; without gradients."""
 
-    Args:
-        image: features of M images, (M, Ds).
-        text: features of their captions, (M, Ds).
-        same: True where a pair is excluded from the negatives of one in the batch, (B, M) bool: an
-            equal caption, or an empty place.
-    """
-
-    image: Tensor
-    text: Tensor
-    same: Tensor
+    image: Tensor  # features of M images, (M, Ds)
+    text: Tensor  # features of their captions, (M, Ds)
+    same: Tensor  # excluded from the negatives of a pair: equal caption or empty place, (B, M) bool
 
 
 @dataclass(frozen=True)
 class Term:
-    """What an objective returns.
-
-    Args:
-        value: unweighted scalar, differentiable.
-        log: further detached scalars worth logging, by name.
-    """
+    """What an objective returns: an unweighted scalar, and further detached ones to log."""
 
     value: Tensor
     log: dict[str, Tensor] = field(default_factory=dict)

@@ -37,19 +37,10 @@ class SonnetVQVAE(AbstractImageTokenizer):
     are dead, `dead_threshold: 0.25` restarts them from the first batches on.
 
     Args:
-        lossconfig: `{target, params}` of a loss with taming's signature.
-        n_embed: K, the number of codes.
-        embed_dim: C, the width of a code.
-        channels: width of the convolutions, even.
         residual_channels: width inside a residual block.
-        num_res_blocks: residual blocks in the encoder, and in the decoder.
-        quantizer, decay, commitment, restart_dead, dead_threshold: see
-            :class:`~lgvq_plugin.hosts.vqvae.VectorQuantizer`; "ema" for files with moving
-            averages, "gradient" for those without.
-        image_key: key of the images in a batch.
-
-    Attributes:
-        learning_rate: learning rate of Adam; set it before :meth:`configure_optimizers`.
+        quantizer: "ema" for files with moving averages, "gradient" for those without.
+        lossconfig, n_embed, embed_dim, channels, num_res_blocks, decay, commitment, restart_dead,
+            dead_threshold, image_key: see :class:`~lgvq_plugin.hosts.vqvae.VQVAE`.
     """
 
     learning_rate = 1e-3
@@ -98,7 +89,8 @@ class SonnetVQVAE(AbstractImageTokenizer):
         What our quantizer keeps and the file lacks is filled in: the usage averages, and the
         moving sums that give the file's exact codebook.
         """
-        ours = {_ours(key): value for key, value in state_dict.items()}
+        our_names = {foreign: name for name, foreign in FOREIGN_NAMES.items()}
+        ours = {_renamed(key, our_names): value for key, value in state_dict.items()}
         codebook = ours.get("quantize.embedding.weight")
         if codebook is None or "quantize.steps" in ours:
             return ours
@@ -112,23 +104,19 @@ class SonnetVQVAE(AbstractImageTokenizer):
 
     def foreign_state_dict(self) -> dict[str, Tensor]:
         """Return the tokenizer's tensors under the foreign file's names, without the loss."""
-        left_out = {"quantize.steps"}
-        if self.quantize.mode == "gradient":
-            left_out.add("quantize.cluster_size")
-        state = self.state_dict()
-        own = [key for key in state if not key.startswith("loss.") and key not in left_out]
-        return {_foreign(key): state[key] for key in own}
+        has_averages = self.quantize.mode == "ema"
+        left_out = (
+            "loss.",
+            "quantize.steps",
+            *(() if has_averages else ("quantize.cluster_size",)),
+        )
+        own = {k: value for k, value in self.state_dict().items() if not k.startswith(left_out)}
+        return {_renamed(key, FOREIGN_NAMES): value for key, value in own.items()}
 
 
-def _ours(key: str) -> str:
-    for name, foreign in FOREIGN_NAMES.items():
-        key = key.replace(foreign, name)
-    return key
-
-
-def _foreign(key: str) -> str:
-    for name, foreign in FOREIGN_NAMES.items():
-        key = key.replace(name, foreign)
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        key = key.replace(old, new)
     return key
 
 

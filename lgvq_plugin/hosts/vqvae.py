@@ -6,6 +6,7 @@ image (3, H, W) --Encoder--> (channels, H/f, W/f) --quant_conv--> (embed_dim, H/
 
 import logging
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -90,25 +91,19 @@ class AbstractImageTokenizer(nn.Module, ABC):
         """Return Adam over the tokenizer, a second one if the loss has a discriminator.
 
         The second list holds their schedulers as Lightning expects them, empty without
-        `scheduler_config`.
-
-        Raises:
-            ConfigError: if the scheduler does not exist or does not take its params.
+        `scheduler_config`; ConfigError if the scheduler does not exist or take its params.
         """
         parts = (part for name, part in self.named_children() if name != "loss")
         groups = [[p for part in parts for p in part.parameters()]]
-        discriminator = getattr(self.loss, "discriminator", None)
-        if discriminator is not None:
+        if (discriminator := getattr(self.loss, "discriminator", None)) is not None:
             groups.append(list(discriminator.parameters()))
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(g, lr=self.learning_rate, betas=self.betas) for g in groups
-        ]
-        if self.scheduler_config is None:
-            return optimizers, []
-        return optimizers, [
-            {"scheduler": instantiate(self.scheduler_config, optimizer=each), "interval": "step"}
-            for each in optimizers
-        ]
+        lr, betas = self.learning_rate, self.betas
+        adams: list[torch.optim.Optimizer] = [torch.optim.Adam(g, lr, betas) for g in groups]
+        schedule = self.scheduler_config
+        if schedule is None:
+            return adams, []
+        schedulers = [instantiate(schedule, optimizer=adam) for adam in adams]
+        return adams, [{"scheduler": each, "interval": "step"} for each in schedulers]
 
 
 class VQVAE(AbstractImageTokenizer):
@@ -126,12 +121,9 @@ class VQVAE(AbstractImageTokenizer):
         quantizer: "ema" or "gradient", how the codebook learns.
         decay, commitment, restart_dead, dead_threshold: see :class:`VectorQuantizer`.
         image_key: key of the images in a batch.
-        scheduler_config: `{target, params}` of a torch learning rate scheduler, stepped after
-            every batch, such as torch.optim.lr_scheduler.CosineAnnealingLR with T_max in steps.
+        scheduler_config: see :class:`AbstractImageTokenizer`; for instance
+            torch.optim.lr_scheduler.CosineAnnealingLR with T_max in steps.
         ckpt_path: initial weights: a state dict, or a mapping with one at `state_dict`.
-
-    Attributes:
-        learning_rate: learning rate of Adam; set it before :meth:`configure_optimizers`.
     """
 
     learning_rate = 2e-4
@@ -167,11 +159,8 @@ class VQVAE(AbstractImageTokenizer):
         if channels < 2 or channels % 2:
             raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
         self.image_key, self.downsample = image_key, downsample
-        sizes = {
-            "channels": channels,
-            "num_res_blocks": num_res_blocks,
-            "num_halvings": DOWNSAMPLES[downsample],
-        }
+        sizes = {"channels": channels, "num_res_blocks": num_res_blocks}
+        sizes["num_halvings"] = DOWNSAMPLES[downsample]
         encoder, decoder = stems[stem]
         self.encoder = encoder(**sizes)
         self.decoder = decoder(embed_dim=embed_dim, **sizes)
@@ -195,11 +184,7 @@ class VQVAE(AbstractImageTokenizer):
         return self.decoder.conv_out.weight
 
     def init_from_ckpt(self, path: str) -> None:
-        """Load weights; only those of the loss may be missing or unexpected.
-
-        Raises:
-            ConfigError: if the file does not exist, cannot be read or does not fit.
-        """
+        """Load weights; ConfigError unless the file is there and all but the loss's fit."""
         if not Path(path).is_file():
             raise ConfigError(f"ckpt_path: no file {path!r}")
         raw, _ = read_raw(Path(path))
@@ -377,9 +362,8 @@ class VectorQuantizer(nn.Module):
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return argmin_k ||vectors_i - codebook_k|| (Eq. 1): (M, C) and (K, C) to (M,) int64.
 
-    Example:
-        >>> nearest_codes(torch.tensor([[0.9], [-2.0]]), torch.tensor([[0.0], [1.0]]))
-        tensor([1, 0])
+    >>> nearest_codes(torch.tensor([[0.9], [-2.0]]), torch.tensor([[0.0], [1.0]]))
+    tensor([1, 0])
     """
     squares = codebook.square().sum(dim=1)  # ||v||^2 is the same for all codes
     return torch.addmm(squares, vectors, codebook.mT, alpha=-2).argmin(dim=1)
@@ -404,7 +388,7 @@ def _scrambled(count: int, seed: int, step: Tensor) -> Tensor:
     return (x ^ (x >> 29)) & (2**62 - 1)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Strided convolutions: image (B, 3, H, W) to features (B, channels, H / f, W / f).
 
     Args:
@@ -414,21 +398,19 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, *, channels: int, num_res_blocks: int, num_halvings: int):
-        super().__init__()
-        widths = [3, channels // 2, *[channels] * (num_halvings - 1)]
         down: list[nn.Module] = []
+        widths = [3, channels // 2, *[channels] * (num_halvings - 1)]
         for before, after in pairwise(widths):
             down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-        self.down = nn.Sequential(*down)
-        self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
-        self.blocks = nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU())
+        parts = {
+            "down": nn.Sequential(*down),
+            "conv_out": nn.Conv2d(widths[-1], channels, 3, padding=1),
+            "blocks": nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU()),
+        }
+        super().__init__(OrderedDict(parts))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode (B, 3, H, W)."""
-        return self.blocks(self.conv_out(self.down(x)))
 
-
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """Codes (B, embed_dim, h, w) to image (B, 3, h * f, w * f), not clamped.
 
     Attributes:
@@ -436,22 +418,18 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, *, embed_dim: int, channels: int, num_res_blocks: int, num_halvings: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU())
-        widths = [channels] * max(num_halvings - 1, 1) + [channels // 2] * (num_halvings > 1)
+        conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        blocks = nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU())
         up: list[nn.Module] = []
+        widths = [channels] * max(num_halvings - 1, 1) + [channels // 2] * (num_halvings > 1)
         for before, after in pairwise(widths):
             up += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-        self.up = nn.Sequential(*up)
-        self.conv_out = nn.ConvTranspose2d(widths[-1], 3, 4, stride=2, padding=1)
-
-    def forward(self, quant: Tensor) -> Tensor:
-        """Decode (B, embed_dim, h, w)."""
-        return self.conv_out(self.up(self.blocks(self.conv_in(quant))))
+        conv_out = nn.ConvTranspose2d(widths[-1], 3, 4, stride=2, padding=1)
+        parts = {"conv_in": conv_in, "blocks": blocks, "up": nn.Sequential(*up)}
+        super().__init__(OrderedDict(parts, conv_out=conv_out))
 
 
-class PatchEncoder(nn.Module):
+class PatchEncoder(nn.Sequential):
     """A linear map per f x f patch and residual blocks; arguments as :class:`Encoder`.
 
     The linear path from pixels to codes learns colors within a few hundred steps, where
@@ -459,33 +437,25 @@ class PatchEncoder(nn.Module):
     """
 
     def __init__(self, *, channels: int, num_res_blocks: int, num_halvings: int):
-        super().__init__()
         factor = 2**num_halvings
-        self.patch = nn.Conv2d(3, channels, factor, stride=factor)
-        self.blocks = nn.Sequential(*_blocks(channels, num_res_blocks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode (B, 3, H, W)."""
-        return self.blocks(self.patch(x))
+        patch = nn.Conv2d(3, channels, factor, stride=factor)
+        blocks = nn.Sequential(*_blocks(channels, num_res_blocks))
+        super().__init__(OrderedDict(patch=patch, blocks=blocks))
 
 
-class PatchDecoder(nn.Module):
+class PatchDecoder(nn.Sequential):
     """The inverse of :class:`PatchEncoder`; arguments and attributes as :class:`Decoder`."""
 
     def __init__(self, *, embed_dim: int, channels: int, num_res_blocks: int, num_halvings: int):
-        super().__init__()
         factor = 2**num_halvings
-        self.conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*_blocks(channels, num_res_blocks))
-        self.conv_out = nn.ConvTranspose2d(channels, 3, factor, stride=factor)
-
-    def forward(self, quant: Tensor) -> Tensor:
-        """Decode (B, embed_dim, h, w)."""
-        return self.conv_out(self.blocks(self.conv_in(quant)))
+        conv_in = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        blocks = nn.Sequential(*_blocks(channels, num_res_blocks))
+        conv_out = nn.ConvTranspose2d(channels, 3, factor, stride=factor)
+        super().__init__(OrderedDict(conv_in=conv_in, blocks=blocks, conv_out=conv_out))
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1(relu(conv3(relu(x)))) with `inner` channels inside."""
+    """x + conv1(relu(conv3(relu(x)))) with `inner` channels inside, (B, channels, h, w)."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
