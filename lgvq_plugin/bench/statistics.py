@@ -229,7 +229,7 @@ def estimate(differences: np.ndarray, *, confidence: float = CONFIDENCE) -> Esti
         >>> [round(value, 3) for value in found]
         [-0.484, 4.484, 0.074]
     """
-    mean, spread = float(np.mean(differences)), _Spread.of(differences)
+    mean, spread = float(np.mean(differences)), Spread.of(differences)
     scale = float(np.sqrt(spread.seeds + spread.images))
     half = 0.0
     if scale > 0:
@@ -241,10 +241,10 @@ def estimate(differences: np.ndarray, *, confidence: float = CONFIDENCE) -> Esti
 
 def p_values(tables: np.ndarray) -> np.ndarray:
     """Return the p-value of each table, (..., S, I) -> (...)."""
-    return _Spread.of(tables).p_value(np.mean(tables, axis=(-2, -1)))
+    return Spread.of(tables).p_value(np.mean(tables, axis=(-2, -1)))
 
 
-class _Spread(NamedTuple):
+class Spread(NamedTuple):
     """Estimated variance of the mean of each table (see the module's docstring), arrays (...)."""
 
     seeds: np.ndarray  # A
@@ -253,7 +253,8 @@ class _Spread(NamedTuple):
     image_degrees: int
 
     @classmethod
-    def of(cls, tables: np.ndarray) -> "_Spread":
+    def of(cls, tables: np.ndarray) -> "Spread":
+        """Estimate it from tables of differences, (..., S, I)."""
         seeds, images = tables.shape[-2:]
         size = seeds * images
         if size < 2:
