@@ -292,8 +292,8 @@ def _inverse_chi_squared(degrees: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if degrees < 1:
         return np.ones(1), np.ones(1)
-    ends = 2 * gammaincinv(degrees / 2, 1e-12), chdtri(degrees, 1e-12)
-    u = np.exp(np.linspace(*np.log(ends), NODES))
+    least, most = 2 * gammaincinv(degrees / 2, 1e-12), chdtri(degrees, 1e-12)
+    u = np.geomspace(least, most, NODES)
     weights = np.exp(degrees / 2 * np.log(u) - u / 2)
     return degrees / u, weights / weights.sum()
 
