@@ -5,14 +5,16 @@ import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
-from statistics import fmean
+from statistics import NormalDist, fmean
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 import lgvq_plugin
 from lgvq_plugin.bench.demo import PLAN as DEMO_PLAN
 from lgvq_plugin.bench.plan import read_plan
+from lgvq_plugin.bench.statistics import Spread, benjamini_hochberg
 from lgvq_plugin.sockets import import_target, resolve
 from lgvq_plugin.training.config import Sections, read_config
 from lgvq_plugin.training.settings import TrainingConfig
@@ -127,8 +129,8 @@ MEASURED = re.findall(r"\[values\]\(results/(\w+)_values\.csv\)", RESULTS.read_t
 
 @pytest.mark.parametrize("plan", MEASURED)
 def test_the_tables_of_results_are_those_of_the_csv(plan):
-    """Means are rounded, never edited; marks follow the intervals."""
-    folder, seeds, verdicts = RESULTS.parent / "results", {}, {}
+    """Means are rounded, never edited; marks follow the corrected verdicts, or the intervals."""
+    folder, seeds, found = RESULTS.parent / "results", {}, {}
     with (folder / f"{plan}_values.csv").open() as file:
         for row in csv.DictReader(file):
             key = row["data"], row["variant"], row["metric"]
@@ -136,7 +138,7 @@ def test_the_tables_of_results_are_those_of_the_csv(plan):
     with (folder / f"{plan}_differences.csv").open() as file:
         for row in csv.DictReader(file):
             if row["reference"] == "baseline":
-                verdicts[row["data"], row["variant"], row["metric"]] = row["verdict"]
+                found[row["data"], row["variant"], row["metric"]] = row
     section = RESULTS.read_text().split(f"results/{plan}_values.csv")[1].split("\n#")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
@@ -150,8 +152,54 @@ def test_the_tables_of_results_are_those_of_the_csv(plan):
             shown = cell.split()[0].replace("−", "-")
             digits = len(shown.partition(".")[2])
             assert float(shown) == pytest.approx(fmean(seeds[key]), abs=0.501 * 10**-digits), key
-            mark = {"better": "▲", "worse": "▼"}.get(verdicts.get(key, ""), "")
-            assert "".join(re.findall("[▲▼]", cell)) == mark, key
+            mark = mark_of(found[key], is_higher_better="↑" in metric) if key in found else ""
+            assert "".join(re.findall("[▲▼△▽]", cell)) == mark, key
+
+
+def mark_of(row, *, is_higher_better):
+    if row["verdict"] or not row["p_adjusted"]:
+        return {"better": "▲", "worse": "▼", "": ""}[row["verdict"]]
+    if float(row["low"]) <= 0 <= float(row["high"]):
+        return ""
+    return "△" if (float(row["value"]) > 0) == is_higher_better else "▽"
+
+
+@pytest.mark.parametrize("plan", MEASURED)
+def test_the_p_values_of_results_are_those_of_the_seeds_and_intervals(plan):
+    """The derivation that RESULTS.md describes: exact for seeds, else an upper bound."""
+    folder, values = RESULTS.parent / "results", {}
+    with (folder / f"{plan}_values.csv").open() as file:
+        for row in csv.DictReader(file):
+            key = row["data"], row["variant"], row["metric"]
+            values.setdefault(key, {})[row["seed"]] = float(row["value"])
+    with (folder / f"{plan}_differences.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if not row["low"]:
+            assert row["p"] == row["verdict"] == ""
+            continue
+        own, other = (
+            values[row["data"], row[name], row["metric"]] for name in ("variant", "reference")
+        )
+        differences = np.array([own[s] - other[s] for s in own if s in other])
+        count = len(differences)
+        of_seeds = differences.var(ddof=1) / count if count > 1 else 0.0
+        half_width = (float(row["high"]) - float(row["low"])) / 2
+        of_images = (half_width / NormalDist().inv_cdf(0.975)) ** 2 if row["images"] else 0.0
+        spread = Spread(
+            seeds=np.array(of_seeds),
+            seed_degrees=count - 1,
+            images=np.array(of_images),
+            image_degrees=int(row["images"] or 1) - 1,
+        )
+        expected = float(spread.p_value(differences.mean()))
+        assert float(row["p"]) == pytest.approx(expected, rel=1e-6, abs=1e-12), row
+    judged = [row for row in rows if row["p_adjusted"]]
+    adjusted = benjamini_hochberg([float(row["p"]) for row in judged])
+    assert [float(row["p_adjusted"]) for row in judged] == pytest.approx(adjusted)
+    for row in rows:
+        is_marked = row["p_adjusted"] != "" and float(row["p_adjusted"]) <= 0.05
+        assert bool(row["verdict"]) == is_marked, row
 
 
 def test_results_and_readme_name_plans_and_files_that_exist():

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files import require_writable
 from ..sockets import ConfigError
 from .ablate import publish
-from .records import MARKS, Results, text_table
+from .records import Results, text_table
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def table(results: Results) -> str:
     """Return the metrics of :data:`ROWS` and the step time of both variants, as text.
 
     The last column has the difference to the baseline with its 95 % interval, for metrics with
-    per-image values; ▲ better or ▼ worse if the interval excludes zero.
+    per-image values; ▲ better or ▼ worse after the correction for all comparisons of the report,
+    △ or ▽ if only the interval excludes zero.
     """
     from .statistics import compare
 
@@ -73,7 +74,7 @@ def table(results: Results) -> str:
         found, difference = last.to("baseline") if last else None, ""
         if found and found.low is not None:
             low, high = f"{found.low:+.{digits}f}", f"{found.high:+.{digits}f}"
-            difference = f"{found.value:+.{digits}f} [{low}, {high}]{MARKS[found.verdict]}"
+            difference = f"{found.value:+.{digits}f} [{low}, {high}]{last.mark('baseline')}"
         if any(values):
             rows.append([label, *values])
             differences.append(difference)
@@ -114,6 +115,7 @@ def main(argv: list[str]) -> int:
     minutes = (time.perf_counter() - start) / 60
     print(
         "\n95 % intervals over test images, of one training each; other seeds give other numbers."
+        "\n▲ better, ▼ worse (false discovery rate 5 %); △ ▽ only the interval excludes zero."
         f"\nReport: {page} ({minutes:.1f} min)"
     )
     return int(bool(failed))

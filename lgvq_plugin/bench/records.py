@@ -20,7 +20,9 @@ VALUES, DIFFERENCES = "values.csv", "differences.csv"
 JOB, RUN, LOG = "job.json", "run.json", "log.txt"  # in the folder of a job
 EVALUATING = "evaluating {}"  # in the log of a job, once its training is done
 CONFIDENCE = 0.95
+Verdict = Literal["better", "worse", ""]
 MARKS = {"better": " ▲", "worse": " ▼", "": ""}  # verdicts in tables
+FAINT_MARKS = {True: " △", False: " ▽"}  # the interval alone says better, or worse
 T = TypeVar("T")
 
 
@@ -185,12 +187,14 @@ class Difference:
 
     reference: str
     value: float  # mean of variant - reference over the seeds that both have
-    low: float | None  # 95 % interval; None if there is nothing to resample
+    low: float | None  # 95 % interval of this comparison alone; None for a single pair
     high: float | None
     paired_by: str  # "images and seeds", "images" (one seed) or "seeds"
     seeds: int  # number of pairs
     images: int | None  # None if paired by seeds
-    verdict: Literal["better", "worse", ""]  # "": the interval contains zero
+    verdict: Verdict  # after the correction for all comparisons of the report
+    p: float | None = None  # two-sided, of this comparison alone; None without interval
+    p_adjusted: float | None = None  # of Benjamini and Hochberg; None if not counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +215,15 @@ class Cell:
     def to(self, reference: str) -> Difference | None:
         """Return the difference to `reference`, or None."""
         return next((d for d in self.differences if d.reference == reference), None)
+
+    def mark(self, reference: str) -> str:
+        """Return " ▲" or " ▼" for a verdict, " △" or " ▽" if only the interval excludes zero."""
+        found = self.to(reference)
+        if found is None or found.verdict or self.higher_is_better is None:
+            return MARKS[found.verdict if found else ""]
+        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+            return ""
+        return FAINT_MARKS[(found.value > 0) == self.higher_is_better]
 
 
 def read_record(path: Path, cls: type[T]) -> T:

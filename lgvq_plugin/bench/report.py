@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from ..files import write_text
 from .page import counted, data_uri, example_file, finite, number, page
-from .records import CONFIDENCE, MARKS, Cell, Difference, Results
+from .records import CONFIDENCE, FAINT_MARKS, Cell, Difference, Results
 from .statistics import mean_and_sd
 
 MAX_NAMED = 4  # metrics named in a sentence
@@ -117,12 +117,15 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
                     lines.append(_comparison(variant, reference, data, own))
     if judged:
         significant = sum(bool(d.verdict) for d in judged)
+        alone = sum(_excludes_zero(d) for d in judged)
         expected = number((1 - CONFIDENCE) * len(judged), digits=2)
         verb = "is" if significant == 1 else "are"
         lines.append(
             Markup(
-                f"{significant} of {counted(len(judged), 'comparison')} at "
-                f"{CONFIDENCE * 100:.0f} % {verb} significant; about {expected} expected by chance."
+                f"{significant} of {counted(len(judged), 'comparison')} {verb} significant at a "
+                f"{_rate()} (Benjamini–Hochberg). Uncorrected, {alone} of the "
+                f"{CONFIDENCE * 100:.0f} % intervals exclude zero; if nothing differed, about "
+                f"{expected} would by chance."
             )
         )
     for status, word in (("failed", "Failed"), ("missing", "Not run yet")):
@@ -171,7 +174,9 @@ def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) 
             )
     if open_ := tally(cells, reference)["open"]:
         which = counted(open_, "metric") if parts else f"any of {counted(open_, 'metric')}"
-        parts.append(f"no significant difference on {which}")
+        faint = sum(_excludes_zero(d) and not d.verdict for _, d in judged)
+        note = f" (the interval alone excludes zero on {faint})" if faint else ""
+        parts.append(f"no significant difference on {which}{note}")
     if bare := sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs):
         parts.append(f"no interval for {bare}")
     return Markup("{} vs. {}: {}.").format(name, reference, Markup(", ").join(parts))
@@ -179,6 +184,14 @@ def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) 
 
 def _is_judged(cell: Cell, difference: Difference) -> bool:
     return difference.low is not None and cell.higher_is_better is not None
+
+
+def _excludes_zero(d: Difference) -> bool:
+    return d.low is not None and d.high is not None and not d.low <= 0 <= d.high
+
+
+def _rate() -> str:
+    return f"false discovery rate of {(1 - CONFIDENCE) * 100:.0f} %"
 
 
 def _clarity(d: Difference) -> float:
@@ -189,7 +202,7 @@ def _clarity(d: Difference) -> float:
 
 
 def tally(cells: Sequence[Cell], reference: str) -> dict[str, int]:
-    """Count the metrics of a variant: better, worse, and open (the interval contains zero)."""
+    """Count the metrics of a variant: better, worse, and open (not significant)."""
     found = [d for cell in cells if (d := cell.to(reference)) and _is_judged(cell, d)]
     verdicts = [d.verdict or "open" for d in found]
     return {name: verdicts.count(name) for name in ("better", "worse", "open")}
@@ -209,7 +222,7 @@ def _numbers(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
         for data in results.datasets
         for variant in results.variants
     ]
-    return {"metrics": metrics, "rows": rows, "numbers_caption": _caption(results, cells)}
+    return {"metrics": metrics, "rows": rows, "numbers_caption": _caption(results, cells, cells)}
 
 
 def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -221,25 +234,36 @@ def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
         reach[cell.data, cell.metric] = max([reach.get((cell.data, cell.metric), 0.0), *ends])
     caption = (
         f"Variant minus reference over {_span([d.seeds for _, d in pairs], 'seed')} and "
-        f"{_images([c for c, _ in pairs])}, with {CONFIDENCE * 100:.0f} % bootstrap intervals. "
-        "Metrics that are means over images are paired by image and seed, both of which are "
-        "resampled; others are paired by seed. For few seeds, intervals are widened to those of a "
-        "t test. Each metric has its own scale. There is no interval where all seeds differ by "
-        "exactly the same amount."
+        f"{_images([c for c, _ in pairs])}, with {CONFIDENCE * 100:.0f} % intervals and "
+        "p-values of each comparison alone. Metrics that are means over images are paired by image "
+        "and seed, which are crossed random effects; others are paired by seed (t test). "
+        f"Verdicts: {_correction(cells)}; adjusted p ≤ {number(1 - CONFIDENCE, digits=1)}. "
+        "Each metric has its own scale. There is no interval where all seeds differ by exactly the "
+        "same amount."
     )
     return {
         "pairs": [(cell, d, reach[cell.data, cell.metric]) for cell, d in pairs],
         "pairs_caption": caption,
         "has_many": len(results.references) > 1,
+        "faint": [*FAINT_MARKS.values()],
     }
 
 
-def _caption(results: Results, cells: Sequence[Cell]) -> str:
-    seeds = _span([len(cell.values) for cell in cells if cell.values], "seed")
+def _caption(results: Results, shown: Sequence[Cell], cells: Sequence[Cell]) -> str:
+    """The caption of a table of the cells `shown`, corrected together with all `cells`."""
+    seeds = _span([len(cell.values) for cell in shown if cell.values], "seed")
     return (
-        f"Mean ± standard deviation over {seeds}, on {_images(cells)}. ▲ better or ▼ worse than "
-        f"{results.references[0]}: the {CONFIDENCE * 100:.0f} % bootstrap interval of the paired "
-        "difference excludes zero."
+        f"Mean ± standard deviation over {seeds}, on {_images(shown)}. ▲ better or ▼ worse than "
+        f"{results.references[0]}: {_correction(cells)}. △ or ▽: only the "
+        f"{CONFIDENCE * 100:.0f} % interval of the paired difference, uncorrected, excludes zero."
+    )
+
+
+def _correction(cells: Sequence[Cell]) -> str:
+    count = sum(_is_judged(cell, d) for cell in cells for d in cell.differences)
+    return (
+        f"significant at a {_rate()} over the {counted(count, 'comparison')} of this report "
+        "(Benjamini–Hochberg)"
     )
 
 
@@ -365,7 +389,7 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
         judged = [cell for cell in own if cell.higher_is_better is not None]
         controls = [cell for cell in own if cell.higher_is_better is None]
         lines += ["", *([f"## {_escaped(data)}", ""] if data else []), *_table(results, judged)]
-        lines += ["", _escaped(_caption(results, own))]
+        lines += ["", _escaped(_caption(results, own, cells))]
         if controls:
             lines += ["", "Controls (neither direction is better):", ""]
             lines += _table(results, controls)
@@ -389,9 +413,8 @@ def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
 def _value(cell: Cell | None, reference: str) -> str:
     if cell is None or cell.mean is None:
         return "–"
-    found = cell.to(reference)
     spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
-    return f"{number(cell.mean)}{spread}{MARKS[found.verdict if found else '']}"
+    return f"{number(cell.mean)}{spread}{cell.mark(reference)}"
 
 
 def _escaped(text: str) -> str:
@@ -414,8 +437,12 @@ def values_csv(results: Results) -> str:
 
 
 def differences_csv(cells: Sequence[Cell]) -> str:
-    """Return a line per difference."""
-    names = ["value", "low", "high", "paired_by", "seeds", "images", "verdict"]
+    """Return a line per difference.
+
+    `verdict` follows `p_adjusted` (Benjamini-Hochberg over all comparisons of the report); `low`,
+    `high` and `p` are those of the comparison alone.
+    """
+    names = ["value", "low", "high", "paired_by", "seeds", "images", "verdict", "p", "p_adjusted"]
     rows = [
         [cell.data, cell.variant, d.reference, cell.metric, *(getattr(d, name) for name in names)]
         for cell in cells

@@ -64,7 +64,11 @@ def test_the_summary_is_made_of_the_numbers(page):
     assert "reconstruction/fid −4.040 dB" not in text
     assert "reconstruction/fid −4.040 [−4.1" in text
     assert "Failed: broken (1 run)." in text
-    assert "4 of 9 comparisons at 95 % are significant; about 0.45 expected by chance" in text
+    assert (
+        "4 of 9 comparisons are significant at a false discovery rate of 5 % (Benjamini–Hochberg). "
+        "Uncorrected, 4 of the 95 % intervals exclude zero; if nothing differed, about 0.45 would "
+        "by chance."
+    ) in text
     assert "Step time relative to baseline: paper 1.05 ×, all 1.40 ×." in text
 
 
@@ -72,6 +76,42 @@ def test_captions_count_seeds_and_images(page):
     captions = re.findall(r"<caption>(.*?)</caption>", page.read_text())
     assert "over 3 seeds, on 40 images" in captions[0]
     assert "over 3 seeds and 40 images" in captions[1]
+    for caption in captions[:2]:
+        assert "at a false discovery rate of 5 % over the 9 comparisons of this report" in caption
+
+
+def test_an_interval_that_the_correction_overrules_has_a_mark_of_its_own(results, tmp_path):
+    def extended(run):
+        """`paper` gains 0.98 to 1.64 of accuracy; eight metrics that do not differ are added."""
+        if run.status != "done":
+            return run
+        gain = {"baseline": 0.0, "paper": 1.0, "all": 0.0}[run.variant] * (1 + 0.3 * run.seed)
+        values = {"vqa/accuracy": gain + (0.5 * run.seed - 0.4 if run.variant == "all" else 0)}
+        values |= {f"noise/{i}": (run.seed + i) % 3 for i in range(8) if run.variant != "all"}
+        if run.variant == "paper":
+            values |= {name: value * -1 + 1 for name, value in values.items() if "noise" in name}
+        rows = {name: {"value": v, "higher_is_better": True} for name, v in values.items()}
+        return replace(run, evaluation={"metrics": {**run.metrics, **rows}})
+
+    many = replace(results, runs=tuple(map(extended, results.runs)))
+    page = publish(many, tmp_path)
+    cells = [c for c in compare(many) if (c.variant, c.metric) == ("paper", "vqa/accuracy")]
+    (found,) = cells[0].differences
+    assert 0 < found.low < found.value
+    assert found.p < 0.05 < found.p_adjusted
+    assert found.verdict == ""
+    lines = page.with_suffix(".md").read_text().splitlines()
+    (line,) = [x for x in lines if x.startswith("| vqa/accuracy")]
+    assert " △ |" in line
+    assert "▲" not in line
+    html = page.read_text()
+    assert "△ interval alone excludes zero" in html
+    assert "(the interval alone excludes zero on 1)" in "".join(Text(html).words)
+    with (tmp_path / "differences.csv").open() as file:
+        rows = {(r["variant"], r["reference"], r["metric"]): r for r in csv.DictReader(file)}
+    row = rows["paper", "baseline", "vqa/accuracy"]
+    assert (float(row["p"]), float(row["p_adjusted"])) == (found.p, found.p_adjusted)
+    assert row["verdict"] == ""
 
 
 def test_text_from_outside_is_not_markup(page):
@@ -236,6 +276,7 @@ def test_tables_are_written_beside_the_page(page, results):
         assert (row["variant"], row["metric"]) == (cell.variant, cell.metric)
         assert row["low"] == ("" if d.low is None else str(d.low))
         assert row["verdict"] == d.verdict
+        assert row["p"] == ("" if d.p is None else str(d.p))
 
 
 def test_the_summary_file_has_every_number_but_those_by_image(page, results):

@@ -57,7 +57,7 @@ def test_the_demo_runs_and_its_table_is_the_results(tmp_path, capsys, monkeypatc
     assert row.split()[4] == f"{gap:+.2f}"
     assert low <= gap + 0.005
     assert high >= gap - 0.005
-    signs = {"▲": low >= 0, "▼": high <= 0}  # printed ends are rounded
+    signs = dict.fromkeys("▲△", low >= 0) | dict.fromkeys("▼▽", high <= 0)  # ends are rounded
     assert signs.get(row.split()[-1], low <= 0 <= high)
     for label in ("codebook usage", "image to text R@1", "attribute accuracy", "seconds per step"):
         assert len(next(li for li in printed.splitlines() if li.startswith(label)).split()) >= 4
