@@ -7,7 +7,7 @@ captions --guide--> Caption ---|--> objectives --> sum of weight * term, and wha
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
 from .heads import CodeViT
-from .objectives import Caption
+from .objectives import AbstractObjective, Caption
 from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term, TextFeatures, TextTokens
@@ -78,6 +78,10 @@ class Alignment(nn.Module):
                 if own.weight > 0:
                     objective = resolve("objectives", name)
                     self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
+        base = AbstractObjective.draw_mask
+        self._masking = [
+            n for n, each in self.objectives.items() if type(each).draw_mask is not base
+        ]
         needs_tokens = any(objective.needs_tokens for objective in self.objectives.values())
         self.texts = CaptionEncoder(guide, tokens=needs_tokens, megabytes=config.feature_cache)
 
@@ -137,15 +141,15 @@ class Alignment(nn.Module):
         device = codes.codes.device
         if self.guide.device != device:
             self.guide.to(device)
+        view = self.view(codes)
         tokens = self.guide.tokenize(strings)
         masks: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            mask = objective.draw_mask(strings, tokens, self.guide, generator)
+        for name in self._masking:
+            mask = self.objectives[name].draw_mask(strings, tokens, self.guide, generator)
             if mask is not None:
                 masks[name] = mask.cpu()
-        whole, *masked = self.texts.encode(strings, tokens, [*masks.values()])
+        whole, *masked = self.texts.encode(strings, tokens, [*masks.values()], device)
         masked_of = dict(zip(masks, masked, strict=True))
-        view = self.view(codes)
         caption = Caption(strings, tokens, whole, self.guide, generator)
         terms: dict[str, Term] = {}
         for name, objective in self.objectives.items():
@@ -294,7 +298,11 @@ class CaptionEncoder:
         self._bytes, self._device = 0, guide.device
 
     def encode(
-        self, strings: Sequence[str], tokens: TextTokens, masks: Sequence[Tensor]
+        self,
+        strings: Sequence[str],
+        tokens: TextTokens,
+        masks: Sequence[Tensor],
+        device: torch.device,
     ) -> list[TextFeatures]:
         """Return features of B captions, and of the same under each mask.
 
@@ -302,16 +310,16 @@ class CaptionEncoder:
             strings: B captions.
             tokens: their tokens, on the CPU.
             masks: tokens to mask, each (B, max_length) bool on the CPU.
+            device: the guide's.
         """
         if self.megabytes == 0 or self.guide.keeps_features:
             return self._encode(strings, strings, masks)
-        if self._device != self.guide.device:
-            self._kept, self._bytes, self._device = {}, 0, self.guide.device
+        if self._device != device:
+            self._kept, self._bytes, self._device = {}, 0, device
         new = [text for text in dict.fromkeys(strings) if text not in self._kept]
         fresh: dict[str, Row] = {}
-        if self._device.type == "cpu":
-            for text in new:
-                fresh |= self._keep([text], *self._parts(self.guide.encode([text])))
+        if new and device.type == "cpu":
+            fresh = self._keep(new, *self._parts(self.guide.encode_apart(new)))
             new = []
         masked: list[TextFeatures] = []
         if new or masks:
@@ -327,7 +335,9 @@ class CaptionEncoder:
         if masks:
             mask = torch.cat([masks[0].new_zeros(len(new), masks[0].shape[1]), *masks])
         features = self.guide.encode([*new, *(text for _ in masks for text in strings)], mask)
-        return features.split([len(new), *(len(strings) for _ in masks)])
+        sizes = [len(new), *(len(strings) for _ in masks)]
+        parts = [getattr(features, each.name).split(sizes) for each in fields(features)[:-1]]
+        return [TextFeatures(*rows, features.vocabulary) for rows in zip(*parts, strict=True)]
 
     def _parts(self, features: TextFeatures) -> tuple[Tensor, Tensor | None]:
         """Return copies, not views of a batch with masked captions."""

@@ -24,7 +24,6 @@ from .functional import (
     sample_token_mask,
     sample_truncated_ratio,
     word_semantic_loss,
-    world_size,
 )
 from .guides.base import AbstractGuide
 from .heads import CodeViT, TextDecoder, accept_old_names
@@ -330,7 +329,7 @@ class MaskedText(AbstractObjective):
             self._is_seen = self.seen.cpu()
         is_seen = self._is_seen.index_fill(0, tokens.token_ids[tokens.word_ids >= 0].cpu(), True)
         if self.training and torch.is_grad_enabled():
-            if world_size() > 1:
+            if dist.is_available() and dist.is_initialized():
                 of_all = is_seen.to(device, torch.uint8)
                 dist.all_reduce(of_all, op=dist.ReduceOp.MAX)
                 is_seen = of_all.bool().cpu()

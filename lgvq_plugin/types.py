@@ -5,8 +5,8 @@ T text positions, W words, V vocabulary, Dt token-feature width, Ds sentence-fea
 D width of the code-ViT's output.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,11 +74,6 @@ class TextFeatures:
             word_ids=F.pad(self.word_ids, (0, more), value=-1),
             tokens=F.pad(self.tokens, (0, 0, 0, more)),
         )
-
-    def split(self, sizes: Sequence[int]) -> "list[TextFeatures]":
-        """Return consecutive rows, `sizes` of them each."""
-        rows = [getattr(self, each.name).split(list(sizes)) for each in fields(self)[:-1]]
-        return [TextFeatures(*parts, self.vocabulary) for parts in zip(*rows, strict=True)]
 
 
 @dataclass(frozen=True)

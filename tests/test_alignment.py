@@ -82,7 +82,7 @@ def test_a_ratio_follows_the_schedule_and_is_told():
 def test_a_ratio_beside_a_codebook_gradient_is_refused():
     with pytest.raises(ConfigError, match="gradient_ratio: expected null with codebook_gradient"):
         parse({"gradient_ratio": 1.0, "codebook_gradient": True})
-    with pytest.raises(ConfigError, match=r"gradient_ratio: expected > 0, or null, got 0\.0"):
+    with pytest.raises(ConfigError, match=r"gradient_ratio: expected > 0 and <= 1000, or null, got 0\.0"):
         parse({"gradient_ratio": 0.0})
 
 
@@ -142,20 +142,24 @@ def test_heads_saved_under_old_names_still_load(tmp_path):
 
 
 class Calls:
-    """Counts the captions that a guide encodes."""
+    """Records the captions that a guide encodes."""
 
     def __init__(self, guide, monkeypatch):
-        self.calls, encode = [], guide.encode
-        monkeypatch.setattr(
-            guide, "encode", lambda *given: (self.calls.append(given), encode(*given))[1]
-        )
+        self.calls, encode = [], guide._encode
+
+        def recorded(captions, token_mask, *, at_once):
+            self.calls.append(list(captions))
+            return encode(captions, token_mask, at_once=at_once)
+
+        monkeypatch.setattr(guide, "_encode", recorded)
 
     def take(self):
         """Return the captions of each call since the last time."""
-        taken, self.calls = [list(given[0]) for given in self.calls], []
+        taken, self.calls = self.calls, []
         return taken
 
 
+CPU = torch.device("cpu")
 BATCH = ["a red circle above a blue star", "", "two stars", "a red circle above a blue star"]
 
 
@@ -172,8 +176,8 @@ def test_captions_are_encoded_once_and_masked_ones_in_one_call(guide, monkeypatc
     encoder = CaptionEncoder(guide, tokens=tokens, megabytes=1)
     calls = Calls(guide, monkeypatch)
     for epoch in range(2):
-        whole, masked = encoder.encode(BATCH, texts, [mask])
-        assert calls.take() == [*([[text] for text in BATCH[:3]] if epoch == 0 else []), BATCH]
+        whole, masked = encoder.encode(BATCH, texts, [mask], CPU)
+        assert calls.take() == [*([BATCH[:3]] if epoch == 0 else []), BATCH]
         assert torch.allclose(whole.sentence, expected.sentence, atol=1e-5)
         assert torch.equal(whole.token_ids, expected.token_ids)
         assert torch.equal(whole.word_ids, expected.word_ids)
@@ -188,9 +192,9 @@ def test_captions_are_encoded_once_and_masked_ones_in_one_call(guide, monkeypatc
 def test_features_of_a_caption_do_not_depend_on_when_it_was_encoded(guide):
     """Else a resumed run, which has forgotten them, would differ."""
     alone = CaptionEncoder(guide, tokens=False, megabytes=1)
-    alone.encode(BATCH[:1], guide.tokenize(BATCH[:1]), [])
+    alone.encode(BATCH[:1], guide.tokenize(BATCH[:1]), [], CPU)
     fresh = CaptionEncoder(guide, tokens=False, megabytes=1)
-    one, other = (each.encode(BATCH, guide.tokenize(BATCH), [])[0] for each in (alone, fresh))
+    one, other = (each.encode(BATCH, guide.tokenize(BATCH), [], CPU)[0] for each in (alone, fresh))
     assert torch.equal(one.sentence, other.sentence)
 
 
@@ -199,7 +203,7 @@ def test_memory_for_features_is_bounded(guide, monkeypatch):
     encoder = CaptionEncoder(guide, tokens=False, megabytes=1)
     encoder._keep(captions, torch.zeros(5000, guide.sentence_dim))
     calls = Calls(guide, monkeypatch)
-    encoder.encode(captions, guide.tokenize(captions), [])
+    encoder.encode(captions, guide.tokenize(captions), [], CPU)
     assert [text for call in calls.take() for text in call] == captions[4096:]
 
 
@@ -209,7 +213,7 @@ def test_without_room_all_is_encoded_in_one_call(guide, monkeypatch):
     calls = Calls(guide, monkeypatch)
     encoder = CaptionEncoder(guide, tokens=False, megabytes=0)
     for _ in range(2):
-        whole, masked = encoder.encode(BATCH, texts, [mask])
+        whole, masked = encoder.encode(BATCH, texts, [mask], CPU)
         assert calls.take() == [BATCH * 2]
     assert torch.equal(whole.tokens, masked.tokens) is False
     assert len(whole.sentence) == len(masked.sentence) == 4
@@ -217,6 +221,6 @@ def test_without_room_all_is_encoded_in_one_call(guide, monkeypatch):
 
 def test_copies_and_files_hold_no_features(guide):
     encoder = CaptionEncoder(guide, tokens=True, megabytes=1)
-    encoder.encode(BATCH, guide.tokenize(BATCH), [])
+    encoder.encode(BATCH, guide.tokenize(BATCH), [], CPU)
     assert copy.deepcopy(encoder) is encoder
     assert len(pickle.dumps(encoder)) < 2000

@@ -77,6 +77,10 @@ class AbstractGuide(ABC):
                 words, and `token_ids` of the result still holds them.
         """
 
+    def encode_apart(self, captions: Sequence[str]) -> TextFeatures:
+        """Encode B captions so that the features of one do not depend on the others, if it can."""
+        return self.encode(captions)
+
     def draw_mask(
         self,
         captions: Sequence[str],

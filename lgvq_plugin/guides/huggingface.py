@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import seeded
 from ..sockets import ConfigError
@@ -59,6 +59,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
             self._mask_id = self._words
             network.set_input_embeddings(with_mean_row(network.get_input_embeddings()))
         self._network = network.float().eval().requires_grad_(False)
+        self._embedding = network.get_input_embeddings()
         self.token_dim = self.sentence_dim = self.vocabulary.shape[1]
         self.to("cpu" if device is None else device)
         probe = self._network(
@@ -71,11 +72,6 @@ class HuggingFaceGuide(AbstractTokenGuide):
             )
         if sentence == "pooled" and getattr(probe, "pooler_output", None) is None:
             raise ConfigError(f"guide.sentence: {model!r} has no pooler; expected mean or first")
-
-    @property
-    def _embedding(self) -> nn.Embedding:
-        network: Any = self._network
-        return network.get_input_embeddings()
 
     def _rows(self, captions: Sequence[str]) -> list[Row]:
         return [_row(self._tokenizer, caption) for caption in captions]

@@ -72,7 +72,7 @@ class OpenCLIPText(AbstractTokenGuide):
         self._is_trimmed = is_causal and tower.pool_type in ("argmax", "eos")
         self._words = self._mask_id = tower.vocab_size
         self._network: TextTransformer = tower.float().eval().requires_grad_(False)
-        tower.token_embedding = with_mean_row(tower.token_embedding)
+        self._embedding = tower.token_embedding = with_mean_row(tower.token_embedding)
         if tower.pool_type == "argmax":
             # The end token has the largest id except for the new one: name it instead.
             tower.pool_type, tower.eos_id = "eos", tokenizer.eot_token_id
@@ -84,10 +84,6 @@ class OpenCLIPText(AbstractTokenGuide):
         elif tower.text_projection is not None:
             self.sentence_dim = tower.text_projection.shape[1]
         self.to("cpu" if device is None else device)
-
-    @property
-    def _embedding(self) -> nn.Embedding:
-        return self._network.token_embedding
 
     def _rows(self, captions: Sequence[str]) -> list[Row]:
         tokenizer = self._tokenizer

@@ -25,14 +25,10 @@ class AbstractTokenGuide(AbstractGuide):
     """
 
     _network: nn.Module
+    _embedding: nn.Embedding  # of tokens, a part of the network
     _source: Mapping[str, Any]  # constructor arguments, except max_length and device
     _words: int  # size of the vocabulary, without the row for masked words
     _mask_id: int
-
-    @property
-    @abstractmethod
-    def _embedding(self) -> nn.Embedding:
-        """The network's token embedding."""
 
     @abstractmethod
     def _rows(self, captions: Sequence[str]) -> list[Row]:
@@ -73,13 +69,13 @@ class AbstractTokenGuide(AbstractGuide):
         if len(known) + len(new) > MAX_KNOWN:
             known.clear()
             new = [*dict.fromkeys(captions)]
-        known |= zip(new, self._rows(new), strict=True)
+        if new:
+            known |= zip(new, self._rows(new), strict=True)
         tokens = assemble([known[each] for each in captions], self.max_length, self.pad_id)
         if tokens.cut:
             self.count_truncated(each for each in captions if len(known[each][0]) > self.max_length)
         return tokens
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
         """Encode B captions, trimmed to the longest; start, end and padding are never masked.
 
@@ -87,8 +83,19 @@ class AbstractTokenGuide(AbstractGuide):
             captions: B strings.
             token_mask: tokens to mask, (B, max_length) or (B, T) bool.
         """
+        return self._encode(captions, token_mask, at_once=CPU_ROWS)
+
+    def encode_apart(self, captions: Sequence[str]) -> TextFeatures:
+        """Encode B captions; on a CPU the features of one do not depend on the others."""
+        return self._encode(captions, None, at_once=1)
+
+    @torch.no_grad()
+    def _encode(
+        self, captions: Sequence[str], token_mask: Tensor | None, *, at_once: int
+    ) -> TextFeatures:
+        """Encode; on a CPU, where padding costs, `at_once` captions of similar length together."""
         text = self.tokenize(captions)
-        vocabulary, device = self.vocabulary, self.device
+        device = self._embedding.weight.device
         lengths = text.attention_mask.sum(dim=1)
         longest = int(lengths.max()) if len(lengths) else 0
         shape, seen = tuple(text.token_ids.shape), text.token_ids
@@ -99,8 +106,11 @@ class AbstractTokenGuide(AbstractGuide):
             seen = seen[:, :longest].masked_fill(masked[:, :longest], self._mask_id)
         tokens = torch.zeros(len(seen), longest, self.token_dim, device=device)
         sentence = torch.zeros(len(seen), self.sentence_dim, device=device)
+        groups = lengths.argsort(stable=True).split(at_once)
+        if device.type != "cpu":
+            groups = (torch.arange(len(lengths)),)
         with torch.autocast(device.type, enabled=False):
-            for rows in self._groups(lengths):
+            for rows in groups if len(lengths) else ():
                 length = int(lengths[rows].max())
                 ids, mask = seen[rows, :length], text.attention_mask[rows, :length]
                 found = self._forward(ids.to(device), mask.to(device))
@@ -112,16 +122,8 @@ class AbstractTokenGuide(AbstractGuide):
             word_ids=text.word_ids[:, :longest].to(device),
             tokens=tokens,
             sentence=sentence,
-            vocabulary=vocabulary,
+            vocabulary=self.vocabulary,
         )
-
-    def _groups(self, lengths: Tensor) -> Sequence[Tensor]:
-        """Return which rows to encode together: on a CPU, where padding costs, by length."""
-        if len(lengths) == 0:
-            return []
-        if self.device.type != "cpu":
-            return [torch.arange(len(lengths))]
-        return lengths.argsort(stable=True).split(CPU_ROWS)
 
 
 def assemble(rows: Sequence[Row], length: int, pad: int) -> TextTokens:
