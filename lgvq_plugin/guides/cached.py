@@ -1,6 +1,6 @@
 """Text features from disk: `lgvq cache` encodes every caption once, training looks them up.
 
-cache.json                  the guide's fingerprint and config, and how words were masked
+cache.json                  the guide's fingerprint and config, precision, how words were masked
 vocabulary.safetensors      the guide's token embedding
 shard-000000.safetensors    features of captions, in the order in which they were encoded
 
@@ -31,10 +31,13 @@ from .tokens import warn_of_truncation
 
 logger = logging.getLogger(__name__)
 
-INDEX, VOCABULARY, FORMAT = "cache.json", "vocabulary.safetensors", 1
+INDEX, VOCABULARY = "cache.json", "vocabulary.safetensors"
+FORMATS = (1, 2)  # without and with quantized features
+BITS = {"int4": 4, "int8": 8, "float32": 32}  # of a token's features, by precision
+GROUP = 32  # numbers that share a scale
 MISSING = ("error", "encode")
 KEY_BYTES = 16
-SHARD_BYTES = 512 * 2**20  # a killed run loses at most this much
+SHARD_BYTES = 32 * 2**20  # held in memory while it is encoded, lost if the run is killed
 
 Arrays = dict[str, np.ndarray]
 Place = tuple[Arrays, int]
@@ -45,8 +48,9 @@ T = TypeVar("T")
 class CachedGuide(AbstractGuide):
     """Another guide's features from disk, with no text tower in memory.
 
-    Features are bit-identical to those of the guide when the cache was written. The guide is built
-    once, to compare its fingerprint with the cache's, and then released.
+    At precision float32 they are bit-identical to those of the guide when the cache was written,
+    otherwise rounded, and 0 at padding. The guide is built once, to compare its fingerprint with
+    the cache's, and then released.
 
     Masked words change every feature, so masked captions are encoded in advance as well: a few
     masks per caption, of which :meth:`draw_mask` draws one. Other masks are not in the cache.
@@ -65,6 +69,8 @@ class CachedGuide(AbstractGuide):
     Raises:
         ConfigError: if there is no cache, it is broken, or another guide made it.
     """
+
+    _trims = False  # whether T is that of the batch's longest caption, or max_length
 
     def __init__(
         self,
@@ -89,7 +95,7 @@ class CachedGuide(AbstractGuide):
         self._shards = Shards(self._folder, self.facts)
         self.max_length = self.facts.max_length
         self.token_dim, self.sentence_dim = self.facts.token_dim, self.facts.sentence_dim
-        self._vocabulary = torch.from_numpy(read_vocabulary(self._folder, self.token_dim))
+        self._vocabulary = torch.from_numpy(read_vocabulary(self._folder, self.facts))
         self.to("cpu" if device is None else device)
 
     @staticmethod
@@ -112,40 +118,53 @@ class CachedGuide(AbstractGuide):
         places = self._find(captions)
         if places is None:
             return self._ask_guide(lambda guide: guide.tokenize(captions))
-        ids, attention, words = (
-            self._stack([shard[name][row] for shard, row in places], kind, self.max_length)
-            for name, kind in (("token_ids", np.int64), ("attention", bool), ("word_ids", np.int64))
+        attention = _stack(places, "attention", (self.max_length,), bool)
+        length = int(attention.sum(axis=1).max(initial=0)) if self._trims else self.max_length
+        ids, words = (
+            torch.from_numpy(_stack(places, name, (self.max_length,), np.int64)[:, :length])
+            for name in ("token_ids", "word_ids")
         )
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._vocabulary):
             raise ConfigError(
                 f"the text cache {self._folder} is broken: a token of {list(captions)!r:.80} is "
                 f"not among the {len(self._vocabulary)} of its vocabulary; create the cache again"
             )
-        return TextTokens(ids, attention, words, _count_cut(places))
+        return TextTokens(ids, torch.from_numpy(attention[:, :length]), words, _count_cut(places))
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
         """Look B captions up; a `token_mask` must come from :meth:`draw_mask`, or mask nothing."""
-        expected = (len(captions), self.max_length)
-        if token_mask is not None and tuple(token_mask.shape) != expected:
-            raise ValueError(f"token_mask: expected {expected}, got {tuple(token_mask.shape)}")
         places = self._find(captions)
-        numbers = None if places is None else self._mask_numbers(captions, places, token_mask)
-        if places is None or numbers is None:
+        if places is None:
             return self._ask_guide(lambda guide: guide.encode(captions, token_mask=token_mask))
-        text = self.tokenize(captions)
-        tokens, sentences = [], []
-        for (shard, row), number in zip(places, numbers, strict=True):
+        text, facts = self.tokenize(captions), self.facts
+        shape = tuple(text.token_ids.shape)
+        if token_mask is not None and tuple(token_mask.shape) != shape:
+            raise ValueError(f"token_mask: expected {shape}, got {tuple(token_mask.shape)}")
+        numbers = self._mask_numbers(captions, places, text, token_mask)
+        if numbers is None:
+            return self._ask_guide(lambda guide: guide.encode(captions, token_mask=token_mask))
+        rows, sentences = [facts.tokens.empty], [facts.sentences.empty]
+        attention = text.attention_mask.numpy()
+        taken = attention.sum(axis=1) if not facts.padding else [self.max_length] * shape[0]
+        for (shard, row), number, count in zip(places, numbers, taken, strict=True):
             prefix, at = ("", row) if number is None else ("masked_", (row, number))
             first = int(shard[f"{prefix}first"][at])
-            tokens.append(self._token_rows(shard, first, shard["attention"][row]))
-            sentences.append(shard[f"{prefix}sentence"][at])
+            rows.append(shard["rows"][first : first + count])
+            sentences.append(shard[f"{prefix}sentence"][at][None])
+        found = facts.tokens.unpack(np.concatenate(rows))
+        if facts.padding:
+            tokens = found.reshape(-1, self.max_length, facts.token_dim)[:, : shape[1]]
+        else:
+            tokens = np.zeros((*shape, facts.token_dim), np.float32)
+            tokens[attention] = found
+        sentence = facts.sentences.unpack(np.concatenate(sentences))
         return TextFeatures(
             token_ids=text.token_ids.to(self.device),
             attention_mask=text.attention_mask.to(self.device),
             word_ids=text.word_ids.to(self.device),
-            tokens=self._stack(tokens, np.float32, self.max_length, self.token_dim).to(self.device),
-            sentence=self._stack(sentences, np.float32, self.sentence_dim).to(self.device),
+            tokens=torch.from_numpy(tokens).to(self.device),
+            sentence=torch.from_numpy(sentence).to(self.device),
             vocabulary=self._vocabulary,
         )
 
@@ -174,9 +193,10 @@ class CachedGuide(AbstractGuide):
         places = self._find(captions) if fits else None
         if places is None:
             return super().draw_mask(captions, word_ids, ratio=ratio, generator=generator)
-        numbers = torch.randint(facts.maskings, (len(captions),), generator=generator).tolist()
-        masks = [s["masks"][row, number] for (s, row), number in zip(places, numbers, strict=True)]
-        return self._stack(masks, bool, self.max_length).to(word_ids.device)
+        numbers = torch.randint(facts.maskings, (len(captions),), generator=generator).numpy()
+        masks = _stack(places, "masks", (facts.maskings, self.max_length), bool)
+        drawn = masks[np.arange(len(places)), numbers, : word_ids.shape[1]]
+        return torch.from_numpy(drawn).to(word_ids.device)
 
     @property
     def vocabulary(self) -> Tensor:
@@ -249,36 +269,24 @@ class CachedGuide(AbstractGuide):
         return places
 
     def _mask_numbers(
-        self, captions: Sequence[str], places: list[Place], token_mask: Tensor | None
+        self, captions: Sequence[str], places: list[Place], text: TextTokens, mask: Tensor | None
     ) -> list[int | None] | None:
         """Return which stored mask each caption has, None for no masked word; None to encode."""
-        if token_mask is None:
-            return [None] * len(places)
-        numbers: list[int | None] = []
-        masks = token_mask.cpu().numpy()
-        for caption, (shard, row), mask in zip(captions, places, masks, strict=True):
-            masked = mask & (shard["word_ids"][row] >= 0)
-            equal = (shard["masks"][row] == masked).all(axis=1).nonzero()[0] if masked.any() else []
-            if masked.any() and not len(equal):
-                if self._missing == "encode":
-                    return None
+        numbers: list[int | None] = [None] * len(places)
+        masked = torch.zeros(()) if mask is None else mask.cpu() & (text.word_ids >= 0)
+        for at in masked.any(dim=-1).nonzero().flatten().tolist():
+            shard, row = places[at]
+            held = shard["masks"][row][:, : masked.shape[1]] if self.facts.maskings else ()
+            number = next((i for i, m in enumerate(held) if (m == masked[at].numpy()).all()), None)
+            if number is None and self._missing == "encode":
+                return None
+            if number is None:
                 raise ConfigError(
-                    f"this masking of caption {caption!r} is not in the text cache; draw masks "
-                    "with draw_mask(...), or set `guide.missing: encode`"
+                    f"this masking of caption {captions[at]!r} is not in the text cache; draw "
+                    "masks with draw_mask(...), or set `guide.missing: encode`"
                 )
-            numbers.append(int(equal[0]) if len(equal) else None)
+            numbers[at] = number
         return numbers
-
-    def _token_rows(self, shard: Arrays, first: int, attention: np.ndarray) -> np.ndarray:
-        if self.facts.padding:
-            return shard["rows"][first : first + self.max_length]
-        block = np.zeros((self.max_length, self.token_dim), np.float32)
-        block[attention] = shard["rows"][first : first + int(attention.sum())]
-        return block
-
-    def _stack(self, arrays: list[np.ndarray], kind: Any, *shape: int) -> Tensor:
-        stacked = np.stack(arrays) if arrays else np.zeros((0, *shape))
-        return torch.from_numpy(stacked.astype(kind, copy=False))
 
     def _ask_guide(self, ask: Callable[[AbstractGuide], T]) -> T:
         if self._source is None:
@@ -295,6 +303,91 @@ class CachedGuide(AbstractGuide):
 
 def _count_cut(places: list[Place]) -> int:
     return sum(bool(shard["cut"][row]) for shard, row in places)
+
+
+def _stack(places: list[Place], name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Return an array of the captions, (B, *shape)."""
+    rows = [shard[name][row] for shard, row in places]
+    return np.array(rows, kind).reshape(len(rows), *shape)
+
+
+# Precision
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How vectors lie on disk: float32, or a few bits per number.
+
+    Each group of 32 numbers has a float16 scale; the number farthest from 0 becomes -2^(bits - 1)
+    times the scale, and the others the nearest multiple.
+
+    Args:
+        width: D, numbers of a vector.
+        bits: of a number: 4, 8 or 32.
+
+    Example:
+        >>> packing = Packing(width=64, bits=4)
+        >>> row = np.linspace(-1, 1, 64, dtype=np.float32)[None]
+        >>> packed = packing.pack(row)
+        >>> packed.shape, bool(abs(packing.unpack(packed) - row).max() < 0.13)
+        ((1, 36), True)
+    """
+
+    width: int
+    bits: int
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a vector; the last one may be filled up."""
+        return -(-self.width // GROUP)
+
+    @property
+    def empty(self) -> np.ndarray:
+        """No packed vector, of the right type and width."""
+        if self.bits == 32:
+            return np.zeros((0, self.width), np.float32)
+        return np.zeros((0, self.groups * (GROUP * self.bits // 8 + 2)), np.uint8)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a packed vector."""
+        return self.empty.shape[1] * self.empty.itemsize
+
+    def pack(self, vectors: np.ndarray) -> np.ndarray:
+        """Pack (R, D) float32 vectors; raises ConfigError if a scale is beyond float16."""
+        if self.bits == 32:
+            return np.ascontiguousarray(vectors, np.float32)
+        filled = np.zeros((len(vectors), self.groups * GROUP), np.float32)
+        filled[:, : self.width] = vectors
+        filled = filled.reshape(-1, self.groups, GROUP)
+        high, low = filled.max(axis=2, keepdims=True), filled.min(axis=2, keepdims=True)
+        half = 2 ** (self.bits - 1)
+        with np.errstate(over="ignore"):
+            scales = (np.where(high > -low, high, low) / -half).astype(np.float16)
+        if not np.isfinite(scales).all():
+            raise ConfigError("features are not finite or beyond float16; use precision float32")
+        filled /= np.where(scales == 0, 1, scales).astype(np.float32)
+        numbers = (np.rint(filled).clip(-half, half - 1) + half).astype(np.uint8)
+        if self.bits == 4:
+            numbers = numbers[..., : GROUP // 2] | numbers[..., GROUP // 2 :] << 4
+        packed = np.concatenate([numbers, scales.view(np.uint8)], axis=2)
+        return packed.reshape(len(vectors), self.empty.shape[1])
+
+    def unpack(self, packed: np.ndarray) -> np.ndarray:
+        """Return the (R, D) float32 vectors."""
+        if self.bits == 32:
+            return packed
+        numbers = packed.reshape(len(packed), self.groups, GROUP * self.bits // 8 + 2)
+        numbers, scales = numbers[..., :-2], np.ascontiguousarray(numbers[..., -2:])
+        if self.bits == 4:
+            numbers = np.concatenate([numbers & 15, numbers >> 4], axis=2)
+        vectors = numbers.astype(np.float32)
+        vectors -= 2 ** (self.bits - 1)
+        vectors *= scales.view(np.float16)
+        return vectors.reshape(len(packed), self.groups * GROUP)[:, : self.width]
+
+
+# Writing
 
 
 @dataclass(frozen=True)
@@ -322,11 +415,14 @@ def write_cache(
     block: Mapping[str, Any],
     maskings: int = 4,
     ratio: tuple[float, float] = (0.15, 0.5),
+    precision: str | None = None,
     padding: bool = True,
     seed: int = 0,
     batch_size: int = 256,
 ) -> tuple[Plan, Iterator[int]]:
     """Encode captions into a cache; an interrupted one is continued.
+
+    Captions of about the same length are encoded together.
 
     Args:
         folder: a new folder, or a cache with the same settings.
@@ -335,7 +431,9 @@ def write_cache(
         block: the `lgvq.guide` block that builds the guide.
         maskings: masks per caption.
         ratio: lowest and highest share of masked words.
-        padding: keep features at padding; without them they read as 0.
+        precision: int4, int8 or float32; None is that of the cache, int4 for a new one. Of int4
+            and int8, sentences and vocabulary have int8.
+        padding: keep features at padding, at precision float32; without them they read as 0.
         seed: seed of the masks.
         batch_size: captions per batch.
 
@@ -345,6 +443,9 @@ def write_cache(
     Raises:
         ConfigError: if the folder holds something else, or another cache.
     """
+    if precision is None:
+        is_cache = (folder / INDEX).is_file()
+        precision = CacheFacts.read(folder).precision if is_cache else "int4"
     facts = CacheFacts(
         fingerprint=guide.fingerprint,
         guide={key: value for key, value in block.items() if key not in PLACES},
@@ -353,8 +454,10 @@ def write_cache(
         sentence_dim=guide.sentence_dim,
         maskings=maskings,
         ratio=(float(ratio[0]), float(ratio[1])),
-        padding=padding,
+        padding=padding and precision == "float32",
         seed=seed,
+        precision=precision,
+        format=FORMATS[precision != "float32"],
     )
     is_new = _require_same_cache(folder, facts)
     for leftover in folder.glob("*.part"):  # of killed runs
@@ -362,10 +465,9 @@ def write_cache(
     unique = list(dict.fromkeys(["", *captions]))  # images without a caption ask for ""
     found = Shards(folder, facts).find(unique)
     todo = [text for text, place in zip(unique, found, strict=True) if place is None]
-    numbers = (maskings + 1) * (facts.max_length * facts.token_dim + facts.sentence_dim)
-    extra = facts.max_length * (7 + maskings) + 8 * (maskings + 3) + KEY_BYTES
-    each = 4 * numbers + extra
-    needed = len(todo) * each + is_new * guide.vocabulary.numel() * 4
+    each = (maskings + 1) * (facts.max_length * facts.tokens.bytes + facts.sentences.bytes)
+    each += facts.max_length * (7 + maskings) + 8 * (maskings + 3) + KEY_BYTES
+    needed = len(todo) * each + is_new * len(guide.vocabulary) * facts.vocabulary.bytes
     plan = Plan(todo, len(unique) - len(todo), needed, each)
     return plan, _fill(folder, facts, guide, plan, batch_size)
 
@@ -392,17 +494,22 @@ def _fill(
     """Encode what is left; yield the size of each batch before its shard is written."""
     if not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        vocabulary = guide.vocabulary.detach().float().cpu().contiguous().numpy()
-        write_bytes(folder / VOCABULARY, save({"vocabulary": vocabulary}))
+        vocabulary = guide.vocabulary.detach().float().cpu().numpy()
+        write_bytes(folder / VOCABULARY, save({"vocabulary": facts.vocabulary.pack(vocabulary)}))
         write_json(folder / INDEX, asdict(facts))
     size = max(batch_size, SHARD_BYTES // plan.bytes_each // batch_size * batch_size)
     taken = [int(path.name[6:12]) for path in folder.glob("shard-*.safetensors")]
+    pad = int(guide.tokenize(["", "a a a a a a"]).token_ids[0, -1])
     starts = range(0, len(plan.todo), size)
     for number, start in enumerate(starts, start=max(taken, default=-1) + 1):
-        chunk, parts, count = plan.todo[start : start + size], [], 0
-        for at in range(0, len(chunk), batch_size):
-            batch = chunk[at : at + batch_size]
-            parts.append(_encode_batch(guide, batch, facts, first_row=count))
+        texts = plan.todo[start : start + size]
+        tokens = {text: guide.tokenize([text]) for text in texts}
+        texts.sort(key=lambda text: int(tokens[text].attention_mask.sum()))
+        parts, count = [], 0
+        for at in range(0, len(texts), batch_size):
+            batch = texts[at : at + batch_size]
+            parts.append(_encode_batch(guide, batch, facts, pad=pad, first_row=count))
+            parts[-1]["cut"] = np.array([tokens[text].cut > 0 for text in batch])
             count += len(parts[-1]["rows"])
             yield len(batch)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -410,50 +517,51 @@ def _fill(
 
 
 def _encode_batch(
-    guide: AbstractGuide, captions: list[str], facts: "CacheFacts", *, first_row: int
+    guide: AbstractGuide, captions: list[str], facts: "CacheFacts", *, pad: int, first_row: int
 ) -> Arrays:
-    """Return the arrays of :func:`open_shard` for a batch, encoded whole and under each mask."""
-    cut = [guide.tokenize([caption]).cut > 0 for caption in captions]
-    plain = guide.encode(captions)
-    attention, sentence = plain.attention_mask.cpu().numpy(), plain.sentence.cpu().numpy()
-    blocks: list[np.ndarray] = []
-    ends = [first_row]
+    """Return the arrays of :func:`open_shard` but `cut`, encoded whole and under each mask."""
+    features = guide.encode(captions)
+    length = features.token_ids.shape[1]
 
-    def append(tokens: np.ndarray, row: int) -> int:
-        """Store the token features of a caption; return the number of their first row."""
-        blocks.append(tokens[row] if facts.padding else tokens[row][attention[row]])
-        ends.append(ends[-1] + len(blocks[-1]))
-        return ends[-2]
+    def widen(tensor: Tensor, value: float) -> np.ndarray:
+        """Fill up to max_length tokens."""
+        width = [(0, 0), (0, facts.max_length - length), (0, 0)][: tensor.ndim]
+        return np.pad(tensor.cpu().numpy(), width, constant_values=value)
 
-    tokens = plain.tokens.cpu().numpy()
-    first = np.array([append(tokens, row) for row in range(len(captions))], np.int64)
+    words = widen(features.word_ids, -1)
+    attention = widen(features.attention_mask, False)
+    kept = attention | facts.padding
+    whole = np.zeros((len(captions), 1, facts.max_length), bool)
+    masks = np.concatenate([whole, draw_maskings(captions, torch.from_numpy(words), facts)], axis=1)
+    # Short captions have few distinct masks: equal ones, and no masked word, are stored once.
+    source = (masks[:, :, None] == masks[:, None]).all(axis=3).argmax(axis=2)
+    rows, sentences = [], []
+    first = np.zeros(source.shape, np.int64)
+    for m in range(facts.maskings + 1):
+        if m:
+            mask = torch.from_numpy(masks[:, m, :length])
+            features = guide.encode(captions, token_mask=mask)
+        stored = kept & (source[:, m : m + 1] == m)
+        counts = stored.sum(axis=1)
+        first[:, m] = first_row + counts.cumsum() - counts
+        rows.append(facts.tokens.pack(widen(features.tokens, 0.0)[stored]))
+        sentences.append(facts.sentences.pack(features.sentence.cpu().numpy()))
+        first_row += len(rows[-1])
+    first = np.take_along_axis(first, source, axis=1)
+    sentence = np.take_along_axis(np.stack(sentences, axis=1), source[..., None], axis=1)
     arrays = {
         "keys": np.stack([np.frombuffer(caption_key(text), np.uint8) for text in captions]),
-        "cut": np.array(cut),
         "attention": attention,
-        "token_ids": plain.token_ids.cpu().numpy().astype(np.int32),
-        "word_ids": plain.word_ids.cpu().numpy().astype(np.int16),
-        "sentence": sentence,
-        "first": first,
+        "token_ids": widen(features.token_ids, pad).astype(np.int32),
+        "word_ids": words.astype(np.int16),
+        "sentence": sentence[:, 0],
+        "first": first[:, 0],
+        "rows": np.concatenate(rows),
     }
     if facts.maskings:
-        masks = draw_maskings(captions, plain.word_ids.cpu(), facts)  # (B, M, T)
-        masked_first = np.repeat(first[:, None], facts.maskings, axis=1)
-        masked_sentence = np.repeat(sentence[:, None], facts.maskings, axis=1)
-        for m in range(facts.maskings):
-            masked = guide.encode(captions, token_mask=torch.from_numpy(masks[:, m]))
-            tokens, sentence = masked.tokens.cpu().numpy(), masked.sentence.cpu().numpy()
-            for row in range(len(captions)):
-                # Short captions have few distinct masks: equal ones are stored once.
-                equal = (masks[row, :m] == masks[row, m]).all(axis=1).nonzero()[0]
-                if len(equal):
-                    masked_first[row, m] = masked_first[row, equal[0]]
-                    masked_sentence[row, m] = masked_sentence[row, equal[0]]
-                elif masks[row, m].any():
-                    masked_first[row, m] = append(tokens, row)
-                    masked_sentence[row, m] = sentence[row]
-        arrays |= {"masks": masks, "masked_first": masked_first, "masked_sentence": masked_sentence}
-    return {**arrays, "rows": np.concatenate(blocks)}
+        masked = {"masked_first": first[:, 1:], "masked_sentence": sentence[:, 1:]}
+        arrays |= {"masks": masks[:, 1:], **masked}
+    return arrays
 
 
 def draw_maskings(captions: Sequence[str], word_ids: Tensor, facts: "CacheFacts") -> np.ndarray:
@@ -465,6 +573,9 @@ def draw_maskings(captions: Sequence[str], word_ids: Tensor, facts: "CacheFacts"
         many = words.expand(facts.maskings, -1)
         drawn.append(sample_word_mask(many, ratio=facts.ratio, generator=generator).numpy())
     return np.stack(drawn)
+
+
+# Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -486,13 +597,31 @@ class CacheFacts:
     """Whether features at padding are kept; otherwise they read as 0."""
     seed: int = 0
     """Seed of the masks."""
-    format: int = FORMAT
+    precision: str = "float32"
+    """int4, int8 or float32."""
+    format: int = FORMATS[0]
 
     def __post_init__(self) -> None:
         """Raise ConfigError for impossible sizes."""
         for name in ("max_length", "token_dim", "sentence_dim"):
             require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
         require(self.maskings >= 0, "maskings", "a whole number >= 0", self.maskings)
+        require(self.precision in BITS, "precision", f"one of {[*BITS]}", self.precision)
+
+    @property
+    def tokens(self) -> Packing:
+        """How tokens' features lie on disk."""
+        return Packing(self.token_dim, BITS[self.precision])
+
+    @property
+    def sentences(self) -> Packing:
+        """How sentences' features lie on disk."""
+        return Packing(self.sentence_dim, max(8, BITS[self.precision]))
+
+    @property
+    def vocabulary(self) -> Packing:
+        """How the token embedding lies on disk."""
+        return Packing(self.token_dim, max(8, BITS[self.precision]))
 
     @classmethod
     def read(cls, folder: Path) -> "CacheFacts":
@@ -506,23 +635,27 @@ class CacheFacts:
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read: {error}; create the cache again") from error
+        if isinstance(given, Mapping):
+            given = {"precision": "float32", **given}  # earlier versions knew no other
         names = {entry.name for entry in fields(cls)}
-        is_ours = isinstance(given, Mapping) and given.get("format") == FORMAT
+        is_ours = isinstance(given, Mapping) and given.get("format") in FORMATS
         if not is_ours or not names <= given.keys():
-            raise ConfigError(f"{path}: not of format {FORMAT}; create the cache again")
+            raise ConfigError(f"{path}: not of format {FORMATS[-1]}; create the cache again")
         try:
             return build(cls, {name: given[name] for name in names}, INDEX)
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}; create the cache again") from error
 
 
-def read_vocabulary(folder: Path, token_dim: int) -> np.ndarray:
+def read_vocabulary(folder: Path, facts: CacheFacts) -> np.ndarray:
     """Return the token embedding, (V, token_dim) float32."""
+    empty = facts.vocabulary.empty
     try:
         found = load_file(folder / VOCABULARY)["vocabulary"]
-        if found.dtype != np.float32 or found.ndim != 2 or found.shape[1] != token_dim:
-            raise ValueError(f"expected (V, {token_dim}) float32, got {found.shape} {found.dtype}")
-        return found
+        if found.dtype != empty.dtype or found.shape[1:] != empty.shape[1:]:
+            expected = f"(V, {empty.shape[1]}) {empty.dtype}"
+            raise ValueError(f"expected {expected}, got {found.shape} {found.dtype}")
+        return facts.vocabulary.unpack(found)
     except Exception as error:  # safetensors has an exception of its own
         raise ConfigError(f"{folder / VOCABULARY}: {error}; create the cache again") from error
 
@@ -576,10 +709,10 @@ def open_shard(path: Path, facts: CacheFacts) -> Arrays:
         token_ids, word_ids: (n, T).
         attention: (n, T) bool.
         cut: whether the caption was too long, (n,) bool.
-        sentence: (n, Ds) float32.
+        sentence: packed sentence features, (n, ...).
         first: number of a caption's first row in `rows`, (n,) int64.
-        rows: token features, (R, Dt) float32.
-        masks: (n, M, T) bool;  masked_first: (n, M);  masked_sentence: (n, M, Ds).
+        rows: packed token features, (R, ...).
+        masks: (n, M, T) bool;  masked_first: (n, M);  masked_sentence: (n, M, ...).
 
     Raises:
         ConfigError: if the file is broken, or its shapes do not fit `facts`.
@@ -598,20 +731,21 @@ def open_shard(path: Path, facts: CacheFacts) -> Arrays:
 def _check_arrays(arrays: Arrays, facts: CacheFacts) -> None:
     """Raise unless all arrays are there with their shapes, and all rows are within `rows`."""
     n, length, many = len(arrays["keys"]), facts.max_length, facts.maskings
-    shapes: dict[str, tuple[type, tuple[int, ...]]] = {
+    tokens, sentences = facts.tokens.empty, facts.sentences.empty
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "keys": (np.uint8, (n, KEY_BYTES)),
         "token_ids": (np.int32, (n, length)),
         "word_ids": (np.int16, (n, length)),
         "attention": (np.bool_, (n, length)),
         "cut": (np.bool_, (n,)),
-        "sentence": (np.float32, (n, facts.sentence_dim)),
+        "sentence": (sentences.dtype, (n, sentences.shape[1])),
         "first": (np.int64, (n,)),
-        "rows": (np.float32, (len(arrays["rows"]), facts.token_dim)),
+        "rows": (tokens.dtype, (len(arrays["rows"]), tokens.shape[1])),
     }
     if many:
         shapes["masks"] = (np.bool_, (n, many, length))
         shapes["masked_first"] = (np.int64, (n, many))
-        shapes["masked_sentence"] = (np.float32, (n, many, facts.sentence_dim))
+        shapes["masked_sentence"] = (sentences.dtype, (n, many, sentences.shape[1]))
     for name, (kind, shape) in shapes.items():
         if arrays[name].dtype != kind or arrays[name].shape != shape:
             found = f"{arrays[name].shape} {arrays[name].dtype}"

@@ -38,6 +38,7 @@ def _toy(monkeypatch):
 def fill(folder, block, captions, **options):
     """Write a cache to the end; return its guide."""
     guide = build_guide(block)
+    options.setdefault("precision", "float32")
     _, steps = CachedGuide.write(folder, guide, captions, block=block, **options)
     list(steps)
     return guide
