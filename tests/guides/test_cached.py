@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save
 from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
-from lgvq_plugin.guides.cached import CachedGuide, CacheFacts, Shards, caption_key
+from lgvq_plugin.guides.cached import CachedGuide
+from lgvq_plugin.guides.shards import CacheFacts, Shards, caption_key
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.types import Codes
 
@@ -392,7 +393,8 @@ guide = build_guide(block)
 plain = ToyGuide.encode
 ToyGuide.encode = lambda *args, **more: (time.sleep(0.02), plain(*args, **more))[1]
 captions = [f"caption number {i}" for i in range(60)]
-_, steps = CachedGuide.write(Path(sys.argv[1]), guide, captions, block=block, batch_size=4)
+options = {"block": block, "batch_size": 4, "precision": "float32"}
+_, steps = CachedGuide.write(Path(sys.argv[1]), guide, captions, **options)
 list(steps)
 """
 
