@@ -335,6 +335,8 @@ def encode_batch(
 def draw_maskings(captions: Sequence[str], word_ids: Tensor, facts: CacheFacts) -> np.ndarray:
     """Draw the masks of each caption, (B, M, T) bool, from the seed and the caption alone."""
     drawn = []
+    if not facts.maskings:
+        return np.zeros((len(captions), 0, facts.max_length), bool)
     for caption, words in zip(captions, word_ids, strict=True):
         digest = hashlib.sha256(f"{facts.seed} {caption}".encode("utf-8", "surrogatepass")).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
