@@ -74,15 +74,15 @@ class Packing:
             return np.ascontiguousarray(vectors, np.float32)
         filled = np.zeros((len(vectors), self.groups * GROUP), np.float32)
         filled[:, : self.width] = vectors
-        filled = filled.reshape(-1, self.groups, GROUP)
-        high, low = filled.max(axis=2, keepdims=True), filled.min(axis=2, keepdims=True)
+        scaled = filled.reshape(-1, self.groups, GROUP)
+        high, low = scaled.max(axis=2, keepdims=True), scaled.min(axis=2, keepdims=True)
         half = 2 ** (self.bits - 1)
         with np.errstate(over="ignore"):
             scales = (np.where(high > -low, high, low) / -half).astype(np.float16)
         if not np.isfinite(scales).all():
             raise ConfigError("features are not finite or beyond float16; use precision float32")
-        filled /= np.where(scales == 0, 1, scales).astype(np.float32)
-        numbers = (np.rint(filled).clip(-half, half - 1) + half).astype(np.uint8)
+        scaled /= np.where(scales == 0, 1, scales).astype(np.float32)
+        numbers = (np.rint(scaled).clip(-half, half - 1) + half).astype(np.uint8)
         if self.bits == 4:
             numbers = numbers[..., : GROUP // 2] | numbers[..., GROUP // 2 :] << 4
         packed = np.concatenate([numbers, scales.view(np.uint8)], axis=2)
