@@ -82,7 +82,9 @@ def test_a_ratio_follows_the_schedule_and_is_told():
 def test_a_ratio_beside_a_codebook_gradient_is_refused():
     with pytest.raises(ConfigError, match="gradient_ratio: expected null with codebook_gradient"):
         parse({"gradient_ratio": 1.0, "codebook_gradient": True})
-    with pytest.raises(ConfigError, match=r"gradient_ratio: expected > 0 and <= 1000, or null, got 0\.0"):
+    with pytest.raises(
+        ConfigError, match=r"gradient_ratio: expected > 0 and <= 1000, or null, got 0\.0"
+    ):
         parse({"gradient_ratio": 0.0})
 
 

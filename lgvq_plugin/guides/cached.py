@@ -1,51 +1,53 @@
 """Text features from disk: `lgvq cache` encodes every caption once, training looks them up.
 
-cache.json                  the guide's fingerprint and config, and how words were masked
+cache.json                  the guide's fingerprint and config, precision, how words were masked
 vocabulary.safetensors      the guide's token embedding
 shard-000000.safetensors    features of captions, in the order in which they were encoded
 
 Shards are memory-mapped and never change, so any number of processes can read while one adds more.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from torch import Tensor
 
-from ..config import build, differing, require
+from ..config import differing
 from ..files import write_bytes, write_json
-from ..functional import sample_word_mask
 from ..sockets import ConfigError, suggest
 from ..types import TextFeatures, TextTokens
 from .base import PLACES, AbstractGuide, UnknownWords, build_guide
+from .shards import (
+    FORMATS,
+    INDEX,
+    KEY_BYTES,
+    VOCABULARY,
+    CacheFacts,
+    Place,
+    Shards,
+    encode_batch,
+    read_vocabulary,
+)
 
 logger = logging.getLogger(__name__)
 
-INDEX, VOCABULARY, FORMAT = "cache.json", "vocabulary.safetensors", 1
 MISSING = ("error", "encode")
-KEY_BYTES = 16
-SHARD_BYTES = 512 * 2**20  # a killed run loses at most this much
-
-Arrays = dict[str, np.ndarray]
-Place = tuple[Arrays, int]
-"""The shard and the row of a caption."""
+SHARD_BYTES = 32 * 2**20  # held in memory while it is encoded, lost if the run is killed
 T = TypeVar("T")
 
 
 class CachedGuide(AbstractGuide):
     """Another guide's features from disk, with no text tower in memory.
 
-    Features are bit-identical to those of the guide when the cache was written. The guide is built
-    once, to compare its fingerprint with the cache's, and then released.
+    At precision float32 they are bit-identical to those of the guide when the cache was written,
+    otherwise rounded, and 0 at padding. The guide is built once, to compare its fingerprint with
+    the cache's, and then released.
 
     Masked words change every feature, so masked captions are encoded in advance as well: a few
     masks per caption, of which :meth:`draw_mask` draws one. Other masks are not in the cache.
@@ -90,7 +92,7 @@ class CachedGuide(AbstractGuide):
         self._shards = Shards(self._folder, self.facts)
         self.max_length = self.facts.max_length
         self.token_dim, self.sentence_dim = self.facts.token_dim, self.facts.sentence_dim
-        self._vocabulary = torch.from_numpy(read_vocabulary(self._folder, self.token_dim))
+        self._vocabulary = torch.from_numpy(read_vocabulary(self._folder, self.facts))
         self.to("cpu" if device is None else device)
 
     @staticmethod
@@ -113,9 +115,9 @@ class CachedGuide(AbstractGuide):
         places = self._find(captions)
         if places is None:
             return self._ask_guide(lambda guide: guide.tokenize(captions))
-        ids, attention, words = (
-            self._stack([shard[name][row] for shard, row in places], kind, self.max_length)
-            for name, kind in (("token_ids", np.int64), ("attention", bool), ("word_ids", np.int64))
+        ids, words, attention = (
+            torch.from_numpy(_stack(places, name, (self.max_length,), kind))
+            for name, kind in (("token_ids", np.int64), ("word_ids", np.int64), ("attention", bool))
         )
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._vocabulary):
             raise ConfigError(
@@ -127,26 +129,39 @@ class CachedGuide(AbstractGuide):
     @torch.no_grad()
     def encode(self, captions: Sequence[str], token_mask: Tensor | None = None) -> TextFeatures:
         """Look B captions up; a `token_mask` must come from :meth:`draw_mask`, or mask nothing."""
-        expected = (len(captions), self.max_length)
-        if token_mask is not None and tuple(token_mask.shape) != expected:
-            raise ValueError(f"token_mask: expected {expected}, got {tuple(token_mask.shape)}")
         places = self._find(captions)
-        numbers = None if places is None else self._mask_numbers(captions, places, token_mask)
-        if places is None or numbers is None:
+        if places is None:
             return self._ask_guide(lambda guide: guide.encode(captions, token_mask=token_mask))
-        text = self.tokenize(captions)
-        tokens, sentences = [], []
-        for (shard, row), number in zip(places, numbers, strict=True):
+        text, facts = self.tokenize(captions), self.facts
+        attention = text.attention_mask.numpy()
+        shape = (len(captions), int(attention.sum(axis=1).max(initial=0)))
+        if token_mask is not None:
+            expected = (len(captions), self.max_length)
+            if tuple(token_mask.shape) not in (expected, shape):
+                raise ValueError(f"token_mask: expected {expected}, got {tuple(token_mask.shape)}")
+        numbers = self._mask_numbers(captions, places, text, token_mask)
+        if numbers is None:
+            return self._ask_guide(lambda guide: guide.encode(captions, token_mask=token_mask))
+        rows, sentences = [facts.tokens.empty], [facts.sentences.empty]
+        taken = attention.sum(axis=1) if not facts.padding else [self.max_length] * shape[0]
+        for (shard, row), number, count in zip(places, numbers, taken, strict=True):
             prefix, at = ("", row) if number is None else ("masked_", (row, number))
             first = int(shard[f"{prefix}first"][at])
-            tokens.append(self._token_rows(shard, first, shard["attention"][row]))
-            sentences.append(shard[f"{prefix}sentence"][at])
+            rows.append(shard["rows"][first : first + count])
+            sentences.append(shard[f"{prefix}sentence"][at][None])
+        found = facts.tokens.unpack(np.concatenate(rows))
+        if facts.padding:
+            tokens = found.reshape(-1, self.max_length, facts.token_dim)[:, : shape[1]]
+        else:
+            tokens = np.zeros((*shape, facts.token_dim), np.float32)
+            tokens[attention[:, : shape[1]]] = found
+        sentence = facts.sentences.unpack(np.concatenate(sentences))
         return TextFeatures(
-            token_ids=text.token_ids.to(self.device),
-            attention_mask=text.attention_mask.to(self.device),
-            word_ids=text.word_ids.to(self.device),
-            tokens=self._stack(tokens, np.float32, self.max_length, self.token_dim).to(self.device),
-            sentence=self._stack(sentences, np.float32, self.sentence_dim).to(self.device),
+            token_ids=text.token_ids[:, : shape[1]].to(self.device),
+            attention_mask=text.attention_mask[:, : shape[1]].to(self.device),
+            word_ids=text.word_ids[:, : shape[1]].to(self.device),
+            tokens=torch.from_numpy(tokens).to(self.device),
+            sentence=torch.from_numpy(sentence).to(self.device),
             vocabulary=self._vocabulary,
         )
 
@@ -175,9 +190,10 @@ class CachedGuide(AbstractGuide):
         places = self._find(captions) if fits else None
         if places is None:
             return super().draw_mask(captions, word_ids, ratio=ratio, generator=generator)
-        numbers = torch.randint(facts.maskings, (len(captions),), generator=generator).tolist()
-        masks = [s["masks"][row, number] for (s, row), number in zip(places, numbers, strict=True)]
-        return self._stack(masks, bool, self.max_length).to(word_ids.device)
+        numbers = torch.randint(facts.maskings, (len(captions),), generator=generator).numpy()
+        masks = _stack(places, "masks", (facts.maskings, self.max_length), bool)
+        drawn = masks[np.arange(len(places)), numbers, : word_ids.shape[1]]
+        return torch.from_numpy(drawn).to(word_ids.device)
 
     @property
     def vocabulary(self) -> Tensor:
@@ -245,41 +261,31 @@ class CachedGuide(AbstractGuide):
             )
         self._last = key, places  # a step asks several times
         if _count_cut(places):
-            cut = (bool(shard["cut"][row]) for shard, row in places)
-            self.count_truncated(text for text, is_cut in zip(captions, cut, strict=True) if is_cut)
+            pairs = zip(captions, places, strict=True)
+            self.count_truncated(text for text, (shard, row) in pairs if shard["cut"][row])
         return places
 
     def _mask_numbers(
-        self, captions: Sequence[str], places: list[Place], token_mask: Tensor | None
+        self, captions: Sequence[str], places: list[Place], text: TextTokens, mask: Tensor | None
     ) -> list[int | None] | None:
         """Return which stored mask each caption has, None for no masked word; None to encode."""
-        if token_mask is None:
-            return [None] * len(places)
-        numbers: list[int | None] = []
-        masks = token_mask.cpu().numpy()
-        for caption, (shard, row), mask in zip(captions, places, masks, strict=True):
-            masked = mask & (shard["word_ids"][row] >= 0)
-            equal = (shard["masks"][row] == masked).all(axis=1).nonzero()[0] if masked.any() else []
-            if masked.any() and not len(equal):
-                if self._missing == "encode":
-                    return None
+        numbers: list[int | None] = [None] * len(places)
+        if mask is None:
+            return numbers
+        masked = mask.cpu() & (text.word_ids[:, : mask.shape[1]] >= 0)
+        for at in masked.any(dim=-1).nonzero().flatten().tolist():
+            shard, row = places[at]
+            held = shard["masks"][row][:, : masked.shape[1]] if self.facts.maskings else ()
+            number = next((i for i, m in enumerate(held) if (m == masked[at].numpy()).all()), None)
+            if number is None and self._missing == "encode":
+                return None
+            if number is None:
                 raise ConfigError(
-                    f"this masking of caption {caption!r} is not in the text cache; draw masks "
-                    "with draw_mask(...), or set `guide.missing: encode`"
+                    f"this masking of caption {captions[at]!r} is not in the text cache; draw "
+                    "masks with draw_mask(...), or set `guide.missing: encode`"
                 )
-            numbers.append(int(equal[0]) if len(equal) else None)
+            numbers[at] = number
         return numbers
-
-    def _token_rows(self, shard: Arrays, first: int, attention: np.ndarray) -> np.ndarray:
-        if self.facts.padding:
-            return shard["rows"][first : first + self.max_length]
-        block = np.zeros((self.max_length, self.token_dim), np.float32)
-        block[attention] = shard["rows"][first : first + int(attention.sum())]
-        return block
-
-    def _stack(self, arrays: list[np.ndarray], kind: Any, *shape: int) -> Tensor:
-        stacked = np.stack(arrays) if arrays else np.zeros((0, *shape))
-        return torch.from_numpy(stacked.astype(kind, copy=False))
 
     def _ask_guide(self, ask: Callable[[AbstractGuide], T]) -> T:
         if self._source is None:
@@ -296,6 +302,15 @@ class CachedGuide(AbstractGuide):
 
 def _count_cut(places: list[Place]) -> int:
     return sum(bool(shard["cut"][row]) for shard, row in places)
+
+
+def _stack(places: list[Place], name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Return an array of the captions, (B, *shape)."""
+    rows = [shard[name][row] for shard, row in places]
+    return np.array(rows, kind).reshape(len(rows), *shape)
+
+
+# Writing
 
 
 @dataclass(frozen=True)
@@ -323,11 +338,14 @@ def write_cache(
     block: Mapping[str, Any],
     maskings: int = 4,
     ratio: tuple[float, float] = (0.15, 0.5),
+    precision: str | None = None,
     padding: bool = True,
     seed: int = 0,
     batch_size: int = 256,
 ) -> tuple[Plan, Iterator[int]]:
     """Encode captions into a cache; an interrupted one is continued.
+
+    Captions of about the same length are encoded together.
 
     Args:
         folder: a new folder, or a cache with the same settings.
@@ -336,7 +354,9 @@ def write_cache(
         block: the `lgvq.guide` block that builds the guide.
         maskings: masks per caption.
         ratio: lowest and highest share of masked words.
-        padding: keep features at padding; without them they read as 0.
+        precision: int4, int8 or float32; None is that of the cache, int4 for a new one. Of int4
+            and int8, sentences and vocabulary have int8.
+        padding: keep features at padding, at precision float32; without them they read as 0.
         seed: seed of the masks.
         batch_size: captions per batch.
 
@@ -346,6 +366,9 @@ def write_cache(
     Raises:
         ConfigError: if the folder holds something else, or another cache.
     """
+    if precision is None:
+        is_cache = (folder / INDEX).is_file()
+        precision = CacheFacts.read(folder).precision if is_cache else "int4"
     facts = CacheFacts(
         fingerprint=guide.fingerprint,
         guide={key: value for key, value in block.items() if key not in PLACES},
@@ -354,8 +377,10 @@ def write_cache(
         sentence_dim=guide.sentence_dim,
         maskings=maskings,
         ratio=(float(ratio[0]), float(ratio[1])),
-        padding=padding,
+        padding=padding and precision == "float32",
         seed=seed,
+        precision=precision,
+        format=FORMATS[precision != "float32"],
     )
     is_new = _require_same_cache(folder, facts)
     for leftover in folder.glob("*.part"):  # of killed runs
@@ -363,15 +388,14 @@ def write_cache(
     unique = list(dict.fromkeys(["", *captions]))  # images without a caption ask for ""
     found = Shards(folder, facts).find(unique)
     todo = [text for text, place in zip(unique, found, strict=True) if place is None]
-    numbers = (maskings + 1) * (facts.max_length * facts.token_dim + facts.sentence_dim)
-    extra = facts.max_length * (7 + maskings) + 8 * (maskings + 3) + KEY_BYTES
-    each = 4 * numbers + extra
-    needed = len(todo) * each + is_new * guide.vocabulary.numel() * 4
+    each = (maskings + 1) * (facts.max_length * facts.tokens.bytes + facts.sentences.bytes)
+    each += facts.max_length * (7 + maskings) + 8 * (maskings + 3) + KEY_BYTES
+    needed = len(todo) * each + is_new * len(guide.vocabulary) * facts.vocabulary.bytes
     plan = Plan(todo, len(unique) - len(todo), needed, each)
     return plan, _fill(folder, facts, guide, plan, batch_size)
 
 
-def _require_same_cache(folder: Path, facts: "CacheFacts") -> bool:
+def _require_same_cache(folder: Path, facts: CacheFacts) -> bool:
     """Return whether `folder` is new; refuse another cache and other files."""
     if (folder / INDEX).is_file():
         changed = differing(asdict(CacheFacts.read(folder)), asdict(facts))
@@ -388,238 +412,28 @@ def _require_same_cache(folder: Path, facts: "CacheFacts") -> bool:
 
 
 def _fill(
-    folder: Path, facts: "CacheFacts", guide: AbstractGuide, plan: Plan, batch_size: int
+    folder: Path, facts: CacheFacts, guide: AbstractGuide, plan: Plan, batch_size: int
 ) -> Iterator[int]:
     """Encode what is left; yield the size of each batch before its shard is written."""
     if not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        vocabulary = guide.vocabulary.detach().float().cpu().contiguous().numpy()
-        write_bytes(folder / VOCABULARY, save({"vocabulary": vocabulary}))
+        vocabulary = guide.vocabulary.detach().float().cpu().numpy()
+        write_bytes(folder / VOCABULARY, save({"vocabulary": facts.vocabulary.pack(vocabulary)}))
         write_json(folder / INDEX, asdict(facts))
     size = max(batch_size, SHARD_BYTES // plan.bytes_each // batch_size * batch_size)
     taken = [int(path.name[6:12]) for path in folder.glob("shard-*.safetensors")]
+    pad = int(guide.tokenize(["", "a"]).token_ids[0, -1])
     starts = range(0, len(plan.todo), size)
     for number, start in enumerate(starts, start=max(taken, default=-1) + 1):
-        chunk, parts, count = plan.todo[start : start + size], [], 0
-        for at in range(0, len(chunk), batch_size):
-            batch = chunk[at : at + batch_size]
-            parts.append(_encode_batch(guide, batch, facts, first_row=count))
+        texts = plan.todo[start : start + size]
+        tokens = {text: guide.tokenize([text]) for text in texts}
+        texts.sort(key=lambda text: int(tokens[text].attention_mask.sum()))
+        parts, count = [], 0
+        for at in range(0, len(texts), batch_size):
+            batch = texts[at : at + batch_size]
+            parts.append(encode_batch(guide, batch, facts, pad=pad, first_row=count))
+            parts[-1]["cut"] = np.array([tokens[text].cut > 0 for text in batch])
             count += len(parts[-1]["rows"])
             yield len(batch)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         write_bytes(folder / f"shard-{number:06d}.safetensors", save(arrays))
-
-
-def _encode_batch(
-    guide: AbstractGuide, captions: list[str], facts: "CacheFacts", *, first_row: int
-) -> Arrays:
-    """Return the arrays of :func:`open_shard` for a batch, encoded whole and under each mask."""
-    cut = [guide.tokenize([caption]).cut > 0 for caption in captions]
-    plain = guide.encode(captions).padded(guide.max_length, guide.pad_id)
-    attention, sentence = plain.attention_mask.cpu().numpy(), plain.sentence.cpu().numpy()
-    blocks: list[np.ndarray] = []
-    ends = [first_row]
-
-    def append(tokens: np.ndarray, row: int) -> int:
-        """Store the token features of a caption; return the number of their first row."""
-        blocks.append(tokens[row] if facts.padding else tokens[row][attention[row]])
-        ends.append(ends[-1] + len(blocks[-1]))
-        return ends[-2]
-
-    tokens = plain.tokens.cpu().numpy()
-    first = np.array([append(tokens, row) for row in range(len(captions))], np.int64)
-    arrays = {
-        "keys": np.stack([np.frombuffer(caption_key(text), np.uint8) for text in captions]),
-        "cut": np.array(cut),
-        "attention": attention,
-        "token_ids": plain.token_ids.cpu().numpy().astype(np.int32),
-        "word_ids": plain.word_ids.cpu().numpy().astype(np.int16),
-        "sentence": sentence,
-        "first": first,
-    }
-    if facts.maskings:
-        masks = draw_maskings(captions, plain.word_ids.cpu(), facts)  # (B, M, T)
-        masked_first = np.repeat(first[:, None], facts.maskings, axis=1)
-        masked_sentence = np.repeat(sentence[:, None], facts.maskings, axis=1)
-        for m in range(facts.maskings):
-            masked = guide.encode(captions, token_mask=torch.from_numpy(masks[:, m]))
-            masked = masked.padded(guide.max_length, guide.pad_id)
-            tokens, sentence = masked.tokens.cpu().numpy(), masked.sentence.cpu().numpy()
-            for row in range(len(captions)):
-                # Short captions have few distinct masks: equal ones are stored once.
-                equal = (masks[row, :m] == masks[row, m]).all(axis=1).nonzero()[0]
-                if len(equal):
-                    masked_first[row, m] = masked_first[row, equal[0]]
-                    masked_sentence[row, m] = masked_sentence[row, equal[0]]
-                elif masks[row, m].any():
-                    masked_first[row, m] = append(tokens, row)
-                    masked_sentence[row, m] = sentence[row]
-        arrays |= {"masks": masks, "masked_first": masked_first, "masked_sentence": masked_sentence}
-    return {**arrays, "rows": np.concatenate(blocks)}
-
-
-def draw_maskings(captions: Sequence[str], word_ids: Tensor, facts: "CacheFacts") -> np.ndarray:
-    """Draw the masks of each caption, (B, M, T) bool, from the seed and the caption alone."""
-    drawn = []
-    for caption, words in zip(captions, word_ids, strict=True):
-        digest = hashlib.sha256(f"{facts.seed} {caption}".encode("utf-8", "surrogatepass")).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        many = words.expand(facts.maskings, -1)
-        drawn.append(sample_word_mask(many, ratio=facts.ratio, generator=generator).numpy())
-    return np.stack(drawn)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheFacts:
-    """What a cache holds, and whose features they are."""
-
-    fingerprint: str
-    """Fingerprint of the guide."""
-    guide: Mapping[str, Any]
-    """The `lgvq.guide` block that builds it."""
-    max_length: int
-    token_dim: int
-    sentence_dim: int
-    maskings: int
-    """Masks stored per caption; 0 = none."""
-    ratio: tuple[float, float]
-    """Lowest and highest share of masked words."""
-    padding: bool
-    """Whether features at padding are kept; otherwise they read as 0."""
-    seed: int = 0
-    """Seed of the masks."""
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for impossible sizes."""
-        for name in ("max_length", "token_dim", "sentence_dim"):
-            require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
-        require(self.maskings >= 0, "maskings", "a whole number >= 0", self.maskings)
-
-    @classmethod
-    def read(cls, folder: Path) -> "CacheFacts":
-        """Read them; raises ConfigError if there is no cache or it is of another format."""
-        path = folder / INDEX
-        try:
-            given = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"{folder} holds no text cache; create one: lgvq cache -b CONFIG -o {folder}"
-            ) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}; create the cache again") from error
-        names = {entry.name for entry in fields(cls)}
-        is_ours = isinstance(given, Mapping) and given.get("format") == FORMAT
-        if not is_ours or not names <= given.keys():
-            raise ConfigError(f"{path}: not of format {FORMAT}; create the cache again")
-        try:
-            return build(cls, {name: given[name] for name in names}, INDEX)
-        except ConfigError as error:
-            raise ConfigError(f"{folder}: {error}; create the cache again") from error
-
-
-def read_vocabulary(folder: Path, token_dim: int) -> np.ndarray:
-    """Return the token embedding, (V, token_dim) float32."""
-    try:
-        found = load_file(folder / VOCABULARY)["vocabulary"]
-        if found.dtype != np.float32 or found.ndim != 2 or found.shape[1] != token_dim:
-            raise ValueError(f"expected (V, {token_dim}) float32, got {found.shape} {found.dtype}")
-        return found
-    except Exception as error:  # safetensors has an exception of its own
-        raise ConfigError(f"{folder / VOCABULARY}: {error}; create the cache again") from error
-
-
-def caption_key(caption: str) -> bytes:
-    """Return the key of a caption, 16 bytes.
-
-    Example:
-        >>> caption_key("a dog").hex()[:8]
-        '7dbdf68a'
-    """
-    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
-
-
-class Shards:
-    """All captions of a cache: from strings to places."""
-
-    def __init__(self, folder: Path, facts: CacheFacts):
-        paths = sorted(folder.glob("shard-*.safetensors"))
-        self.shards = [open_shard(path, facts) for path in paths]
-        empty = np.zeros((0, KEY_BYTES), np.uint8)
-        keys = np.concatenate([empty, *(shard["keys"] for shard in self.shards)])
-        keys = keys.view(f"S{KEY_BYTES}").ravel()
-        self._order = np.argsort(keys, kind="stable")
-        self._keys = keys[self._order]
-        self._starts = np.cumsum([0, *(len(shard["keys"]) for shard in self.shards)])
-
-    def __len__(self) -> int:
-        """Return the number of captions."""
-        return len(self._keys)
-
-    def find(self, captions: Sequence[str]) -> list[Place | None]:
-        """Return the place of each caption, None if it is not in the cache."""
-        wanted = np.array([caption_key(caption) for caption in captions], f"S{KEY_BYTES}")
-        found: list[Place | None] = []
-        for key, at in zip(wanted, np.searchsorted(self._keys, wanted), strict=True):
-            if at == len(self._keys) or self._keys[at] != key:
-                found.append(None)
-                continue
-            row = self._order[at]
-            number = np.searchsorted(self._starts, row, side="right") - 1
-            found.append((self.shards[number], int(row - self._starts[number])))
-        return found
-
-
-def open_shard(path: Path, facts: CacheFacts) -> Arrays:
-    """Map the arrays of a shard of n captions; nothing is read until it is used.
-
-    Returns:
-        keys: (n, 16) uint8.
-        token_ids, word_ids: (n, T).
-        attention: (n, T) bool.
-        cut: whether the caption was too long, (n,) bool.
-        sentence: (n, Ds) float32.
-        first: number of a caption's first row in `rows`, (n,) int64.
-        rows: token features, (R, Dt) float32.
-        masks: (n, M, T) bool;  masked_first: (n, M);  masked_sentence: (n, M, Ds).
-
-    Raises:
-        ConfigError: if the file is broken, or its shapes do not fit `facts`.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:  # its tensors are views of the memory map
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-        _check_arrays(arrays, facts)
-        return arrays
-    except Exception as error:  # of safetensors, torch or the system
-        raise ConfigError(
-            f"{path} is broken ({error}); delete it and run `lgvq cache` again"
-        ) from error
-
-
-def _check_arrays(arrays: Arrays, facts: CacheFacts) -> None:
-    """Raise unless all arrays are there with their shapes, and all rows are within `rows`."""
-    n, length, many = len(arrays["keys"]), facts.max_length, facts.maskings
-    shapes: dict[str, tuple[type, tuple[int, ...]]] = {
-        "keys": (np.uint8, (n, KEY_BYTES)),
-        "token_ids": (np.int32, (n, length)),
-        "word_ids": (np.int16, (n, length)),
-        "attention": (np.bool_, (n, length)),
-        "cut": (np.bool_, (n,)),
-        "sentence": (np.float32, (n, facts.sentence_dim)),
-        "first": (np.int64, (n,)),
-        "rows": (np.float32, (len(arrays["rows"]), facts.token_dim)),
-    }
-    if many:
-        shapes["masks"] = (np.bool_, (n, many, length))
-        shapes["masked_first"] = (np.int64, (n, many))
-        shapes["masked_sentence"] = (np.float32, (n, many, facts.sentence_dim))
-    for name, (kind, shape) in shapes.items():
-        if arrays[name].dtype != kind or arrays[name].shape != shape:
-            found = f"{arrays[name].shape} {arrays[name].dtype}"
-            raise ValueError(f"{name}: expected {shape} {np.dtype(kind)}, got {found}")
-    taken = np.full(n, length) if facts.padding else arrays["attention"].sum(axis=1)
-    for name in ("first", "masked_first")[: 1 + bool(many)]:
-        ends = arrays[name] + taken.reshape(-1, *[1] * (arrays[name].ndim - 1))
-        if n and (arrays[name].min() < 0 or ends.max() > len(arrays["rows"])):
-            raise ValueError(f"{name}: rows beyond the {len(arrays['rows'])} that exist")

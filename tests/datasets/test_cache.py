@@ -60,10 +60,11 @@ def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsy
     )
     assert mask.any(dim=1).all()
     assert cached.encode(texts, token_mask=mask).tokens.isfinite().all()
-    # The guide itself, one caption at a time; batches differ in the last bits.
     guide = build_guide({"use": "micro_clip", "max_length": 20})
-    for text in texts[:5]:
-        torch.testing.assert_close(cached.encode([text]).tokens, guide.encode([text]).tokens)
+    theirs, ours = guide.encode(texts), cached.encode(texts)
+    real = theirs.attention_mask
+    assert torch.cosine_similarity(ours.tokens[real], theirs.tokens[real]).min() > 0.99
+    assert torch.cosine_similarity(ours.sentence, theirs.sentence).min() > 0.9999
 
 
 def test_a_second_run_has_nothing_to_do_and_more_data_adds(config, tmp_path, capsys):
@@ -105,6 +106,7 @@ def test_maskings_are_made_only_where_they_are_needed(config, tmp_path, lgvq, ex
 def test_padding_can_be_left_out(config, tmp_path):
     for name, extra in (("a", []), ("b", ["--drop-padding"])):
         given = ["cache", "-b", config(), "-o", str(tmp_path / name), "--no-progress"]
+        given += ["--precision", "float32"]
         assert main([*given, *extra]) == 0
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / name).glob("shard-*")) for name in "ab"

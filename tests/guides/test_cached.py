@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save
 from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
-from lgvq_plugin.guides.cached import CachedGuide, CacheFacts, Shards, caption_key
+from lgvq_plugin.guides.cached import CachedGuide
+from lgvq_plugin.guides.shards import CacheFacts, Packing, Shards, caption_key
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.types import Codes
 
@@ -38,6 +39,7 @@ def _toy(monkeypatch):
 def fill(folder, block, captions, **options):
     """Write a cache to the end; return its guide."""
     guide = build_guide(block)
+    options.setdefault("precision", "float32")
     _, steps = CachedGuide.write(folder, guide, captions, block=block, **options)
     list(steps)
     return guide
@@ -390,7 +392,8 @@ guide = build_guide(block)
 plain = ToyGuide.encode
 ToyGuide.encode = lambda *args, **more: (time.sleep(0.02), plain(*args, **more))[1]
 captions = [f"caption number {i}" for i in range(60)]
-_, steps = CachedGuide.write(Path(sys.argv[1]), guide, captions, block=block, batch_size=4)
+options = {"block": block, "batch_size": 4, "precision": "float32"}
+_, steps = CachedGuide.write(Path(sys.argv[1]), guide, captions, **options)
 list(steps)
 """
 
@@ -443,3 +446,161 @@ def test_token_features_are_mapped_and_not_read(tmp_path):
     fill(tmp_path / "c", TOY, CAPTIONS)
     shard = Shards(tmp_path / "c", CacheFacts.read(tmp_path / "c")).shards[0]
     assert not shard["rows"].flags.owndata
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "token", "sentence"), [("int8", 1e-2, 1e-2), ("int4", 0.12, 1e-2)]
+)
+def test_rounded_features_are_near_and_cover_the_real_tokens(tmp_path, precision, token, sentence):
+    captions = ["", *CAPTIONS, LONG]
+    guide = fill(tmp_path / "c", MICRO, captions, maskings=2, precision=precision)
+    cached = CachedGuide(str(tmp_path / "c"))
+    for mask in (None, *maskings(tmp_path / "c", captions).unbind(dim=1)):
+        theirs, ours = (g.encode(captions, token_mask=mask) for g in (guide, cached))
+        for name in ("token_ids", "attention_mask", "word_ids"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        real = theirs.attention_mask
+        assert not ours.tokens[~real].any()
+        for one, other, bound in (
+            (ours.tokens[real], theirs.tokens[real], token),
+            (ours.sentence, theirs.sentence, sentence),
+            (ours.vocabulary, theirs.vocabulary, sentence),
+        ):
+            assert (one - other).norm() < bound * other.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [1, 31, 32, 100])
+def test_packing_errs_by_half_a_step_at_most(bits, width):
+    vectors = torch.randn(50, width, generator=torch.Generator().manual_seed(width)).numpy()
+    vectors[0], vectors[1, 1:] = 0.0, 0.0
+    packing = Packing(width, bits)
+    packed = packing.pack(vectors)
+    assert packed.nbytes == 50 * packing.bytes
+    step = abs(vectors).max(axis=1, keepdims=True) / 2 ** (bits - 1)
+    # The opposite end of the range has one step less.
+    assert (abs(packing.unpack(packed) - vectors) <= 1.01 * step).all()
+    assert not packing.unpack(packed)[0].any()
+    assert packing.unpack(packing.pack(vectors[:0])).shape == (0, width)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_features_that_cannot_be_rounded_are_refused(value):
+    vectors = torch.zeros(1, 40)
+    vectors[0, 35] = value
+    with pytest.raises(ConfigError, match="use precision float32"):
+        Packing(40, 4).pack(vectors.numpy())
+
+
+def test_a_cache_keeps_its_precision_when_captions_are_added(tmp_path):
+    for precision in ("int4", "float32"):
+        folder = tmp_path / precision
+        guide = fill(folder, TOY, CAPTIONS[:2], precision=precision)
+        plan, steps = CachedGuide.write(folder, guide, CAPTIONS, block=TOY)
+        assert sum(steps) == len(plan.todo) == 2
+        assert CachedGuide(str(folder)).facts.precision == precision
+    with pytest.raises(ConfigError, match="was made with precision: 'int4' then, 'int8' now"):
+        fill(tmp_path / "int4", TOY, CAPTIONS, precision="int8")
+    with pytest.raises(ConfigError, match="precision: expected one of"):
+        fill(tmp_path / "new", TOY, CAPTIONS, precision="int5")
+
+
+def test_new_caches_take_a_small_part_of_the_exact_ones_disk(tmp_path):
+    captions = [f"a red circle above {i} blue squares" for i in range(100)]
+    sizes = {}
+    for precision in ("int4", "float32"):
+        fill(tmp_path / precision, MICRO, captions, precision=precision)
+        sizes[precision] = sum(p.stat().st_size for p in (tmp_path / precision).glob("shard-*"))
+    assert sizes["int4"] < 0.1 * sizes["float32"]
+    assert sizes["int4"] / 101 < 5000
+
+
+@pytest.mark.parametrize("recipe", ["paper", "corrected"])
+def test_no_objective_depends_on_features_at_padding(tmp_path, recipe):
+    losses = []
+    for padding in (True, False):
+        fill(tmp_path / str(padding), TOY, CAPTIONS, padding=padding)
+        cached = CachedGuide(str(tmp_path / str(padding)))
+        heads = Alignment(parse({"recipe": recipe, "guide": TOY}), cached, code_dim=5, grid=(2, 2))
+        codes = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0))
+        heads.eval()  # without dropout
+        losses.append(heads(Codes(codes, None, (2, 2)), CAPTIONS)[0])
+    assert torch.equal(*losses)
+
+
+def test_captions_of_about_one_length_are_encoded_together(tmp_path, monkeypatch):
+    import toy_guide
+
+    captions = [" ".join(["word"] * (1 + i * 7 % 6)) + f" {i}" for i in range(40)]
+    batches, plain = [], toy_guide.ToyGuide.encode
+
+    def encode(self, texts, token_mask=None):
+        batches.append([min(6, len(text.split())) for text in texts])
+        return plain(self, texts, token_mask)
+
+    monkeypatch.setattr(toy_guide.ToyGuide, "encode", encode)
+    fill(tmp_path / "c", TOY, captions, batch_size=8, maskings=0)
+    lengths = [length for batch in batches for length in batch]
+    assert len(lengths) == 41
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("precision", ["int4", "float32"])
+def test_features_can_be_cut_to_the_longest_caption(tmp_path, monkeypatch, precision):
+    fill(tmp_path / "c", TOY, CAPTIONS, precision=precision)
+    cached = CachedGuide(str(tmp_path / "c"))
+    batch = CAPTIONS[1:3]
+    whole = cached.encode(batch)
+    monkeypatch.setattr(CachedGuide, "_trims", True)
+    cut = cached.encode(batch)
+    assert cut.tokens.shape == (2, 5, 6)  # start, three words, end
+    assert torch.equal(cut.tokens, whole.tokens[:, :5])
+    assert torch.equal(cut.attention_mask, whole.attention_mask[:, :5])
+    mask = cached.draw_mask(
+        batch, cut.word_ids, ratio=(0.15, 0.5), generator=torch.Generator().manual_seed(0)
+    )
+    assert mask.shape == (2, 5)
+    assert cached.encode(batch, token_mask=mask).tokens.shape == cut.tokens.shape
+
+
+def test_a_guide_that_cuts_its_batches_can_be_cached(tmp_path, monkeypatch):
+    import toy_guide
+
+    fill(tmp_path / "whole", TOY, CAPTIONS, padding=False)
+    plain = toy_guide.ToyGuide.tokenize
+
+    def tokenize(self, captions):
+        text = plain(self, captions)
+        length = int(text.attention_mask.sum(dim=1).max())
+        parts = (text.token_ids, text.attention_mask, text.word_ids)
+        return type(text)(*(part[:, :length] for part in parts), text.cut)
+
+    def encode(self, captions, token_mask=None):
+        text = tokenize(self, captions)
+        size = text.token_ids.shape[1]
+        whole = token_mask
+        if token_mask is not None:
+            whole = torch.nn.functional.pad(token_mask, (0, self.max_length - size))
+        full = encode_whole(self, captions, whole)
+        parts = (full.token_ids, full.attention_mask, full.word_ids, full.tokens)
+        return type(full)(*(part[:, :size] for part in parts), full.sentence, full.vocabulary)
+
+    def encode_whole(self, captions, token_mask):
+        monkeypatch.setattr(toy_guide.ToyGuide, "tokenize", plain)
+        features = plain_encode(self, captions, token_mask)
+        monkeypatch.setattr(toy_guide.ToyGuide, "tokenize", tokenize)
+        return features
+
+    plain_encode = toy_guide.ToyGuide.encode
+    monkeypatch.setattr(toy_guide.ToyGuide, "tokenize", tokenize)
+    monkeypatch.setattr(toy_guide.ToyGuide, "encode", encode)
+    fill(tmp_path / "cut", TOY, CAPTIONS, padding=False, batch_size=2)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(HERE)
+    one, other = (CachedGuide(str(tmp_path / name)) for name in ("whole", "cut"))
+    masks = maskings(tmp_path / "whole", CAPTIONS)[:, 0]
+    for mask in (None, masks):
+        assert_same(one.encode(CAPTIONS, token_mask=mask), other.encode(CAPTIONS, token_mask=mask))
