@@ -295,7 +295,7 @@ class CaptionEncoder:
     def __init__(self, guide: AbstractGuide, *, tokens: bool, megabytes: int) -> None:
         self.guide, self.tokens, self.megabytes = guide, tokens, megabytes
         self._kept: dict[str, Row] = {}
-        self._bytes, self._device = 0, guide.device
+        self._bytes, self._device, self._vocabulary = 0, guide.device, guide.vocabulary
 
     def encode(
         self,
@@ -316,6 +316,7 @@ class CaptionEncoder:
             return self._encode(strings, strings, masks)
         if self._device != device:
             self._kept, self._bytes, self._device = {}, 0, device
+            self._vocabulary = self.guide.vocabulary
         new = [text for text in dict.fromkeys(strings) if text not in self._kept]
         fresh: dict[str, Row] = {}
         if new and device.type == "cpu":
@@ -368,7 +369,7 @@ class CaptionEncoder:
             word_ids=tokens.word_ids[:, :longest].to(self._device),
             tokens=of_tokens[:, :longest],
             sentence=torch.stack([row[0] for row in rows]),
-            vocabulary=self.guide.vocabulary,
+            vocabulary=self._vocabulary,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CaptionEncoder":
