@@ -18,7 +18,7 @@ from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
 from .heads import CodeViT
-from .objectives import AbstractObjective, Caption
+from .objectives import Caption
 from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term, TextFeatures, TextTokens
@@ -78,12 +78,9 @@ class Alignment(nn.Module):
                 if own.weight > 0:
                     objective = resolve("objectives", name)
                     self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
-        base = AbstractObjective.draw_mask
-        self._masking = [
-            n for n, each in self.objectives.items() if type(each).draw_mask is not base
-        ]
-        needs_tokens = any(objective.needs_tokens for objective in self.objectives.values())
-        self.texts = CaptionEncoder(guide, tokens=needs_tokens, megabytes=config.feature_cache)
+        members: list[Any] = [*self.objectives.values()]
+        needs_tokens = any(each.needs_tokens for each in members)
+        self.texts = CaptionEncoder(tokens=needs_tokens, megabytes=config.feature_cache)
 
     def forward(
         self,
@@ -144,11 +141,12 @@ class Alignment(nn.Module):
         view = self.view(codes)
         tokens = self.guide.tokenize(strings)
         masks: dict[str, Tensor] = {}
-        for name in self._masking:
-            mask = self.objectives[name].draw_mask(strings, tokens, self.guide, generator)
-            if mask is not None:
+        for name, member in self.objectives.items():
+            objective: Any = member
+            if objective.draws_mask:
+                mask = objective.draw_mask(strings, tokens, self.guide, generator)
                 masks[name] = mask.cpu()
-        whole, *masked = self.texts.encode(strings, tokens, [*masks.values()], device)
+        whole, *masked = self.texts.encode(self.guide, strings, tokens, [*masks.values()], device)
         masked_of = dict(zip(masks, masked, strict=True))
         caption = Caption(strings, tokens, whole, self.guide, generator)
         terms: dict[str, Term] = {}
@@ -287,18 +285,19 @@ class CaptionEncoder:
     resumed run, which has forgotten them, continues bit-identically.
 
     Args:
-        guide: encodes.
         tokens: keep the features of tokens, too.
         megabytes: MiB of kept features at most; further captions are encoded each time.
     """
 
-    def __init__(self, guide: AbstractGuide, *, tokens: bool, megabytes: int) -> None:
-        self.guide, self.tokens, self.megabytes = guide, tokens, megabytes
+    def __init__(self, *, tokens: bool, megabytes: int) -> None:
+        self.tokens, self.megabytes = tokens, megabytes
         self._kept: dict[str, Row] = {}
-        self._bytes, self._device, self._vocabulary = 0, guide.device, guide.vocabulary
+        self._bytes = 0
+        self._source: tuple[AbstractGuide, torch.device] | None = None
 
     def encode(
         self,
+        guide: AbstractGuide,
         strings: Sequence[str],
         tokens: TextTokens,
         masks: Sequence[Tensor],
@@ -307,49 +306,34 @@ class CaptionEncoder:
         """Return features of B captions, and of the same under each mask.
 
         Args:
+            guide: encodes.
             strings: B captions.
             tokens: their tokens, on the CPU.
             masks: tokens to mask, each (B, max_length) bool on the CPU.
             device: the guide's.
         """
-        if self.megabytes == 0 or self.guide.keeps_features:
-            return self._encode(strings, strings, masks)
-        if self._device != device:
-            self._kept, self._bytes, self._device = {}, 0, device
-            self._vocabulary = self.guide.vocabulary
+        if self.megabytes == 0 or guide.keeps_features or torch.is_inference_mode_enabled():
+            return _encode(guide, strings, strings, masks)
+        if self._source != (guide, device):
+            self._kept, self._bytes, self._source = {}, 0, (guide, device)
+            self._vocabulary = guide.vocabulary
         new = [text for text in dict.fromkeys(strings) if text not in self._kept]
         fresh: dict[str, Row] = {}
         if new and device.type == "cpu":
-            fresh = self._keep(new, *self._parts(self.guide.encode_apart(new)))
+            fresh = self._keep(new, guide.encode_apart(new))
             new = []
         masked: list[TextFeatures] = []
         if new or masks:
-            whole, *masked = self._encode(new, strings, masks)
-            fresh |= self._keep(new, *self._parts(whole))
+            whole, *masked = _encode(guide, new, strings, masks)
+            fresh |= self._keep(new, whole)
         rows = [fresh[text] if text in fresh else self._kept[text] for text in strings]
-        return [self._join(rows, tokens), *masked]
+        return [self._join(rows, tokens, device), *masked]
 
-    def _encode(
-        self, new: Sequence[str], strings: Sequence[str], masks: Sequence[Tensor]
-    ) -> list[TextFeatures]:
-        mask = None
-        if masks:
-            mask = torch.cat([masks[0].new_zeros(len(new), masks[0].shape[1]), *masks])
-        features = self.guide.encode([*new, *(text for _ in masks for text in strings)], mask)
-        sizes = [len(new), *(len(strings) for _ in masks)]
-        parts = [getattr(features, each.name).split(sizes) for each in fields(features)[:-1]]
-        return [TextFeatures(*rows, features.vocabulary) for rows in zip(*parts, strict=True)]
-
-    def _parts(self, features: TextFeatures) -> tuple[Tensor, Tensor | None]:
-        """Return copies, not views of a batch with masked captions."""
-        return features.sentence.clone(), features.tokens.clone() if self.tokens else None
-
-    def _keep(
-        self, texts: Sequence[str], sentences: Tensor, tokens: Tensor | None = None
-    ) -> dict[str, Row]:
+    def _keep(self, texts: Sequence[str], features: TextFeatures) -> dict[str, Row]:
         """Return the rows by caption, kept as long as there is room."""
-        if tokens is None:
-            tokens = sentences.new_zeros(len(texts), 0, self.guide.token_dim)
+        sentences = features.sentence.clone()  # not a view of a batch with masked captions
+        tokens = features.tokens if self.tokens else features.tokens[:, :0]
+        tokens = tokens.clone()
         rows = {text: (sentences[i], tokens[i]) for i, text in enumerate(texts)}
         for text, row in rows.items():
             size = sum(part.nbytes for part in row)
@@ -359,14 +343,14 @@ class CaptionEncoder:
             self._bytes += size
         return rows
 
-    def _join(self, rows: Sequence[Row], tokens: TextTokens) -> TextFeatures:
+    def _join(self, rows: Sequence[Row], tokens: TextTokens, device: torch.device) -> TextFeatures:
         lengths = tokens.attention_mask.sum(dim=1)
         longest = int(lengths.max()) if len(rows) else 0
         of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
         return TextFeatures(
-            token_ids=tokens.token_ids[:, :longest].to(self._device),
-            attention_mask=tokens.attention_mask[:, :longest].to(self._device),
-            word_ids=tokens.word_ids[:, :longest].to(self._device),
+            token_ids=tokens.token_ids[:, :longest].to(device),
+            attention_mask=tokens.attention_mask[:, :longest].to(device),
+            word_ids=tokens.word_ids[:, :longest].to(device),
             tokens=of_tokens[:, :longest],
             sentence=torch.stack([row[0] for row in rows]),
             vocabulary=self._vocabulary,
@@ -375,12 +359,28 @@ class CaptionEncoder:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CaptionEncoder":
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new_encoder, (self.guide, self.tokens, self.megabytes)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "megabytes": self.megabytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
-def _new_encoder(guide: AbstractGuide, tokens: bool, megabytes: int) -> CaptionEncoder:
-    return CaptionEncoder(guide, tokens=tokens, megabytes=megabytes)
+def _encode(
+    guide: AbstractGuide, new: Sequence[str], strings: Sequence[str], masks: Sequence[Tensor]
+) -> list[TextFeatures]:
+    """Encode `new`, and `strings` under each mask, in one call."""
+    mask = None
+    if masks:
+        mask = torch.cat([masks[0].new_zeros(len(new), masks[0].shape[1]), *masks])
+    features = guide.encode([*new, *(text for _ in masks for text in strings)], mask)
+    sizes = [len(new), *(len(strings) for _ in masks)]
+    names = [each.name for each in fields(features)[:-1]]
+    parts: list[Sequence[Tensor]] = [getattr(features, name).split(sizes) for name in names]
+    return [
+        replace(features, **dict(zip(names, rows, strict=True)))
+        for rows in zip(*parts, strict=True)
+    ]
 
 
 def zero_of(module: nn.Module) -> Tensor:

@@ -178,10 +178,10 @@ class TextDecoder(nn.Module):
         for block in self.blocks:
             states = block(states, memory, padding)
         states = self.head(states.flatten(0, 1)[positions])
-        rows, bias = vocabulary.detach(), self.bias
-        if choices is not None:
-            rows, bias = rows[choices], bias[choices]
-        return states @ rows.to(states.dtype).mT + bias
+        rows = vocabulary.detach()
+        if choices is None:
+            return states @ rows.to(states.dtype).mT + self.bias
+        return states @ rows[choices].to(states.dtype).mT + self.bias[choices]
 
 
 class DecoderBlock(nn.TransformerDecoderLayer):

@@ -67,10 +67,9 @@ class Caption:
         """True where an image has a caption, (B,) bool on the CPU; others do not contribute."""
         return torch.tensor([bool(string) for string in self.strings], dtype=torch.bool)
 
-    def rows(self, device: torch.device) -> Tensor | slice:
+    def rows(self, device: torch.device) -> Tensor:
         """Index of the images with a caption, made on the CPU so that no GPU is waited for."""
-        has_caption = self.has_caption
-        return slice(None) if has_caption.all() else has_caption.nonzero()[:, 0].to(device)
+        return self.has_caption.nonzero()[:, 0].to(device)
 
 
 class AbstractObjective(nn.Module, ABC):
@@ -83,18 +82,18 @@ class AbstractObjective(nn.Module, ABC):
     """Whether it reads `caption.features.tokens`; if no objective does, they have no token (T = 0)
     in steps whose captions were encoded before."""
 
+    draws_mask = False
+    """Whether it has :meth:`draw_mask`; the captions are then encoded once more, masked."""
+
     def draw_mask(
         self,
         strings: Sequence[str],
         tokens: TextTokens,
         guide: AbstractGuide,
         generator: torch.Generator,
-    ) -> Tensor | None:
-        """Return the tokens to mask before the encoder, (B, max_length) bool; None: no mask.
-
-        The captions are then encoded once more, see `Caption.masked`.
-        """
-        return None
+    ) -> Tensor:
+        """Return the tokens to mask before the encoder, (B, max_length) bool."""
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, view: CodeView, caption: Caption) -> Term:
@@ -262,7 +261,9 @@ class MaskedText(AbstractObjective):
 
     def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
-        self.config, self.needs_tokens = config, config.mask_at == "output"
+        self.config = config
+        self.draws_mask = config.mask_at == "input"
+        self.needs_tokens = not self.draws_mask
         size = len(guide.vocabulary)
         self.decoder = TextDecoder(
             guide.token_dim,
@@ -284,10 +285,8 @@ class MaskedText(AbstractObjective):
         tokens: TextTokens,
         guide: AbstractGuide,
         generator: torch.Generator,
-    ) -> Tensor | None:
-        """Draw whole words, unless the config masks at the output."""
-        if self.config.mask_at == "output":
-            return None
+    ) -> Tensor:
+        """Draw whole words."""
         ratio = self.config.ratio
         return guide.draw_mask(strings, tokens.word_ids, ratio=ratio, generator=generator)
 
@@ -325,17 +324,16 @@ class MaskedText(AbstractObjective):
         """Return sorted ids of the words so far, those of this batch included; None: all words."""
         if self.config.vocabulary == "full":
             return None
-        if self._is_seen is None:
-            self._is_seen = self.seen.cpu()
-        is_seen = self._is_seen.index_fill(0, tokens.token_ids[tokens.word_ids >= 0].cpu(), True)
+        known = self.seen.cpu() if self._is_seen is None else self._is_seen
+        is_seen = known.index_fill(0, tokens.token_ids[tokens.word_ids >= 0].cpu(), True)
         if self.training and torch.is_grad_enabled():
             if dist.is_available() and dist.is_initialized():
                 of_all = is_seen.to(device, torch.uint8)
                 dist.all_reduce(of_all, op=dist.ReduceOp.MAX)
                 is_seen = of_all.bool().cpu()
-            if not torch.equal(is_seen, self._is_seen):
-                self._is_seen = is_seen
+            if not torch.equal(is_seen, known):
                 self.seen.copy_(is_seen)
+            self._is_seen = is_seen
         choices = is_seen.nonzero()[:, 0] if is_seen.any() else torch.zeros(1, dtype=torch.int64)
         return choices.to(device)
 
@@ -361,7 +359,7 @@ def _fit_seen_words(module: Any, state: dict[str, Tensor], prefix: str, *unused:
     key, module._is_seen = f"{prefix}seen", None
     if module.config.vocabulary == "full":
         state.pop(key, None)
-    else:
+    elif f"{prefix}decoder.bias" in state:  # not a host's own checkpoint
         state.setdefault(key, torch.zeros_like(module.seen))
 
 

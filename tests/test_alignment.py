@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,10 +176,10 @@ def test_captions_are_encoded_once_and_masked_ones_in_one_call(guide, monkeypatc
     texts = guide.tokenize(BATCH)
     mask = texts.word_ids == 1
     expected, expected_masked = guide.encode(BATCH), guide.encode(BATCH, mask)
-    encoder = CaptionEncoder(guide, tokens=tokens, megabytes=1)
+    encoder = CaptionEncoder(tokens=tokens, megabytes=1)
     calls = Calls(guide, monkeypatch)
     for epoch in range(2):
-        whole, masked = encoder.encode(BATCH, texts, [mask], CPU)
+        whole, masked = encoder.encode(guide, BATCH, texts, [mask], CPU)
         assert calls.take() == [*([BATCH[:3]] if epoch == 0 else []), BATCH]
         assert torch.allclose(whole.sentence, expected.sentence, atol=1e-5)
         assert torch.equal(whole.token_ids, expected.token_ids)
@@ -193,36 +194,40 @@ def test_captions_are_encoded_once_and_masked_ones_in_one_call(guide, monkeypatc
 
 def test_features_of_a_caption_do_not_depend_on_when_it_was_encoded(guide):
     """Else a resumed run, which has forgotten them, would differ."""
-    alone = CaptionEncoder(guide, tokens=False, megabytes=1)
-    alone.encode(BATCH[:1], guide.tokenize(BATCH[:1]), [], CPU)
-    fresh = CaptionEncoder(guide, tokens=False, megabytes=1)
-    one, other = (each.encode(BATCH, guide.tokenize(BATCH), [], CPU)[0] for each in (alone, fresh))
+    alone = CaptionEncoder(tokens=False, megabytes=1)
+    alone.encode(guide, BATCH[:1], guide.tokenize(BATCH[:1]), [], CPU)
+    fresh = CaptionEncoder(tokens=False, megabytes=1)
+    texts = guide.tokenize(BATCH)
+    one, other = (each.encode(guide, BATCH, texts, [], CPU)[0] for each in (alone, fresh))
     assert torch.equal(one.sentence, other.sentence)
 
 
 def test_memory_for_features_is_bounded(guide, monkeypatch):
     captions = [f"circle {number}" for number in range(5000)]  # 256 bytes each, room for 4,096
-    encoder = CaptionEncoder(guide, tokens=False, megabytes=1)
-    encoder._keep(captions, torch.zeros(5000, guide.sentence_dim))
+    encoder = CaptionEncoder(tokens=False, megabytes=1)
+    encoder.encode(guide, BATCH[2:3], guide.tokenize(BATCH[2:3]), [], CPU)
+    features = guide.encode(BATCH[:1])
+    sentence, tokens = features.sentence.expand(5000, -1), features.tokens.expand(5000, -1, -1)
+    encoder._keep(captions, replace(features, sentence=sentence, tokens=tokens))
     calls = Calls(guide, monkeypatch)
-    encoder.encode(captions, guide.tokenize(captions), [], CPU)
-    assert [text for call in calls.take() for text in call] == captions[4096:]
+    encoder.encode(guide, captions, guide.tokenize(captions), [], CPU)
+    assert [text for call in calls.take() for text in call] == captions[4095:]
 
 
 def test_without_room_all_is_encoded_in_one_call(guide, monkeypatch):
     texts = guide.tokenize(BATCH)
     mask = texts.word_ids == 1
     calls = Calls(guide, monkeypatch)
-    encoder = CaptionEncoder(guide, tokens=False, megabytes=0)
+    encoder = CaptionEncoder(tokens=False, megabytes=0)
     for _ in range(2):
-        whole, masked = encoder.encode(BATCH, texts, [mask], CPU)
+        whole, masked = encoder.encode(guide, BATCH, texts, [mask], CPU)
         assert calls.take() == [BATCH * 2]
     assert torch.equal(whole.tokens, masked.tokens) is False
     assert len(whole.sentence) == len(masked.sentence) == 4
 
 
 def test_copies_and_files_hold_no_features(guide):
-    encoder = CaptionEncoder(guide, tokens=True, megabytes=1)
-    encoder.encode(BATCH, guide.tokenize(BATCH), [], CPU)
+    encoder = CaptionEncoder(tokens=True, megabytes=1)
+    encoder.encode(guide, BATCH, guide.tokenize(BATCH), [], CPU)
     assert copy.deepcopy(encoder) is encoder
     assert len(pickle.dumps(encoder)) < 2000

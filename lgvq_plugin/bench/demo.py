@@ -72,7 +72,7 @@ def table(results: Results) -> str:
         ]
         last = cells.get(("lgvq", metric))
         found, difference = last.to("baseline") if last else None, ""
-        if found and found.low is not None:
+        if last and found and found.low is not None:
             low, high = f"{found.low:+.{digits}f}", f"{found.high:+.{digits}f}"
             difference = f"{found.value:+.{digits}f} [{low}, {high}]{last.mark('baseline')}"
         if any(values):

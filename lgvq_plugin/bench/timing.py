@@ -210,7 +210,7 @@ def measure(
         heads = step_of["lgvq"].host.loss.alignment
         for batch in batches:  # as in later epochs, unless the case switches the cache off
             texts = batch["caption"]
-            heads.texts.encode(texts, heads.guide.tokenize(texts), [], device)
+            heads.texts.encode(heads.guide, texts, heads.guide.tokenize(texts), [], device)
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
             for batch in batches[:2]:
                 step(batch, silent)

@@ -67,9 +67,11 @@ def weighted_terms(heads, codes, captions):
     caption = Caption(captions, tokens, features, guide, generator)
     total = 0
     for name, objective in heads.objectives.items():
-        mask = objective.draw_mask(captions, tokens, guide, generator)
-        masked = None if mask is None else guide.encode(captions, token_mask=mask)
-        total += WEIGHTS[name] * objective(view, replace(caption, mask=mask, masked=masked)).value
+        own = caption
+        if objective.draws_mask:
+            mask = objective.draw_mask(captions, tokens, guide, generator)
+            own = replace(caption, mask=mask, masked=guide.encode(captions, token_mask=mask))
+        total += WEIGHTS[name] * objective(view, own).value
     return total
 
 
@@ -125,7 +127,9 @@ def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
         if expected is None:
             assert got[name] is None
             continue
-        torch.testing.assert_close(got[name], expected, rtol=2e-4, atol=2e-6, msg=name)
+        scale = float(expected.abs().max())  # float32 sums of terms of this size
+        atol = max(2e-6, 2e-5 * scale)
+        torch.testing.assert_close(got[name], expected, rtol=2e-4, atol=atol, msg=name)
     assert touched >= 2  # the encoder does learn from the text
 
 

@@ -83,9 +83,12 @@ class Batch:
         """Run the objective; the same draws in every call."""
         generator = torch.Generator().manual_seed(0)
         caption = replace(self.caption, generator=generator)
-        mask = self.objective.draw_mask(caption.strings, caption.tokens, caption.guide, generator)
-        masked = None if mask is None else caption.guide.encode(caption.strings, token_mask=mask)
-        return self.objective(self.view, replace(caption, mask=mask, masked=masked))
+        if self.objective.draws_mask:
+            strings, guide = caption.strings, caption.guide
+            mask = self.objective.draw_mask(strings, caption.tokens, guide, generator)
+            masked = guide.encode(strings, token_mask=mask)
+            caption = replace(caption, mask=mask, masked=masked)
+        return self.objective(self.view, caption)
 
     def but(self, **changes):
         """Change the captions ("strings") or the view ("cls", "tokens", "codes")."""
