@@ -62,6 +62,11 @@ def page(
     )
 
 
+def fragment(template: str, **values: Any) -> str:
+    """Return a template alone; everything but a `Markup` is escaped."""
+    return _environment().get_template(template).render(values)
+
+
 def _policy(style: str, script: str) -> str:
     """Return a Content-Security-Policy that allows only these two and no network access."""
     style_hash, script_hash = (
@@ -86,6 +91,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": number,
         "counted": counted,
+        "line": lambda text: Markup(" ").join(text.split()),  # without line breaks
         "is_finite": math.isfinite,
         "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # line breaks in between
         "place": lambda value, reach: f"{120 + 110 * value / (reach or 1):.1f}",  # in a whisker
