@@ -44,13 +44,13 @@ def page(
         scripts: files in `templates/` that follow page.js.
         values: variables of the template; everything but a `Markup` is escaped.
     """
-    environment = _environment()
-    content = environment.get_template(template).render(sections=sections, **values)
-    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
-    script = "\n".join(
-        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", *scripts)
+    content = fragment(template, sections=sections, **values)
+    style, *parts = (
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", *scripts)
     )
-    return environment.get_template("base.html").render(
+    script = "\n".join(parts)
+    return fragment(
+        "base.html",
         title=title,
         lead=lead,
         sections=sections,

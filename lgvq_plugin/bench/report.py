@@ -215,20 +215,18 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
         columns = min(len(run.examples) for run in runs.values())
         paths = {"original": [example["original"] for example in first]}
         paths |= {name: [e["reconstruction"] for e in run.examples] for name, run in runs.items()}
-
-        def uri(path: str) -> str:
-            return data_uri(example_file(root, path).read_bytes(), "image/png")
-
-        grids.append(
-            {
-                "data": data,
-                "columns": columns,
-                "rows": [(name, [*map(uri, own[:columns])]) for name, own in paths.items()],
-                "captions": [example.get("caption", "") for example in first],
-                "seeds": sorted({run.seed for run in runs.values()}),
-            }
-        )
+        rows = [
+            (name, [_uri(example_file(root, path)) for path in own[:columns]])
+            for name, own in paths.items()
+        ]
+        captions = [example.get("caption", "") for example in first]
+        grid = {"data": data, "columns": columns, "rows": rows, "captions": captions}
+        grids.append({**grid, "seeds": sorted({run.seed for run in runs.values()})})
     return grids
+
+
+def _uri(path: Path) -> str:
+    return data_uri(path.read_bytes(), "image/png")
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
