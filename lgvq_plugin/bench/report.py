@@ -169,17 +169,10 @@ def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     for cell, d in pairs:
         ends = [abs(x) for x in (d.value, d.low, d.high) if x is not None and math.isfinite(x)]
         reach[cell.data, cell.metric] = max([reach.get((cell.data, cell.metric), 0.0), *ends])
-    caption = (
-        f"Variant minus reference over {_span([d.seeds for _, d in pairs], 'seed')} and "
-        f"{_images([c for c, _ in pairs])}, with {CONFIDENCE * 100:.0f} % bootstrap intervals. "
-        "Metrics that are means over images are paired by image and seed, both of which are "
-        "resampled; others are paired by seed. For few seeds, intervals are widened to those of a "
-        "t test. Each metric has its own scale. There is no interval where all seeds differ by "
-        "exactly the same amount."
-    )
     return {
         "pairs": [(cell, d, reach[cell.data, cell.metric]) for cell, d in pairs],
-        "pairs_caption": caption,
+        "pairs_of": (_span([d.seeds for _, d in pairs], "seed"), _images([c for c, _ in pairs])),
+        "confidence": f"{CONFIDENCE * 100:.0f}",
         "has_many": len(results.references) > 1,
     }
 
