@@ -165,9 +165,8 @@ class Results:
         """
         found = read_record(path, cls)
         at = [f"{path}: runs[{i}]" for i in range(len(found.runs))]
-        runs = [
-            _build(Run, values, f"{where}.") for where, values in zip(at, found.runs, strict=True)
-        ]  # type: ignore[arg-type]
+        given: Any = zip(at, found.runs, strict=True)
+        runs = [_build(Run, values, f"{where}.") for where, values in given]
         known = f"one of {', '.join(found.variants)}"
         require(bool(found.references), f"{path}: references", known, [])
         for i, name in enumerate(found.references):
