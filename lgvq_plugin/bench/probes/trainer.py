@@ -18,7 +18,7 @@ from ...config import require
 from ...files import replacing
 from ...functional import seeded
 from ...sockets import ConfigError
-from . import AbstractProbe, Self, Target
+from . import AbstractProbe, Target
 from .features import FrozenCodes
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ LossFunction = Callable[[Tensor, torch.Generator], Tensor]
 STORED_NAMES = {"in_proj": "enter", "pos_embed": "positions", "mask_embed": "hidden"}
 """Parameters whose names in checkpoint files are those of version 0.1."""
 Config = TypeVar("Config", bound="ProbeConfig")
+Probe = TypeVar("Probe", bound="NeuralProbe[Any, Any]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,13 @@ class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
         self.device = torch.device(device)
 
     def fit(
-        self: Self,
+        self: Probe,
         codes: FrozenCodes,
         target: Target,
         *,
         folder: Path | None = None,
         progress: bool = True,
-    ) -> Self:
+    ) -> Probe:
         """Train on M images; returns self.
 
         Args:

@@ -6,6 +6,7 @@ tokens --embed--> [self-attention, cross-attention to a memory, MLP] x depth -->
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +75,16 @@ class ProbeTransformer(nn.Module):
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
         x = x + self.pos_embed[:, begin : begin + x.shape[1]]
         pairs, contexts = [], []
-        for i, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
             normed = block.norms[0](x)
             pair = block.own.keys_and_values(normed)
             if begin and cache is not None:
                 pair = tuple(torch.cat(both, 2) for both in zip(cache.pairs[i], pair, strict=True))
-            known = cache is not None and len(cache.memory) > i
-            context = cache.memory[i] if known else block.cross.keys_and_values(memory)  # type: ignore[union-attr]
-            if read is not None and i + 1 == len(self.blocks):
+                context = cache.memory[i]
+            else:
+                context = block.cross.keys_and_values(memory)
+            if read is not None and block is blocks[-1]:
                 x, normed = (y.take_along_dim(read[..., None], dim=1) for y in (x, normed))
             x = block(x, normed, pair, context, memory_mask, token_mask, causal)
             pairs.append(pair)
