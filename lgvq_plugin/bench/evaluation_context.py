@@ -169,8 +169,10 @@ class Context:
             questions += [
                 Question(
                     row,
-                    *(str(item.get(key) or "") for key in ("question", "answer", "type")),
-                    people=tuple(item.get("answers") or ()),
+                    str(item["question"]),
+                    str(item["answer"]),
+                    str(item.get("type") or ""),
+                    tuple(item.get("answers") or ()),
                 )
                 for row, items in enumerate(batch.get("questions", []), len(captions))
                 for item in items

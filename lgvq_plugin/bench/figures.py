@@ -122,7 +122,7 @@ def _images(runs: Mapping[str, Run], root: Path, path: Path) -> Path:
 
 
 def image_grid(
-    path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str], captions: Sequence[str] = ()
+    path: Path, rows: Sequence[Any], labels: Sequence[str], captions: Sequence[str] = ()
 ) -> Path:
     """Draw labeled rows of images (H, W, 3), with a caption below each column; return the path."""
     across, height = max(map(len, rows)), 0.7 if captions else 0.1

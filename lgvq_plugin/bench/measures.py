@@ -326,7 +326,7 @@ def retrieval(context: Context) -> Rows:
     target = _sentences(context.guide, [[text] for text in captions])
     values: dict[str, Values] = {**probe.values(test.codes.features(), target, captions)}
     values["chance@1"] = float(torch.as_tensor(values["chance@1"]).mean())
-    settings = {"probe": "ridge", "strength": probe.strength}
+    settings: dict[str, Any] = {"probe": "ridge", "strength": probe.strength}
     settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
     return rows_of("retrieval", values, len(captions), settings=settings)
 
@@ -358,7 +358,8 @@ def masked_words(context: Context) -> Rows:
     for protocol in PROTOCOLS if config.leaky else ("leak_free",):
         probe = member(context.guide, config, protocol=protocol, device=context.device)
         _fit(context, probe, train.codes, train.captions)
-        settings = {"protocol": PROTOCOLS[protocol], "heads": "trained on frozen codes"}
+        settings: dict[str, Any] = {"protocol": PROTOCOLS[protocol]}
+        settings |= {"heads": "trained on frozen codes"}
         settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
         settings |= {"probe": vars(config)}
         for number in (1, 3):
@@ -449,7 +450,10 @@ def captioning(context: Context) -> Rows:
     }
     blind = scores.caption_scores(probe.write(_shuffled(context)), references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
-    settings = {"implementation": "pycocoevalcap", "tokenizer": context.config.tokenizer}
+    settings: dict[str, Any] = {
+        "implementation": "pycocoevalcap",
+        "tokenizer": context.config.tokenizer,
+    }
     settings |= {"references": sum(map(len, references)), "train_images": len(train.codes)}
     settings |= {"probe": vars(config)}
     try:
