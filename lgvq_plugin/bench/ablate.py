@@ -49,10 +49,7 @@ def publish(results: Results, folder: Path) -> Path:
 
     Writes results.json, summary.json, values.csv (a line per run and metric), differences.csv (a
     line per paired difference, with its interval), report.html, report.md and two PNG figures.
-
-    Args:
-        results: all runs; the paths of their examples are relative to `folder`.
-        folder: folder of the ablation.
+    The paths of the results' examples are relative to `folder`.
     """
     from .figures import write_figures
     from .report import differences_csv, markdown, summary, values_csv, write_report
@@ -93,15 +90,9 @@ def main(argv: list[str]) -> int:
         if args.report:
             page = publish(Results.load(folder / RESULTS), folder)
         else:
-            page = ablate(
-                plan,
-                folder,
-                seeds=args.seeds,
-                overrides=overrides,
-                resume=args.resume == "auto",
-                jobs=args.jobs,
-                progress=not args.no_progress,
-            )
+            options = {"seeds": args.seeds, "jobs": args.jobs, "overrides": overrides}
+            options |= {"resume": args.resume == "auto", "progress": not args.no_progress}
+            page = ablate(plan, folder, **options)
         runs = Results.load(folder / RESULTS).runs
         has_failed = has_failed or any(run.status == "failed" for run in runs)
         text = page.with_suffix(".md").read_text(encoding="utf-8")

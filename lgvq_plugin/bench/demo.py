@@ -4,6 +4,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from ..files import require_writable
 from ..sockets import ConfigError
@@ -32,14 +33,8 @@ def demo(
 ) -> tuple[Results, Path]:
     """Run the demo in `folder`; finished runs are not repeated.
 
-    Args:
-        folder: folder of the runs and the report.
-        steps: steps per training; default: the plan's.
-        seed: seed of both trainings (weights, sample order, random draws).
-        progress: show a progress bar.
-
-    Returns:
-        The results and the path of report.html.
+    `steps` (default: the plan's) is per training, `seed` for both of them (weights, sample order,
+    random draws). Returns the results and the path of report.html.
 
     Raises:
         ConfigError: if the folder holds runs with other settings.
@@ -92,11 +87,10 @@ def main(argv: list[str]) -> int:
         description="Train a VQ-VAE with and without LG-VQ on embedded scenes, and compare them. "
         "An interrupted demo is resumed by the same command.",
     )
-    parser.add_argument(
-        "-o", "--out", default="lgvq-demo", metavar="DIR", help="default: %(default)s"
-    )
+    default: Any = {"help": "default: %(default)s"}
+    parser.add_argument("-o", "--out", default="lgvq-demo", metavar="DIR", **default)
     parser.add_argument("--steps", type=int, metavar="N", help="steps per training")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", **default)
     parser.add_argument("--no-progress", action="store_true", help="hide the progress bar")
     args = parser.parse_args(argv)
     for name, minimum in (("steps", 1), ("seed", 0)):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import logging
 import math
@@ -23,6 +21,7 @@ from ..files import require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve, suggest
 from ..training.build import with_shortcuts
 from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
+from .records import csv_text, text_table
 
 if TYPE_CHECKING:
     from ..checkpoints.load import Checkpoint
@@ -39,6 +38,7 @@ TRAINED = ("masked_words", "captioning", "vqa", "text_to_image")
 """Metrics whose probe is a network, with a block of their own in `evaluation:`."""
 RESULT_NAMES = {"captioning": "caption", "text_to_image": "t2i"}
 """Metrics that result files, those of earlier versions included, know by another name."""
+ARROWS = {True: "↑", False: "↓", None: " "}
 OLD_NAMES = {"caption": "captioning", "t2i": "text_to_image", "questions": "vqa"}
 
 
@@ -194,7 +194,8 @@ def main(argv: list[str]) -> int:
 
 
 def _main(given: argparse.Namespace, overrides: list[str]) -> int:
-    names = names_of(_split(given.metrics))
+    words = None if given.metrics is None else given.metrics.replace(",", " ").split()
+    names = names_of(NAMES if words == ["all"] else words)
     _check_outputs(given)
     for path in given.ckpt:
         find_checkpoint(path)
@@ -206,11 +207,8 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     checkpoints = [load_checkpoint(path) for path in given.ckpt]
     labels = _labels(given.names, checkpoints)
     first = checkpoints[0]
-    config = with_shortcuts(
-        _config(given_config, first, is_whole=bool(given.base)),
-        data=given.data,
-        overrides=overrides,
-    )
+    whole = _config(given_config, first, is_whole=bool(given.base))
+    config = with_shortcuts(whole, data=given.data, overrides=overrides)
     if config.get("data") is not None:  # the host determines the image size
         own = config if first.config is None else first.config
         model = to_plain(own, "model").get("model")
@@ -228,7 +226,11 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
         )
         # The config's guide is used for all hosts, or they would not be comparable.
         context = contexts[label] = evaluation.build_context(
-            host, config, limit=given.limit, output=folder, progress=not given.no_progress
+            host,
+            config,
+            options={} if given.limit is None else {"limit": given.limit},
+            output=folder,
+            progress=not given.no_progress,
         )
         logger.info("evaluating %s (%s)", label, checkpoint.path)
         results[label] = evaluation.run(context, names, folder)
@@ -254,28 +256,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # --ckpt A B, or --ckpt A --ckpt B
-    add(
-        "-b",
-        "--base",
-        **several,
-        default=[],
-        metavar="CONFIG",
-        help="config with the images (data:) and the options (evaluation:); missing sections are "
-        "taken from the first checkpoint",
-    )
+    metrics = f"comma-separated, or all; known: {', '.join(NAMES)}; default: {','.join(DEFAULT)}"
+    base = "config with the images (data:) and the options (evaluation:); missing sections are "
+    output = "for results, figures and probes; default: next to the run, or ./lgvq_evaluation/ if "
+    add("-b", "--base", **several, default=[], metavar="CONFIG",
+        help=base + "taken from the first checkpoint")  # fmt: skip
     add_shortcuts(parser)
     add("--ckpt", **several, required=True, metavar="C", help="one, or several to compare")
     add("--names", **several, metavar="N", help="names of the checkpoints in the table")
-    metrics = f"comma-separated, or all; known: {', '.join(NAMES)}; default: {','.join(DEFAULT)}"
     add("--metrics", help=metrics)
     add("--limit", type=int, metavar="N", help="first N test images (and 4 N training images)")
-    add(
-        "-o",
-        "--output",
-        metavar="DIR",
-        help="for results, figures and probes; default: next to the run, or ./lgvq_evaluation/ if "
-        "the run is not writable",
-    )
+    add("-o", "--output", metavar="DIR", help=output + "the run is not writable")
     add("--json", metavar="F", help="also write the results to this file")
     add("--csv", metavar="F", help="also write them as CSV, settings included")
     add("--force", action="store_true", help="overwrite the files of --json and --csv")
@@ -287,14 +278,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if given.limit is not None and given.limit < 2:
         parser.error(f"--limit: expected a whole number >= 2, got {given.limit}")
     return given, overrides
-
-
-def _split(metrics: str | None) -> list[str] | None:
-    if metrics is None:
-        return None
-    if metrics.strip() == "all":
-        return list(NAMES)
-    return [name.strip() for name in metrics.split(",") if name.strip()]
 
 
 def _check_outputs(given: argparse.Namespace) -> None:
@@ -376,29 +359,23 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     Example:
         >>> row = {"value": 20.5, "n": 8, "unit": "dB", "higher_is_better": True}
         >>> print(table({"a": {"metrics": {"reconstruction/psnr": row}, "skipped": {}}}))
-        metric                n          a
-        reconstruction/psnr ↑ 8   20.50 dB
+        metric                 n         a
+        reconstruction/psnr ↑  8  20.50 dB
     """
     lines = [["metric", "n", *results]]
     for name in dict.fromkeys(name for result in results.values() for name in result["metrics"]):
         rows = [result["metrics"].get(name) for result in results.values()]
-        first = next(row for row in rows if row)
+        better = next(row for row in rows if row)["higher_is_better"]
         counts = {row["n"] for row in rows if row}
+        best = _best(rows, better)
         count = str(counts.pop()) if len(counts) == 1 else "differs"
-        arrow = {True: "↑", False: "↓", None: " "}[first["higher_is_better"]]
-        best = _best(rows, first["higher_is_better"])
-        lines.append([f"{name} {arrow}", count, *(_cell(row, best) for row in rows)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = []
-    for name, count, *cells in lines:
-        parts = [name.ljust(widths[0]), count.rjust(widths[1])]
-        parts += [f"  {c.rjust(width)}" for c, width in zip(cells, widths[2:], strict=True)]
-        shown.append(" ".join(parts).rstrip())
-    for host, result in results.items():
-        shown += [
-            f"{host}: {name} skipped: {why}" for name, why in result.get("skipped", {}).items()
-        ]
-    return "\n".join(shown)
+        lines.append([f"{name} {ARROWS[better]}", count, *(_cell(row, best) for row in rows)])
+    skipped = [
+        f"{host}: {name} skipped: {why}"
+        for host, result in results.items()
+        for name, why in result.get("skipped", {}).items()
+    ]
+    return "\n".join([text_table(lines), *skipped])
 
 
 def _best(rows: list[Any], higher: bool | None) -> float:
@@ -421,12 +398,10 @@ def _cell(row: Any, best: float) -> str:
 
 def as_csv(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a line per host and metric; its settings are JSON in the last column."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     keys = ("value", "n", "unit", "higher_is_better")
-    writer.writerow(["host", "metric", *keys, "settings"])
+    rows = []
     for host, result in results.items():
         for name, row in result["metrics"].items():
             settings = json.dumps(row.get("settings", {}), sort_keys=True, default=str)
-            writer.writerow([host, name, *(row[key] for key in keys), settings])
-    return text.getvalue()
+            rows.append([host, name, *(row[key] for key in keys), settings])
+    return csv_text(["host", "metric", *keys, "settings"], rows)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import platform
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -25,6 +24,7 @@ from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
 from . import measures
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context
+from .figures import canvas, image_grid, save_figure
 from .measures import Row, Rows
 from .metrics.perceptual import module_hash
 from .metrics.reconstruction import to_uint8
@@ -80,9 +80,9 @@ def evaluate(
     Raises:
         ConfigError: if the config or a name is wrong, or no metric could be computed.
     """
-    context = build_context(
-        host, config, limit=limit, output=output, options=options, progress=progress
-    )
+    options = {} if options is None else dict(options)
+    options |= {} if limit is None else {"limit": limit}
+    context = build_context(host, config, output=output, options=options, progress=progress)
     return run(context, names_of(metrics), output)
 
 
@@ -90,7 +90,6 @@ def build_context(
     host: nn.Module,
     config: Mapping[str, Any],
     *,
-    limit: int | None = None,
     output: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -102,12 +101,11 @@ def build_context(
     given = plain.get("evaluation") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"evaluation: expected a mapping, got {given!r}")
-    block = {**given, **(options or {})} | ({} if limit is None else {"limit": limit})
     return Context(
         host.eval(),
         with_sizes(data_mapping(plain["data"]), plain.get("model")),
         lgvq_block(config),
-        EvaluationConfig.from_dict(block),
+        EvaluationConfig.from_dict({**given, **(options or {})}),
         folder=None if output is None else Path(output) / "probes",
         progress=progress,
     )
@@ -183,12 +181,9 @@ def _settings(context: Context) -> dict[str, Any]:
     """Return all that the numbers depend on, plain."""
     section = context.data.get("train")
     block = asdict(context.config) | {"guide": context.guide_config}
+    weights = module_hash(context.host, skip="loss.")  # the weights of its loss do not count
     return {
-        # A host's weights without those of its loss.
-        "host": {
-            "class": type(context.host).__name__,
-            "weights": module_hash(context.host, skip="loss."),
-        },
+        "host": {"class": type(context.host).__name__, "weights": weights},
         "test": context.test_section,
         "train": dict(section) if section else None,
         "evaluation": {RESULT_NAMES.get(key, key): value for key, value in block.items()},
@@ -231,18 +226,18 @@ def _environment() -> dict[str, Any]:
 
 def write_figures(folder: Path, contexts: Mapping[str, Context], names: Sequence[str]) -> None:
     """Write the figures of these metrics and, for a single host, words.json."""
-    images: list[Tensor] = []
+    images: list[np.ndarray] = []
     for context in contexts.values():
         pair = next(iter(context.pairs()))
-        images += [part[:8] for part in (pair if not images else pair[1:])]
-    _image_grid(folder / "reconstructions.png", images, ["input", *contexts])
+        images += [_to_arrays(part[:8]) for part in (pair if not images else pair[1:])]
+    image_grid(folder / "reconstructions.png", images, ["input", *contexts])
     if "usage" in names:
         _usage_curves(folder / "usage.png", contexts)
     made = {label: c.generated for label, c in contexts.items() if c.generated is not None}
     if "text_to_image" in names and made:
         captions = next(iter(made.values()))[0][:6]
-        rows = [images[:6] for _, images in made.values()]
-        _image_grid(folder / "generated.png", rows, [*made], captions)
+        rows = [_to_arrays(images[:6]) for _, images in made.values()]
+        image_grid(folder / "generated.png", rows, [*made], captions)
     if "words" in names and len(contexts) == 1:
         try:
             words = measures.words_of_codes(*contexts.values())
@@ -253,7 +248,7 @@ def write_figures(folder: Path, contexts: Mapping[str, Context], names: Sequence
 
 def _usage_curves(path: Path, contexts: Mapping[str, Context]) -> None:
     """Plot how often each code is used, the most frequent first, on a logarithmic scale."""
-    figure, axes = _subplots(6, 3.4)
+    figure, ((axes,),) = canvas(6, 3.4)
     for name, context in contexts.items():
         codes = context.test.codes
         if codes.indices is None or codes.table is None:
@@ -265,51 +260,15 @@ def _usage_curves(path: Path, contexts: Mapping[str, Context]) -> None:
         axes.plot(np.arange(1, len(share) + 1)[is_used], share[is_used], label=label, lw=1.5)
     axes.set(xlabel="code, by rank", ylabel="share of all positions", yscale="log")
     axes.grid(alpha=0.3)
-    for text in axes.legend(frameon=False, fontsize=8).get_texts():
-        text.set_parse_math(False)  # "$" in a name is a dollar, not mathematics
-    _save(figure, path)
-
-
-def _image_grid(
-    path: Path, rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[str] = ()
-) -> None:
-    """Draw labeled rows of images, with a caption below each column."""
-    across, height = max(map(len, rows)), 0.7 if captions else 0.1
-    size = (1.5 * across + 0.6, 1.5 * len(rows) + height)
-    figure, axes = _subplots(*size, len(rows), across, squeeze=False)
-    for line, row, label in zip(axes, rows, labels, strict=True):
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-            axis.set_frame_on(False)
-        for axis, image in zip(line, _to_arrays(row), strict=False):
-            axis.imshow(image, interpolation="nearest")
-        line[0].set_ylabel(label, fontsize=9, parse_math=False)
-    for axis, caption in zip(axes[-1], captions, strict=False):
-        axis.set_xlabel("\n".join(textwrap.wrap(caption, 26)), fontsize=6, parse_math=False)
-    _save(figure, path)
-
-
-def _subplots(width: float, height: float, *args: Any, **kwargs: Any) -> Any:
-    """Return a figure that needs no window, and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(*args, **kwargs)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
 
 
 def export(context: Context, folder: Path, kind: str) -> None:
     """Write test images and reconstructions for other evaluators.
 
-    Args:
-        context: of the host.
-        folder: for `reals.npz` and `reconstructions.npz` (`arr_0`, (M, H, W, 3) uint8, the format
-            of ADM's evaluator), or folders of PNG files with these names.
-        kind: npz or png.
+    `kind` npz: `reals.npz` and `reconstructions.npz` (`arr_0`, (M, H, W, 3) uint8, the format of
+    ADM's evaluator); png: folders of PNG files with these names.
     """
     pairs = [(_to_arrays(images), _to_arrays(given)) for images, given in context.pairs()]
     for i, name in enumerate(("reals", "reconstructions")):

@@ -26,19 +26,17 @@ CACHE_LIMIT = 2**30  # bytes of images that are kept in memory
 
 @dataclass(frozen=True)
 class Encoded:
-    """A set of M images as the metrics see it.
-
-    Args:
-        codes: of the images.
-        captions: of each image, [] for an image without any.
-        attributes: labels of each image, or [].
-        questions: about the images, or [].
-    """
+    """A set of M images as the metrics see it."""
 
     codes: FrozenCodes
-    captions: list[list[str]]
-    attributes: list[Mapping[str, Any]] = field(default_factory=list)
+    captions: list[list[str]]  # of each image, [] for an image without any
+    attributes: list[Mapping[str, Any]] = field(default_factory=list)  # of each image, or []
     questions: list[Question] = field(default_factory=list)
+
+    @property
+    def first_captions(self) -> list[str]:
+        """One caption of each image, for sets whose images all have one."""
+        return [texts[0] for texts in self.captions]
 
     def captioned(self) -> "Encoded":
         """Return the images that have a caption.
@@ -57,13 +55,8 @@ class Encoded:
 class Context:
     """Data, codes and guide, each computed on first use and kept.
 
-    Args:
-        host: in evaluation mode.
-        data: the config's `data:` section, plain.
-        lgvq: the config's `lgvq:` block, {} for a baseline.
-        config: the `evaluation:` block.
-        folder: of the probes' checkpoints, or None.
-        progress: whether to show bars.
+    `data` and `lgvq` ({} for a baseline) are those sections of the config, plain, and `config` is
+    its `evaluation:` block; `folder` is for the probes' checkpoints.
     """
 
     def __init__(
@@ -82,8 +75,7 @@ class Context:
         self.generated: tuple[list[str], Tensor] | None = None
         """Captions and images of text_to_image."""
         self._pictures: list[tuple[Tensor, Tensor]] | None = None
-        first = next(iter(host.parameters()), None)
-        self.device = torch.device("cpu") if first is None else first.device
+        self.device = next((p.device for p in host.parameters()), torch.device("cpu"))
 
     @property
     def test_section(self) -> dict[str, Any]:
@@ -174,21 +166,20 @@ class Context:
         for images, batch in self._batches(which, f"encoding ({which})"):
             collector.add(encode(self.host, images))
             given = batch.get("captions") or [[text] for text in batch.get("caption", [])]
-            begin = len(captions)
+            questions += [
+                Question(
+                    row,
+                    str(item["question"]),
+                    str(item["answer"]),
+                    str(item.get("type") or ""),
+                    tuple(item.get("answers") or ()),
+                )
+                for row, items in enumerate(batch.get("questions", []), len(captions))
+                for item in items
+                if item.get("answer")
+            ]
             captions += [[text for text in texts if text.strip()] for texts in given]
             attributes += batch.get("attributes", [])
-            for row, items in enumerate(batch.get("questions", []), begin):
-                questions += [
-                    Question(
-                        row,
-                        str(item["question"]),
-                        str(item["answer"]),
-                        str(item.get("type") or ""),
-                        tuple(item.get("answers") or ()),
-                    )
-                    for item in items
-                    if item.get("answer")
-                ]
         codes = collector.result()
         return Encoded(codes, captions or [[] for _ in range(len(codes))], attributes, questions)
 

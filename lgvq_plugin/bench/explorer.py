@@ -84,8 +84,7 @@ def write_explorer(
 
     Args:
         hosts: name -> host in evaluation mode; one, or two to compare.
-        samples: images to encode.
-        folder: output folder.
+        samples, folder: images to encode, and the output folder.
         guide: text model of the word similarity map; without one there are no maps.
         shown: number of images on the page; statistics use all samples.
         progress: show a progress bar.
@@ -104,29 +103,21 @@ def write_explorer(
         panels.append(_panel(name, gathered, association, shown))
     maps = _similarity_maps(vocabulary, vectors, guide)
     images = _thumbnails(samples, words, shown)
-    names = " and ".join(hosts)
+    names, count = " and ".join(hosts), counted(len(words), "captioned image")
     settings = {"data": samples.source, "images": len(words), "words": len(vocabulary)}
     if maps is not None:
         settings["guide"] = maps["guide"]
+    shared = {"panels": panels, "maps": maps, "samples": len(words)}
+    documents = has_word.sum(dim=0).tolist()
     text = page(
         f"Codebook of {names}",
         "explorer.html",
         SECTIONS,
-        lead=f"{names}, on {counted(len(words), 'captioned image')}; the page shows "
-        f"the first {len(images)}.",
-        data={
-            "panels": panels,
-            "words": vocabulary,
-            "documents": has_word.sum(dim=0).tolist(),
-            "samples": len(words),
-            "images": images,
-            "maps": maps,
-        },
+        lead=f"{names}, on {count}; the page shows the first {len(images)}.",
+        data={**shared, "words": vocabulary, "documents": documents, "images": images},
         scripts=["explorer.js"],
-        panels=panels,
-        maps=maps,
-        samples=len(words),
         settings=yaml.safe_dump(finite(settings), sort_keys=False, allow_unicode=True, width=88),
+        **shared,
     )
     write_text(folder / PAGE, text)
     return folder / PAGE
@@ -160,8 +151,7 @@ def gather(host: nn.Module, images: Tensor, *, examples: int = 6, batch_size: in
     index = torch.cat([batch.indices.cpu() for batch in batches])  # type: ignore[union-attr]
     codebook, grid = batches[-1].codebook, batches[-1].grid
     size = int(index.max()) + 1 if codebook is None else len(codebook)
-    patches = cut_patches(images, grid)
-    decoded = None
+    patches, decoded = cut_patches(images, grid), None
     if codebook is not None:
         vectors = codebook.detach().float().cpu()
         decoded = _decoded(host, vectors.to(device), grid, batch_size)
@@ -271,8 +261,7 @@ def associate(has_code: Tensor, has_word: Tensor) -> Association:
 def word_vectors(vectors: Tensor, association: Association, is_used: Tensor) -> Tensor:
     """Return the PMI-weighted mean code of each word, relative to the mean of all used codes.
 
-    Codes (K, C), co-occurrences and a mask of used codes (K,) to (W, C); nan for words without
-    an associated code.
+    Codes (K, C) and a mask of used ones (K,) to (W, C); nan for words without an associated code.
     """
     weight = association.pmi.clamp(min=0).nan_to_num(posinf=0) * association.is_sure
     centered = vectors.double() - vectors[is_used].double().mean(dim=0)
@@ -329,14 +318,14 @@ def _top(association: Association, count: int) -> list[list[list[float]]]:
     score = association.strength.masked_fill(~association.is_sure, -1)
     best = score.topk(min(count, score.shape[1]), dim=1)
     pmi, joint = association.pmi.gather(1, best.indices), association.joint.gather(1, best.indices)
-    rows = torch.stack([best.indices.double(), pmi, joint.double()], dim=2)
+    rows = zip(*(x.tolist() for x in (best.indices, pmi, joint, best.values)), strict=True)
     return [
         [
-            [int(column), round(pmi, 3), int(joint)]
-            for (column, pmi, joint), value in zip(row, values, strict=True)
+            [column, round(pmi, 3), joint]
+            for column, pmi, joint, value in zip(*row, strict=True)
             if value > 0
         ]
-        for row, values in zip(rows.tolist(), best.values.tolist(), strict=True)
+        for row in rows
     ]
 
 
@@ -345,13 +334,10 @@ def _thumbnails(samples: Samples, words: Sequence[set[str]], shown: int) -> list
     if max(images.shape[2:]) > MAX_THUMBNAIL:
         factor = MAX_THUMBNAIL / max(images.shape[2:])
         images = F.interpolate(images, scale_factor=factor, mode="area")
+    uris = [data_uri(png_bytes(image), "image/png") for image in images]
     return [
-        {
-            "uri": data_uri(png_bytes(image), "image/png"),
-            "caption": (captions or [""])[0],
-            "words": sorted(own),
-        }
-        for image, captions, own in zip(images, samples.captions, words, strict=False)
+        {"uri": uri, "caption": (captions or [""])[0], "words": sorted(own)}
+        for uri, captions, own in zip(uris, samples.captions, words, strict=False)
     ]
 
 

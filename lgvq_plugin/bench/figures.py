@@ -34,15 +34,10 @@ COLORS = {"better": "#07855a", "worse": "#b3263f", "": "#5b6675"}
 
 
 def write_figures(results: Results, cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Write numbers.png and images.png, or one of each per data set (numbers_DATA.png).
+    """Write numbers.png and images.png to `folder`, or one of each per data set (numbers_DATA.png).
 
-    Args:
-        results: all runs; the paths of their examples are relative to `folder`.
-        cells: their comparison, see `statistics.compare`.
-        folder: output folder.
-
-    Returns:
-        The paths of the figures; a figure without content is not written.
+    `cells` are what `statistics.compare` returns; the examples' paths are relative to `folder`.
+    Returns the paths of the figures; a figure without content is not written.
     """
     written = []
     for data in results.datasets:
@@ -65,7 +60,7 @@ def _numbers(results: Results, cells: Sequence[Cell], path: Path) -> Path:
     variants, reference = list(results.variants), results.references[0]
     rows = math.ceil(len(metrics) / COLUMNS)
     height = rows * (0.55 + 0.24 * len(variants)) + 0.35
-    figure, axes = _canvas(2.9 * COLUMNS, height, rows, COLUMNS)
+    figure, axes = canvas(2.9 * COLUMNS, height, rows, COLUMNS)
     for axis in axes.flat[len(metrics) :]:
         axis.set_axis_off()
     for axis, metric in zip(axes.flat, metrics, strict=False):
@@ -82,7 +77,7 @@ def _numbers(results: Results, cells: Sequence[Cell], path: Path) -> Path:
         "△ ▽ only the uncorrected 95 % interval excludes zero",
         fontsize=8,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _panel(axis: Any, found: Mapping[str, Cell], variants: Sequence[str], reference: str) -> None:
@@ -116,21 +111,34 @@ def _images(runs: Mapping[str, Run], root: Path, path: Path) -> Path:
     from matplotlib.image import imread
 
     examples = next(iter(runs.values())).examples
-    columns = min(len(run.examples) for run in runs.values())
-    rows = [("original", [one["original"] for one in examples])]
-    rows += [(name, [one["reconstruction"] for one in run.examples]) for name, run in runs.items()]
-    figure, axes = _canvas(1.3 * columns + 0.4, 1.3 * len(rows) + 0.7, len(rows), columns)
-    for line, (name, paths) in zip(axes, rows, strict=True):
-        for axis, image in zip(line, paths, strict=False):
-            axis.imshow(imread(example_file(root, image)), interpolation="nearest")
+    rows = {"original": [one["original"] for one in examples]}
+    rows |= {name: [one["reconstruction"] for one in run.examples] for name, run in runs.items()}
+    columns = min(map(len, rows.values()))
+    images = [
+        [imread(example_file(root, image)) for image in own[:columns]] for own in rows.values()
+    ]
+    captions = [one.get("caption", "") for one in examples[:columns]]
+    return image_grid(path, images, [*rows], captions)
+
+
+def image_grid(
+    path: Path, rows: Sequence[Any], labels: Sequence[str], captions: Sequence[str] = ()
+) -> Path:
+    """Draw labeled rows of images (H, W, 3), with a caption below each column; return the path."""
+    across, height = max(map(len, rows)), 0.7 if captions else 0.1
+    figure, axes = canvas(1.3 * across + 0.5, 1.3 * len(rows) + height, len(rows), across)
+    for line, row, label in zip(axes, rows, labels, strict=True):
+        for axis in line:
             axis.set(xticks=[], yticks=[], frame_on=False)
-        line[0].set_ylabel(name, fontsize=9)
-    for axis, one in zip(axes[-1], examples, strict=False):
-        axis.set_xlabel("\n".join(textwrap.wrap(one.get("caption", ""), 24)[:4]), fontsize=6)
-    return _save(figure, path)
+        for axis, image in zip(line, row, strict=False):
+            axis.imshow(image, interpolation="nearest")
+        line[0].set_ylabel(label, fontsize=9)
+    for axis, caption in zip(axes[-1], captions, strict=False):
+        axis.set_xlabel("\n".join(textwrap.wrap(caption, 24)[:4]), fontsize=6)
+    return save_figure(figure, path)
 
 
-def _canvas(width: float, height: float, rows: int, columns: int) -> Any:
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
     """Return a figure without a window, and its grid of axes."""
     from matplotlib.figure import Figure
 
@@ -138,7 +146,8 @@ def _canvas(width: float, height: float, rows: int, columns: int) -> Any:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG; return the path."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # a "$" in a caption is not math

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from ..training.run import train
 from .evaluation import evaluate
 from .explorer import read_samples
 from .page import png_bytes
-from .records import EVALUATING, JOB, RUN, Cost, Evaluation, Example, Job, Run, read_record
+from .records import EVALUATING, JOB, RUN, Cost, Example, Job, Run, read_record
 
 POINTS = 200  # at most, per curve
 logger = logging.getLogger(__name__)
@@ -55,10 +56,7 @@ def _end_with_parent(parent: int) -> None:
 def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     """Train, from the newest checkpoint in `folder` if there is one, and evaluate.
 
-    Args:
-        job: the job.
-        folder: folder of the job.
-        root: folder of the ablation; paths in the result are relative to it.
+    `root` is the folder of the ablation; paths in the result are relative to it.
     """
     saved = [int(path.stem.partition("=")[2]) for path in folder.glob("checkpoints/step=*.ckpt")]
     with _step_times() as times:
@@ -71,19 +69,20 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     checkpoint = trained.checkpoint
     del trained  # frees the trained host before another one is loaded
     host = load_host(job.config, checkpoint, device=choose_device(), averaged=is_averaged)
-    evaluation = evaluate(
+    options = dict(job.evaluation)
+    measured: Any = evaluate(
         host,
         job.config,
-        metrics=job.evaluation.get("metrics"),
+        metrics=options.pop("metrics", None),
         output=folder / "evaluation",
-        options={k: v for k, v in job.evaluation.items() if k != "metrics"},
+        options=options,
         progress=False,
     )
     run = Run(
         data=job.data,
         variant=job.variant,
         seed=job.seed,
-        evaluation=Evaluation(**evaluation),  # type: ignore[typeddict-item]
+        evaluation=measured,
         curves=read_curves(folder / "metrics.csv"),
         cost=cost,
         examples=_examples(host, job, folder, root) if job.examples else [],

@@ -22,19 +22,7 @@ from ..files import write_json
 from ..guides.base import build_guide
 from ..sockets import ConfigError
 from .evaluate import DEFAULT
-from .records import (
-    EVALUATING,
-    JOB,
-    LOG,
-    RESULTS,
-    RUN,
-    Job,
-    Plan,
-    Results,
-    Run,
-    Variant,
-    read_record,
-)
+from .records import EVALUATING, JOB, LOG, RESULTS, RUN, Job, Plan, Results, Run, read_record
 
 POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
@@ -59,8 +47,8 @@ def run_plan(
     """Run every job that is not done, and collect the results of all jobs.
 
     Args:
-        plan: the jobs.
-        folder: folder of the ablation; results.json is rewritten after every job.
+        plan, folder: the jobs, and the folder of the ablation; its results.json is rewritten after
+            every job.
         resume: accept a folder that holds runs; failed ones are run again.
         jobs: number of parallel processes; default: one per CUDA device, else one.
         progress: show a progress bar.
@@ -116,10 +104,7 @@ def collect(plan: Plan, folder: Path) -> Results:
         for job in plan.jobs
     ]
     configs = {job.variant: job.config for job in reversed(plan.jobs)}
-    variants: dict[str, Any] = {
-        name: Variant(**shown, config=configs[name])  # type: ignore[typeddict-item]
-        for name, shown in plan.variants.items()
-    }
+    variants: Any = {n: {**shown, "config": configs[n]} for n, shown in plan.variants.items()}
     return Results(
         title=plan.title, references=plan.references, variants=variants, runs=tuple(runs)
     )

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,23 +15,12 @@ from ..guides.base import AbstractGuide
 from ..host import decode
 from ..sockets import ConfigError
 from .evaluation_context import Context, Encoded
+from .metrics import captions as scores
+from .metrics import codebook
 from .metrics.answers import wordnet_similarity, wups
-from .metrics.captions import (
-    bleu_scores,
-    caption_scores,
-    caption_values,
-    meteor_score,
-    tokenize_ptb,
-    tokenize_words,
-)
+from .metrics.captions import tokenize_words
 from .metrics.clip_score import CLIPScorer
-from .metrics.codebook import (
-    STRONG,
-    CodebookUsage,
-    nearest_code_distances,
-    similarity_gap,
-    word_code_association,
-)
+from .metrics.codebook import STRONG
 from .metrics.frechet import MIN_IMAGES, FrechetDistance
 from .metrics.perceptual import PerceptualDistance
 from .metrics.reconstruction import IMPLEMENTATION, psnr_and_ssim
@@ -55,37 +44,32 @@ FUNCTION_WORDS = {
 }
 """Words of captions that say nothing about an image by themselves."""
 
+LOWER = {"dead_codes", "mse", "mean_rank", "bits_per_code", "fd_judge"}
+NEUTRAL = {"shuffled", "majority", "chance@1", "without_text", "reconstructed"}
+"""Names of numbers for which lower is better, and parts of names for which neither direction is."""
+
 Values = float | Tensor | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A number.
-
-    Args:
-        value: of the metric.
-        n: number of images or questions.
-        unit: such as dB; "" for a share or a pure number.
-        higher_is_better: None if neither is, as for a control.
-        per_image: the value of each test image, in order; None if it is no mean over images.
-        settings: implementation, weights, resize filter and everything else it depends on.
-    """
+    """A number."""
 
     value: float
-    n: int
-    unit: str = ""
-    higher_is_better: bool | None = True
-    per_image: Sequence[float] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    n: int  # number of images or questions
+    unit: str = ""  # such as dB; "" for a share or a pure number
+    higher_is_better: bool | None = True  # None if neither is, as for a control
+    per_image: Sequence[float] | None = None  # in order; None if it is no mean over images
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all that it depends on
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON, without settings and per_image if there are none."""
-        row = {"value": self.value, "n": self.n, "unit": self.unit}
-        row |= {"higher_is_better": self.higher_is_better}
-        if self.settings:
-            row |= {"settings": dict(self.settings)}
-        if self.per_image is not None:
-            row |= {"per_image": [round(float(value), 6) for value in self.per_image]}
+        row = asdict(self)
+        each, settings = row.pop("per_image"), row.pop("settings")
+        if settings:
+            row["settings"] = settings
+        if each is not None:
+            row["per_image"] = [round(float(value), 6) for value in each]
         return row
 
 
@@ -97,33 +81,31 @@ def rows_of(
     numbers: Mapping[str, Values],
     n: int,
     *,
-    lower: Iterable[str] = (),
-    neutral: Iterable[str] = (),
     unit: str = "",
     settings: Mapping[str, Any] | None = None,
+    neutral: Iterable[str] = (),
 ) -> Rows:
-    """Return `prefix/NAME` -> Row for each number.
+    """Return `prefix/NAME` -> Row for each number on `n` images or questions.
 
     Args:
         prefix: of the names.
         numbers: by name; a tensor or list has the value of each image, of which the mean is taken.
         n: number of images or questions.
-        lower: parts of names for which lower is better.
-        neutral: parts of names for which neither is, such as shuffled.
-        unit: of all numbers.
-        settings: of all numbers.
+        unit, settings: of all numbers.
+        neutral: further parts of names like :data:`NEUTRAL`.
 
     Example:
         >>> numbers = {"accuracy": [0.0, 1.0], "shuffled/accuracy": 0.1}
-        >>> rows = rows_of("vqa", numbers, 2, neutral=["shuffled"])
+        >>> rows = rows_of("vqa", numbers, 2)
         >>> rows["vqa/accuracy"].value, rows["vqa/shuffled/accuracy"].higher_is_better is None
         (0.5, True)
     """
     rows: Rows = {}
     for name, value in numbers.items():
-        better = None if any(part in name for part in neutral) else True
-        if better and any(part in name for part in lower):
-            better = False
+        *_, last = parts = name.split("/")
+        better: bool | None = last not in LOWER and not last.startswith("lpips_")
+        if not {*NEUTRAL, *neutral}.isdisjoint(parts) or last.startswith("nearest_"):
+            better = None
         each: Any = None
         mean: Any = value
         if isinstance(value, Tensor):
@@ -162,9 +144,9 @@ def lpips(context: Context) -> Rows:
         metric.distances(images.to(context.device), given.to(context.device)).cpu()
         for images, given in context.pairs()
     ]
-    numbers = {f"lpips_{options.net}": torch.cat(parts)}
-    n = len(torch.cat(parts))
-    return rows_of("reconstruction", numbers, n, lower=["lpips"], settings=metric.settings)
+    values = torch.cat(parts)
+    numbers = {f"lpips_{options.net}": values}
+    return rows_of("reconstruction", numbers, len(values), settings=metric.settings)
 
 
 def fid(context: Context) -> Rows:
@@ -206,19 +188,19 @@ def usage(context: Context) -> Rows:
     """Usage, perplexity, dead codes, entropy over the test set; nearest-code distances."""
     codes = context.test.codes
     indices, table = _indices(codes)
-    metric = CodebookUsage(len(table))
+    metric = codebook.CodebookUsage(len(table))
     metric.update(indices)
     numbers = {name: float(value) for name, value in metric.compute().items()}
     entropy = {"entropy": numbers.pop("entropy")}
     settings: dict[str, Any] = {"window": f"{len(codes)} test images", "codes": len(table)}
-    rows = rows_of("codebook", numbers, len(codes), lower=["dead"], settings=settings)
+    rows = rows_of("codebook", numbers, len(codes), settings=settings)
     rows |= rows_of("codebook", entropy, len(codes), unit="bits", settings=settings)
     if len(table) > 1:
-        distances = nearest_code_distances(table)
+        distances = codebook.nearest_code_distances(table)
         length = distances.pop("rms_length")
         numbers = {f"nearest_{name}": value for name, value in distances.items()}
         settings = {"unit": "root-mean-square length of a code", "length": length}
-        rows |= rows_of("codebook", numbers, len(table), neutral=["nearest"], settings=settings)
+        rows |= rows_of("codebook", numbers, len(table), settings=settings)
     return rows
 
 
@@ -235,7 +217,7 @@ def words(context: Context) -> Rows:
         numbers[f"{prefix}words_with_a_code"] = _share(is_strong.any(1))
         numbers[f"{prefix}strength"] = float(strength.amax(1).mean())
     settings = {"words": len(found.words), "least_images": MIN_COUNT, "threshold": STRONG}
-    return rows_of("words", numbers, len(data.codes), neutral=["shuffled"], settings=settings)
+    return rows_of("words", numbers, len(data.codes), settings=settings)
 
 
 def words_of_codes(context: Context, *, count: int = 5) -> dict[int, list[tuple[str, float]]]:
@@ -270,15 +252,13 @@ def relation(context: Context) -> Rows:
     texts = [found.words[i] for i in is_matched.nonzero()[:, 0].tolist()]
     features = torch.cat([_word_features(context.guide, part) for part in _batches(texts)])
     codes = _indices(data.codes)[1][found.strength[is_matched].argmax(1)]
-    numbers = similarity_gap(features, codes)
+    numbers = codebook.similarity_gap(features, codes)
     pairs = int(numbers.pop("pairs"))
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(context.config.seed))
-    control = similarity_gap(features, codes[order])
+    control = codebook.similarity_gap(features, codes[order])
     numbers |= {f"shuffled/{name}": control[name] for name in ("mse", "pearson", "spearman")}
     settings = {"words": len(texts), "match": "likelihood ratio", "guide": context.guide_config}
-    return rows_of(
-        "relation", numbers, pairs, settings=settings, lower=["mse"], neutral=["shuffled"]
-    )
+    return rows_of("relation", numbers, pairs, settings=settings)
 
 
 class _WordsAndCodes:
@@ -289,7 +269,9 @@ class _WordsAndCodes:
         self.words, self.has_word = _word_table(data)
         empty = torch.zeros(len(indices), len(table), dtype=torch.bool)
         self.has_code = empty.scatter_(1, indices, True)
-        self.strength = word_code_association(self.has_word, self.has_code, min_count=MIN_COUNT)
+        self.strength = codebook.word_code_association(
+            self.has_word, self.has_code, min_count=MIN_COUNT
+        )
 
 
 def _word_table(data: Encoded) -> tuple[list[str], Tensor]:
@@ -340,24 +322,13 @@ def retrieval(context: Context) -> Rows:
     train, test = context.train.captioned(), context.test.captioned()
     probe = RetrievalProbe(seed=context.config.seed)
     probe.fit(train.codes.features(), _sentences(context.guide, train.captions))
-    captions = [texts[0] for texts in test.captions]
+    captions = test.first_captions
     target = _sentences(context.guide, [[text] for text in captions])
     values: dict[str, Values] = {**probe.values(test.codes.features(), target, captions)}
     values["chance@1"] = float(torch.as_tensor(values["chance@1"]).mean())
-    settings = {
-        "probe": "ridge",
-        "strength": probe.strength,
-        "guide": context.guide_config,
-        "train_images": len(train.codes),
-    }
-    return rows_of(
-        "retrieval",
-        values,
-        len(captions),
-        settings=settings,
-        lower=["mean_rank"],
-        neutral=["chance"],
-    )
+    settings: dict[str, Any] = {"probe": "ridge", "strength": probe.strength}
+    settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
+    return rows_of("retrieval", values, len(captions), settings=settings)
 
 
 def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
@@ -372,36 +343,35 @@ def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
     return sums / counts[:, None]
 
 
+PROTOCOLS = {
+    "leak_free": "words hidden before the text encoder",
+    "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
+}
+
+
 def masked_words(context: Context) -> Rows:
     """Recall of masked words by a probe trained on frozen codes, leak-free and leaky."""
     member, config = context.config.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
-    captions = [texts[0] for texts in test.captions]
-    protocols = {
-        "leak_free": "words hidden before the text encoder",
-        "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
-    }
-    if not config.leaky:
-        del protocols["leaky"]
+    several = {"": test.codes, "shuffled/": _shuffled(context)}
     rows: Rows = {}
-    for protocol, description in protocols.items():
+    for protocol in PROTOCOLS if config.leaky else ("leak_free",):
         probe = member(context.guide, config, protocol=protocol, device=context.device)
         _fit(context, probe, train.codes, train.captions)
-        settings = {
-            "protocol": description,
-            "heads": "trained on frozen codes",
-            "guide": context.guide_config,
-            "train_images": len(train.codes),
-            "probe": vars(config),
-        }
+        settings: dict[str, Any] = {"protocol": PROTOCOLS[protocol]}
+        settings |= {"heads": "trained on frozen codes"}
+        settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
+        settings |= {"probe": vars(config)}
         for number in (1, 3):
-            numbers: dict[str, Any] = {}
-            for prefix, codes in (("", test.codes), ("shuffled/", _shuffled(context))):
-                found = probe.values(codes, captions, masked=number, seed=context.config.seed)
-                numbers |= {f"{prefix}mask_{number}/{name}": v for name, v in found.items()}
-            n = number * len(found["recall@1"])
-            prefix = f"masked_words/{protocol}"
-            rows |= rows_of(prefix, numbers, n, neutral=["shuffled"], settings=settings)
+            options = {"masked": number, "seed": context.config.seed}
+            found = probe.values_of([*several.values()], test.first_captions, **options)
+            numbers = {
+                f"{prefix}mask_{number}/{name}": values
+                for prefix, each in zip(several, found, strict=True)
+                for name, values in each.items()
+            }
+            n = number * len(found[0]["recall@1"])
+            rows |= rows_of(f"masked_words/{protocol}", numbers, n, settings=settings)
     return rows
 
 
@@ -436,13 +406,9 @@ def attributes(context: Context) -> Rows:
             found["shuffled/mean_accuracy"] = probe.evaluate(control, target)["mean_accuracy"]
             for key, value in (found | probe.values(seen, target)).items():
                 sums[key] = sums.get(key, 0) + value
-        rows |= rows_of(
-            f"attributes/{name}",
-            {key: value / len(parts) for key, value in sums.items()},
-            len(test.codes),
-            neutral=["majority", "shuffled"],
-            settings={"probe": "ridge", "train_images": len(parts[0]), "draws": len(parts)},
-        )
+        means = {key: value / len(parts) for key, value in sums.items()}
+        settings = {"probe": "ridge", "train_images": len(parts[0]), "draws": len(parts)}
+        rows |= rows_of(f"attributes/{name}", means, len(test.codes), settings=settings)
     return rows
 
 
@@ -461,8 +427,8 @@ def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dic
     shares = has_word.double().mean(dim=0).tolist()
     kept = [
         number
-        for number, (word, share) in enumerate(zip(known, shares, strict=True))
-        if share <= 0.5 and word not in FUNCTION_WORDS
+        for number, word in enumerate(known)
+        if shares[number] <= 0.5 and word not in FUNCTION_WORDS
     ][: context.config.attribute_words]
     target = _has_words(_word_sets(test), [known[number] for number in kept])
     return train, test, {"words": has_word[:, kept].long()}, {"words": target.long()}
@@ -478,28 +444,29 @@ def captioning(context: Context) -> Rows:
     probe = _fit(context, member(config, device=context.device), train.codes, train.captions)
     references = _tokenized(context, test.captions)
     written = probe.write(test.codes)
-    values = caption_values(written, references)
-    numbers: dict[str, Values] = {**bleu_scores(written, references), **values}
-    blind = caption_scores(probe.write(_shuffled(context)), references)
+    numbers: dict[str, Values] = {
+        **scores.bleu_scores(written, references),
+        **scores.caption_values(written, references),
+    }
+    blind = scores.caption_scores(probe.write(_shuffled(context)), references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
-    settings = {
+    settings: dict[str, Any] = {
         "implementation": "pycocoevalcap",
         "tokenizer": context.config.tokenizer,
-        "references": sum(map(len, references)),
-        "train_images": len(train.codes),
-        "probe": vars(config),
     }
+    settings |= {"references": sum(map(len, references)), "train_images": len(train.codes)}
+    settings |= {"probe": vars(config)}
     try:
-        numbers["meteor"] = meteor_score(written, references)
+        numbers["meteor"] = scores.meteor_score(written, references)
     except ConfigError as error:
         settings["meteor"] = f"skipped: {error}"
-    return rows_of("caption", numbers, len(written), neutral=["shuffled"], settings=settings)
+    return rows_of("caption", numbers, len(written), settings=settings)
 
 
 def _tokenized(context: Context, captions: Sequence[Sequence[str]]) -> list[list[str]]:
     if context.config.tokenizer == "words":
         return [[tokenize_words(text) for text in texts] for texts in captions]
-    flat = iter(tokenize_ptb([text for texts in captions for text in texts]))
+    flat = iter(scores.tokenize_ptb([text for texts in captions for text in texts]))
     return [[next(flat) for _ in texts] for texts in captions]
 
 
@@ -510,23 +477,18 @@ def vqa(context: Context) -> Rows:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
     member, config = context.config.probe("vqa")
     probe = _fit(context, member(config, device=context.device), train.codes, train.questions)
-    numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed)
-    settings: dict[str, Any] = {
-        "train_questions": len(train.questions),
-        "answers": len(probe.answers),
-        "probe": vars(config),
-    }
+    given = probe.answer(test.codes, test.questions)
+    numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed, given=given)
+    settings: dict[str, Any] = {"train_questions": len(train.questions)}
+    settings |= {"answers": len(probe.answers), "probe": vars(config)}
     try:
         similarity = wordnet_similarity(context.config.wordnet)
-        given = probe.answer(test.codes, test.questions)
         wanted = [question.answer for question in test.questions]
         for threshold in (0.0, 0.9):
-            value = wups(given, wanted, similarity, threshold=threshold)
-            numbers[f"wups@{threshold}"] = value
+            numbers[f"wups@{threshold}"] = wups(given, wanted, similarity, threshold=threshold)
     except ConfigError as error:
         settings["wups"] = f"skipped: {error}"
-    neutral = ["shuffled", "majority"]
-    return rows_of("vqa", numbers, len(test.questions), neutral=neutral, settings=settings)
+    return rows_of("vqa", numbers, len(test.questions), settings=settings)
 
 
 def text_to_image(context: Context) -> Rows:
@@ -537,30 +499,20 @@ def text_to_image(context: Context) -> Rows:
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(context.guide, config, device=context.device)
     _fit(context, probe, train.codes, train.captions)
-    captions = [texts[0] for texts in test.captions]
     settings = {"guide": context.guide_config, "train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
     if scorer is None:
         settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
-    values = probe.values(test.codes, captions, seed=seed)
-    rows = rows_of(
-        "t2i",
-        values,
-        len(captions),
-        unit="bits",
-        settings=settings,
-        lower=["bits"],
-        neutral=["shuffled", "without_text"],
-    )
-    captions = captions[: config.images]
+    values = probe.values(test.codes, test.first_captions, seed=seed)
+    rows = rows_of("t2i", values, len(test.codes), unit="bits", settings=settings)
+    captions = test.first_captions[: config.images]
     images = _decode(context, test, probe.draw(captions, seed=seed, progress=context.progress))
     context.generated = (captions, images)
     real, again = (torch.cat(part)[: len(images)] for part in zip(*context.pairs(), strict=True))
     if scorer is not None:
-        scores = {"clip_score": scorer(images, captions)}
-        scores["reconstructed/clip_score"] = scorer(again, captions)  # a control
-        used = {**settings, **scorer.settings}
-        rows |= rows_of("t2i", scores, len(images), neutral=["reconstructed"], settings=used)
+        found = {"clip_score": scorer(images, captions)}
+        found["reconstructed/clip_score"] = scorer(again, captions)  # a control
+        rows |= rows_of("t2i", found, len(images), settings={**settings, **scorer.settings})
     if context.train.attributes and context.test.attributes and len(images) > 1:
         return rows | _judge_rows(context, images, real, again, settings)
     return rows | _generated_distance(context, images, real, settings)
@@ -597,14 +549,7 @@ def _judge_rows(
         pairs = zip(real.split(64), shown[prefix].split(64), strict=True)
         numbers[f"{prefix}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
     settings = {**settings, "judge": "a small CNN trained on real training pictures"}
-    return rows_of(
-        "t2i",
-        numbers,
-        len(images),
-        settings=settings,
-        lower=["fd_judge"],
-        neutral=["real/", "reconstructed/", "shuffled/"],
-    )
+    return rows_of("t2i", numbers, len(images), settings=settings, neutral=["real"])
 
 
 def _generated_distance(

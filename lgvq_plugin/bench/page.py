@@ -44,13 +44,13 @@ def page(
         scripts: files in `templates/` that follow page.js.
         values: variables of the template; everything but a `Markup` is escaped.
     """
-    environment = _environment()
-    content = environment.get_template(template).render(sections=sections, **values)
-    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
-    script = "\n".join(
-        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", *scripts)
+    content = fragment(template, sections=sections, **values)
+    style, *parts = (
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", *scripts)
     )
-    return environment.get_template("base.html").render(
+    script = "\n".join(parts)
+    return fragment(
+        "base.html",
         title=title,
         lead=lead,
         sections=sections,
@@ -60,6 +60,11 @@ def page(
         script=Markup(script),
         policy=_policy(style, script),
     )
+
+
+def fragment(template: str, **values: Any) -> str:
+    """Return a template alone; everything but a `Markup` is escaped."""
+    return _environment().get_template(template).render(values)
 
 
 def _policy(style: str, script: str) -> str:
@@ -86,6 +91,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": number,
         "counted": counted,
+        "line": lambda text: Markup(" ").join(text.split()),  # without line breaks
         "is_finite": math.isfinite,
         "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # line breaks in between
         "place": lambda value, reach: f"{120 + 110 * value / (reach or 1):.1f}",  # in a whisker

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,12 @@ VARIANT_KEYS = ["model", "data", "training", "lgvq", "recipe", "objectives", "no
 
 
 def read_plan(
-    path: str | Path,
-    *,
-    seeds: int | Sequence[int] | None = None,
-    overrides: Sequence[str] = (),
+    path: str | Path, *, seeds: int | Sequence[int] | None = None, overrides: Sequence[str] = ()
 ) -> Plan:
-    """Read a plan and check the config of every job.
+    """Read a plan from YAML and check the config of every job.
 
-    Args:
-        path: path of the YAML file.
-        seeds: replaces the seeds of the plan: a list, or a number n for 0, ..., n - 1.
-        overrides: `key=value` of the training config, applied last to every run.
+    `seeds` replaces those of the plan: a list, or a number n for 0, ..., n - 1; `overrides` are
+    `key=value` of the training config, applied last to every run.
 
     Raises:
         ConfigError: if the file, a key or a value is wrong, or the variants are not comparable.
@@ -59,29 +55,30 @@ def read_plan(
     chosen = _seeds(given.get("seeds", 3) if seeds is None else seeds, path)
     examples = int(given.get("examples", 8))
     shared: dict[str, DictConfig] = {}
-    jobs = []
-    for data, data_changes in datasets.items():
-        for variant, changes in variants.items():
-            where = f"{path}: {'/'.join(part for part in (data, variant) if part)}"
-            own = dict(changes) if isinstance(changes, Mapping) else changes
-            bases = given.get("base")
-            if isinstance(own, dict):
-                own.pop("note", None)
-                bases = own.pop("base", None) or bases
-            if not bases:
-                raise ConfigError(f"{where}: no `base:`; list the configs to start from")
-            key = str((data, bases))
-            if key not in shared:
-                below = read_config(_bases(bases, path))
-                for part in (given.get("config") or {}, data_changes):
-                    below = apply_changes(below, part, where)
-                shared[key] = below
-            config = apply_changes(shared[key], own, where)
-            for seed in chosen:
-                plain = _seeded(config, seed, overrides, where)
-                job = Job(data=data, variant=variant, seed=seed, config=plain,
-                          evaluation=evaluation, examples=examples)  # fmt: skip
-                jobs.append(job)
+    jobs: list[Job] = []
+    for (data, data_changes), (variant, changes) in product(datasets.items(), variants.items()):
+        where = f"{path}: {'/'.join(part for part in (data, variant) if part)}"
+        own, bases = changes, given.get("base")
+        if isinstance(changes, Mapping):
+            own = {key: part for key, part in changes.items() if key not in ("note", "base")}
+            bases = changes.get("base") or bases
+        if not bases:
+            raise ConfigError(f"{where}: no `base:`; list the configs to start from")
+        key = str((data, bases))
+        if key not in shared:
+            below = read_config(_bases(bases, path))
+            for part in (given.get("config") or {}, data_changes):
+                below = apply_changes(below, part, where)
+            shared[key] = below
+        config = apply_changes(shared[key], own, where)
+        plains = [(seed, _seeded(config, seed, overrides, where)) for seed in chosen]
+        options: Any = {
+            "data": data,
+            "variant": variant,
+            "evaluation": evaluation,
+            "examples": examples,
+        }
+        jobs += [Job(seed=seed, config=plain, **options) for seed, plain in plains]
     _check_comparable(jobs, path)
     guides = [guide for job in jobs if (guide := lgvq_block(job.config).get("guide"))]
     if guides and "guide" not in evaluation:
@@ -95,13 +92,10 @@ def read_plan(
 
 
 def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> DictConfig:
-    """Return `config` with the changes of one variant.
+    """Return `config` (sections model, data, training) with the changes of one variant.
 
-    Args:
-        config: sections model, data, training.
-        changes: a mapping of config keys, nested or dotted, and of the short forms `recipe`,
-            `objectives` and `lgvq`; or a list of "key=value".
-        where: start of error messages.
+    `changes` is a mapping of config keys, nested or dotted, and of the short forms `recipe`,
+    `objectives` and `lgvq`; or a list of "key=value". `where` starts error messages.
 
     Example:
         >>> short = apply_changes(OmegaConf.create({}), {"recipe": "paper", "training.seed": 3})

@@ -4,6 +4,8 @@ plan.py: YAML -> Plan of Jobs; jobs.py: Plan -> Results of Runs; statistics.py: 
 report.py: Results and Cells -> report.html, report.md and tables
 """
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -164,19 +166,18 @@ class Results:
             ConfigError: if the file is missing or a value is wrong; the message names its key.
         """
         found = read_record(path, cls)
-        runs: list[Run] = []
-        for i, run in enumerate(found.runs):
-            runs.append(_build(Run, run, f"{path}: runs[{i}]."))  # type: ignore[arg-type]
+        at = [f"{path}: runs[{i}]" for i in range(len(found.runs))]
+        given: Any = zip(at, found.runs, strict=True)
+        runs = [_build(Run, values, f"{where}.") for where, values in given]
         known = f"one of {', '.join(found.variants)}"
         require(bool(found.references), f"{path}: references", known, [])
         for i, name in enumerate(found.references):
             require(name in found.variants, f"{path}: references[{i}]", known, name)
         places = set()
-        for i, run in enumerate(runs):
-            at = f"{path}: runs[{i}]"
-            require(run.variant in found.variants, f"{at}.variant", known, run.variant)
+        for where, run in zip(at, runs, strict=True):
+            require(run.variant in found.variants, f"{where}.variant", known, run.variant)
             place = run.data, run.variant, run.seed
-            require(place not in places, at, "one run per data set, variant and seed", place)
+            require(place not in places, where, "one run per data set, variant and seed", place)
             places.add(place)
         return replace(found, references=tuple(found.references), runs=tuple(runs))
 
@@ -273,3 +274,10 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return CSV with a header; None is an empty cell."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return file.getvalue()

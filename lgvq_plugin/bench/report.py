@@ -1,7 +1,5 @@
 """The report of an ablation: an HTML page, its summary in sentences, Markdown and CSV tables."""
 
-import csv
-import io
 import json
 import math
 import re
@@ -15,11 +13,10 @@ import yaml
 from markupsafe import Markup
 
 from ..files import write_text
-from .page import counted, data_uri, example_file, finite, number, page
-from .records import CONFIDENCE, FAINT_MARKS, Cell, Difference, Results
+from .page import counted, data_uri, example_file, finite, fragment, number, page
+from .records import CONFIDENCE, FAINT_MARKS, Cell, Difference, Results, csv_text
 from .statistics import mean_and_sd
 
-MAX_NAMED = 4  # metrics named in a sentence
 MAX_PER_IMAGE = 300_000  # per-image values in the page
 SECTIONS = {
     "summary": "Summary",
@@ -35,13 +32,9 @@ SECTIONS = {
 
 
 def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: Path) -> Path:
-    """Write the page; return its path.
+    """Write the page to `path` and return it.
 
-    Args:
-        results: all runs.
-        cells: their comparison, see `statistics.compare`.
-        path: HTML file.
-        root: folder that the examples' paths are relative to.
+    `cells` are what `statistics.compare` returns; the examples' paths are relative to `root`.
 
     Raises:
         ConfigError: if an example is not a PNG file below `root`.
@@ -54,18 +47,11 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
         f"{sum(run.status == 'done' for run in runs)} of {counted(len(runs), 'run')} done. "
         f"Compared to {reference}."
     )
-    curves = [
-        {"data": run.data, "variant": run.variant, "seed": run.seed, "curves": run.curves}
-        for run in runs
-        if run.curves
-    ]
+    keys = ("data", "variant", "seed", "curves")
+    curves = [{key: getattr(run, key) for key in keys} for run in runs if run.curves]
     cards = [
-        {
-            "variant": name,
-            "note": shown.get("note", ""),
-            "is_reference": name == reference,
-            **tally([cell for cell in cells if cell.variant == name], reference),
-        }
+        {"variant": name, "note": shown.get("note", ""), "is_reference": name == reference}
+        | tally([cell for cell in cells if cell.variant == name], reference)
         for name, shown in results.variants.items()
     ]
     text = page(
@@ -83,11 +69,7 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
         **_differences(results, cells),
         grids=_grids(results, root),
         costs=_costs(results),
-        runs=[
-            (run, run.reason or "; ".join(f"{k} skipped: {why}" for k, why in skipped.items()))
-            for run in runs
-            for skipped in [run.evaluation.get("skipped") or {}]
-        ],
+        runs=runs,
         **_settings(results),
         **_raw(results, cells),
     )
@@ -100,86 +82,52 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
 
 def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
     """Return the summary: a sentence of HTML per variant, then the caveats."""
-    lines: list[Markup] = []
     judged = [d for cell in cells for d in cell.differences if _is_judged(cell, d)]
-    if any(d.seeds == 1 for d in judged):
-        lines.append(
-            Markup(
-                "<b>One seed</b>: the intervals cover the choice of images, not that of the "
-                "training seed; better and worse refer to these training runs only."
-            )
-        )
+    comparisons = []
     for i, reference in enumerate(results.references):
         for data in results.datasets:
             for variant in results.variants:
-                if variant not in results.references[: i + 1]:
-                    own = [c for c in cells if (c.data, c.variant) == (data, variant)]
-                    lines.append(_comparison(variant, reference, data, own))
-    if judged:
-        significant = sum(bool(d.verdict) for d in judged)
-        alone = sum(_excludes_zero(d) for d in judged)
-        expected = number((1 - CONFIDENCE) * len(judged), digits=2)
-        verb = "is" if significant == 1 else "are"
-        lines.append(
-            Markup(
-                f"{significant} of {counted(len(judged), 'comparison')} {verb} significant at a "
-                f"{_rate()} (Benjamini–Hochberg). Uncorrected, {alone} of the "
-                f"{CONFIDENCE * 100:.0f} % intervals exclude zero; if nothing differed, about "
-                f"{expected} would by chance."
-            )
-        )
+                own = [c for c in cells if (c.data, c.variant) == (data, variant)]
+                has_mean = any(cell.mean is not None for cell in own)
+                if has_mean and variant not in results.references[: i + 1]:
+                    comparisons.append(_comparison(variant, reference, data, own))
+    undone: dict[str, list[tuple[str, int]]] = {}
     for status, word in (("failed", "Failed"), ("missing", "Not run yet")):
         runs = [run for run in results.runs if run.status == status]
         places = groupby(f"{run.data}/{run.variant}".lstrip("/") for run in runs)
-        names = ", ".join(f"{name} ({counted(len([*same]), 'run')})" for name, same in places)
-        if names:
-            lines.append(Markup('<span class="failed">{}</span>: {}.').format(word, names))
-    base = results.references[0]
-    rows = [row for row in _costs(results) if row["ratio"] and row["variant"] != base]
-    if rows:
-        times = ", ".join(f"{row['variant']} {row['ratio']:.2f} ×" for row in rows)
-        lines.append(Markup("Step time relative to {}: {}.").format(base, times))
-    return [line for line in lines if line]
+        undone[word] = [(name, len([*same])) for name, same in places]
+    lines = fragment(
+        "summary.html",
+        comparisons=comparisons,
+        judged=len(judged),
+        has_one_seed=any(d.seeds == 1 for d in judged),
+        significant=sum(bool(d.verdict) for d in judged),
+        alone=sum(_excludes_zero(d) for d in judged),
+        rate=_rate(),
+        expected=(1 - CONFIDENCE) * len(judged),
+        confidence=f"{CONFIDENCE * 100:.0f}",
+        undone=undone,
+        base=results.references[0],
+        costs=[r for r in _costs(results) if r["ratio"] and r["variant"] != results.references[0]],
+    ).splitlines()
+    return [Markup(line) for line in lines if line.strip()]
 
 
-def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> Markup:
-    """Compare a variant with a reference; "" if it has no results."""
-    name = Markup("<b>{}</b>{}").format(variant, f" on {data}" if data else "")
+def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return what the sentence on a variant says: its pairs with a reference by verdict."""
     pairs = [(cell, d) for cell in cells if (d := cell.to(reference))]
-    if all(cell.mean is None for cell in cells):
-        return Markup("")
-    if not pairs:
-        return Markup("{}: no run to compare with {}.").format(name, reference)
     judged = [(cell, d) for cell, d in pairs if _is_judged(cell, d)]
-    if not judged:
-        seeds = counted(pairs[0][1].seeds, "seed")
-        text = "{} vs. {}: no intervals ({} and no per-image values), so no metric is marked."
-        return Markup(text).format(name, reference, seeds)
-    parts: list[str] = []
-    for verdict in ("better", "worse"):
-        found = [(cell, d) for cell, d in judged if d.verdict == verdict]
-        if found:
-            found.sort(key=lambda pair: -_clarity(pair[1]))
-            shown = [
-                f"{cell.metric} {number(d.value, signed=True)}{cell.unit and ' ' + cell.unit} "
-                f"[{number(d.low, signed=True)}, {number(d.high, signed=True)}]"
-                for cell, d in found[:MAX_NAMED]
-            ]
-            if len(found) > MAX_NAMED:
-                shown.append(f"and {len(found) - MAX_NAMED} more")
-            parts.append(
-                Markup('<span class="mark {0}">{0}</span> on {1} ({2})').format(
-                    verdict, counted(len(found), "metric"), "; ".join(shown)
-                )
-            )
-    if open_ := tally(cells, reference)["open"]:
-        which = counted(open_, "metric") if parts else f"any of {counted(open_, 'metric')}"
-        faint = sum(_excludes_zero(d) and not d.verdict for _, d in judged)
-        note = f" (the interval alone excludes zero on {faint})" if faint else ""
-        parts.append(f"no significant difference on {which}{note}")
-    if bare := sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs):
-        parts.append(f"no interval for {bare}")
-    return Markup("{} vs. {}: {}.").format(name, reference, Markup(", ").join(parts))
+    judged.sort(key=lambda pair: -_clarity(pair[1]))
+    verdicts = {v: [pair for pair in judged if pair[1].verdict == v] for v in ("better", "worse")}
+    return {
+        "names": (variant, data, reference),
+        "seeds": pairs[0][1].seeds if pairs else 0,
+        "is_judged": bool(judged),
+        "verdicts": {verdict: found for verdict, found in verdicts.items() if found},
+        "faint": sum(_excludes_zero(d) and not d.verdict for _, d in judged),
+        "open": tally(cells, reference)["open"],
+        "bare": sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs),
+    }
 
 
 def _is_judged(cell: Cell, difference: Difference) -> bool:
@@ -232,18 +180,12 @@ def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     for cell, d in pairs:
         ends = [abs(x) for x in (d.value, d.low, d.high) if x is not None and math.isfinite(x)]
         reach[cell.data, cell.metric] = max([reach.get((cell.data, cell.metric), 0.0), *ends])
-    caption = (
-        f"Variant minus reference over {_span([d.seeds for _, d in pairs], 'seed')} and "
-        f"{_images([c for c, _ in pairs])}, with {CONFIDENCE * 100:.0f} % intervals and "
-        "p-values of each comparison alone. Metrics that are means over images are paired by image "
-        "and seed, which are crossed random effects; others are paired by seed (t test). "
-        f"Verdicts: {_correction(cells)}; adjusted p ≤ {number(1 - CONFIDENCE, digits=1)}. "
-        "Each metric has its own scale. There is no interval where all seeds differ by exactly the "
-        "same amount."
-    )
     return {
         "pairs": [(cell, d, reach[cell.data, cell.metric]) for cell, d in pairs],
-        "pairs_caption": caption,
+        "pairs_of": (_span([d.seeds for _, d in pairs], "seed"), _images([c for c, _ in pairs])),
+        "confidence": f"{CONFIDENCE * 100:.0f}",
+        "correction": _correction(cells),
+        "alpha": 1 - CONFIDENCE,
         "has_many": len(results.references) > 1,
         "faint": [*FAINT_MARKS.values()],
     }
@@ -289,20 +231,18 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
         columns = min(len(run.examples) for run in runs.values())
         paths = {"original": [example["original"] for example in first]}
         paths |= {name: [e["reconstruction"] for e in run.examples] for name, run in runs.items()}
-
-        def uri(path: str) -> str:
-            return data_uri(example_file(root, path).read_bytes(), "image/png")
-
-        grids.append(
-            {
-                "data": data,
-                "columns": columns,
-                "rows": [(name, [*map(uri, own[:columns])]) for name, own in paths.items()],
-                "captions": [example.get("caption", "") for example in first],
-                "seeds": sorted({run.seed for run in runs.values()}),
-            }
-        )
+        rows = [
+            (name, [_uri(example_file(root, path)) for path in own[:columns]])
+            for name, own in paths.items()
+        ]
+        captions = [example.get("caption", "") for example in first]
+        grid = {"data": data, "columns": columns, "rows": rows, "captions": captions}
+        grids.append({**grid, "seeds": sorted({run.seed for run in runs.values()})})
     return grids
+
+
+def _uri(path: Path) -> str:
+    return data_uri(path.read_bytes(), "image/png")
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
@@ -332,13 +272,17 @@ def _settings(results: Results) -> dict[str, Any]:
         )
         for variant, shown in results.variants.items()
     ]
-    finished = (run.evaluation for run in results.runs if run.status == "done")
-    done: Mapping[str, Any] = next(finished, {})
+    done = _done(results)
     given = {"Evaluation": done.get("settings"), "Environment": done.get("environment")}
     return {
         "settings": settings,
         "evaluation": {title: _yaml(value) for title, value in given.items() if value},
     }
+
+
+def _done(results: Results) -> Mapping[str, Any]:
+    """Return the evaluation of the first finished run, or {}."""
+    return next((run.evaluation for run in results.runs if run.status == "done"), {})
 
 
 def _yaml(value: Any) -> str:
@@ -375,10 +319,7 @@ def _raw(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
 def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = ()) -> str:
     """Return the summary and a table per data set: a row per metric, a column per variant.
 
-    Args:
-        results: all runs.
-        cells: their comparison, see `statistics.compare`.
-        pictures: paths of figures, relative to the Markdown file.
+    `cells` are what `statistics.compare` returns, `pictures` paths relative to the Markdown file.
     """
     lines = [f"# {_escaped(results.title)}", ""]
     lines += [f"- {_escaped(line.striptags())}" for line in sentences(results, cells)]
@@ -398,23 +339,23 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
 
 
 def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
-    variants = list(results.variants)
+    variants, reference = list(results.variants), results.references[0]
     lines = [f"| | {' | '.join(map(_escaped, variants))} |", f"|---|{'---:|' * len(variants)}"]
     for metric in dict.fromkeys(cell.metric for cell in cells):
         row = {cell.variant: cell for cell in cells if cell.metric == metric}
         first = next(iter(row.values()))
         arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
         unit = f" ({first.unit})" if first.unit else ""
-        values = [_value(row.get(variant), results.references[0]) for variant in variants]
+        values = []
+        for cell in map(row.get, variants):
+            if cell is None or cell.mean is None:
+                values.append("–")
+                continue
+            found = cell.to(reference)
+            spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
+            values.append(f"{number(cell.mean)}{spread}{MARKS[found.verdict if found else '']}")
         lines.append(f"| {_escaped(metric + unit)}{arrow} | {' | '.join(values)} |")
     return lines
-
-
-def _value(cell: Cell | None, reference: str) -> str:
-    if cell is None or cell.mean is None:
-        return "–"
-    spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
-    return f"{number(cell.mean)}{spread}{cell.mark(reference)}"
 
 
 def _escaped(text: str) -> str:
@@ -433,7 +374,7 @@ def values_csv(results: Results) -> str:
         for key, unit in (("seconds_per_step", "s"), ("peak_memory_mib", "MiB")):
             if (cost := run.cost.get(key)) is not None:
                 rows.append([*place, f"cost/{key}", cost, unit, None])
-    return _csv(["data", "variant", "seed", "metric", "value", "unit", "images"], rows)
+    return csv_text(["data", "variant", "seed", "metric", "value", "unit", "images"], rows)
 
 
 def differences_csv(cells: Sequence[Cell]) -> str:
@@ -448,13 +389,7 @@ def differences_csv(cells: Sequence[Cell]) -> str:
         for cell in cells
         for d in cell.differences
     ]
-    return _csv(["data", "variant", "reference", "metric", *names], rows)
-
-
-def _csv(header: list[str], rows: list[list[Any]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    return file.getvalue()
+    return csv_text(["data", "variant", "reference", "metric", *names], rows)
 
 
 def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -467,8 +402,6 @@ def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
             for name, row in run.metrics.items()
         }
         runs.append({**shown, "cost": run.cost, "metrics": metrics})
-    finished = (run.evaluation for run in results.runs if run.status == "done")
-    done: Mapping[str, Any] = next(finished, {})
     return {
         "title": results.title,
         "references": list(results.references),
@@ -476,7 +409,7 @@ def summary(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
             name: {key: shown.get(key) for key in ("note", "changes")}
             for name, shown in results.variants.items()
         },
-        "environment": done.get("environment"),
+        "environment": _done(results).get("environment"),
         "runs": runs,
         "differences": [
             {"data": cell.data, "variant": cell.variant, "metric": cell.metric, **asdict(d)}

@@ -1,5 +1,6 @@
 """Accuracy of answers: exact match (COCO-QA), VQA v2's vote among ten people, and WUPS."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -55,30 +56,22 @@ def wups(
 ) -> float:
     """Return the mean Wu-Palmer similarity of one-word answers (Malinowski and Fritz 2014).
 
-    Args:
-        given: answers.
-        wanted: correct answers.
-        similarity: maps two words to [0, 1]; see :func:`wordnet_similarity`.
-        threshold: similarities below it are multiplied by 0.1; papers use 0.9 and 0.0.
+    `similarity` maps two words to [0, 1], see :func:`wordnet_similarity`; values below `threshold`
+    are multiplied by 0.1. Papers use 0.9 and 0.0.
     """
     _require_pairs(given, wanted)
-    known: dict[tuple[str, str], float] = {}
     total = 0.0
-    for pair in zip(map(_plain, given), map(_plain, wanted), strict=True):
-        if pair not in known:
-            value = 1.0 if pair[0] == pair[1] else similarity(*pair)
-            known[pair] = value if value >= threshold else 0.1 * value
-        total += known[pair]
+    for pair, count in Counter(zip(map(_plain, given), map(_plain, wanted), strict=True)).items():
+        value = 1.0 if pair[0] == pair[1] else similarity(*pair)
+        total += count * (value if value >= threshold else 0.1 * value)
     return total / len(given)
 
 
 def wordnet_similarity(folder: str | None = None) -> Similarity:
     """Return the highest Wu-Palmer similarity of two words' noun senses, from NLTK's WordNet.
 
-    A word that is not in WordNet is similar only to itself.
-
-    Args:
-        folder: contains NLTK's `corpora/wordnet`; None: NLTK's default search path.
+    A word that is not in WordNet is similar only to itself. `folder` contains NLTK's
+    `corpora/wordnet`; None: NLTK's default search path.
 
     Raises:
         ConfigError: without NLTK or its WordNet.
@@ -162,10 +155,9 @@ def _contractions() -> dict[str, str]:
     whole += ["i'm", "ma'am", "o'clock", "'twas", "y'all", "let's"]
     table: dict[str, str] = {}
     for form in whole:
-        places = [i for i, letter in enumerate(form) if letter == "'"]
-        for kept in range(1 << len(places)):
-            gone = {place for bit, place in enumerate(places) if not kept >> bit & 1}
-            table["".join(c for i, c in enumerate(form) if i not in gone)] = form
+        parts = form.split("'")
+        for marks in itertools.product(["", "'"], repeat=len(parts) - 1):
+            table["".join(map("".join, zip(["", *marks], parts, strict=True)))] = form
     del table["lets"]  # a word of its own
     return table
 

@@ -17,12 +17,9 @@ References = Sequence[Sequence[str]]
 def caption_scores(hypotheses: Sequence[str], references: References) -> dict[str, float]:
     """Return `bleu_1` to `bleu_4` of the whole set, and the means of `rouge_l` and `cider_d`.
 
-    CIDEr-D weighs words by their rarity in these references, so it is not comparable between
-    sets. It is at most about 10, the others at most 1.
-
-    Args:
-        hypotheses: one tokenized sentence per image.
-        references: at least one tokenized sentence per image.
+    Each image has one tokenized hypothesis and at least one tokenized reference. CIDEr-D weighs
+    words by their rarity in these references, so it is not comparable between sets. It is at most
+    about 10, the others at most 1.
 
     Raises:
         ConfigError: if pycocoevalcap is not installed.

@@ -18,8 +18,7 @@ BATCH = 32
 class CLIPScorer:
     """Score how well texts describe images, with a CLIP model of transformers.
 
-    Args:
-        model: folder with its weights, or a name on the hub.
+    `model` is a folder with its weights, or a name on the hub.
 
     Raises:
         ConfigError: if transformers is not installed, or the model cannot be loaded.
@@ -45,22 +44,15 @@ class CLIPScorer:
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Return the CLIP score of each pair, (M,) float32 in [0, 100] (Hessel et al. 2021).
 
-        Args:
-            images: (M, 3, H, W) in [-1, 1]; rounded to 8 bits.
-            captions: M texts; long ones are truncated.
+        Images (M, 3, H, W) in [-1, 1] are rounded to 8 bits, long captions truncated.
         """
         network = self._network.to(images.device)
         pixels = to_uint8(images).cpu()
         scores = []
-        for begin in range(0, len(pixels), BATCH):
-            part = slice(begin, begin + BATCH)
-            inputs = self._processor(
-                text=list(captions[part]),
-                images=list(pixels[part]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-            )
+        for rows in torch.arange(len(pixels)).split(BATCH):
+            texts = [captions[row] for row in rows.tolist()]
+            options = {"return_tensors": "pt", "padding": True, "truncation": True}
+            inputs = self._processor(text=texts, images=list(pixels[rows]), **options)
             output = network(**inputs.to(images.device))
             scores.append(F.cosine_similarity(output.image_embeds, output.text_embeds).cpu())
         return 100 * torch.cat(scores).clamp(min=0)

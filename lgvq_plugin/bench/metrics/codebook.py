@@ -13,10 +13,7 @@ class CodebookUsage(Metric):
     """Usage, perplexity, dead codes and entropy over all indices since the last reset.
 
     The counts are summed over ranks before anything is computed from them. All four numbers depend
-    on the set of images: report it (step, epoch, evaluation set) with them.
-
-    Args:
-        codebook_size: K.
+    on the set of images: report it (step, epoch, evaluation set) with them. `codebook_size` is K.
 
     Example:
         >>> metric = CodebookUsage(4)
@@ -69,11 +66,7 @@ class CodebookUsage(Metric):
 def nearest_code_distances(codebook: Tensor) -> dict[str, float]:
     """Return `min`, `median`, `mean` and `max` of the distance of codes to their nearest neighbor.
 
-    Args:
-        codebook: (K, C), K >= 2.
-
-    Returns:
-        The four in units of the codes' root-mean-square length, and `rms_length` itself.
+    They are in units of the root-mean-square length of the codes (K, C), which is `rms_length`.
 
     Raises:
         ValueError: if there is only one code.
@@ -87,34 +80,21 @@ def nearest_code_distances(codebook: Tensor) -> dict[str, float]:
         raise ValueError(f"expected at least two codes, got {tuple(codebook.shape)}")
     codes = codebook.detach().double().cpu()
     parts = []
-    for begin in range(0, len(codes), 1024):
-        part = codes[begin : begin + 1024]
-        distances = torch.cdist(part, codes, compute_mode="use_mm_for_euclid_dist")
-        rows = torch.arange(len(part))
-        distances[rows, rows + begin] = torch.inf
-        parts.append(distances.amin(dim=1))
+    for rows in torch.arange(len(codes)).split(1024):
+        distances = torch.cdist(codes[rows], codes, compute_mode="use_mm_for_euclid_dist")
+        parts.append(distances.scatter_(1, rows[:, None], torch.inf).amin(dim=1))
     length = codes.square().sum(dim=1).mean().sqrt()
     nearest = torch.cat(parts) / length.clamp(min=1e-12)
-    return {
-        "min": float(nearest.min()),
-        "median": float(nearest.median()),
-        "mean": float(nearest.mean()),
-        "max": float(nearest.max()),
-        "rms_length": float(length),
-    }
+    means = {name: float(getattr(nearest, name)()) for name in ("min", "median", "mean", "max")}
+    return means | {"rms_length": float(length)}
 
 
 def similarity_gap(words: Tensor, codes: Tensor, valid: Tensor | None = None) -> dict[str, float]:
     """Compare word-word with code-code cosines over pairs of distinct words (paper, table 4).
 
-    Args:
-        words: word features, (W, D), or (B, W, D) for B captions.
-        codes: the code matched to each word, (W, E) or (B, W, E).
-        valid: True for real words, (W,) or (B, W); None: all.
-
-    Returns:
-        `mse` of the cosines, their `pearson` and `spearman` correlation, and the number of
-        `pairs`; nan without pairs.
+    Word features are (W, D), or (B, W, D) for B captions, the codes matched to them (W, E) or
+    (B, W, E), and `valid` is True for real words, (W,) or (B, W); None: all. Returns `mse` of the
+    cosines, their `pearson` and `spearman` correlation, and the number of `pairs`; nan without any.
 
     Example:
         >>> similarity_gap(torch.eye(3), 2 * torch.eye(3))["mse"]
@@ -154,16 +134,9 @@ def _correlations(x: Tensor, y: Tensor) -> dict[str, float]:
 def word_code_association(has_word: Tensor, has_code: Tensor, *, min_count: int = 5) -> Tensor:
     """Return the signed root of Dunning's log-likelihood ratio of each word and code.
 
-    Words and codes are seen as events of an image. The ratio is large only with enough images, so
-    rare words and codes do not win by chance; the sign is that of the association.
-
-    Args:
-        has_word: True if a caption of image m has word w, (M, W) bool.
-        has_code: True if image m uses code k, (M, K) bool.
-        min_count: words and codes of fewer images get 0.
-
-    Returns:
-        (W, K) float64.
+    Words (M, W) and codes (M, K) are seen as events of M images, both bool. The ratio is large only
+    with enough images, so rare words and codes do not win by chance; the sign is that of the
+    association. Words and codes of fewer than `min_count` images get 0. Returns (W, K) float64.
 
     Example:
         >>> seen = torch.tensor([[True], [True], [False], [False]])
@@ -175,12 +148,7 @@ def word_code_association(has_word: Tensor, has_code: Tensor, *, min_count: int 
     both = words.mT @ codes
     of_word, of_code = words.sum(0)[:, None], codes.sum(0)[None, :]
     cells = (both, of_word - both, of_code - both, total - of_word - of_code + both)
-    sums = (
-        of_word * of_code,
-        of_word * (total - of_code),
-        (total - of_word) * of_code,
-        (total - of_word) * (total - of_code),
-    )
+    sums = [w * c for w in (of_word, total - of_word) for c in (of_code, total - of_code)]
     ratio = torch.zeros_like(both)
     for cell, product in zip(cells, sums, strict=True):
         ratio += torch.xlogy(cell, cell * total / product.clamp(min=1e-12))

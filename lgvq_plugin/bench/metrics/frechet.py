@@ -19,6 +19,7 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 MIN_IMAGES = 10_000
 """With fewer images the distance is so biased that only rows with the same n are comparable."""
+Net = str | nn.Module
 
 
 class FrechetDistance:
@@ -39,11 +40,7 @@ class FrechetDistance:
     """
 
     def __init__(
-        self,
-        net: str | nn.Module = "inception",
-        *,
-        name: str | None = None,
-        weights: str | Path | None = None,
+        self, net: Net = "inception", *, name: str | None = None, weights: str | Path | None = None
     ):
         self.resize = "none"
         self._metric: FrechetInceptionDistance | None = None
@@ -64,12 +61,8 @@ class FrechetDistance:
             import torch_fidelity
 
             implementation += f" on torch-fidelity {torch_fidelity.__version__}"
-        return {
-            "implementation": implementation,
-            "weights": self.weights_hash,
-            "resize": self.resize,
-            "quantization": "uint8",
-        }
+        rest = {"weights": self.weights_hash, "resize": self.resize, "quantization": "uint8"}
+        return {"implementation": implementation, **rest}
 
     @torch.no_grad()
     def update(self, images: Tensor, *, real: bool) -> None:
@@ -148,7 +141,7 @@ def _inception(weights: str | Path | None) -> tuple[FrechetInceptionDistance, st
     return metric, module_hash(metric.inception) if path is None else file_hash(path)
 
 
-def _feature_net(net: str | nn.Module, weights: str | Path | None) -> tuple[nn.Module, str, str]:
+def _feature_net(net: Net, weights: str | Path | None) -> tuple[nn.Module, str, str]:
     """Return the module, a hash of its weights, and a label."""
     if isinstance(net, nn.Module):
         return net, module_hash(net), type(net).__name__

@@ -47,13 +47,9 @@ class PerceptualDistance(Metric):
     @property
     def settings(self) -> dict[str, Any]:
         """All that the number depends on, besides the images."""
-        return {
-            "implementation": f"torchmetrics {torchmetrics.__version__}",
-            "weights": self.weights_hash,
-            "heads": "LPIPS v0.1",
-            "resize": "none",
-            "quantization": "uint8",
-        }
+        fixed = {"heads": "LPIPS v0.1", "resize": "none", "quantization": "uint8"}
+        implementation = f"torchmetrics {torchmetrics.__version__}"
+        return {"implementation": implementation, "weights": self.weights_hash, **fixed}
 
     @torch.no_grad()
     def distances(self, images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -128,8 +124,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def file_hash(path: str | Path) -> str:
     """Return the first 16 hexadecimal digits of a file's SHA-256."""
+    digest = hashlib.sha256()
     with Path(path).expanduser().open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
@@ -138,9 +134,7 @@ def file_hash(path: str | Path) -> str:
 def module_hash(module: nn.Module, *, skip: str | None = None) -> str:
     """Return a hash of a module's state dict, equal for equal names, shapes and values.
 
-    Args:
-        module: any.
-        skip: leave out names that start with this.
+    Names that start with `skip` are left out.
 
     Example:
         >>> module_hash(nn.Identity()) == module_hash(nn.Identity())

@@ -72,9 +72,7 @@ class ReconstructionMetrics(Metric):
 def psnr_and_ssim(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
     """Return PSNR in dB (at most 100) and SSIM of each image, two (B,) float32.
 
-    Args:
-        images: (B, C, H, W) in [-1, 1]; values outside are clamped.
-        reconstructions: of the same shape.
+    Both arguments are (B, C, H, W) in [-1, 1]; values outside are clamped.
 
     Raises:
         ConfigError: if the images are smaller than SSIM's window.

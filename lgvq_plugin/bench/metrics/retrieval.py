@@ -27,15 +27,9 @@ def retrieval_by_query(
     """Return whether a relevant item is among the k nearest of each query, and its rank.
 
     Ties are resolved in expectation over random orders, so features without information give
-    chance level and not 1.
-
-    Args:
-        similarity: of Q queries to G items, (Q, G); larger is nearer.
-        relevant: (Q, G) bool; of several relevant items per query the nearest counts.
-        ks: numbers of nearest items.
-
-    Returns:
-        `recall@k` for each k, in [0, 1], and `mean_rank`, starting from 1; each (Q,) float64.
+    chance level and not 1. `similarity` of Q queries to G items and `relevant`, bool, are (Q, G);
+    larger is nearer, and of several relevant items per query the nearest counts. Returns `recall@k`
+    for each k, in [0, 1], and `mean_rank`, starting from 1; each (Q,) float64.
 
     Raises:
         ValueError: on unequal shapes, nan, or a query without a relevant item.

@@ -18,8 +18,7 @@ Labels = Mapping[str, Tensor]
 class AttributesProbe(AbstractProbe[CodeFeatures, Labels]):
     """Regress one-hot or multi-hot labels on the codes; predict the largest, or those > 1/2.
 
-    Args:
-        seed: of the held-out part that chooses each ridge's strength.
+    `seed` draws the held-out part that chooses each ridge's strength.
     """
 
     def __init__(self, *, seed: int = 0):

@@ -5,27 +5,16 @@ codes --CodeMemory--> memory --cross-attention--> next word, next word, ... --> 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...functional import seeded
 from ..metrics.captions import caption_scores, tokenize_words
 from .features import BATCH, FrozenCodes, require_captions
-from .trainer import NeuralProbe, ProbeConfig, fit, pick
-from .transformer import (
-    END,
-    PAD,
-    START,
-    UNKNOWN,
-    Cache,
-    CodeMemory,
-    ProbeTransformer,
-    Words,
-    trim,
-)
+from .trainer import LossFunction, NeuralProbe, ProbeConfig, pick
+from .transformer import END, PAD, START, UNKNOWN, Cache, CodeMemory, ProbeTransformer, Words, trim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,35 +36,18 @@ class CaptioningConfig(ProbeConfig):
 class CaptioningProbe(NeuralProbe[CaptioningConfig, Sequence[Sequence[str]]]):
     """Write captions from codes."""
 
-    Config = CaptioningConfig
+    Config, name = CaptioningConfig, "captioning"
 
-    def fit(
-        self,
-        codes: FrozenCodes,
-        target: Sequence[Sequence[str]],
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-    ) -> "CaptioningProbe":
-        """Train on a random caption of each of M images per epoch.
-
-        Args:
-            codes: of the images.
-            target: at least one caption per image.
-            folder: of the checkpoint, see :func:`.trainer.fit`.
-            progress: whether to show a bar.
-
-        Raises:
-            ValueError: if the numbers differ or an image has no caption.
-        """
+    def _build(
+        self, codes: FrozenCodes, target: Sequence[Sequence[str]]
+    ) -> tuple[LossFunction, int, list[Any]]:
         require_captions(codes, target)
         config, length = self.config, self.config.max_words + 2
         tokenized = [[tokenize_words(text) for text in texts] for texts in target]
         sentences = (text for texts in tokenized for text in texts)
         self.words = Words(sentences, min_count=config.least_count)
         rows = [[*self.words.encode(texts, length=length)] for texts in tokenized]
-        with seeded(config.seed):
-            self.network = _Captioner(codes, config, len(self.words), length).to(self.device)
+        self.network = _Captioner(codes, config, len(self.words), length).to(self.device)
 
         def loss_of(images: Tensor, generator: torch.Generator) -> Tensor:
             draws = torch.rand(len(images), generator=generator)
@@ -84,18 +56,7 @@ class CaptioningProbe(NeuralProbe[CaptioningConfig, Sequence[Sequence[str]]]):
             logits = self.network(tokens[:, :-1], memory)
             return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
 
-        facts = [codes.fingerprint, tokenized]
-        fit(
-            self.network,
-            loss_of,
-            len(codes),
-            config,
-            name="captioning",
-            folder=folder,
-            progress=progress,
-            facts=facts,
-        )
-        return self
+        return loss_of, len(codes), [tokenized]
 
     @torch.no_grad()
     def write(self, codes: FrozenCodes) -> list[str]:

@@ -25,10 +25,9 @@ BATCH = 256
 class CodeFeatures:
     """Features of M images, made only of their frozen codes.
 
-    Args:
-        pooled: mean code vector and the means of the four quadrants, (M, 5 * C) float32.
-        histogram: square roots of the shares of codes, (M, K) float32; None without indices, or if
-            K is unknown or above 4096.
+    `pooled` is the mean code vector and the means of the four quadrants, (M, 5 * C) float32;
+    `histogram` the square roots of the shares of codes, (M, K) float32, None without indices, or
+    if K is unknown or above 4096.
     """
 
     pooled: Tensor
@@ -50,19 +49,12 @@ class CodeFeatures:
 
 @dataclass(frozen=True)
 class FrozenCodes:
-    """Codes of M images, on the CPU.
+    """Codes of M images, on the CPU."""
 
-    Args:
-        grid: (h, w), h * w == N.
-        indices: (M, N) int64; None if the host has no indices.
-        table: the vector of each index, (K, C); or None.
-        vectors: (M, N, C) float32, only where they differ from `table[indices]`.
-    """
-
-    grid: tuple[int, int]
-    indices: Tensor | None = None
-    table: Tensor | None = None
-    vectors: Tensor | None = None
+    grid: tuple[int, int]  # (h, w), h * w == N
+    indices: Tensor | None = None  # (M, N) int64; None if the host has no indices
+    table: Tensor | None = None  # the vector of each index, (K, C)
+    vectors: Tensor | None = None  # (M, N, C) float32, where they differ from `table[indices]`
 
     def __len__(self) -> int:
         """Return M."""
@@ -90,14 +82,12 @@ class FrozenCodes:
 
     def features(self) -> CodeFeatures:
         """Return what the linear probes read."""
-        pooled, histograms = [], []
-        for rows in torch.arange(len(self)).split(BATCH):
-            pooled.append(pool_codes(self.codes(rows), self.grid))
-            if self.indices is not None and self.table is not None:
-                size = len(self.table)
-                if size <= HISTOGRAM_LIMIT:
-                    histograms.append(code_histogram(self.indices[rows], size))
-        return CodeFeatures(torch.cat(pooled), torch.cat(histograms) if histograms else None)
+        batches = torch.arange(len(self)).split(BATCH)
+        pooled = torch.cat([pool_codes(self.codes(rows), self.grid) for rows in batches])
+        size = 0 if self.indices is None or self.table is None else len(self.table)
+        if self.indices is None or not 0 < size <= HISTOGRAM_LIMIT:
+            return CodeFeatures(pooled)
+        return CodeFeatures(pooled, code_histogram(self.indices, size))
 
     def shuffled(self, seed: int) -> "FrozenCodes":
         """Return the codes in an order where no image keeps its own: the control of a probe."""
@@ -115,8 +105,7 @@ class FrozenCodes:
 class CodeCollector:
     """Collects a host's codes batch by batch, as indices and a table where that is enough.
 
-    Args:
-        codebook_size: K, for hosts whose codes come without the codebook.
+    `codebook_size` is K, for hosts whose codes come without the codebook.
     """
 
     def __init__(self, codebook_size: int | None = None):
@@ -160,12 +149,8 @@ class CodeCollector:
         return FrozenCodes(first.grid, indices, table, None if is_enough else vectors)
 
     def _vectors(self, book: Tensor | None) -> Tensor:
-        return torch.cat(
-            [
-                part.codes if part.codes.shape[1] else book[part.indices]  # type: ignore[index]
-                for part in self._parts
-            ]
-        )
+        parts = self._parts
+        return torch.cat([p.codes if p.codes.shape[1] else book[p.indices] for p in parts])  # type: ignore[index]
 
 
 @torch.no_grad()
@@ -179,13 +164,9 @@ def collect_codes(
 ) -> CodeFeatures:
     """Encode every image of a loader that does not shuffle, and return the codes' features.
 
-    Args:
-        host_encode: maps (B, 3, H, W) float32 on `device` to the codes of a host in evaluation
-            mode.
-        loader: of batches with images (B, H, W, 3) or (B, 3, H, W) at `image_key`.
-        device: of the host; the features are on the CPU.
-        image_key: of the batches.
-        codebook_size: K, for hosts whose codes come without the codebook.
+    `host_encode` maps (B, 3, H, W) float32 on `device` to the codes of a host in evaluation mode.
+    The loader's batches have images (B, H, W, 3) or (B, 3, H, W) at `image_key`. `codebook_size`
+    is K, for hosts whose codes come without the codebook. The features are on the CPU.
 
     Raises:
         ValueError: if the loader is empty.

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,7 @@ CONFIG = ProbeConfig(steps=500, batch_size=64, learning_rate=3e-3, width=128, he
 class ImageJudge(nn.Module):
     """Images (B, 3, H, W) uint8 to features (B, 128); `heads` turn them into logits.
 
-    Args:
-        sizes: by attribute, the number of classes, or of columns if it is multi-hot.
+    `sizes` has by attribute the number of classes, or of columns if it is multi-hot.
     """
 
     def __init__(self, sizes: Mapping[str, int]):
@@ -79,14 +79,6 @@ class ImageJudge(nn.Module):
 
         digest = hashlib.sha256(images.numpy().data).hexdigest()
         facts = [digest, {n: v.tolist() for n, v in target.items()}]
-        fit(
-            judge,
-            loss_of,
-            len(images),
-            config,
-            name="judge",
-            folder=folder,
-            progress=progress,
-            facts=facts,
-        )
+        options: dict[str, Any] = {"name": "judge", "folder": folder, "progress": progress}
+        fit(judge, loss_of, len(images), config, facts=facts, **options)
         return judge.requires_grad_(False)

@@ -10,19 +10,17 @@ still contains information about them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...functional import seeded
 from ...guides.base import AbstractGuide
 from ...types import TextTokens
 from .features import BATCH, FrozenCodes, require_captions
-from .trainer import NeuralProbe, ProbeConfig, fit, generator_at, pick
-from .transformer import CodeMemory, ProbeTransformer
+from .trainer import LossFunction, NeuralProbe, ProbeConfig, generator_at, pick
+from .transformer import CodeMemory, ProbeTransformer, used_length
 
 PROTOCOLS = ("leak_free", "leaky")
 
@@ -44,14 +42,7 @@ class MaskedWordsConfig(ProbeConfig):
 
 
 class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
-    """Fill in masked words.
-
-    Args:
-        guide: reads the captions.
-        config: of the training; None: defaults.
-        protocol: leak_free or leaky.
-        device: of the network.
-    """
+    """Fill in masked words of captions, which `guide` reads; `protocol`: leak_free or leaky."""
 
     Config = MaskedWordsConfig
 
@@ -66,22 +57,15 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
         super().__init__(config, device=device)
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
-        self.guide, self.protocol = guide, protocol
+        self.guide, self.protocol, self.name = guide, protocol, f"masked_words_{protocol}"
 
-    def fit(
-        self,
-        codes: FrozenCodes,
-        target: Sequence[Sequence[str]],
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-    ) -> "MaskedWordsProbe":
-        """Train on a random caption of each of M images per epoch, some of its words masked."""
+    def _build(
+        self, codes: FrozenCodes, target: Sequence[Sequence[str]]
+    ) -> tuple[LossFunction, int, list[Any]]:
         require_captions(codes, target)
         config = self.config
         counts = _count_tokens(self.guide, target)
-        with seeded(config.seed):
-            self.network = _Filler(codes, self.guide, counts, config).to(self.device)
+        self.network = _Filler(codes, self.guide, counts, config).to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
             chosen = pick(target, rows, torch.rand(len(rows), generator=generator))
@@ -93,18 +77,7 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
             logits = self._logits(chosen, masked, codes.codes(rows))
             return F.cross_entropy(logits, self._targets(tokens, masked))
 
-        facts = [codes.fingerprint, target, self.protocol, self.guide.fingerprint]
-        fit(
-            self.network,
-            loss_of,
-            len(codes),
-            config,
-            name=f"masked_words_{self.protocol}",
-            folder=folder,
-            progress=progress,
-            facts=facts,
-        )
-        return self
+        return loss_of, len(codes), [target, self.protocol, self.guide.fingerprint]
 
     def evaluate(
         self, codes: FrozenCodes, target: Sequence[str], *, seed: int = 0
@@ -131,7 +104,6 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
         means = {name: sum(value) / max(len(value), 1) for name, value in values.items()}
         return means | {"words": float(masked * len(values["recall@1"]))}
 
-    @torch.no_grad()
     def values(
         self, codes: FrozenCodes, captions: Sequence[str], *, masked: int, seed: int = 0
     ) -> dict[str, list[float]]:
@@ -143,20 +115,28 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
             masked: number of words masked per caption.
             seed: of the choice of words, which is the same for any host.
         """
-        found: dict[int, list[float]] = {1: [], 5: []}
+        return self.values_of([codes], captions, masked=masked, seed=seed)[0]
+
+    @torch.no_grad()
+    def values_of(
+        self, several: Sequence[FrozenCodes], captions: Sequence[str], *, masked: int, seed: int = 0
+    ) -> list[dict[str, list[float]]]:
+        """Return :meth:`values` for several codes; the guide reads the captions once for all."""
+        found: list[dict[int, list[float]]] = [{1: [], 5: []} for _ in several]
         for rows, texts, tokens, mask in self._masked(captions, masked, seed):
-            logits = self._logits(texts, mask, codes.codes(rows))
-            nearest = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-            is_right = nearest == self._targets(tokens, mask)[:, None]
+            targets = self._targets(tokens, mask)[:, None]
             # Tokens of one word have one number; a word is found if all its tokens are.
             length = mask.shape[1]
             words = (torch.arange(len(mask))[:, None] * length + tokens.word_ids.cpu())[mask.cpu()]
             total = torch.bincount(words.unique() // length, minlength=len(rows))
-            for k, shares in found.items():
-                missed = words[(~is_right[:, :k].any(dim=1)).cpu()].unique()
-                lost = torch.bincount(missed // length, minlength=len(rows))
-                shares += (1 - lost[total > 0] / total[total > 0]).tolist()
-        return {f"recall@{k}": shares for k, shares in found.items()}
+            all_logits = self._all_logits(texts, mask, [codes.codes(rows) for codes in several])
+            for shares_at, logits in zip(found, all_logits, strict=True):
+                is_right = logits.topk(min(5, logits.shape[1]), dim=-1).indices == targets
+                for k, shares in shares_at.items():
+                    missed = words[(~is_right[:, :k].any(dim=1)).cpu()].unique()
+                    lost = torch.bincount(missed // length, minlength=len(rows))
+                    shares += (1 - lost[total > 0] / total[total > 0]).tolist()
+        return [{f"recall@{k}": shares for k, shares in each.items()} for each in found]
 
     def _masked(
         self, captions: Sequence[str], number: int, seed: int
@@ -172,10 +152,17 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
                 yield rows, texts, tokens, mask
 
     def _logits(self, captions: Sequence[str], masked: Tensor, codes: Tensor) -> Tensor:
+        return self._all_logits(captions, masked, [codes])[0]
+
+    def _all_logits(
+        self, captions: Sequence[str], masked: Tensor, several: Sequence[Tensor]
+    ) -> list[Tensor]:
         is_free = self.protocol == "leak_free"
         features = self.guide.encode(captions, masked.to(self.guide.device) if is_free else None)
-        inputs = (features.tokens, masked, codes, features.attention_mask)
-        return self.network(*(x.to(self.device) for x in inputs))
+        length = used_length(features.attention_mask)
+        inputs = (features.tokens, masked, features.attention_mask)
+        text, hidden, attention = (x[:, :length].to(self.device) for x in inputs)
+        return [self.network(text, hidden, seen.to(self.device), attention) for seen in several]
 
     def _targets(self, tokens: TextTokens, masked: Tensor) -> Tensor:
         """Return the class of each masked token; -1 for one that is not in the training set."""
@@ -230,9 +217,8 @@ class _Filler(nn.Module):
         self.memory = CodeMemory(codes, config.width)
         self.in_proj = nn.Linear(guide.token_dim, config.width)
         self.mask_embed = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
-        self.text = ProbeTransformer(
-            config, vocabulary_size=1, length=guide.max_length, causal=False
-        )
+        length = guide.max_length
+        self.text = ProbeTransformer(config, vocabulary_size=1, length=length, causal=False)
         self.head = nn.Linear(config.width, len(kept))
         with torch.no_grad():  # start from the tokens' frequencies
             self.head.bias.copy_((counts[kept] / counts.sum()).log())
@@ -241,5 +227,7 @@ class _Filler(nn.Module):
         """Return the logits of the masked tokens, in row-major order."""
         x = self.in_proj(F.layer_norm(text, text.shape[-1:]))
         x = torch.where(masked[..., None], self.mask_embed, x)
-        states = self.text(x, self.memory(codes), token_mask=attention)
-        return self.head(states[masked])
+        count = masked.sum(dim=1, keepdim=True)
+        read = masked.int().sort(dim=1, descending=True, stable=True).indices[:, : int(count.max())]
+        states = self.text(x, self.memory(codes), token_mask=attention, read=read)
+        return self.head(states[torch.arange(read.shape[1], device=x.device) < count])

@@ -15,9 +15,7 @@ from .ridge import Ridge, Scaling, fit_ridges
 class RetrievalProbe(AbstractProbe[CodeFeatures, Tensor]):
     """Predict an image's sentence feature from its codes, and rank by cosine.
 
-    Args:
-        ks: of the recalls at k.
-        seed: of the held-out part that chooses the ridge's strength.
+    `ks` are those of the recalls; `seed` draws the held-out part that chooses the ridge's strength.
     """
 
     _ridge: Ridge
@@ -34,10 +32,8 @@ class RetrievalProbe(AbstractProbe[CodeFeatures, Tensor]):
     def fit(self, codes: CodeFeatures, target: Tensor) -> "RetrievalProbe":
         """Train on M images.
 
-        Args:
-            codes: features of the training images.
-            target: the guide's sentence features, (M, Ds), or (M, n, Ds) with n captions per
-                image, which are averaged.
+        The target is the guide's sentence features, (M, Ds), or (M, n, Ds) with n captions per
+        image, which are averaged.
         """
         sentences = F.normalize(target.double(), dim=-1)
         if sentences.ndim == 3:
@@ -61,15 +57,10 @@ class RetrievalProbe(AbstractProbe[CodeFeatures, Tensor]):
     ) -> dict[str, Tensor]:
         """Retrieve among the M captions for each of the M images, and vice versa.
 
-        Args:
-            codes: features of held-out images.
-            target: the sentence feature of one caption per image, (M, Ds).
-            captions: these captions; equal ones are all relevant. None: captions with identical
-                features are.
-
-        Returns:
-            `image_to_text/recall@k`, `image_to_text/mean_rank`, the same for `text_to_image`, and
-            `chance@1` (expected recall at 1 without information) of each image, (M,) float64.
+        The target is the sentence feature of one caption per held-out image, (M, Ds). Of these
+        `captions` equal ones are all relevant; None: captions with identical features are. Returns
+        `image_to_text/recall@k`, `image_to_text/mean_rank`, the same for `text_to_image`, and
+        `chance@1` (expected recall at 1 without information) of each image, (M,) float64.
 
         Raises:
             RuntimeError: before :meth:`fit`.

@@ -59,12 +59,8 @@ class Ridge:
 def fit_ridges(x: Tensor, targets: Mapping[str, Tensor], *, seed: int = 0) -> dict[str, Ridge]:
     """Fit one ridge per target; all share the Gram matrix.
 
-    The strength of each minimizes the squared error on a held-out fifth; then it is fitted on all.
-
-    Args:
-        x: (M, P) float64.
-        targets: (M, D) each.
-        seed: of the held-out fifth.
+    The strength of each minimizes the squared error on a held-out fifth, drawn by `seed`; then it
+    is fitted on all. `x` is (M, P) float64, each target (M, D).
 
     Raises:
         ConfigError: if M < 10.

@@ -6,7 +6,6 @@ caption --guide--> token features --cross-attention--> code 1, code 2, ... --hos
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...config import require
-from ...functional import seeded
 from ...guides.base import AbstractGuide
 from ...sockets import ConfigError
 from .features import FrozenCodes, require_captions
-from .trainer import NeuralProbe, ProbeConfig, fit, generator_at, pick
-from .transformer import Cache, ProbeTransformer
+from .trainer import LossFunction, NeuralProbe, ProbeConfig, generator_at, pick
+from .transformer import Cache, ProbeTransformer, used_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +63,9 @@ class TextToImageConfig(ProbeConfig):
 
 
 class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
-    """Sample codes given captions.
+    """Sample codes given captions, which `guide` reads."""
 
-    Args:
-        guide: reads the captions.
-        config: of training and sampling; None: defaults.
-        device: of the network.
-    """
-
-    Config = TextToImageConfig
+    Config, name = TextToImageConfig, "text_to_image"
 
     def __init__(
         self,
@@ -85,25 +77,13 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
         super().__init__(config, device=device)
         self.guide = guide
 
-    def fit(
-        self,
-        codes: FrozenCodes,
-        target: Sequence[Sequence[str]],
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-    ) -> "TextToImageProbe":
-        """Train on a random caption of each of M images per epoch.
-
-        Raises:
-            ConfigError: if the host has no code indices.
-            ValueError: if the numbers differ or an image has no caption.
-        """
+    def _build(
+        self, codes: FrozenCodes, target: Sequence[Sequence[str]]
+    ) -> tuple[LossFunction, int, list[Any]]:
         indices, table = _require_indices(codes)
         require_captions(codes, target)
         config = self.config
-        with seeded(config.seed):
-            network = _CodePrior(config, self.guide.token_dim, len(table), indices.shape[1])
+        network = _CodePrior(config, self.guide.token_dim, len(table), indices.shape[1])
         self.network = network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,18 +93,7 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
             logits = self.network(seen[:, :-1], memory, mask)
             return F.cross_entropy(logits.flatten(0, 1), seen.flatten())
 
-        facts = [codes.fingerprint, target, self.guide.fingerprint]
-        fit(
-            self.network,
-            loss_of,
-            len(codes),
-            config,
-            name="text_to_image",
-            folder=folder,
-            progress=progress,
-            facts=facts,
-        )
-        return self
+        return loss_of, len(codes), [target, self.guide.fingerprint]
 
     def evaluate(
         self, codes: FrozenCodes, target: Sequence[str], *, seed: int = 0
@@ -142,12 +111,12 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
         `text_gain` is `without_text/bits_per_code` - `bits_per_code`: the information that the
         text has. Codes that are easy to predict without text also need few bits.
         """
-        with_text = self._bits(codes, captions)
-        without = self._bits(codes, captions, with_text=False)
+        with_text, shuffled = self._bits([codes, codes.shuffled(seed)], captions)
+        (without,) = self._bits([codes], captions, with_text=False)
         return {
             "bits_per_code": with_text,
             "without_text/bits_per_code": without,
-            "shuffled/bits_per_code": self._bits(codes.shuffled(seed), captions),
+            "shuffled/bits_per_code": shuffled,
             "text_gain": without - with_text,
         }
 
@@ -155,23 +124,26 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
         self, codes: FrozenCodes, captions: Sequence[str], *, with_text: bool = True
     ) -> float:
         """Return the mean -log2 probability per code of held-out images."""
-        return float(self._bits(codes, captions, with_text=with_text).mean())
+        return float(self._bits([codes], captions, with_text=with_text)[0].mean())
 
     @torch.no_grad()
     def _bits(
-        self, codes: FrozenCodes, captions: Sequence[str], *, with_text: bool = True
-    ) -> Tensor:
-        """Return the mean -log2 probability per code of each image, (M,) float64."""
-        indices, _ = _require_indices(codes)
-        parts = []
-        for rows in torch.arange(len(codes)).split(self.config.batch_size):
-            dropped = torch.full((len(rows),), not with_text)
-            memory, mask = self._read([captions[row] for row in rows.tolist()], dropped)
-            seen = indices[rows].to(self.device)
-            logits = self.network(seen[:, :-1], memory, mask)
-            nats = F.cross_entropy(logits.mT, seen, reduction="none")
-            parts.append(nats.double().mean(dim=1).cpu() / math.log(2))
-        return torch.cat(parts)
+        self, several: Sequence[FrozenCodes], captions: Sequence[str], *, with_text: bool = True
+    ) -> list[Tensor]:
+        """Return the mean -log2 probability per code of each image, (M,) float64, of each codes."""
+        parts: list[list[Tensor]] = []
+        for rows in torch.arange(len(captions)).split(self.config.batch_size):
+            if with_text or len(rows) != len(parts[-1][0] if parts else ()):  # else the same memory
+                dropped = torch.full((len(rows),), not with_text)
+                memory, mask = self._read([captions[row] for row in rows.tolist()], dropped)
+                memory, mask = (memory, mask) if with_text else (memory[:, :1], mask[:, :1])
+            parts.append([])
+            for codes in several:
+                seen = _require_indices(codes)[0][rows].to(self.device)
+                logits = self.network(seen[:, :-1], memory, mask)
+                nats = F.cross_entropy(logits.mT, seen, reduction="none")
+                parts[-1].append(nats.double().mean(dim=1).cpu() / math.log(2))
+        return [torch.cat(of_codes) for of_codes in zip(*parts, strict=True)]
 
     @torch.no_grad()
     def draw(self, captions: Sequence[str], *, seed: int = 0, progress: bool = False) -> Tensor:
@@ -187,7 +159,8 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
     def _read(self, captions: Sequence[str], dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Return the memory (B, 1 + T, D) and where it may be attended to."""
         features = self.guide.encode(captions)
-        inputs = (features.tokens, features.attention_mask, dropped)
+        length = used_length(features.attention_mask)
+        inputs = (features.tokens[:, :length], features.attention_mask[:, :length], dropped)
         return self.network.memory(*(x.to(self.device) for x in inputs))
 
     def _draw_batch(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from ...checkpoints.read import read_raw
 from ...config import require
 from ...files import replacing
+from ...functional import seeded
 from ...sockets import ConfigError
 from . import AbstractProbe, Target
 from .features import FrozenCodes
@@ -26,6 +28,7 @@ LossFunction = Callable[[Tensor, torch.Generator], Tensor]
 STORED_NAMES = {"in_proj": "enter", "pos_embed": "positions", "mask_embed": "hidden"}
 """Parameters whose names in checkpoint files are those of version 0.1."""
 Config = TypeVar("Config", bound="ProbeConfig")
+Probe = TypeVar("Probe", bound="NeuralProbe[Any, Any]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +71,49 @@ class ProbeConfig:
 class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
     """A probe with a network; nothing of the host or the guide is trained.
 
-    Args:
-        config: of the class's `Config`; None: its defaults.
-        device: of the network.
+    `config` is of the class's `Config`, whose defaults None stands for; the network is on `device`.
     """
 
     Config: ClassVar[type[ProbeConfig]]
+    name: str  # of the progress bar and the checkpoint
     config: Any
     network: Any
 
     def __init__(self, config: ProbeConfig | None = None, *, device: torch.device | str = "cpu"):
         self.config = config or self.Config()
         self.device = torch.device(device)
+
+    def fit(
+        self: Probe,
+        codes: FrozenCodes,
+        target: Target,
+        *,
+        folder: Path | None = None,
+        progress: bool = True,
+    ) -> Probe:
+        """Train on M images; returns self.
+
+        Args:
+            codes: of the images.
+            target: of the task: at least one caption per image, of which each epoch takes a random
+                one, or questions.
+            folder: of the checkpoint, see :func:`fit`.
+            progress: whether to show a bar.
+
+        Raises:
+            ConfigError: if the task needs code indices and the host has none.
+            ValueError: if the numbers differ, an image has no caption, or there is no question.
+        """
+        with seeded(self.config.seed):
+            loss_of, count, facts = self._build(codes, target)
+        options: dict[str, Any] = {"folder": folder, "progress": progress}
+        facts = [codes.fingerprint, *facts]
+        fit(self.network, loss_of, count, self.config, name=self.name, facts=facts, **options)
+        return self
+
+    @abstractmethod
+    def _build(self, codes: FrozenCodes, target: Target) -> tuple[LossFunction, int, list[Any]]:
+        """Make the network; return its loss, the number of rows, and what else it depends on."""
 
 
 def fit(
@@ -93,11 +127,11 @@ def fit(
     progress: bool = True,
     facts: Any = None,
 ) -> list[float]:
-    """Train a network; a finished one is not trained again.
+    """Train a network, in evaluation mode afterwards; a finished one is not trained again.
 
     Args:
-        network: in evaluation mode afterwards.
-        loss_of: the loss of the network on some of `count` rows.
+        network: the network.
+        loss_of: its loss on some of `count` rows.
         count: number of rows.
         config: of the training.
         name: of the progress bar and the checkpoint.
@@ -109,9 +143,8 @@ def fit(
     Returns:
         The loss of each step of this call.
     """
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(network, config.weight_decay), betas=(0.9, 0.98)
-    )
+    groups = _parameter_groups(network, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=False, fused=True)
     path = None if folder is None else folder / f"{name}.pt"
     cache_key = _cache_key(network, count, config, facts)
     start = 0 if path is None else _restore(path, cache_key, network, optimizer)

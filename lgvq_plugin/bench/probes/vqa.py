@@ -6,37 +6,28 @@ question --ProbeTransformer, codes as memory--> first state --> one of the train
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...functional import seeded
 from ..metrics.answers import exact_accuracy, majority, vote_accuracy
 from ..metrics.captions import tokenize_words
 from .features import BATCH, FrozenCodes
-from .trainer import NeuralProbe, ProbeConfig, fit
+from .trainer import LossFunction, NeuralProbe, ProbeConfig
 from .transformer import PAD, CodeMemory, ProbeTransformer, Words, trim
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image.
+    """A question about an image."""
 
-    Args:
-        row: number of the image among the codes.
-        text: the question.
-        answer: the correct one, or the most frequent one of several people's.
-        kind: such as color or count; "" for none.
-        people: the answers of several people (VQA v2), or none.
-    """
-
-    row: int
+    row: int  # number of the image among the codes
     text: str
-    answer: str
-    kind: str = ""
-    people: tuple[str, ...] = ()
+    answer: str  # the correct one, or the most frequent one of several people's
+    kind: str = ""  # such as color or count; "" for none
+    people: tuple[str, ...] = ()  # the answers of several people (VQA v2), or none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,27 +51,11 @@ class VQAConfig(ProbeConfig):
 class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
     """Answer questions from codes."""
 
-    Config = VQAConfig
+    Config, name = VQAConfig, "questions"  # checkpoints have the file name of version 0.1
 
-    def fit(
-        self,
-        codes: FrozenCodes,
-        target: Sequence[Question],
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-    ) -> "VQAProbe":
-        """Train on questions about the images of `codes`.
-
-        Args:
-            codes: of the images.
-            target: questions.
-            folder: of the checkpoint, see :func:`.trainer.fit`.
-            progress: whether to show a bar.
-
-        Raises:
-            ValueError: without questions.
-        """
+    def _build(
+        self, codes: FrozenCodes, target: Sequence[Question]
+    ) -> tuple[LossFunction, int, list[Any]]:
         if not target:
             raise ValueError("there is no question to train on")
         config = self.config
@@ -95,27 +70,14 @@ class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
         tokens = self.words.encode(texts, length=config.max_words + 2)
         images = torch.tensor([question.row for question in kept])
         answers = torch.tensor([number[question.answer] for question in kept])
-        with seeded(config.seed):
-            network = _Answerer(codes, config, len(self.words), len(self.answers))
+        network = _Answerer(codes, config, len(self.words), len(self.answers))
         self.network = network.to(self.device)
 
         def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
             logits = self._logits(codes, tokens[rows], images[rows])
             return F.cross_entropy(logits, answers[rows].to(self.device))
 
-        # Checkpoints have the file name of version 0.1.
-        facts = [codes.fingerprint, texts, answers.tolist(), images.tolist()]
-        fit(
-            self.network,
-            loss_of,
-            len(kept),
-            config,
-            name="questions",
-            folder=folder,
-            progress=progress,
-            facts=facts,
-        )
-        return self
+        return loss_of, len(kept), [texts, answers.tolist(), images.tolist()]
 
     @torch.no_grad()
     def answer(self, codes: FrozenCodes, questions: Sequence[Question]) -> list[str]:
@@ -129,17 +91,22 @@ class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
         return [self.answers[i] for i in chosen]
 
     def evaluate(
-        self, codes: FrozenCodes, target: Sequence[Question], *, seed: int = 0
+        self,
+        codes: FrozenCodes,
+        target: Sequence[Question],
+        *,
+        seed: int = 0,
+        given: Sequence[str] | None = None,
     ) -> dict[str, float]:
         """Return the accuracy on questions about held-out images.
 
         `accuracy` (exact match), `accuracy/KIND`, and `vote_accuracy` with people's answers.
         Controls: `shuffled/accuracy`, with the codes of other images; `majority/accuracy`, the
-        most frequent training answer of the question's kind.
+        most frequent training answer of the question's kind. `given` are the answers of
+        :meth:`answer`, if they are known already.
         """
-        given = self.answer(codes, target)
-        wanted = [question.answer for question in target]
-        kinds = [question.kind for question in target]
+        given = self.answer(codes, target) if given is None else given
+        wanted, kinds = [q.answer for q in target], [q.kind for q in target]
         results = exact_accuracy(given, wanted, kinds if any(kinds) else None)
         if all(question.people for question in target):
             votes = [vote_accuracy(g, q.people) for g, q in zip(given, target, strict=True)]
@@ -171,11 +138,11 @@ class _Answerer(nn.Module):
     def __init__(self, codes: FrozenCodes, config: VQAConfig, words: int, answers: int):
         super().__init__()
         self.memory = CodeMemory(codes, config.width)
-        self.text = ProbeTransformer(
-            config, vocabulary_size=words, length=config.max_words + 2, causal=False
-        )
+        length = config.max_words + 2
+        self.text = ProbeTransformer(config, vocabulary_size=words, length=length, causal=False)
         self.head = nn.Linear(config.width, answers)
 
     def forward(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        states = self.text(tokens, self.memory(codes), token_mask=tokens != PAD)
+        first = torch.zeros_like(tokens[:, :1])
+        states = self.text(tokens, self.memory(codes), token_mask=tokens != PAD, read=first)
         return self.head(states[:, 0])
