@@ -90,6 +90,7 @@ def test_a_step_changes_every_head_and_the_host(case):
     assert not any(torch.equal(host.get_parameter(n), p) for n, p in encoder.items())
 
 
+@pytest.mark.slow
 def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     bare, _ = case.build()
     host, attached = case.build(LGVQ)
@@ -123,6 +124,7 @@ def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     assert touched >= 2  # the encoder does learn from the text
 
 
+@pytest.mark.slow
 def test_a_gradient_ratio_is_that_share_of_the_hosts_own_gradient_at_the_codes(case):
     bare, _ = case.build()
     host, attached = case.build({**LGVQ, "gradient_ratio": 0.5})
@@ -196,6 +198,7 @@ def test_disabled_is_the_bare_host_bit_for_bit(case):
     assert step(case, host, attached) != step(case, bare)
 
 
+@pytest.mark.slow
 def test_detach_leaves_no_trace(case):
     bare, _ = case.build()
     host, attached = case.build(LGVQ)
@@ -210,6 +213,7 @@ def test_detach_leaves_no_trace(case):
     assert torch.equal(step(case, host), step(case, bare))
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_train_on_their_own(case):
     host, attached = case.build(LGVQ)
     step(case, host, attached)
@@ -333,12 +337,21 @@ def test_encode_reads_the_codes_of_the_host(case):
         torch.testing.assert_close(codes.codebook[codes.indices], expected, rtol=1e-4, atol=1e-5)
 
 
-COMPILED = {"taming-0.0.1", "VectorQuantize", "ResidualVQ", "diffusers"}  # ways to return codes
+# Ways to return codes.
+COMPILED = {"taming-0.0.1", "VectorQuantize"}
+COMPILED_TOO = {"ResidualVQ", "diffusers"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [each for each in TABLE if each.name in COMPILED], indirect=True, ids=lambda c: c.name
+    "case",
+    [
+        pytest.param(each, marks=[pytest.mark.extended] * (each.name in COMPILED_TOO))
+        for each in TABLE
+        if each.name in COMPILED | COMPILED_TOO
+    ],
+    indirect=True,
+    ids=lambda c: c.name,
 )
 def test_a_compiled_host_still_leaves_its_codes(case):
     host, attached = case.build(LGVQ)

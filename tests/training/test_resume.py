@@ -47,7 +47,7 @@ LGVQ = [
     ("lgvq", "workers"),
     [
         ([], 0),
-        pytest.param(LGVQ, 0, marks=pytest.mark.slow),
+        pytest.param(LGVQ, 0, marks=[pytest.mark.slow, pytest.mark.extended]),
         pytest.param(LGVQ, 2, marks=pytest.mark.slow),
     ],
 )

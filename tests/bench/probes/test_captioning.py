@@ -12,6 +12,7 @@ def probe(train):
     return CaptioningProbe(CONFIG).fit(train.codes, train.captions, progress=False)
 
 
+@pytest.mark.slow
 def test_it_reads_the_codes(probe, test):
     written = probe.write(test.codes)
     colors = [texts[0].split()[1] for texts in test.captions]
