@@ -65,7 +65,7 @@ def test_a_wrong_option_or_no_loss_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["taming", "vqvae"])
+@pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.extended), "vqvae"])
 def test_before_the_first_step_the_host_is_the_old_one_bit_identical(
     old, tmp_path, monkeypatch, name
 ):

@@ -30,6 +30,18 @@ def case(request):
     return request.param
 
 
+# Hosts that differ from another of the table in little: some tests run on request only.
+ALIKE = {"cvq-in-taming", "VectorQuantize-rows", "FSQ", "LFQ", "SimVQ"}
+
+
+def each_kind(function):
+    table = [
+        pytest.param(each, marks=[pytest.mark.extended] * (each.name in ALIKE)) for each in TABLE
+    ]
+    over = pytest.mark.parametrize("case", table, indirect=True, ids=lambda case: case.name)
+    return over(pytest.mark.slow(function))
+
+
 def step(case, host, attached=None):
     torch.manual_seed(7)
     return case.step(host, case.batch(), attached)
@@ -90,7 +102,7 @@ def test_a_step_changes_every_head_and_the_host(case):
     assert not any(torch.equal(host.get_parameter(n), p) for n, p in encoder.items())
 
 
-@pytest.mark.slow
+@each_kind
 def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     bare, _ = case.build()
     host, attached = case.build(LGVQ)
@@ -124,7 +136,7 @@ def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     assert touched >= 2  # the encoder does learn from the text
 
 
-@pytest.mark.slow
+@each_kind
 def test_a_gradient_ratio_is_that_share_of_the_hosts_own_gradient_at_the_codes(case):
     bare, _ = case.build()
     host, attached = case.build({**LGVQ, "gradient_ratio": 0.5})
@@ -213,7 +225,7 @@ def test_detach_leaves_no_trace(case):
     assert torch.equal(step(case, host), step(case, bare))
 
 
-@pytest.mark.slow
+@each_kind
 def test_copies_and_pickles_train_on_their_own(case):
     host, attached = case.build(LGVQ)
     step(case, host, attached)
@@ -250,7 +262,7 @@ def _pickled(thing):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.slow
+@each_kind
 def test_captured_tensors_do_not_outlive_the_step(case):
     host, attached = case.build(LGVQ)
     seen = []
@@ -337,18 +349,16 @@ def test_encode_reads_the_codes_of_the_host(case):
         torch.testing.assert_close(codes.codebook[codes.indices], expected, rtol=1e-4, atol=1e-5)
 
 
-# Ways to return codes.
-COMPILED = {"taming-0.0.1", "VectorQuantize"}
-COMPILED_TOO = {"ResidualVQ", "diffusers"}
+COMPILED = {"taming-0.0.1", "VectorQuantize", "ResidualVQ", "diffusers"}  # ways to return codes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(each, marks=[pytest.mark.extended] * (each.name in COMPILED_TOO))
+        pytest.param(each, marks=[pytest.mark.extended] * (each.name != "taming-0.0.1"))
         for each in TABLE
-        if each.name in COMPILED | COMPILED_TOO
+        if each.name in COMPILED
     ],
     indirect=True,
     ids=lambda c: c.name,

@@ -149,31 +149,17 @@ def test_a_patch_is_small_and_well_formed(name):
     assert name in (PATCHES / "README.md").read_text()
 
 
-IMPORT_BOTH = """
-import sys
-import taming.models.vqgan as patched
-assert patched.__file__.startswith(sys.argv[1]), patched.__file__
-for name in [name for name in sys.modules if name.partition(".")[0] == "taming"]:
-    del sys.modules[name]
-sys.path.insert(0, sys.argv[2])
-try:
-    import taming.models.vqgan
-except ImportError as error:
-    print(error)
-"""
-
-
 @pytest.mark.slow
+@pytest.mark.extended
 def test_the_wheel_imports_only_with_the_patch(wheel):
     before = snapshot(wheel)
-    unpatched = wheel.with_name("unpatched")
-    shutil.copytree(wheel, unpatched)
-    assert apply("taming-0.0.1-imports.patch", wheel).returncode == 0
-    done = run(IMPORT_BOTH, wheel, str(unpatched))
-    assert done.returncode == 0, done.stderr
-    if not done.stdout:
+    failed = run("import taming.models.vqgan", wheel)
+    if failed.returncode == 0:
         pytest.skip("this Lightning is so old that it needs no patch")
-    assert "pytorch_lightning.utilities.distributed" in done.stdout
+    assert "pytorch_lightning.utilities.distributed" in failed.stderr
+    assert apply("taming-0.0.1-imports.patch", wheel).returncode == 0
+    done = run("import taming.models.vqgan", wheel)
+    assert done.returncode == 0, done.stderr
     assert apply("taming-0.0.1-imports.patch", wheel, undo=True).returncode == 0
     assert snapshot(wheel) == before
 

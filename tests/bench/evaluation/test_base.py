@@ -123,7 +123,7 @@ def test_masked_words_without_the_leaky_protocol(palette, config):
 
 def tasks(config):
     block = {"masked_words": TINY, "captioning": TINY, "vqa": TINY}
-    config["evaluation"] |= {**block, "text_to_image": {**TINY, "images": 4}}
+    config["evaluation"] |= {**block, "text_to_image": {**TINY, "images": 8}}
     return [*block, "text_to_image"]
 
 
