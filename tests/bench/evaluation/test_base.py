@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from lgvq_plugin.bench import evaluation
 from lgvq_plugin.bench.evaluate import OLD_NAMES, EvaluationConfig, names_of
 from lgvq_plugin.bench.evaluation import evaluate
+from lgvq_plugin.bench.probes.image_judge import CONFIG, ImageJudge
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 
@@ -138,6 +141,8 @@ def test_all_tasks_run(palette, config, monkeypatch):
     """With values of each image, and with a reason where a metric is left out."""
     pytest.importorskip("pycocoevalcap", reason=SCORERS)
     monkeypatch.setenv("PATH", "")  # no Java: METEOR takes longer than all the rest
+    hasty = partial(ImageJudge.train_on, config=replace(CONFIG, steps=5))
+    monkeypatch.setattr(ImageJudge, "train_on", hasty)
     names = tasks(config)
     first = evaluate(palette, config, metrics=names, limit=16, progress=False)
     found = set(first["metrics"])
