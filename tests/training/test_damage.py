@@ -54,7 +54,10 @@ def finite(path):
     ("part", "message", "extra"),
     [
         ("decoder", "in decoder", ["training.gradient_clip_val=1.0"]),
-        ("loss.discriminator", "discriminator's gradient is not finite in discriminator", []),
+        pytest.param(
+            *("loss.discriminator", "discriminator's gradient is not finite in discriminator", []),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("loss.lgvq", "in heads", [*LGVQ, "training.accumulate_grad_batches=2"]),
             marks=pytest.mark.slow,
@@ -266,6 +269,7 @@ def test_a_signal_whose_exception_is_dropped_still_stops_the_run(config, tmp_pat
         train(given, name="a", logdir=tmp_path, progress=False, prepare=prepare)
 
 
+@pytest.mark.slow
 def test_the_bar_shows_the_losses_between_two_rows(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(callbacks, "BAR_SECONDS", 0.0)
     train(config("training.log_every=1000", "training.max_steps=3"), name="a", logdir=tmp_path)
