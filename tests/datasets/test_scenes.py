@@ -185,7 +185,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def samples():
-    dataset = Scenes("validation", size=8, length=1500)
+    dataset = Scenes("validation", size=8, length=500)
     return [(dataset.scene(i), dataset[i]) for i in range(len(dataset))]
 
 
