@@ -46,7 +46,11 @@ LGVQ = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lgvq", "workers"),
-    [([], 0), pytest.param(LGVQ, 0, marks=pytest.mark.extended), (LGVQ, 2)],
+    [
+        pytest.param([], 0, marks=pytest.mark.extended),
+        pytest.param(LGVQ, 0, marks=pytest.mark.extended),
+        (LGVQ, 2),
+    ],
 )
 def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     # 11 samples, batches of 2: an epoch ends in the middle of the second half.
