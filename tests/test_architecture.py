@@ -1,6 +1,7 @@
 """The layout of the package: no import circles, few private files, heavy libraries where needed."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import defaultdict
@@ -32,14 +33,24 @@ def module_of(file):
 MODULES = {module_of(file): file for file in FILES}
 
 
+@functools.cache
+def tree_of(file):
+    return ast.parse(file.read_text())
+
+
+@functools.cache
 def imports_of(file, *, top_level=False):
-    """Yield the dotted names of the imports in a file; `top_level`: outside functions only."""
-    tree = ast.parse(file.read_text())
+    """The dotted names of the imports in a file; `top_level`: outside functions only."""
+    return tuple(_imports_of(file, top_level=top_level))
+
+
+def _imports_of(file, *, top_level):
+    tree = tree_of(file)
     package = file.relative_to(ROOT.parent).parts[:-1]
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
     for node in tree.body if top_level else ast.walk(tree):
@@ -85,6 +96,7 @@ def test_the_chain_of_imports_in_the_core_is_short():
     edges = graph()
     core = {module for module in edges if module.count(".") == 1}
 
+    @functools.cache
     def depth(module):
         return 1 + max((depth(other) for other in edges[module] & core), default=0)
 
@@ -110,7 +122,7 @@ def name_of(file):
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_functions_stay_small(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
             docs = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0

@@ -68,11 +68,7 @@ def test_with_vgg_there_lpips_is_torchmetrics_own(monkeypatch, tmp_path):
     import torchvision
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    torch.manual_seed(0)
-    vgg = torchvision.models.vgg16(weights=None)
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    torch.save(vgg.state_dict(), folder / compat.VGG_FILE)
+    vgg = torchvision.models.vgg16(weights=None, init_weights=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     import torchvision.models._api as api
 

@@ -95,6 +95,7 @@ def test_the_overlay_names_the_embedded_guide():
     assert config.model.params.lossconfig.params.disc_start == 200
 
 
+@pytest.mark.slow
 def test_the_recipe_is_the_one_that_was_measured():
     given = read_config([CONFIGS / "vqvae_scenes_64_lgvq.yaml", CONFIGS / "recipe.yaml"])
     recipe = OmegaConf.to_object(given.model.params.lossconfig.params.lgvq)

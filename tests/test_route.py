@@ -74,6 +74,7 @@ def route(tmp_path_factory):
     return SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_one_step_enters_few_files_in_few_hops(route):
     print(f"\n{len(route.files)} files: {', '.join(route.files)}\n{len(route.hops)} hops:")
     print("\n".join(route.hops))
@@ -82,6 +83,7 @@ def test_one_step_enters_few_files_in_few_hops(route):
     assert len(route.hops) <= MAX_HOPS, shown
 
 
+@pytest.mark.slow
 def test_the_step_passes_the_core_in_the_order_of_one_batch(route):
     core = ["host.py", "loss.py", "quantizer_hook.py", "alignment.py", "heads.py", "objectives.py"]
     assert [file for file in route.files if file in core] == core

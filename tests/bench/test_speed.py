@@ -19,6 +19,7 @@ def small():
     return dataclasses.replace(case, batch_sizes={"cpu": 2}, size=16, params=params)
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_in_turns(small):
     rounds = []
     result = timing.measure(

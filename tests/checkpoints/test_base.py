@@ -202,11 +202,12 @@ def test_the_path_of_a_yaml_file_is_a_config_too(old, tmp_path):
     assert torch.equal(encode(loaded, IMAGES).indices, encode(host, IMAGES).indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "quantizer", "codes", "psnr"),
     [
         ("shuffled_model_ema", "ema", (500, 512), 23.0),
-        pytest.param("shuffled_model", "gradient", (70, 90), 19.5, marks=pytest.mark.slow),
+        ("shuffled_model", "gradient", (70, 90), 19.5),
     ],
 )
 def test_foreign_files_on_real_photos(shared, name, quantizer, codes, psnr):

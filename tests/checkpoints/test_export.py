@@ -53,6 +53,7 @@ def test_tamings_own_loader_reads_it(config, tmp_path, monkeypatch):
     assert torch.equal(reconstruct(host, IMAGES), reconstruct(run.host.eval(), IMAGES))
 
 
+@pytest.mark.slow
 def test_averaged_weights_and_safetensors_files(config, tmp_path):
     _, run = lgvq_run(config, tmp_path, "vqvae", ema_decay=0.5)
     out = tmp_path / "h.safetensors"

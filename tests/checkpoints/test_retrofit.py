@@ -64,7 +64,8 @@ def test_a_wrong_option_or_no_loss_is_refused():
         over_old_loss({"target": "m.C"})
 
 
-@pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.slow), "vqvae"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.extended), "vqvae"])
 def test_before_the_first_step_the_host_is_the_old_one_bit_identical(
     old, tmp_path, monkeypatch, name
 ):
@@ -193,7 +194,8 @@ def test_heads_of_another_run_are_taken(old, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("settings", "largest"), [({"log_every": 1}, 1e-4 * 3 / 101), (ROUGH, 2e-3)]
+    ("settings", "largest"),
+    [({"log_every": 1}, 1e-4 * 3 / 101), pytest.param(ROUGH, 2e-3, marks=pytest.mark.extended)],
 )
 def test_cold_moments_do_not_ruin_a_good_checkpoint(old, tmp_path, settings, largest):
     """Adam's first steps move each weight by a learning rate, 1e-3 here, whatever its gradient."""

@@ -120,6 +120,7 @@ def test_order_of_access_and_copies_change_nothing(build):
         assert_same(copy[index], forward[index])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_workers_change_nothing(build):
     def epoch(workers):

@@ -46,6 +46,7 @@ def captions():
     return {text for part in parts for i in range(6) for text in part[i]["captions"]}
 
 
+@pytest.mark.slow
 def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsys):
     path, out = config(), tmp_path / "cache"
     assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0
@@ -67,6 +68,7 @@ def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsy
     assert torch.cosine_similarity(ours.sentence, theirs.sentence).min() > 0.9999
 
 
+@pytest.mark.slow
 def test_a_second_run_has_nothing_to_do_and_more_data_adds(config, tmp_path, capsys):
     path, out = config(), tmp_path / "cache"
     given = ["cache", "-b", path, "-o", str(out), "--no-progress"]

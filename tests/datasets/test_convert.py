@@ -170,7 +170,8 @@ convert.convert(sys.argv[1], Path(sys.argv[2]), settings, progress=False)
 """
 
 
-@pytest.mark.parametrize("form", ["webdataset", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["webdataset", pytest.param("folder", marks=pytest.mark.extended)])
 def test_a_killed_run_goes_on_to_the_same_bytes(pictures, tmp_path, form):
     root = pictures(tmp_path / "set", 30)
     settings = Settings(format=form, shard_size=3)

@@ -326,6 +326,7 @@ def test_holdout_parts_the_same_way_whatever_else_lies_there(tmp_path):
     assert again == parts[1] - {"0.jpg"}
 
 
+@pytest.mark.slow
 def test_real_photos_and_emoji(shared):
     photos = recognize(shared / "coco_captioned_mini_256").build("all", size=256)
     assert (len(photos), photos[0]["image"].shape) == (476, (256, 256, 3))

@@ -185,10 +185,11 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def samples():
-    dataset = Scenes("validation", size=8, length=1500)
+    dataset = Scenes("validation", size=8, length=500)
     return [(dataset.scene(i), dataset[i]) for i in range(len(dataset))]
 
 
+@pytest.mark.slow
 def test_every_caption_is_true_of_its_scene(samples):
     wrong = [c for scene, sample in samples for c in sample["captions"] if not is_true(c, scene)]
     assert wrong == []
@@ -235,6 +236,7 @@ def test_vocabulary_is_exactly_what_is_said(samples):
     assert Scenes.vocabulary() == sorted(Scenes.vocabulary())
 
 
+@pytest.mark.slow
 def test_colors_are_where_the_scene_says(drawn):
     for scene, sample in drawn:
         rows, columns = (np.indices((SIZE, SIZE)) + 0.5) / SIZE

@@ -107,6 +107,7 @@ def test_captions_of_other_worlds_stay_apart(guide, shared):
     assert near[near > -1.5].mean() < 0.95  # close together, but apart
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_file(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(2)

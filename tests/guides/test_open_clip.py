@@ -36,6 +36,11 @@ def weights(network, tmp_path_factory):
     return str(file)
 
 
+@pytest.fixture(scope="module")
+def loaded(weights):
+    return OpenCLIPGuide(MODEL, weights)
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """A hub that cannot be reached, whatever network this machine has."""
@@ -75,13 +80,14 @@ def test_features_are_open_clips_own(network, weights, max_length):
     assert torch.equal(features.vocabulary, network.token_embedding.weight)
 
 
-def test_end_state_projected_is_the_sentence(network, weights):
-    features = OpenCLIPGuide(MODEL, weights).encode(CAPTIONS)
+def test_end_state_projected_is_the_sentence(network, loaded):
+    features = loaded.encode(CAPTIONS)
     last = features.attention_mask.sum(dim=1) - 1
     end = features.tokens[torch.arange(len(last)), last]
     assert torch.allclose(end @ network.text_projection, features.sentence, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cut_caption_is_what_open_clip_gives_for_the_cut_ids(network, weights):
     long = "a red circle and " * 20
     features = OpenCLIPGuide(MODEL, weights, max_length=12).encode([long])
@@ -91,11 +97,10 @@ def test_a_cut_caption_is_what_open_clip_gives_for_the_cut_ids(network, weights)
         assert torch.allclose(features.sentence, network.encode_text(ids), atol=1e-5)
 
 
-def test_a_hidden_word_is_the_mean_embedding(network, weights):
-    guide = OpenCLIPGuide(MODEL, weights)
+def test_a_hidden_word_is_the_mean_embedding(network, loaded):
     mask = torch.zeros(1, 30, dtype=torch.bool)
     mask[0, 2] = True
-    features = guide.encode(CAPTIONS[:1], token_mask=mask)
+    features = loaded.encode(CAPTIONS[:1], token_mask=mask)
     # The reference: overwrite the row of that word, and only it, in open_clip's own model.
     ids = open_clip.get_tokenizer(MODEL)(CAPTIONS[:1])
     row = network.token_embedding.weight.data
@@ -111,20 +116,18 @@ def test_a_hidden_word_is_the_mean_embedding(network, weights):
     assert torch.allclose(features.tokens, tokens[:, : features.tokens.shape[1]], atol=1e-5)
 
 
-def test_hiding_words_moves_no_end_token():
-    guide = OpenCLIPGuide(MODEL, None)
-    mask = guide.tokenize(CAPTIONS).word_ids >= 0
-    features = guide.encode(CAPTIONS, token_mask=mask)
+def test_hiding_words_moves_no_end_token(loaded):
+    mask = loaded.tokenize(CAPTIONS).word_ids >= 0
+    features = loaded.encode(CAPTIONS, token_mask=mask)
     last = features.attention_mask.sum(dim=1) - 1
     end = features.tokens[torch.arange(len(last)), last]
-    expected = end @ guide.weights()["text_projection"]
+    expected = end @ loaded.weights()["text_projection"]
     assert torch.allclose(features.sentence, expected, atol=1e-5)
 
 
-def test_word_numbers_decode_to_words():
-    guide = OpenCLIPGuide(MODEL, None)
+def test_word_numbers_decode_to_words(loaded):
     tokenizer = open_clip.get_tokenizer(MODEL)
-    text = guide.tokenize(CAPTIONS[3:])
+    text = loaded.tokenize(CAPTIONS[3:])
     words: dict[int, list[int]] = {}
     for token, word in zip(text.token_ids[0].tolist(), text.word_ids[0].tolist(), strict=True):
         words.setdefault(word, []).append(token)
@@ -134,13 +137,13 @@ def test_word_numbers_decode_to_words():
     assert "antidisestablishmentarian" in message
 
 
-def test_a_special_token_written_in_a_caption_is_no_word():
-    text = OpenCLIPGuide(MODEL, None).tokenize(["red <end_of_text> circle"])
+def test_a_special_token_written_in_a_caption_is_no_word(loaded):
+    text = loaded.tokenize(["red <end_of_text> circle"])
     assert text.word_ids[0, :5].tolist() == [-1, 0, -1, 1, -1]
 
 
-def test_only_the_text_tower_is_kept():
-    names = OpenCLIPGuide(MODEL, None).weights()
+def test_only_the_text_tower_is_kept(loaded):
+    names = loaded.weights()
     assert "token_embedding.weight" in names
     assert not any("visual" in name or "logit" in name for name in names)
 
@@ -156,7 +159,7 @@ def test_random_weights_are_warned_of_and_seeded(caplog):
 
 
 @pytest.mark.slow
-def test_local_dir(network, weights, tmp_path):
+def test_local_dir(network, loaded, tmp_path):
     with pytest.raises(ConfigError, match=r"open_clip_config\.json"):
         OpenCLIPGuide(f"local-dir:{tmp_path}")
     config = {"model_cfg": open_clip.get_model_config(MODEL), "preprocess_cfg": {}}
@@ -165,8 +168,7 @@ def test_local_dir(network, weights, tmp_path):
         OpenCLIPGuide(f"local-dir:{tmp_path}")
     torch.save(network.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     features = OpenCLIPGuide(f"local-dir:{tmp_path}").encode(CAPTIONS)
-    expected = OpenCLIPGuide(MODEL, weights).encode(CAPTIONS)
-    assert torch.equal(features.sentence, expected.sentence)
+    assert torch.equal(features.sentence, loaded.encode(CAPTIONS).sentence)
 
 
 @pytest.mark.slow
@@ -237,7 +239,7 @@ def test_missing_weights_offline(offline, tmp_path, monkeypatch, model, pretrain
         pytest.param(
             {"model": "roberta-ViT-B-32", "pretrained": None},
             "use: huggingface|cannot load",
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.extended],
         ),
         ({"model": MODEL, "pretrained": None, "max_length": 78}, "3 to 77, the model's context"),
     ],

@@ -31,6 +31,18 @@ def case(request):
     return request.param
 
 
+# Hosts that differ from another of the table in little: some tests run on request only.
+ALIKE = {"cvq-in-taming", "VectorQuantize-rows", "FSQ", "LFQ", "SimVQ"}
+
+
+def each_kind(function):
+    table = [
+        pytest.param(each, marks=[pytest.mark.extended] * (each.name in ALIKE)) for each in TABLE
+    ]
+    over = pytest.mark.parametrize("case", table, indirect=True, ids=lambda case: case.name)
+    return over(pytest.mark.slow(function))
+
+
 def step(case, host, attached=None):
     torch.manual_seed(7)
     return case.step(host, case.batch(), attached)
@@ -98,6 +110,7 @@ def test_a_step_changes_every_head_and_the_host(case):
     assert not any(torch.equal(host.get_parameter(n), p) for n, p in encoder.items())
 
 
+@each_kind
 def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     bare, _ = case.build()
     host, attached = case.build(LGVQ)
@@ -133,6 +146,7 @@ def test_host_gradients_are_the_bases_plus_those_of_the_weighted_terms(case):
     assert touched >= 2  # the encoder does learn from the text
 
 
+@each_kind
 def test_a_gradient_ratio_is_that_share_of_the_hosts_own_gradient_at_the_codes(case):
     bare, _ = case.build()
     host, attached = case.build({**LGVQ, "gradient_ratio": 0.5})
@@ -206,6 +220,7 @@ def test_disabled_is_the_bare_host_bit_for_bit(case):
     assert step(case, host, attached) != step(case, bare)
 
 
+@pytest.mark.slow
 def test_detach_leaves_no_trace(case):
     bare, _ = case.build()
     host, attached = case.build(LGVQ)
@@ -220,6 +235,7 @@ def test_detach_leaves_no_trace(case):
     assert torch.equal(step(case, host), step(case, bare))
 
 
+@each_kind
 def test_copies_and_pickles_train_on_their_own(case):
     host, attached = case.build(LGVQ)
     step(case, host, attached)
@@ -256,7 +272,7 @@ def _pickled(thing):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.slow
+@each_kind
 def test_captured_tensors_do_not_outlive_the_step(case):
     host, attached = case.build(LGVQ)
     seen = []
@@ -348,7 +364,14 @@ COMPILED = {"taming-0.0.1", "VectorQuantize", "ResidualVQ", "diffusers"}  # ways
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [each for each in TABLE if each.name in COMPILED], indirect=True, ids=lambda c: c.name
+    "case",
+    [
+        pytest.param(each, marks=[pytest.mark.extended] * (each.name != "taming-0.0.1"))
+        for each in TABLE
+        if each.name in COMPILED
+    ],
+    indirect=True,
+    ids=lambda c: c.name,
 )
 def test_a_compiled_host_still_leaves_its_codes(case):
     host, attached = case.build(LGVQ)

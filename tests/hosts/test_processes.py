@@ -8,36 +8,11 @@ import torch.multiprocessing as mp
 from lookalikes import workers
 from lookalikes.cases import LGVQ
 
-ONLY_RELATIONSHIP = {
-    "global_semantic": {"weight": 0},
-    "masked_text": {"weight": 0},
-    "relationship": {"weight": 1},
-}
-
 
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("options", "is_broken"),
-    [
-        ({"start": 5}, False),
-        ({"on_nonfinite": "skip", "objectives": ONLY_RELATIONSHIP}, True),
-    ],
-    ids=["before start", "its only term skipped"],
-)
-def test_a_step_without_a_term_gives_every_head_a_gradient(tmp_path, options, is_broken):
-    args = (free_port(), str(tmp_path), options, is_broken)
-    mp.spawn(workers.run_heads, args=args, nprocs=2)
-    for rank in (0, 1):
-        grads = torch.load(tmp_path / f"{rank}.pt")
-        assert len(grads) > 10
-        assert [n for n, g in grads.items() if g is None or g.any()] == []  # and it is zero
 
 
 @pytest.mark.slow
@@ -50,3 +25,7 @@ def test_a_rank_without_captions_does_not_hang_the_others(tmp_path):
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
     for name, p in initial.loss.alignment.named_parameters():
         assert not torch.equal(first["host"][name], p)
+    for rank in (first, second):  # a step without a term gives every head a gradient: zero
+        for grads in rank["heads"]:
+            assert len(grads) > 10
+            assert [n for n, g in grads.items() if g is None or g.any()] == []

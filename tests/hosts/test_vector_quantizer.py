@@ -101,6 +101,7 @@ def test_nothing_moves_in_evaluation_or_without_gradients(mode):
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ema", "gradient"])
 def test_restart_revives_a_collapsed_codebook(mode):
     quantizer = VectorQuantizer(64, C, mode=mode)

@@ -36,7 +36,9 @@ def backward(batch):
 @each
 @pytest.mark.parametrize("corner", sorted(CORNERS))
 @pytest.mark.parametrize("scale", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [None, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_finite_in_every_corner(batch, name, recipe, corner, scale, dtype):
     given = batch(name, recipe, CORNERS[corner], scale)
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):

@@ -184,6 +184,7 @@ def test_a_piece_of_id_0_is_padding_when_released(batch):
     assert not recorder.given[0][:, 3].any()
 
 
+@pytest.mark.slow
 def test_it_learns_from_the_image_alone(batch):
     """Four images, four one-word captions: nothing but the tokens can tell the word."""
     strings = ["alfa", "echo", "kilo", "zulu"]

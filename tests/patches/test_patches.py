@@ -150,6 +150,7 @@ def test_a_patch_is_small_and_well_formed(name):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_the_wheel_imports_only_with_the_patch(wheel):
     before = snapshot(wheel)
     failed = run("import taming.models.vqgan", wheel)
@@ -167,7 +168,10 @@ def test_the_wheel_imports_only_with_the_patch(wheel):
 @pytest.mark.parametrize(
     "loss",
     [
-        "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+        pytest.param(
+            "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+            marks=pytest.mark.extended,
+        ),
         "lgvq_plugin.LGVQLoss",
     ],
 )

@@ -60,19 +60,24 @@ def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
     [
         ("model.params.lossconfig.target=lgvq_plugin.LGVQLos", "did you mean 'LGVQLoss'"),
         ("training.precision=13-bits", "precision: 13-bits"),
-        ("training.accelerator=hpu", "accelerator: hpu"),
         ("model.params.ddconfig.ch=8", "num_channels (8) must be divisible by num_groups (32)"),
-        ("model.params.n_embed=-3", "negative dimension -3"),
         ("model.params.lossconfig.target=lgvq_plugin.over.nosuch.Loss", "nosuch"),
-        (f"{BLOCK}.quantizer=quantise", "did you mean 'quantize'"),
         (f"{BLOCK}.objectives.masked_text.wieght=1", "did you mean 'weight'"),
-        (f"{BLOCK}.grid=[16]", "grid"),
         (f"{BLOCK}.recipe=papier", "paper"),
-        (f"{BLOCK}.guide.use=micro_clop", "did you mean 'micro_clip'"),
-        (f"{BLOCK}.caption_key=words", "words"),
         ("model=3", "model: expected a mapping"),
         (f"{BLOCK}.caption_key=index", "captions must be a list with one entry per image"),
         (f"{BLOCK}.code_dim=5", "lgvq.code_dim: 4"),
+        *(
+            pytest.param(*row, marks=pytest.mark.extended)
+            for row in (
+                ("training.accelerator=hpu", "accelerator: hpu"),
+                ("model.params.n_embed=-3", "negative dimension -3"),
+                (f"{BLOCK}.quantizer=quantise", "did you mean 'quantize'"),
+                (f"{BLOCK}.grid=[16]", "grid"),
+                (f"{BLOCK}.caption_key=words", "words"),
+                (f"{BLOCK}.guide.use=micro_clop", "did you mean 'micro_clip'"),
+            )
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(run, override, said):

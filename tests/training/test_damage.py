@@ -18,6 +18,7 @@ from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import callbacks
 from lgvq_plugin.training.run import Interrupted, train
 
+EXTENDED = [pytest.mark.slow, pytest.mark.extended]
 EVERY = ["training.max_steps=4", "training.checkpoint_every=1", "training.keep_checkpoints=null"]
 LGVQ = [
     "model.params.lossconfig.target=lgvq_plugin.LGVQLoss",
@@ -53,16 +54,17 @@ def finite(path):
     ("part", "message", "extra"),
     [
         ("decoder", "in decoder", ["training.gradient_clip_val=1.0"]),
-        ("loss.discriminator", "discriminator's gradient is not finite in discriminator", []),
+        pytest.param(
+            *("loss.discriminator", "discriminator's gradient is not finite in discriminator", []),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("loss.lgvq", "in heads", [*LGVQ, "training.accumulate_grad_batches=2"]),
             marks=pytest.mark.slow,
         ),
     ],
 )
-@pytest.mark.parametrize(
-    "value", [float("nan"), pytest.param(float("-inf"), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("-inf"), marks=EXTENDED)])
 def test_a_gradient_that_is_not_finite_reaches_no_weight(
     config, tmp_path, monkeypatch, part, message, extra, value
 ):
@@ -141,20 +143,25 @@ ODD = [None, "text", [1], {"a": 1}, 5]
     "place",
     [
         "state_dict",
-        "callbacks",
-        "loops",
         "loops.fit_loop",
-        "loops.fit_loop.epoch_loop~batch_progress",
-        "lr_schedulers",
-        "optimizer_states",
-        "optimizer_states.0",
-        "optimizer_states.0.param_groups",
-        "optimizer_states.0.param_groups.0.betas",
         "optimizer_states.0.state.0.exp_avg",
         "lgvq_training",
-        "lgvq_training.generators",
         "global_step",
-        "pytorch-lightning_version",
+        *(
+            pytest.param(place, marks=EXTENDED)
+            for place in (
+                "callbacks",
+                "loops",
+                "loops.fit_loop.epoch_loop~batch_progress",
+                "lr_schedulers",
+                "optimizer_states",
+                "optimizer_states.0",
+                "optimizer_states.0.param_groups",
+                "optimizer_states.0.param_groups.0.betas",
+                "lgvq_training.generators",
+                "pytorch-lightning_version",
+            )
+        ),
     ],
 )
 def test_a_tampered_checkpoint_is_refused_in_one_line(good, tmp_path, place):
@@ -262,6 +269,7 @@ def test_a_signal_whose_exception_is_dropped_still_stops_the_run(config, tmp_pat
         train(given, name="a", logdir=tmp_path, progress=False, prepare=prepare)
 
 
+@pytest.mark.slow
 def test_the_bar_shows_the_losses_between_two_rows(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(callbacks, "BAR_SECONDS", 0.0)
     train(config("training.log_every=1000", "training.max_steps=3"), name="a", logdir=tmp_path)

@@ -79,6 +79,7 @@ def test_two_forward_is_taming_bit_for_bit(config, tmp_path):
     assert all(torch.equal(ours[key], value) for key, value in host.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_forward_makes_the_same_first_step_of_the_generator(config, tmp_path):
     two = train(
         config("training.two_forward=true", "training.max_steps=1"),

@@ -45,6 +45,7 @@ def moved(before, after, prefixes):
     return [key for key in keys if not torch.equal(before[key], after[key])]
 
 
+@pytest.mark.slow
 def test_prepare_sees_the_host_before_the_first_step(tmp_path):
     before, after = run(tmp_path, max_steps=1)
     assert moved(before, after, ("encoder.",))

@@ -14,6 +14,7 @@ from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.build import with_shortcuts
 from lgvq_plugin.training.config import Sections, read_config
 
+EXTENDED = [pytest.mark.slow, pytest.mark.extended]
 LOSS = "model.params.lossconfig.params"
 OFFLINE = [f"{LOSS}.perceptual_weight=0", f"{LOSS}.lgvq.guide.use=micro_clip"]
 TAMING = "taming.models.vqgan.VQModel"
@@ -158,7 +159,14 @@ def run(tmp_path, capsys, caplog, monkeypatch, ldm):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "vq-f4" else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED],
+    [
+        "vq-f4",
+        pytest.param("custom_vqgan", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=EXTENDED)
+            for name in ("imagenet_vqgan", "faceshq_vqgan", "vq-f16")
+        ),
+    ],
 )
 def test_a_shipped_config_trains_with_data_and_steps(run, photos, tmp_path, name):
     config = shipped(name)
@@ -371,18 +379,29 @@ DDCONFIG = "model.params.ddconfig"
     ("overrides", "message"),
     [
         ([f"{DDCONFIG}.in_channels=1"], ["data gives 3 × 32 × 32", "this host takes 1 channel"]),
-        ([f"{DDCONFIG}.in_channels=7"], ["this host takes 7 channels"]),
+        pytest.param(
+            *([f"{DDCONFIG}.in_channels=7"], ["this host takes 7 channels"]), marks=EXTENDED
+        ),
         ([f"{DDCONFIG}.out_ch=4"], ["its decoder gives 4 channels", "out_ch: 3"]),
-        ([f"{DDCONFIG}.out_ch=1"], ["its decoder gives 1 channel", "out_ch: 3"]),
+        pytest.param(
+            *([f"{DDCONFIG}.out_ch=1"], ["its decoder gives 1 channel", "out_ch: 3"]),
+            marks=EXTENDED,
+        ),
         ([f"{LOSS}.disc_in_channels=1"], ["its discriminator takes 1 channel"]),
-        (["data.train.params.size=34"], ["data gives 3 × 34 × 34", "multiples of 4"]),
+        pytest.param(
+            *(["data.train.params.size=34"], ["data gives 3 × 34 × 34", "multiples of 4"]),
+            marks=EXTENDED,
+        ),
         (
             ["data.train.params.size=34", f"{DDCONFIG}.in_channels=1"],
             ["data gives 3 × 34 × 34", "this host takes 1 channel and multiples of 4"],
         ),
         (["model.params.image_key=img"], ["image_key: 'img'", "image, caption"]),
         ([f"{LOSS}.disc_conditional=true"], ["disc_conditional: false"]),
-        (["data.train.params.channel_first=true"], ["this host takes 3 channels"]),
+        pytest.param(
+            *(["data.train.params.channel_first=true"], ["this host takes 3 channels"]),
+            marks=EXTENDED,
+        ),
     ],
 )
 def test_a_first_batch_that_does_not_fit_is_explained(run, photos, tmp_path, overrides, message):

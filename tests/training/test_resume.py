@@ -43,12 +43,13 @@ LGVQ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lgvq", "workers"),
     [
-        ([], 0),
-        pytest.param(LGVQ, 0, marks=pytest.mark.slow),
-        pytest.param(LGVQ, 2, marks=pytest.mark.slow),
+        pytest.param([], 0, marks=pytest.mark.extended),
+        pytest.param(LGVQ, 0, marks=pytest.mark.extended),
+        (LGVQ, 2),
     ],
 )
 def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
@@ -187,6 +188,7 @@ def test_what_cannot_be_resumed_is_reported(config, tmp_path):
         train(config(), name="b", logdir=tmp_path, resume=weights, progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkeypatch):
     """Earlier versions decayed all heads as the host; now some of them go without."""
     whole = config("training.max_steps=2", "training.heads_first=0")

@@ -93,6 +93,7 @@ def test_it_renders_without_errors(page, browser):
         assert len(browser.all("#heat svg")) == 3
 
 
+@pytest.mark.slow
 def test_a_word_finds_its_code_and_where_it_fires(page, browser, samples):
     browser.open(page)
     browser.type("#word", "gray")

@@ -37,6 +37,7 @@ def with_values(results, variant, value):
     return replace(results, runs=tuple(changed(run) for run in results.runs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "good", "bad"), [(90.0, True, False), (1.0, False, True)])
 def test_colors_are_the_verdicts(results, tmp_path, value, good, bad):
     only = tuple(run for run in results.runs if run.variant in ("baseline", "all"))
@@ -62,6 +63,7 @@ def test_a_variant_is_a_row_and_its_mean_is_where_the_axis_says(results, tmp_pat
     assert found[1.0][1] + 0.05 < found[90.0][1]  # a larger value is further right
 
 
+@pytest.mark.slow
 def test_reconstructions_stand_in_the_row_of_their_variant(results, tmp_path):
     for run in results.runs:
         if run.variant == "all":

@@ -124,7 +124,7 @@ def test_a_job_killed_and_resumed_ends_as_one_that_was_not(done, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run([*command, str(os.getpid())], check=True, capture_output=True)
+    run_job(JOB, folder, root=root)
     resumed = json.loads((folder / "run.json").read_text())
     assert resumed["evaluation"]["metrics"] == run.evaluation["metrics"]
     assert resumed["curves"]["train/rec_loss"] == run.curves["train/rec_loss"]

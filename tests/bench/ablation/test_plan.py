@@ -42,15 +42,19 @@ def lgvq(job):
     return job.config["model"]["params"]["lossconfig"]["params"]["lgvq"]
 
 
-LARGE = ("routes", "combos", "emoji_combos")  # about 20 variants each
+FAST = ("recipes", "winner", "coco", "emoji")
+LARGE = ("routes", "combos", "early", "photos", "pilot")
+LARGE += ("emoji_combos", "emoji_pilot", "emoji_stop")  # these take the longest
+
+
+def marks_of(path):
+    marks = [pytest.mark.extended] * (path.stem in LARGE)
+    return [*marks, pytest.mark.slow] if path.stem not in FAST else []
 
 
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LARGE))
-        for path in PLANS
-    ],
+    [pytest.param(path, id=path.stem, marks=marks_of(path)) for path in PLANS],
 )
 def test_every_plan_of_ours_is_good(path):
     plan = read_plan(path, seeds=1)
@@ -201,6 +205,7 @@ def test_lgvq_changes_need_a_loss_that_takes_them(write):
         read_plan(write(config=loss, variants={"a": {"recipe": "paper"}}))
 
 
+@pytest.mark.slow
 def test_variants_of_a_seed_start_alike():
     """Same weights of the host, same samples in the same order."""
     path = next(path for path in PLANS if path.stem == "recipes")

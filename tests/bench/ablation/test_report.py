@@ -48,6 +48,7 @@ class Text(HTMLParser):
         self.words.append(data)
 
 
+@pytest.mark.slow
 def test_nothing_is_outside_the_file(page):
     links = Text(page.read_text()).links
     assert links

@@ -33,12 +33,14 @@ def test_wrong_numbers_are_2(argv, capsys, tmp_path):
 def test_the_demo_runs_and_its_table_is_the_results(tmp_path, capsys, monkeypatch):
     plan = tmp_path / "plan.yaml"
     text = Path(PLAN).read_text().replace("limit: 256", "limit: 24")
+    text = text.replace("examples: 16", "examples: 4")
     for name in ("baseline.yaml", "lgvq.yaml"):
         config = (
             (FOLDER / name)
             .read_text()
             .replace("size: 64", "size: 32")
             .replace("length: 2048", "length: 32")
+            .replace("channels: 96", "channels: 16")
         )
         (tmp_path / name).write_text(config.replace("batch_size: 16", "batch_size: 8"))
     plan.write_text(text)

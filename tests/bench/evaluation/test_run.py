@@ -95,6 +95,7 @@ def test_options_alone_take_the_data_of_the_checkpoint(folder):
     assert result["metrics"]["reconstruction/psnr"]["n"] == 5
 
 
+@pytest.mark.slow
 def test_exported_png_equal_the_npz(folder):
     argv = ["--ckpt", folder / "host0.ckpt", "--limit", 3, "--metrics", "psnr", "--output"]
     lgvq(folder, *argv, folder / "a", "--export", "npz")

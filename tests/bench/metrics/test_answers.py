@@ -91,6 +91,7 @@ def test_wups_by_hand():
     assert wups(given, wanted, similarity, threshold=0.9) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_wordnet_gives_the_documented_similarity():
     """NLTK's own documentation: wup_similarity of dog.n.01 and cat.n.01 is 0.857142..."""
     pytest.importorskip("nltk", reason="nltk is in the extra [eval]")

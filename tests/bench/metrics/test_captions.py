@@ -49,6 +49,7 @@ def test_the_published_values_to_three_decimals(oracle):
 @needs_scorers
 @needs_java
 @pytest.mark.slow
+@pytest.mark.extended
 def test_meteor_as_published(oracle):
     records, expected = oracle
     got = meteor_score([r["hyp_tok"] for r in records], [r["refs_tok"] for r in records])

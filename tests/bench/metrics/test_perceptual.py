@@ -86,7 +86,7 @@ def test_wrong_weights_are_told(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.extended)])
 def test_every_net_takes_torchvisions_own_keys(net, tmp_path):
     import torchvision
 

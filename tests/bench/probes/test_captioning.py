@@ -12,6 +12,7 @@ def probe(train):
     return CaptioningProbe(CONFIG).fit(train.codes, train.captions, progress=False)
 
 
+@pytest.mark.slow
 def test_it_reads_the_codes(probe, test):
     written = probe.write(test.codes)
     colors = [texts[0].split()[1] for texts in test.captions]
@@ -23,6 +24,7 @@ def test_it_reads_the_codes(probe, test):
     assert sum(chance) / len(chance) < 0.25  # 1 in 16
 
 
+@pytest.mark.slow
 def test_scores_and_their_control(probe, test):
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is in the extra [eval]")
     scores = probe.evaluate(test.codes, test.captions)

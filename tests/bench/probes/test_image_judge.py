@@ -23,6 +23,7 @@ def pictures(count, seed):
     return images, {"hue": torch.stack([red, blue], 1), "both": red + 2 * blue}
 
 
+@pytest.mark.slow
 def test_it_names_what_is_there(tmp_path):
     images, target = pictures(128, 0)
     judge = ImageJudge.train_on(

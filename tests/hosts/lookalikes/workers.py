@@ -15,6 +15,15 @@ from lookalikes.cases import CAPTIONS, CASES, LGVQ
 from lookalikes.parts import VectorQuantizer
 
 BY_NAME = {case.name: case for case in CASES}
+ONLY_RELATIONSHIP = {
+    "global_semantic": {"weight": 0},
+    "masked_text": {"weight": 0},
+    "relationship": {"weight": 1},
+}
+WITHOUT_A_TERM = [  # options of a step without a term, and whether its term is not finite
+    ({"start": 5}, False),
+    ({"on_nonfinite": "skip", "objectives": ONLY_RELATIONSHIP}, True),
+]
 
 
 class AsLightning(torch.nn.Module):
@@ -37,7 +46,13 @@ def run(rank, port, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         torch.save(
-            {"host": _host(rank), "script": _script(rank), "own": _own(rank)}, f"{folder}/{rank}.pt"
+            {
+                "host": _host(rank),
+                "script": _script(rank),
+                "own": _own(rank),
+                "heads": [_heads(options, is_broken) for options, is_broken in WITHOUT_A_TERM],
+            },
+            f"{folder}/{rank}.pt",
         )
     finally:
         dist.destroy_process_group()
@@ -115,23 +130,16 @@ class Heads(torch.nn.Module):
         return self.alignment(codes, captions, step=0)[0]
 
 
-def run_heads(rank, port, folder, options, is_broken):
+def _heads(options, is_broken):
     """Three backward passes; DDP raises at the second if a parameter had no gradient."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        alignment = BY_NAME["vqvae"].build({**LGVQ, **options})[0].loss.alignment
-        if is_broken:
-            (objective,) = alignment.objectives.values()
-            objective.register_forward_hook(
-                lambda module, args, term: replace(term, value=term.value * float("nan"))
-            )
-        wrapped = DistributedDataParallel(Heads(alignment))
-        for _ in range(3):
-            codes = torch.randn(2, 16, alignment.code_dim, requires_grad=True)
-            wrapped(Codes(codes, None, (4, 4)), CAPTIONS[:2]).backward()
-        grads = {n: p.grad for n, p in alignment.named_parameters() if p.requires_grad}
-        torch.save(grads, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    alignment = BY_NAME["vqvae"].build({**LGVQ, **options})[0].loss.alignment
+    if is_broken:
+        (objective,) = alignment.objectives.values()
+        objective.register_forward_hook(
+            lambda module, args, term: replace(term, value=term.value * float("nan"))
+        )
+    wrapped = DistributedDataParallel(Heads(alignment))
+    for _ in range(3):
+        codes = torch.randn(2, 16, alignment.code_dim, requires_grad=True)
+        wrapped(Codes(codes, None, (4, 4)), CAPTIONS[:2]).backward()
+    return {n: p.grad for n, p in alignment.named_parameters() if p.requires_grad}
