@@ -351,9 +351,8 @@ def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
             if cell is None or cell.mean is None:
                 values.append("–")
                 continue
-            found = cell.to(reference)
             spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
-            values.append(f"{number(cell.mean)}{spread}{MARKS[found.verdict if found else '']}")
+            values.append(f"{number(cell.mean)}{spread}{cell.mark(reference)}")
         lines.append(f"| {_escaped(metric + unit)}{arrow} | {' | '.join(values)} |")
     return lines
 
