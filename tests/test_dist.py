@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from lgvq_plugin.config import GlobalSemanticConfig
+from lgvq_plugin.config import GlobalSemanticConfig, MaskedTextConfig
 from lgvq_plugin.functional import gather_rows, world_size
-from lgvq_plugin.objectives import Caption, GlobalSemantic
-from lgvq_plugin.types import Codes, CodeView, TextFeatures
+from lgvq_plugin.objectives import Caption, GlobalSemantic, MaskedText
+from lgvq_plugin.types import Codes, CodeView, TextFeatures, TextTokens
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -47,7 +47,8 @@ class Net(nn.Module):
         real = torch.ones_like(ids, dtype=torch.bool)
         text = TextFeatures(ids, real, ids, ids, SENTENCES[rows], SENTENCES)
         view = CodeView(Codes(cls[:, None], None, (1, 1)), cls, cls[:, None])
-        return self.objective(view, Caption(None, present[rows], text, None, None))
+        strings = ["text" if known else "" for known in present[rows]]
+        return self.objective(view, Caption(strings, TextTokens(ids, real, ids), text, None, None))
 
 
 def gradients(net):
@@ -105,6 +106,15 @@ assert everything.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
 assert rows.grad[:, 0].tolist() == ([3.0] if rank == 0 else [30.0, 300.0])
 assert gather_rows(torch.tensor([rank, 7]))[0].tolist() == [0, 7, 1, 7]
 assert gather_rows(torch.zeros(0, 3))[0].shape == (0, 3)
+# Words to choose from are those of all ranks.
+guide = SimpleNamespace(token_dim=8, max_length=3, vocabulary=torch.randn(20, 8))
+objective = MaskedText(MaskedTextConfig(), guide=guide, code_dim=8)
+for step, expected_words in ((0, [2, 3, 7, 8]), (1, [2, 3, 4, 7, 8, 9])):
+    ids = torch.tensor([[0, 2 + 5 * rank + step, 3 + 5 * rank + step]])
+    words = TextTokens(ids, ids >= 0, torch.tensor([[-1, 0, 1]]))
+    assert objective._words_seen(words, torch.device("cpu")).tolist() == expected_words
+assert objective.seen.nonzero().flatten().tolist() == expected_words
+
 # A net of DDP holds the group, whose threads must not outlive it: let go before the group ends.
 del net
 gc.collect()

@@ -133,7 +133,10 @@ def test_instantiate_refuses(config, told):
 @pytest.mark.parametrize(
     ("path", "known"),
     [
-        ("lgvq_plugin.heads.CodeVIT", {"CodeViT", "TextDecoder", "quick_gelu", "accept_old_names"}),
+        (
+            "lgvq_plugin.guides.tokens.Assemble",
+            {"AbstractTokenGuide", "assemble", "require_length", "with_mean_row"},
+        ),
         ("lgvq_plugin.device.choose", {"choose_device"}),
     ],
 )

@@ -130,7 +130,7 @@ class OpenCLIPGuide(OpenCLIPText):
     Example:
         >>> guide = OpenCLIPGuide("ViT-S-32-alt", pretrained=None, max_length=8)
         >>> guide.encode(["a red circle"]).tokens.shape, guide.sentence_dim
-        (torch.Size([1, 8, 256]), 256)
+        (torch.Size([1, 5, 256]), 256)
     """
 
     def __init__(
