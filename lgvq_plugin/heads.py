@@ -153,7 +153,7 @@ class TextDecoder(nn.Module):
 
         Args:
             text: token features, (B, T, Dt); those under the mask are never read.
-            mask: True at masked tokens, (B, T) bool; if on the CPU, no GPU has to be waited for.
+            mask: True at masked tokens, (B, T) bool.
             memory: code-ViT tokens, (B, N, D).
             vocabulary: the guide's token embedding, (V, Dt); detached.
             attention_mask: True at real tokens, (B, T) bool; None attends to padding too, as the
@@ -168,16 +168,19 @@ class TextDecoder(nn.Module):
         length, longest = text.shape[1], self.mask_tokens.shape[1]
         if length > longest:
             raise ValueError(f"captions of {length} tokens, but max_length is {longest}")
-        positions = mask.flatten().nonzero()[:, 0].to(text.device)
-        mask = mask.to(text.device)
+        real = torch.ones_like(mask) if attention_mask is None else attention_mask
+        real = (real | ~real.any(dim=1, keepdim=True)).to(mask.device)
+        # Indices are made where the masks are, so that no GPU is waited for if that is the CPU.
+        tokens = (real | mask).flatten().nonzero()[:, 0]
+        masked = mask.flatten()[tokens].nonzero()[:, 0].to(text.device)
+        tokens, mask, real = (each.to(text.device) for each in (tokens, mask, real))
         states = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
-        padding = None
-        if attention_mask is not None:
-            padding = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
+        states = states.flatten(0, 1)[tokens]
         memory = self.in_proj(memory)
-        for block in self.blocks:
-            states = block(states, memory, padding)
-        states = self.head(states.flatten(0, 1)[positions])
+        for i, block in enumerate(self.blocks, start=1):
+            wanted = masked if i == len(self.blocks) else None
+            states = block(states, memory, real, tokens, wanted)
+        states = self.head(states)
         rows = vocabulary.detach()
         if choices is None:
             return states @ rows.to(states.dtype).mT + self.bias
@@ -185,7 +188,7 @@ class TextDecoder(nn.Module):
 
 
 class DecoderBlock(nn.TransformerDecoderLayer):
-    """A decoder layer of torch (post-norm) with :func:`cross_attention`.
+    """A decoder layer of torch (post-norm) that computes nothing at padding.
 
     Args:
         width: Dt.
@@ -204,20 +207,61 @@ class DecoderBlock(nn.TransformerDecoderLayer):
         for linear in (self.linear1, self.linear2):
             nn.init.normal_(linear.weight, std=width**-0.5)
 
-    def forward(self, states: Tensor, memory: Tensor, padding: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Return new states (B, T, Dt) of states and memory (B, N, Dt).
+    def forward(  # type: ignore[override]
+        self,
+        states: Tensor,
+        memory: Tensor,
+        real: Tensor,
+        tokens: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Return new states of R tokens, without those of padding: (R, Dt), or the wanted rows.
 
         Args:
-            states: of the caption's tokens, (B, T, Dt).
+            states: (R, Dt).
             memory: of the image, (B, N, Dt).
-            padding: True at tokens that are not attended to, (B, T) bool.
+            real: True at tokens that are attended to, (B, T) bool.
+            tokens: places of the R tokens in the flattened (B, T).
+            wanted: rows to compute; None is all.
         """
-        own = self.self_attn(states, states, states, key_padding_mask=padding, need_weights=False)
-        states = self.norm1(states + self.dropout1(own[0]))
-        seen = cross_attention(self.multihead_attn, states, memory)
+        keys, at = states, tokens
+        if wanted is not None:
+            states, at = states[wanted], tokens[wanted]
+        own = _self_attention(self.self_attn, states, at, keys, tokens, real)
+        states = self.norm1(states + self.dropout1(own))
+        query = _spread(states, at, real.shape)
+        seen = cross_attention(self.multihead_attn, query, memory).flatten(0, 1)[at]
         states = self.norm2(states + self.dropout2(seen))
         hidden = self.linear2(self.dropout(self.activation(self.linear1(states))))
         return self.norm3(states + self.dropout3(hidden))
+
+
+def _spread(rows: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
+    """Place rows (R, D) in zeros (B, T, D)."""
+    spread = rows.new_zeros(shape.numel(), rows.shape[-1])
+    return spread.index_copy(0, at, rows).unflatten(0, shape)
+
+
+def _self_attention(
+    attention: nn.MultiheadAttention,
+    states: Tensor,
+    at: Tensor,
+    keys: Tensor,
+    tokens: Tensor,
+    real: Tensor,
+) -> Tensor:
+    """Return `attention` of the rows `states` over the rows `keys` of the same caption."""
+    width = attention.embed_dim
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    query = F.linear(states, weight[:width], bias[:width])
+    both = F.linear(keys, weight[width:], bias[width:])
+    parts = [(query, at), *((part, tokens) for part in both.chunk(2, dim=-1))]
+    heads = [
+        _spread(rows, places, real.shape).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for rows, places in parts
+    ]
+    mixed = F.scaled_dot_product_attention(*heads, attn_mask=real[:, None, None])
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[at])
 
 
 def cross_attention(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor) -> Tensor:

@@ -306,12 +306,13 @@ class MaskedText(AbstractObjective):
             memory = torch.cat([view.cls[:, None], memory], dim=1)
         targets = text.token_ids.flatten()[mask.flatten().nonzero()[:, 0].to(memory.device)]
         choices = self._words_seen(caption.tokens, memory.device)
+        is_real = caption.tokens.attention_mask[:, : mask.shape[1]].to(mask.device)
         logits = self.decoder(
             text.tokens.detach().masked_fill(~self._is_not_padding(text)[..., None], 0.0),
             mask,
             memory,
             text.vocabulary,
-            attention_mask=None if self.config.attend_padding else text.attention_mask,
+            attention_mask=None if self.config.attend_padding else is_real,
             choices=choices,
         )
         if choices is not None:

@@ -43,8 +43,7 @@ class Result:
         ratios: LG-VQ step / bare step of each round.
         bare, lgvq: seconds per step of each round.
         parts: seconds per LG-VQ step by part, the median over rounds.
-        memory: peak MiB of a step with its weights and optimizer, "bare" and "lgvq"; empty where
-            it cannot be read (CPUs without Linux).
+        memory: peak MiB of a step with its weights and optimizer, "bare" and "lgvq"; CUDA only.
     """
 
     case: Case
@@ -236,6 +235,8 @@ def measure(
 
 def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
     """Return MiB of the step's weights and optimizer, and of what one step adds at its peak."""
+    if device.type != "cuda":
+        return None
     heads: Alignment | None = getattr(step.host.loss, "alignment", None)
     states = [
         value
@@ -246,29 +247,11 @@ def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
     held = [*step.host.parameters(), *step.host.buffers(), *states]
     held += heads.guide.weights().values() if heads is not None else []
     size = sum(each.nbytes for each in held if isinstance(each, Tensor))
-    before = _memory(device, reset=True)
-    if before is None:
-        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     step(batch, _NoParts(device))
-    peak = _memory(device)
-    assert peak is not None
-    return (size + peak - before) / 2**20
-
-
-def _memory(device: torch.device, *, reset: bool = False) -> float | None:
-    """Return the peak of memory in bytes since the last reset; with `reset`, what is used now."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * float(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    _synchronize(device)
+    return (size + torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, float]:
