@@ -74,11 +74,17 @@ class Alignment(nn.Module):
                 grid=config.grid or grid or PAPER_GRID,
             )
             self.objectives = nn.ModuleDict()
-            for name, own in vars(config.objectives).items():
+            self.weights: dict[str, float] = {}
+            for path, own in config.objectives.items():
+                name = path.replace(":", ".").rpartition(".")[2]
                 if own.weight > 0:
-                    objective = resolve("objectives", name)
+                    if name in self.weights:
+                        raise ConfigError(f"lgvq.objectives: two are named {name}: {path}")
+                    objective = resolve("objectives", path)
                     self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
+                    self.weights[name] = float(own.weight)
         members: list[Any] = [*self.objectives.values()]
+        self.needs_captions = all(each.needs_captions for each in members)
         needs_tokens = any(each.needs_tokens for each in members)
         self.texts = CaptionEncoder(tokens=needs_tokens, megabytes=config.feature_cache)
 
@@ -90,6 +96,8 @@ class Alignment(nn.Module):
         step: int = 0,
         split: str = "train",
         balance: GradientBalance | None = None,
+        images: Tensor | None = None,
+        reconstructions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of the objectives, and what to log.
 
@@ -100,6 +108,7 @@ class Alignment(nn.Module):
             step: batches trained so far; masks and captions are drawn from (seed, step).
             split: prefix of the log's keys.
             balance: takes the schedule's share of this step; its ratio is logged.
+            images, reconstructions: of the host, (B, 3, H, W), for objectives that use them.
 
         Raises:
             ConfigError: if the codes or the number of captions do not fit, or none of the first
@@ -113,8 +122,10 @@ class Alignment(nn.Module):
         log = _codebook_log(codes, split)
         share = self.scale(step)
         scale = share if split == "train" else 1.0  # validation ignores the schedule
-        if scale > 0 and (any(strings) or world_size() > 1):  # other ranks may have captions
-            total = self._weighted_sum(codes, strings, generator, scale, step, split, log)
+        has_work = any(strings) or not self.needs_captions
+        if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
+            view = replace(self.view(codes), images=images, reconstructions=reconstructions)
+            total = self._weighted_sum(view, strings, generator, scale, step, split, log)
         elif world_size() > 1:  # DDP waits for a gradient of every parameter
             total = zero_of(self)
         else:
@@ -127,7 +138,7 @@ class Alignment(nn.Module):
 
     def _weighted_sum(
         self,
-        codes: Codes,
+        view: CodeView,
         strings: list[str],
         generator: torch.Generator,
         scale: float,
@@ -135,10 +146,9 @@ class Alignment(nn.Module):
         split: str,
         log: dict[str, Tensor],
     ) -> Tensor:
-        device = codes.codes.device
+        device = view.cls.device
         if self.guide.device != device:
             self.guide.to(device)
-        view = self.view(codes)
         tokens = self.guide.tokenize(strings)
         masks: dict[str, Tensor] = {}
         for name, member in self.objectives.items():
@@ -174,7 +184,7 @@ class Alignment(nn.Module):
 
     def weight(self, name: str) -> float:
         """Return the configured weight of an objective."""
-        return float(getattr(self.config.objectives, name).weight)
+        return self.weights[name]
 
     def scale(self, step: int) -> float:
         """Return the schedule's share of the weights at `step`, in [0, 1].
@@ -212,6 +222,8 @@ class Alignment(nn.Module):
             )
 
     def _count_batches_without(self, has_captions: bool) -> None:
+        if not self.needs_captions:
+            return
         if not has_captions:
             self._warn_once("no captions in a batch: it trains the base loss alone")
         if not (self.expects_captions and self.training and torch.is_grad_enabled()):

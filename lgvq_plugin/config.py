@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import (
     Annotated,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     TypeVar,
@@ -17,7 +18,7 @@ from typing import (
     is_typeddict,
 )
 
-from .sockets import FLOAT32, ConfigError, suggest
+from .sockets import FLOAT32, ConfigError, resolve, suggest
 
 T = TypeVar("T")
 LARGEST = {float: FLOAT32, int: 2**31 - 1}  # what float32 tensors and sizes can hold
@@ -219,6 +220,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1.0e-4, 100.0
 """Cosines are in [-1, 1]: lower ones overflow, higher ones make all pairs equal."""
 MAX_PAIRS = 2**20
 MAX_DEPTH = 256
+OBJECTIVES = ("global_semantic", "masked_text", "relationship")
 
 
 class Limit(NamedTuple):
@@ -346,8 +348,16 @@ class RelationshipConfig(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Block):
+    """Keys of any objective; those of other packages may inherit from it."""
+
+    weight: Annotated[float, WEIGHT] = 0.0
+    """Weight of the objective; 0 disables it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig:
-    """The three objectives."""
+    """The three objectives, and those of other packages."""
 
     global_semantic: GlobalSemanticConfig = field(default_factory=GlobalSemanticConfig)
     """L_gsa."""
@@ -355,6 +365,12 @@ class ObjectivesConfig:
     """L_mtp."""
     relationship: RelationshipConfig = field(default_factory=RelationshipConfig)
     """L_ras."""
+    others: ClassVar[Mapping[str, Any]] = {}
+    """Config of each objective of another package, by the name that the block gives it; no key."""
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Return name and config of each objective."""
+        return [*((name, getattr(self, name)) for name in OBJECTIVES), *self.others.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,12 +505,36 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
     objectives = _mapping(block.get("objectives"), "lgvq.objectives", example)
     own = {name: {} if keys is None else keys for name, keys in objectives.items()}
     guide = _mapping(block.get("guide"), "lgvq.guide", "{use: micro_clip}")
+    others = _others(own)
+    ours = {name: keys for name, keys in own.items() if name not in others}
     merged = {
         **block,
-        "objectives": laid_over(RECIPES[recipe], own),
+        "objectives": laid_over(RECIPES[recipe], ours),
         "guide": {"use": "open_clip", **guide},
     }
-    return build(LGVQConfig, merged, "lgvq")
+    config = build(LGVQConfig, merged, "lgvq")
+    object.__setattr__(config.objectives, "others", others)  # a frozen dataclass
+    return config
+
+
+def _others(objectives: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configs of objectives of other packages; raises ConfigError if one is wrong."""
+    others = {}
+    for name in objectives.keys() - {*OBJECTIVES}:
+        path = f"lgvq.objectives.{name}"
+        try:
+            member = resolve("objectives", name)
+        except ConfigError as error:
+            _, is_unknown, near = str(error).partition(f"unknown member of objectives: {name!r}")
+            raise ConfigError(
+                f"unknown key {path}{near}" if is_unknown else f"{path}: {error}"
+            ) from error
+        cls = getattr(member, "config_class", None)
+        holds = is_dataclass(cls) and "weight" in {each.name for each in fields(cls)}
+        expected = "a subclass of lgvq_plugin.AbstractObjective with a config_class"
+        require(holds, path, expected, member)
+        others[name] = build(cls, objectives[name], path)  # type: ignore[type-var]
+    return others
 
 
 def _mapping(value: Any, key: str, example: str) -> dict[str, Any]:

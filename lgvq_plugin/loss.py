@@ -211,7 +211,9 @@ class LGVQLoss(BaseLossWrapper):
                 how = self._config.on_nonfinite
                 self._gradient_check = GradientCheck(heads, self._host, how)
         captions = [None] * len(codes.codes) if captions is None else captions
-        return heads(codes, captions, step=int(step), split=split, balance=hook.balance)
+        options = {"step": int(step), "split": split, "balance": hook.balance}
+        images, reconstructions = call.get("inputs"), call.get("reconstructions")
+        return heads(codes, captions, images=images, reconstructions=reconstructions, **options)
 
     def set_captions(self, captions: Captions | None) -> None:
         """Give the captions of the batch that comes next; None for a batch without."""
@@ -305,7 +307,7 @@ class LGVQLoss(BaseLossWrapper):
 
     def require_captions(self, batch: Any) -> None:
         """Raise ConfigError if there are heads, and `batch` has no captions."""
-        if self.alignment is not None:
+        if self.alignment is not None and self.alignment.needs_captions:
             require_captions(batch, self._config.caption_key)
 
     def add_heads(self, optimizers: Any) -> Any:
@@ -395,7 +397,7 @@ def require_captions(batch: Any, key: str | None) -> None:
 
 def is_on(config: LGVQConfig) -> bool:
     """Whether any objective has a weight."""
-    return any(part.weight > 0 for part in vars(config.objectives).values())
+    return any(own.weight > 0 for _, own in config.objectives.items())
 
 
 def in_words(status: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import GlobalSemanticConfig, MaskedTextConfig, RelationshipConfig
+from .config import GlobalSemanticConfig, MaskedTextConfig, ObjectiveConfig, RelationshipConfig
 from .functional import (
     caption_relationship_loss,
     cosines,
@@ -75,8 +75,16 @@ class Caption:
 class AbstractObjective(nn.Module, ABC):
     """Owns its heads; sees codes through the code-ViT and captions through the guide.
 
-    Members are built as `Objective(config, guide=guide, code_dim=C)`.
+    Members are built as `Objective(config, guide=guide, code_dim=C)`. One of another package is
+    named by its path, `objectives: {my_package.module:MyObjective: {weight: 0.1}}`, or by an entry
+    point of the group `lgvq_plugin.objectives`.
     """
+
+    config_class: type = ObjectiveConfig
+    """Dataclass of its keys, `weight` among them; `config` of the constructor is an instance."""
+
+    needs_captions = True
+    """Whether it learns nothing from images without captions."""
 
     needs_tokens = True
     """Whether it reads `caption.features.tokens`; if no objective does, they have no token (T = 0)

@@ -83,6 +83,8 @@ class CodeView:
     codes: Codes
     cls: Tensor  # the code-ViT's summary of the image, (B, D)
     tokens: Tensor  # its patch tokens, (B, N, D)
+    images: Tensor | None = None  # of the host, (B, 3, H, W) in [-1, 1]; None if its loss has none
+    reconstructions: Tensor | None = None  # of the host, differentiable
 
 
 @dataclass(frozen=True)

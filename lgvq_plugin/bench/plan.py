@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import ObjectivesConfig, laid_over, parse
+from ..config import OBJECTIVES, laid_over, parse
 from ..sockets import ConfigError, suggest
 from ..training.config import (
     Sections,
@@ -25,7 +25,6 @@ from ..training.config import (
 from .evaluate import NAMES, EvaluationConfig, renamed
 from .records import Job, Plan
 
-OBJECTIVES = [field.name for field in fields(ObjectivesConfig)]
 LGVQ = "model.params.lossconfig.params.lgvq"
 PLAN_KEYS = [
     *("extends", "title", "base", "config", "seeds", "baseline", "against"),

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from ..arguments import KEY
-from ..config import ObjectivesConfig, laid_over, parse, require
+from ..config import OBJECTIVES, laid_over, parse, require
 from ..datasets import MEMBERS
 from ..sockets import ConfigError, MissingError, Problems, path_of, suggest
 from .settings import TrainingConfig
@@ -31,7 +31,6 @@ FOREIGN = ["dataset", "trainer", "seed_everything"]  # of ViT-VQGAN and Lightnin
 TRAINER_KEYS = {"max_steps": int, "accumulate_grad_batches": int, "precision": str}  # taken over
 CLI_KEYS = {"class_path": "target", "init_args": "params"}  # LightningCLI's
 OURS = ("lgvq_plugin.LGVQLoss", "lgvq_plugin.loss.LGVQLoss", "lgvq_plugin.over.")
-OBJECTIVES = [entry.name for entry in fields(ObjectivesConfig)]
 LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
 MODEL_KEYS = ["base_learning_rate", "learning_rate", "target", "params"]
 RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
@@ -285,7 +284,7 @@ class Sections:
         block, guide, steps = parse(given), given.get("guide") or {}, self.training.max_steps
         if guide.get("use") is not None:
             path_of("guides", guide["use"])
-        is_on = any(getattr(block.objectives, name).weight for name in OBJECTIVES)
+        is_on = any(own.weight for _, own in block.objectives.items())
         if given and is_on and block.start >= steps:
             raise ConfigError(
                 f"lgvq.start: {block.start} is not before the end of training, training.max_steps: "
