@@ -529,11 +529,11 @@ def _others(objectives: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"unknown key {path}{near}" if is_unknown else f"{path}: {error}"
             ) from error
-        cls = getattr(member, "config_class", None)
+        cls: Any = getattr(member, "config_class", None)
         holds = is_dataclass(cls) and "weight" in {each.name for each in fields(cls)}
         expected = "a subclass of lgvq_plugin.AbstractObjective with a config_class"
         require(holds, path, expected, member)
-        others[name] = build(cls, objectives[name], path)  # type: ignore[type-var]
+        others[name] = build(cls, objectives[name], path)
     return others
 
 

@@ -256,11 +256,11 @@ def _self_attention(
     query = F.linear(states, weight[:width], bias[:width])
     both = F.linear(keys, weight[width:], bias[width:])
     parts = [(query, at), *((part, tokens) for part in both.chunk(2, dim=-1))]
-    heads = [
+    query, key, value = (
         _spread(rows, places, real.shape).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
         for rows, places in parts
-    ]
-    mixed = F.scaled_dot_product_attention(*heads, attn_mask=real[:, None, None])
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None])
     return attention.out_proj(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[at])
 
 
