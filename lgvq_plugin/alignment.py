@@ -84,7 +84,8 @@ class Alignment(nn.Module):
                     self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
                     self.weights[name] = float(own.weight)
         members: list[Any] = [*self.objectives.values()]
-        self.needs_captions = all(each.needs_captions for each in members)
+        self.needs_captions = any(each.needs_captions for each in members)
+        self.works_without_captions = not all(each.needs_captions for each in members)
         needs_tokens = any(each.needs_tokens for each in members)
         self.texts = CaptionEncoder(tokens=needs_tokens, megabytes=config.feature_cache)
 
@@ -122,7 +123,7 @@ class Alignment(nn.Module):
         log = _codebook_log(codes, split)
         share = self.scale(step)
         scale = share if split == "train" else 1.0  # validation ignores the schedule
-        has_work = any(strings) or not self.needs_captions
+        has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
             view = replace(self.view(codes), images=images, reconstructions=reconstructions)
             total = self._weighted_sum(view, strings, generator, scale, step, split, log)
@@ -155,7 +156,7 @@ class Alignment(nn.Module):
             objective: Any = member
             if objective.draws_mask:
                 mask = objective.draw_mask(strings, tokens, self.guide, generator)
-                masks[name] = mask.cpu()
+                masks[name] = mask.cpu() & (tokens.word_ids >= 0).cpu()
         whole, *masked = self.texts.encode(self.guide, strings, tokens, [*masks.values()], device)
         masked_of = dict(zip(masks, masked, strict=True))
         caption = Caption(strings, tokens, whole, self.guide, generator)

@@ -3,7 +3,7 @@
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import (
     Annotated,
     Any,
@@ -444,6 +444,13 @@ class LGVQConfig(Block):
         require(self.stop is None or self.stop > self.start, "stop", expected, self.stop)
 
 
+def to_block(config: LGVQConfig) -> dict[str, Any]:
+    """Return the `lgvq:` block that :func:`parse` reads as `config`."""
+    block = asdict(config)
+    block["objectives"] |= {name: asdict(own) for name, own in config.objectives.others.items()}
+    return block
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     "corrected": {},
     "paper": {
@@ -520,7 +527,7 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
 def _others(objectives: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configs of objectives of other packages; raises ConfigError if one is wrong."""
     others = {}
-    for name in objectives.keys() - {*OBJECTIVES}:
+    for name in (each for each in objectives if each not in OBJECTIVES):
         path = f"lgvq.objectives.{name}"
         try:
             member = resolve("objectives", name)

@@ -10,7 +10,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .alignment import Alignment, Captions
-from .config import parse
+from .config import parse, to_block
 from .files import write_bytes, write_json
 from .guides.base import build_guide
 from .quantizer_hook import (
@@ -117,7 +116,13 @@ class Handle:
         self._hook, self._optimizers, self._step = hook, optimizers, 0
 
     def loss(
-        self, captions: Captions, *, step: int | None = None, split: str = "train"
+        self,
+        captions: Captions,
+        *,
+        step: int | None = None,
+        split: str = "train",
+        images: Tensor | None = None,
+        reconstructions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (loss, log) for the model's last forward pass; add the loss to the model's own.
 
@@ -125,6 +130,7 @@ class Handle:
             captions: one entry per image: a string, a list of strings, or None.
             step: training step; counted here if None.
             split: prefix of the log's keys; nothing is trained unless it is "train".
+            images, reconstructions: (B, 3, H, W), for objectives of yours that read them.
 
         Raises:
             RuntimeError: see :meth:`QuantizerHook.take`; also after detach.
@@ -136,7 +142,10 @@ class Handle:
         if next(self.heads.parameters()).device != codes.codes.device:
             self.heads.to(codes.codes.device)
         now = self._step if step is None else step
-        result = self.heads(codes, captions, step=now, split=split, balance=self._hook.balance)
+        options = {"step": now, "split": split, "balance": self._hook.balance}
+        result = self.heads(
+            codes, captions, images=images, reconstructions=reconstructions, **options
+        )
         if step is None and split == "train":
             self._step += 1
         return result
@@ -190,7 +199,7 @@ class Handle:
 
         state = {k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}
         write_bytes(Path(folder) / HEADS_WEIGHTS, save(state))  # save_file's files have mode 600
-        write_json(Path(folder) / HEADS_CONFIG, {"lgvq": asdict(self.heads.config)})
+        write_json(Path(folder) / HEADS_CONFIG, {"lgvq": to_block(self.heads.config)})
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read what :meth:`save_pretrained` wrote; ConfigError if it is missing or other heads."""

@@ -196,7 +196,8 @@ class LGVQLoss(BaseLossWrapper):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         split = str(call.get("split", "train" if self.training else "val"))
         captions, self._captions = self._captions, None
-        needs_gradient = is_training and captions is not None  # without captions there is no term
+        has_terms = captions is not None or heads.works_without_captions
+        needs_gradient = is_training and has_terms
         codes = hook.take(host=self._host if needs_gradient else None)
         step = call.get("global_step")
         if step is None:

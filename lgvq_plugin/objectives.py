@@ -115,6 +115,7 @@ class GlobalSemantic(AbstractObjective):
         queue: the last pairs as further negatives, if the config asks for them, else None.
     """
 
+    config_class = GlobalSemanticConfig
     OLD_NAMES = {"memory.": "queue."}
 
     def __init__(
@@ -265,6 +266,7 @@ class MaskedText(AbstractObjective):
     all ranks; they are kept in checkpoints.
     """
 
+    config_class = MaskedTextConfig
     seen: Tensor
 
     def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:
@@ -333,7 +335,9 @@ class MaskedText(AbstractObjective):
         """Return sorted ids of the words so far, those of this batch included; None: all words."""
         if self.config.vocabulary == "full":
             return None
-        known = self.seen.cpu() if self._is_seen is None else self._is_seen
+        known = self._is_seen
+        if known is None or not self.training:  # an EMA may have written to `seen`
+            known = self.seen.cpu()
         is_seen = known.index_fill(0, tokens.token_ids[tokens.word_ids >= 0].cpu(), True)
         if self.training and torch.is_grad_enabled():
             if dist.is_available() and dist.is_initialized():
@@ -377,6 +381,8 @@ class Relationship(AbstractObjective):
 
     Each word is matched to visual tokens, then all pairs of cosines are compared.
     """
+
+    config_class = RelationshipConfig
 
     def __init__(self, config: RelationshipConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()

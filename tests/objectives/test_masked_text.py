@@ -106,6 +106,16 @@ def test_words_seen_in_training_stay_choices(batch):
     assert {*objective.seen.nonzero()[:, 0].tolist()} == expected
 
 
+def test_an_average_that_writes_the_buffer_is_read(batch):
+    given = batch("masked_text", "corrected", LONG)
+    given.objective.train()
+    given.term()
+    given.objective.seen[:] = True  # as an EMA copies buffers
+    given.objective.eval()
+    device = torch.device("cpu")
+    assert len(given.objective._words_seen(given.caption.tokens, device)) == 40
+
+
 def test_words_seen_are_in_the_state_and_may_be_missing(batch):
     given = batch("masked_text", "corrected", LONG)
     given.objective.train()

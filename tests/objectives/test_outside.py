@@ -1,6 +1,8 @@
 """An objective of another package, named by its path or an entry point, with no edit of ours."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,10 @@ class Bright(AbstractObjective):
         found = self.head(view.codes.codes).mean(dim=(1, 2))
         gap = (found - brightness).abs() ** self.config.power
         return Term(gap.mean(), {"gap": gap.detach().max()})
+
+
+class Dark(Bright):
+    seen = []
 
 
 class NoConfig:
@@ -96,6 +102,47 @@ def test_it_trains_beside_or_without_ours_and_needs_no_captions(path, name):
     with host.loss.disabled():
         alone = host.loss(codebook_loss, x, reconstruction, 0, 0, split="train")[0]
     assert total.item() == pytest.approx((alone + expected).item(), abs=1e-6)
+
+
+def test_they_keep_the_order_of_the_config():
+    """Else ranks would pair different parameters, and a resumed optimizer would mix them up."""
+    names = [f"their_objectives:{name}" for name in ("Dark", "Bright")]
+    for order in (names, names[::-1]):
+        config = parse({"objectives": {name: {"weight": 1} for name in order}})
+        assert [*config.objectives.others] == order
+
+
+def test_saved_heads_name_it(tmp_path):
+    model = nn.Sequential(nn.Identity(), VectorQuantizer(16, 8))
+    objectives = {**OFF, "bright": {"weight": 1, "power": 1}}
+    handle = attach(model, "1", guide={"use": "micro_clip"}, objectives=objectives)
+    handle.save_pretrained(tmp_path)
+    block = json.loads((tmp_path / "lgvq_config.json").read_text())["lgvq"]
+    assert dict(parse(block).objectives.items())["bright"].power == 1
+    handle.load_pretrained(tmp_path)
+
+
+def test_beside_ours_batches_without_captions_are_still_an_error():
+    model = nn.Sequential(nn.Identity(), VectorQuantizer(16, 8))
+    handle = attach(model, "1", guide={"use": "micro_clip"}, objectives={"bright": {"weight": 1}})
+    images = torch.rand(2, 3, 4, 4)
+
+    def train():
+        model(torch.randn(2, 8, 2, 2, requires_grad=True))
+        return handle.loss([None, None], images=images)[0]
+
+    for _ in range(4):
+        assert train().requires_grad  # Bright learns
+    with pytest.raises(ConfigError, match="none of the first 5 training batches has a caption"):
+        train()
+
+
+def test_a_class_of_ours_may_be_extended():
+    (Path(sys.path[0]) / "their_words.py").write_text(
+        "from lgvq_plugin.objectives import MaskedText\nclass Mine(MaskedText):\n    pass\n"
+    )
+    config = parse({"objectives": {"their_words:Mine": {"weight": 1, "depth": 1}}})
+    assert config.objectives.others["their_words:Mine"].depth == 1
 
 
 def test_at_weight_0_it_is_not_built():
