@@ -1,5 +1,6 @@
 """How far one training step travels: which of our files it enters, in how many hops."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -52,11 +53,13 @@ def trace(folder):
         steps.append(batch_idx)
         if len(steps) != STEP:
             return original(self, batch, batch_idx)
+        gc.disable()  # it may close generators of earlier epochs inside the step
         sys.setprofile(route)
         try:
             return original(self, batch, batch_idx)
         finally:
             sys.setprofile(None)
+            gc.enable()
 
     configs = [CONFIGS / "vqvae_scenes_64_lgvq.yaml", CONFIGS / "guide_micro_clip.yaml"]
     config = read_config([str(path) for path in configs], OVERRIDES)
