@@ -107,9 +107,9 @@ def stack() -> list[Finding]:
 
 
 def _either(
-    is_fine: bool, what: str, told: str, otherwise: str, command: str, level: Level = "note"
+    is_fine: bool, what: str, found: str, otherwise: str, command: str, level: Level = "note"
 ) -> Finding:
-    return Finding("ok", what, told) if is_fine else Finding(level, what, otherwise, command)
+    return Finding("ok", what, found) if is_fine else Finding(level, what, otherwise, command)
 
 
 def taming() -> list[Finding]:

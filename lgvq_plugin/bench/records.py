@@ -197,6 +197,11 @@ class Difference:
     p: float | None = None  # two-sided, of this comparison alone; None without interval
     p_adjusted: float | None = None  # of Benjamini and Hochberg; None if not counted
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero is outside the interval of this comparison alone."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -222,7 +227,7 @@ class Cell:
         found = self.to(reference)
         if found is None or found.verdict or self.higher_is_better is None:
             return MARKS[found.verdict if found else ""]
-        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+        if not found.excludes_zero:
             return ""
         return FAINT_MARKS[(found.value > 0) == self.higher_is_better]
 

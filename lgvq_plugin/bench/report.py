@@ -102,7 +102,7 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
         judged=len(judged),
         has_one_seed=any(d.seeds == 1 for d in judged),
         significant=sum(bool(d.verdict) for d in judged),
-        alone=sum(_excludes_zero(d) for d in judged),
+        alone=sum(d.excludes_zero for d in judged),
         rate=_rate(),
         expected=(1 - CONFIDENCE) * len(judged),
         confidence=f"{CONFIDENCE * 100:.0f}",
@@ -124,7 +124,7 @@ def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) 
         "seeds": pairs[0][1].seeds if pairs else 0,
         "is_judged": bool(judged),
         "verdicts": {verdict: found for verdict, found in verdicts.items() if found},
-        "faint": sum(_excludes_zero(d) and not d.verdict for _, d in judged),
+        "faint": sum(d.excludes_zero and not d.verdict for _, d in judged),
         "open": tally(cells, reference)["open"],
         "bare": sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs),
     }
@@ -132,10 +132,6 @@ def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) 
 
 def _is_judged(cell: Cell, difference: Difference) -> bool:
     return difference.low is not None and cell.higher_is_better is not None
-
-
-def _excludes_zero(d: Difference) -> bool:
-    return d.low is not None and d.high is not None and not d.low <= 0 <= d.high
 
 
 def _rate() -> str:
