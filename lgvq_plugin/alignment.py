@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LGVQConfig
+from .config import LGVQConfig, is_share
 from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide
@@ -48,7 +48,11 @@ class Alignment(nn.Module):
     Attributes:
         expects_captions: raise if none of the first training batches has a caption; set to False
             by the first caption, or where the data set is known to have some.
+        first_step: step at which the heads began to train, int64 scalar, -1 before; shares of the
+            run are counted from there, so that a retrofit of a half-trained host is aligned.
     """
+
+    first_step: Tensor
 
     def __init__(
         self,
@@ -64,10 +68,13 @@ class Alignment(nn.Module):
         self._draws: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
         self._warned: set[str] = set()
+        self.register_buffer("first_step", torch.tensor(-1))
+        self._first: int | None = None  # `first_step` on the CPU
+        self.register_load_state_dict_pre_hook(_set_first_step)
         with seeded(config.seed):
             self.code_vit = CodeViT(
                 code_dim,
-                width=config.code_vit.width,
+                width=config.code_vit.width or max(code_dim, config.code_vit.min_width),
                 depth=config.code_vit.depth,
                 heads=config.code_vit.heads,
                 out_dim=guide.token_dim,
@@ -96,6 +103,7 @@ class Alignment(nn.Module):
         *,
         step: int = 0,
         split: str = "train",
+        progress: tuple[int, int] | None = None,
         balance: GradientBalance | None = None,
         images: Tensor | None = None,
         reconstructions: Tensor | None = None,
@@ -108,6 +116,8 @@ class Alignment(nn.Module):
                 image without a caption, which does not contribute.
             step: batches trained so far; masks and captions are drawn from (seed, step).
             split: prefix of the log's keys.
+            progress: (steps done, steps in all) of the run, for a schedule in shares; None where
+                the length is unknown.
             balance: takes the schedule's share of this step; its ratio is logged.
             images, reconstructions: of the host, (B, 3, H, W), for objectives that use them.
 
@@ -121,7 +131,7 @@ class Alignment(nn.Module):
         strings = [_draw(caption, generator) for caption in captions]
         self._count_batches_without(any(strings))
         log = _codebook_log(codes, split)
-        share = self.scale(step)
+        share = self.scale(step, self._share_of(progress))
         scale = share if split == "train" else 1.0  # validation ignores the schedule
         has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
@@ -187,15 +197,63 @@ class Alignment(nn.Module):
         """Return the configured weight of an objective."""
         return self.weights[name]
 
-    def scale(self, step: int) -> float:
-        """Return the schedule's share of the weights at `step`, in [0, 1].
+    def scale(self, step: int, share: float | None = None) -> float:
+        """Return the schedule's factor of the weights, in [0, 1].
 
         It is 0 before `start`, grows to 1 over `ramp` steps, and is 0 again from `stop` on.
+
+        Args:
+            step: batches trained so far.
+            share: of the run so far, in [0, 1]; None where its length is unknown: then `start` and
+                `ramp` in shares are 0, and instead of a `stop` the ratio is at most 1.
         """
-        stop, done = self.config.stop, step - self.config.start
-        if done < 0 or (stop is not None and step >= stop):
+        config, most = self.config, 1.0
+        start, ramp = float(config.start), float(config.ramp)
+        stop = math.inf if config.stop is None else float(config.stop)
+        if share is None:
+            most = 1 / max(1.0, config.gradient_ratio or 1.0) if is_share(stop) else most
+            start, ramp = (0.0 if is_share(key) else key for key in (start, ramp))
+            share, stop = 0.0, math.inf if is_share(stop) else stop
+        now = share if is_share(start or ramp) else step
+        if now < start or (share if is_share(stop) else step) >= stop:
             return 0.0
-        return min(1.0, (done + 1) / (self.config.ramp + 1))
+        grown = (now - start) / ramp if is_share(ramp) else (now - start + 1) / (ramp + 1)
+        return min(most, grown)
+
+    def _share_of(self, progress: tuple[int, int] | None) -> float | None:
+        """Return the share of the run since the heads began to train."""
+        config = self.config
+        if not any(map(is_share, (config.start, config.ramp, config.stop))):
+            return None
+        if progress is None:
+            self._warn_once(
+                "the length of the training is unknown, so the alignment does not stop after a "
+                f"share of it (lgvq.stop: {config.stop}) and its gradient ratio is limited to 1; "
+                "set lgvq.total_steps to the number of steps"
+            )
+            return None
+        done, total = progress
+        first = self._first
+        if first is None:
+            first = int(self.first_step)
+            if first < 0:
+                first = done
+                if self.training and torch.is_grad_enabled():
+                    self.first_step.fill_(first)
+            self._require_order(total - first)
+            self._first = first if self.training else None
+        return min(1.0, (done - first) / max(1, total - first))
+
+    def _require_order(self, length: int) -> None:
+        start, stop = self.config.start, self.config.stop
+        if stop is None:
+            return
+        first, end = (key * length if is_share(key) else key for key in (start, stop))
+        if first >= end:
+            raise ConfigError(
+                f"lgvq.stop: {stop} (step {end:g} of {length}) is not after lgvq.start: {start}: "
+                "nothing would be aligned; give both in steps, both as shares, or stop: null"
+            )
 
     def _check(self, codes: Codes, captions: Captions) -> None:
         _require_list_of_captions(captions)
@@ -288,6 +346,13 @@ class Alignment(nn.Module):
         if message not in self._warned:
             self._warned.add(message)
             logger.warning("%s", message)
+
+
+def _set_first_step(heads: Any, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """Add what heads of version 0.1 lack; a pre-hook of `load_state_dict`."""
+    heads._first = None
+    if any(key.startswith(prefix) for key in state):
+        state.setdefault(f"{prefix}first_step", torch.tensor(0))
 
 
 class CaptionEncoder:

@@ -114,6 +114,9 @@ def read(value: Any, hint: Any, path: str) -> Any:
         if value is None:
             return None
         hints = [h for h in inner if h is not type(None)]
+        if {int, float} <= {*hints}:
+            number = float(_number(value, float, path))
+            return int(number) if number.is_integer() else number
         # `str | tuple[str, ...]`: one or a list of them.
         fitting = (h for h in hints if (get_origin(h) is tuple) == _is_list(value))
         return read(value, next(fitting, hints[0]), path)
@@ -237,6 +240,10 @@ WEIGHT = Limit(f">= 0 and <= {MAX_WEIGHT:g}", lambda weight: 0 <= weight <= MAX_
 PAIRS = Limit(f">= 0 and <= {MAX_PAIRS}", lambda count: 0 <= count <= MAX_PAIRS)
 DEPTH = Limit(f">= 1 and <= {MAX_DEPTH}", lambda depth: 1 <= depth <= MAX_DEPTH)
 SHARE = Limit(">= 0 and < 1", lambda share: 0 <= share < 1)
+STEPS = Limit(
+    "a number of steps, like 500, or a share of the run between 0 and 1, like 0.35",
+    lambda steps: steps >= 0 and (steps < 1 or float(steps).is_integer()),
+)
 RANGE = Limit("0 < low <= high <= 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 RATIO = Limit("> 0 and <= 1000, or null", lambda ratio: 0 < ratio <= 1000)
 SEED = Limit(">= 0 and < 2**63", lambda seed: 0 <= seed < 2**63)
@@ -266,9 +273,9 @@ class Block:
 class GlobalSemanticConfig(Block):
     """L_gsa, global semantic alignment."""
 
-    weight: Annotated[float, WEIGHT] = 1.0e-3
+    weight: Annotated[float, WEIGHT] = 0.05
     """Alpha; 0 disables the objective. Paper's configs: 0.001."""
-    temperature: float = 0.07
+    temperature: float = 0.03
     """Divides the cosines; 1 in the released code."""
     learnable_temperature: bool = True
     """Train the temperature, starting at `temperature`."""
@@ -278,8 +285,8 @@ class GlobalSemanticConfig(Block):
     """Take negatives from all ranks."""
     exclude_same: bool = True
     """Exclude pairs with an identical caption from the negatives."""
-    source: Literal["cls", "pooled"] = "cls"
-    """Feature of the image: the code-ViT's [CLS], or the mean of its patch tokens."""
+    source: Literal["cls", "pooled"] = "pooled"
+    """Feature of the image: the code-ViT's [CLS] (paper), or the mean of its patch tokens."""
     queue: Annotated[int, PAIRS] = 0
     """Number of pairs kept from earlier batches as further negatives."""
     words_weight: Annotated[float, WEIGHT] = 0.0
@@ -300,8 +307,8 @@ class GlobalSemanticConfig(Block):
 class MaskedTextConfig(Block):
     """L_mtp, masked text prediction."""
 
-    weight: Annotated[float, WEIGHT] = 1.0e-2
-    """Beta; 0 disables the objective."""
+    weight: Annotated[float, WEIGHT] = 0.05
+    """Beta; 0 disables the objective. Paper's configs: 0.01."""
     mask_at: Literal["input", "output"] = "input"
     """Mask words before the text encoder, or (released code, leaks) after it."""
     ratio: Annotated[tuple[float, float], RANGE] = (0.15, 0.5)
@@ -327,11 +334,11 @@ class MaskedTextConfig(Block):
 class RelationshipConfig(Block):
     """L_ras, relationship alignment."""
 
-    weight: Annotated[float, WEIGHT] = 1.0e-4
-    """Gamma; 0 disables the objective."""
+    weight: Annotated[float, WEIGHT] = 0.05
+    """Gamma; 0 disables the objective. Paper's configs: 0.0001."""
     variant: Literal["paper", "pairs"] = "pairs"
     """See `functional.relationship_loss`."""
-    between: Literal["words", "captions"] = "words"
+    between: Literal["words", "captions"] = "captions"
     """Relate the words of a caption, or the captions of a batch (images' mean codes); `pairs`
     only."""
     temperature: Annotated[float, TEMPERATURE] = 0.1
@@ -378,9 +385,11 @@ class CodeViTConfig(Block):
     """The code-ViT."""
 
     width: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
-    """Width of the transformer; null: the code width."""
-    depth: Annotated[int, DEPTH] = 2
-    """Number of blocks."""
+    """Width of the transformer; null: the code width, or `min_width` for narrower codes."""
+    min_width: Annotated[int, AT_LEAST_1] = 128
+    """Smallest width that `width: null` gives; codes of another width are projected."""
+    depth: Annotated[int, DEPTH] = 1
+    """Number of blocks; 2 in the released code."""
     heads: int = 1
     """Attention heads; must divide the width."""
 
@@ -394,8 +403,9 @@ class CodeViTConfig(Block):
 class LGVQConfig(Block):
     """Everything under `lgvq:`."""
 
-    recipe: Literal["corrected", "paper"] = "corrected"
-    """Defaults of all keys below: the corrected method, or the released arithmetic."""
+    recipe: Literal["corrected", "paper", "corrected_v1"] = "corrected"
+    """Defaults of all keys below: the corrected method, the released arithmetic, or what
+    `corrected` was in version 0.1."""
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     """Settings of the three objectives."""
     guide: Mapping[str, Any] = field(default_factory=lambda: {"use": "open_clip"})
@@ -418,17 +428,21 @@ class LGVQConfig(Block):
     """Key of the captions in a batch; null: `caption`, `captions`, `text` or `txt`."""
     codebook_gradient: bool = False
     """Let the objectives train the codebook: z_q + (e_k - sg(e_k))."""
-    gradient_ratio: Annotated[float | None, RATIO] = None
+    gradient_ratio: Annotated[float | None, RATIO] = 16.0
     """Length of our gradient at the codes relative to the host's; the weights then only divide it
-    among the objectives. null: the weights decide."""
+    among the objectives. null: the weights decide (released code)."""
     feature_cache: Annotated[int, AT_LEAST_0] = 256
     """MiB of memory for the text features of captions that were encoded before; 0: none."""
-    start: Annotated[int, AT_LEAST_0] = 0
-    """First step with the objectives."""
-    ramp: Annotated[int, AT_LEAST_0] = 0
-    """Steps over which the weights grow linearly to their values."""
-    stop: int | None = None
-    """First step that trains the host alone again; null: never."""
+    start: Annotated[int | float, STEPS] = 0
+    """First step with the objectives; like `ramp` and `stop` a number of steps, or a share (0.35)
+    of the steps from the heads' first one to the end of the run."""
+    ramp: Annotated[int | float, STEPS] = 0
+    """Steps over which the weights grow linearly to their values; in the unit of `start`."""
+    stop: Annotated[int | float | None, STEPS] = 0.35
+    """First step that trains the host alone again; null: never (released code)."""
+    total_steps: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
+    """Length of the run, for shares; null: `lgvq train` and Lightning's trainer know it. Where it
+    is unknown, a share as `stop` never comes, and `gradient_ratio` is at most 1."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What to do on NaN/inf in a term or a gradient: raise an error, or skip it in the update, at
     most 25 times in a row (3 if the heads' own weights are not finite)."""
@@ -441,7 +455,21 @@ class LGVQConfig(Block):
         expected = "null with codebook_gradient: true, whose gradient bypasses the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         expected = f"> start ({self.start}), or null"
-        require(self.stop is None or self.stop > self.start, "stop", expected, self.stop)
+        stop = math.inf if self.stop is None else self.stop
+        holds = stop > self.start or not same_unit(self.start, stop)
+        require(holds, "stop", expected, self.stop)
+        expected = f"in the unit of start ({self.start}): both steps, or both shares"
+        require(same_unit(self.start, self.ramp), "ramp", expected, self.ramp)
+
+
+def is_share(value: float | None) -> bool:
+    """Whether a key of the schedule is a share of the run, not a number of steps."""
+    return value is not None and 0 < value < 1
+
+
+def same_unit(one: float, other: float) -> bool:
+    """Whether two keys of the schedule can be compared; 0 is in either unit."""
+    return is_share(one) == is_share(other) or one == 0 or other == 0
 
 
 def to_block(config: LGVQConfig) -> dict[str, Any]:
@@ -454,25 +482,49 @@ def to_block(config: LGVQConfig) -> dict[str, Any]:
 RECIPES: dict[str, dict[str, Any]] = {
     "corrected": {},
     "paper": {
-        "global_semantic": {
-            "temperature": 1.0,
-            "learnable_temperature": False,
-            "symmetric": False,
-            "gather": False,
-            "exclude_same": False,
+        "objectives": {
+            "global_semantic": {
+                "weight": 1.0e-3,
+                "temperature": 1.0,
+                "learnable_temperature": False,
+                "symmetric": False,
+                "gather": False,
+                "exclude_same": False,
+                "source": "cls",
+            },
+            "masked_text": {
+                "weight": 1.0e-2,
+                "mask_at": "output",
+                "ratio": (0.1, 0.3),
+                "vocabulary": "full",
+                "label_smoothing": 0.1,
+                "attend_padding": True,
+                "attend_cls": True,
+                "dropout": 0.1,
+            },
+            "relationship": {
+                "weight": 1.0e-4,
+                "variant": "paper",
+                "between": "words",
+                "project": True,
+            },
         },
-        "masked_text": {
-            "mask_at": "output",
-            "ratio": (0.1, 0.3),
-            "vocabulary": "full",
-            "label_smoothing": 0.1,
-            "attend_padding": True,
-            "attend_cls": True,
-            "dropout": 0.1,
+        "code_vit": {"min_width": 1, "depth": 2},
+        "gradient_ratio": None,
+        "stop": None,
+    },
+    "corrected_v1": {
+        "objectives": {
+            "global_semantic": {"weight": 1.0e-3, "temperature": 0.07, "source": "cls"},
+            "masked_text": {"weight": 1.0e-2},
+            "relationship": {"weight": 1.0e-4, "between": "words"},
         },
-        "relationship": {"variant": "paper", "project": True},
+        "code_vit": {"min_width": 1, "depth": 2},
+        "gradient_ratio": None,
+        "stop": None,
     },
 }
+"""What each recipe changes in the defaults of the classes above."""
 
 
 def require_finite_weights(params: Mapping[str, Any], path: str) -> None:
@@ -514,11 +566,11 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
     guide = _mapping(block.get("guide"), "lgvq.guide", "{use: micro_clip}")
     others = _others(own)
     ours = {name: keys for name, keys in own.items() if name not in others}
-    merged = {
-        **block,
-        "objectives": laid_over(RECIPES[recipe], ours),
-        "guide": {"use": "open_clip", **guide},
-    }
+    below = dict(RECIPES[recipe])
+    if block.get("codebook_gradient") is True:  # it bypasses the codes
+        below["gradient_ratio"] = None
+    above = {**block, "objectives": ours, "code_vit": block.get("code_vit") or {}}
+    merged = laid_over(below, above) | {"guide": {"use": "open_clip", **guide}}
     config = build(LGVQConfig, merged, "lgvq")
     object.__setattr__(config.objectives, "others", others)  # a frozen dataclass
     return config

@@ -7,6 +7,7 @@
 
 import inspect
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -142,7 +143,9 @@ class Handle:
         if next(self.heads.parameters()).device != codes.codes.device:
             self.heads.to(codes.codes.device)
         now = self._step if step is None else step
+        total = self.heads.config.total_steps
         options = {"step": now, "split": split, "balance": self._hook.balance}
+        options["progress"] = (now, total) if total else progress_of(self.model)
         result = self.heads(
             codes, captions, images=images, reconstructions=reconstructions, **options
         )
@@ -240,6 +243,22 @@ def build_alignment(
     return heads, QuantizerHook(
         quantizers, widths=widths, grid=config.grid or grid, ratio=ratio, layout=layout
     )
+
+
+def progress_of(host: nn.Module | None) -> tuple[int, int] | None:
+    """Return (steps done, steps in all) that a host's Lightning trainer counts, or None."""
+    trainer: Any = getattr(host, "_trainer", None)  # `trainer` raises where there is none
+    if trainer is None:
+        return None
+    most: Any = getattr(trainer, "max_steps", -1)
+    if most is not None and most > 0:
+        return int(trainer.global_step), int(most)
+    epochs, batches = getattr(trainer, "max_epochs", None), trainer.num_training_batches
+    if epochs is None or epochs < 1 or not math.isfinite(batches) or batches < 1:
+        return None
+    # Optimizers count steps each, and accumulation spares some: batches are counted instead.
+    done = trainer.current_epoch * batches + trainer.fit_loop.batch_idx
+    return int(done), int(epochs * batches)
 
 
 def status(heads: Alignment, path: str | list[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .host import (
     build_alignment,
     gets_quantizer,
     grid_of,
+    progress_of,
     replace_module,
     status,
     stop_awaiting_host,
@@ -105,6 +106,7 @@ class LGVQLoss(BaseLossWrapper):
         latest: what our terms logged last.
         checks_gradients: check gradients before each step of the optimizer; set to False by a
             trainer that does so itself.
+        total_steps: length of the run, set by a trainer that is not Lightning's.
 
     Raises:
         ConfigError: for an unknown key under `lgvq:`, or a base loss that does not exist.
@@ -120,6 +122,7 @@ class LGVQLoss(BaseLossWrapper):
     # object even if the base loss has an attribute of the same name.
     latest: Mapping[str, Tensor] = {}
     checks_gradients = True
+    total_steps: int | None = None
     _config = LGVQConfig()
     _block: Mapping[str, Any] = {}  # the config as given
     _ancestors: tuple[nn.Module, ...] = ()  # modules that contain this loss so far
@@ -212,7 +215,10 @@ class LGVQLoss(BaseLossWrapper):
                 how = self._config.on_nonfinite
                 self._gradient_check = GradientCheck(heads, self._host, how)
         captions = [None] * len(codes.codes) if captions is None else captions
+        total = self._config.total_steps or self.total_steps
+        progress = (int(step), total) if total else progress_of(self._host)
         options = {"step": int(step), "split": split, "balance": hook.balance}
+        options["progress"] = progress
         images, reconstructions = call.get("inputs"), call.get("reconstructions")
         return heads(codes, captions, images=images, reconstructions=reconstructions, **options)
 

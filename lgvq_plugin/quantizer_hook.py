@@ -627,7 +627,9 @@ class GradientBalance:
     def _mixed(self, host: Tensor, ours: Tensor) -> Tensor:
         wanted, given = host.float().norm(), ours.float().norm().clamp(min=1e-20)
         self.measured = given / wanted.clamp(min=1e-20)
-        return host + (ours * (self.ratio * self.scale * wanted / given)).to(host.dtype)
+        # Without a gradient of the host's, as in a backward pass of our loss alone, ours stays.
+        factor = torch.where(wanted > 0, self.ratio * self.scale * wanted / given, 1.0)
+        return host + (ours * factor).to(host.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "measured": None}

@@ -64,8 +64,9 @@ class HostDriver(pl.LightningModule):
         self._resumed: dict[str, Any] | None = None  # the checkpoint, until training starts
         # Buffers may hold -inf from the start (attention masks), but must not become infinite.
         self._infinite = {name for name, buffer in host.named_buffers() if not all_finite([buffer])}
-        if hasattr(host.loss, "checks_gradients"):  # LGVQLoss: the driver checks them
-            host.loss.checks_gradients = False
+        loss: Any = host.loss
+        if hasattr(loss, "checks_gradients"):  # LGVQLoss: the driver checks them
+            loss.checks_gradients, loss.total_steps = False, settings.max_steps
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Pass `batch` through the host once (or twice) and update all its optimizers.
@@ -347,6 +348,7 @@ class HostDriver(pl.LightningModule):
             "samples": self.samples,
             "generators": generators,
             "config": self.config,
+            state.DEFAULTS: 2,
             "moments": [len(each["state"]) for each in checkpoint.get("optimizer_states", [])],
         }
 

@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from ..arguments import add_shortcuts, parse_words
 from ..files import require_writable
 from ..sockets import ConfigError, Problems
 from .build import build_parts, check_data, with_shortcuts
-from .config import Sections, read_config
+from .config import Sections, lay_over, read_config
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -173,6 +173,12 @@ class _Run:
         folder = self._folder(found)
         require_writable(folder)
         if found:
+            if above := state.first_recipe(checkpoint, sections.plain):
+                logger.info("this run began with version 0.1: lgvq.recipe is corrected_v1")
+                config = lay_over(DictConfig(self.config), above)
+                return replace(self, config=config, sections=Sections.from_config(config)).fit(
+                    found, checkpoint
+                )
             state.check_config(checkpoint, sections.plain, found)
         rng.seed_all(sections.training.seed)
         host, dataset, validation = build_parts(self.config, sections, self.problems)

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from ..checkpoints.read import read_raw
-from ..config import differing
+from ..config import differing, laid_over
 from ..files import replacing
 from ..finite import all_finite
 from ..objectives import rename_old_heads
 from ..sockets import ConfigError
+from .config import lgvq_block, loss_key, loss_section
 
 LAST = "last.ckpt"
 STATE = "lgvq_training"  # our own entry of a checkpoint
+DEFAULTS, FIRST_RECIPE = "defaults", "corrected_v1"  # runs of version 0.1 lack the former's key
 EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
     "state_dict": {},
     "optimizer_states": list,
@@ -169,6 +171,8 @@ def require_fit(given: Any, host: nn.Module, where: str) -> None:
     """
     if isinstance(given, dict):
         rename_old_heads(given)
+        if any(key.startswith("loss.lgvq.") for key in given):
+            given.setdefault("loss.lgvq.first_step", torch.tensor(0))
     wanted = host.state_dict()
     require_like(given, wanted, where)
     if strange := given.keys() - wanted.keys():
@@ -283,6 +287,25 @@ def candidates(run: Path) -> list[Path]:
     last = run / "checkpoints" / LAST
     steps = sorted((run / "checkpoints").glob("step=*.ckpt"), reverse=True)
     return ([last] if last.is_file() else []) + steps
+
+
+def first_recipe(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what to lay over a config that resumes a run of version 0.1, with its old defaults.
+
+    The run's own config gets the same, so that both can be compared; {} for another run.
+    """
+    kept = checkpoint[STATE]
+    before, key = kept["config"], loss_key(config)
+    recipes = [lgvq_block(each).get("recipe") for each in (before, config)]
+    is_old = DEFAULTS not in kept and recipes[0] in (None, "corrected")
+    is_ours = str(loss_section(config).get("target")).startswith("lgvq_plugin.")
+    is_default = recipes[1] in (None, "corrected")
+    if not (is_ours and is_default and (is_old or recipes[0] == FIRST_RECIPE)):
+        return {}
+    block = {"params": {"lgvq": {"recipe": FIRST_RECIPE}}}
+    above = {"model": {"params": {key: block}}}
+    kept["config"] = laid_over(before, above)
+    return above
 
 
 def check_config(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
