@@ -131,7 +131,8 @@ class Alignment(nn.Module):
         strings = [_draw(caption, generator) for caption in captions]
         self._count_batches_without(any(strings))
         log = _codebook_log(codes, split)
-        share = self.scale(step, self._share_of(progress))
+        share_of_run = self._share_of(progress)
+        share = self.scale(step, share_of_run)
         scale = share if split == "train" else 1.0  # validation ignores the schedule
         has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
@@ -142,7 +143,7 @@ class Alignment(nn.Module):
         else:
             total = codes.codes.new_zeros(())
         if balance is not None:
-            balance.scale = share
+            balance.scale = share * self._limit(share_of_run)
             if balance.measured is not None and split == "train":
                 log[f"{split}/lgvq/gradient_ratio"] = balance.measured
         return total, log
@@ -204,21 +205,27 @@ class Alignment(nn.Module):
 
         Args:
             step: batches trained so far.
-            share: of the run so far, in [0, 1]; None where its length is unknown: then `start` and
-                `ramp` in shares are 0, and instead of a `stop` the ratio is at most 1.
+            share: of the run so far, in [0, 1]; None where its length is unknown: shares as
+                `start` and `ramp` are then 0, and one as `stop` never comes.
         """
-        config, most = self.config, 1.0
+        config = self.config
         start, ramp = float(config.start), float(config.ramp)
         stop = math.inf if config.stop is None else float(config.stop)
         if share is None:
-            most = 1 / max(1.0, config.gradient_ratio or 1.0) if is_share(stop) else most
             start, ramp = (0.0 if is_share(key) else key for key in (start, ramp))
             share, stop = 0.0, math.inf if is_share(stop) else stop
         now = share if is_share(start or ramp) else step
         if now < start or (share if is_share(stop) else step) >= stop:
             return 0.0
         grown = (now - start) / ramp if is_share(ramp) else (now - start + 1) / (ramp + 1)
-        return min(most, grown)
+        return min(1.0, grown)
+
+    def _limit(self, share: float | None) -> float:
+        """Return the factor of the gradient ratio where a share as `stop` cannot come."""
+        wanted, most = self.config.gradient_ratio, self.config.unscheduled_ratio
+        if share is not None or not is_share(self.config.stop) or wanted is None or most is None:
+            return 1.0
+        return min(1.0, most / wanted)
 
     def _share_of(self, progress: tuple[int, int] | None) -> float | None:
         """Return the share of the run since the heads began to train."""
@@ -226,10 +233,13 @@ class Alignment(nn.Module):
         if not any(map(is_share, (config.start, config.ramp, config.stop))):
             return None
         if progress is None:
+            ratio = self.config.gradient_ratio and min(
+                self.config.gradient_ratio, self.config.unscheduled_ratio or math.inf
+            )
             self._warn_once(
-                "the length of the training is unknown, so the alignment does not stop after a "
-                f"share of it (lgvq.stop: {config.stop}) and its gradient ratio is limited to 1; "
-                "set lgvq.total_steps to the number of steps"
+                "the length of the training is unknown, so the alignment does not end after a "
+                f"share of it (lgvq.stop: {self.config.stop}); its gradient ratio is {ratio}. Set "
+                "lgvq.total_steps to the number of steps, or lgvq.stop to a step or null"
             )
             return None
         done, total = progress

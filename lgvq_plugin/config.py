@@ -431,6 +431,9 @@ class LGVQConfig(Block):
     gradient_ratio: Annotated[float | None, RATIO] = 16.0
     """Length of our gradient at the codes relative to the host's; the weights then only divide it
     among the objectives. null: the weights decide (released code)."""
+    unscheduled_ratio: Annotated[float | None, RATIO] = 1.0
+    """Largest ratio where `stop` is a share and the length of the run is unknown; null: no limit,
+    which is the default where `gradient_ratio` is set."""
     feature_cache: Annotated[int, AT_LEAST_0] = 256
     """MiB of memory for the text features of captions that were encoded before; 0: none."""
     start: Annotated[int | float, STEPS] = 0
@@ -442,7 +445,7 @@ class LGVQConfig(Block):
     """First step that trains the host alone again; null: never (released code)."""
     total_steps: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
     """Length of the run, for shares; null: `lgvq train` and Lightning's trainer know it. Where it
-    is unknown, a share as `stop` never comes, and `gradient_ratio` is at most 1."""
+    is unknown, a share as `stop` never comes, see `unscheduled_ratio`."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What to do on NaN/inf in a term or a gradient: raise an error, or skip it in the update, at
     most 25 times in a row (3 if the heads' own weights are not finite)."""
@@ -569,6 +572,8 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
     below = dict(RECIPES[recipe])
     if block.get("codebook_gradient") is True:  # it bypasses the codes
         below["gradient_ratio"] = None
+    if block.get("gradient_ratio") is not None:
+        below["unscheduled_ratio"] = None
     above = {**block, "objectives": ours, "code_vit": block.get("code_vit") or {}}
     merged = laid_over(below, above) | {"guide": {"use": "open_clip", **guide}}
     config = build(LGVQConfig, merged, "lgvq")

@@ -14,6 +14,7 @@ from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.hosts.vqvae import VectorQuantizer
 from lgvq_plugin.objectives import rename_old_heads
+from lgvq_plugin.quantizer_hook import GradientBalance
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.types import Codes
 
@@ -39,6 +40,64 @@ def test_weights_grow_after_start_and_are_gone_from_stop_on(total_at):
     options = {"start": 2, "ramp": 3, "stop": 8}
     shares = [total_at(step, **options).item() / whole for step in range(10)]
     assert shares == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 0, 0], abs=1e-6)
+
+
+def shares_of(block, length, steps, first=0, **options):
+    """Schedule's factor at `steps` of a run of `length` steps whose heads began at `first`."""
+    config = parse({**block, "objectives": {**ONLY, "relationship": {"weight": 0}}})
+    heads = Alignment(config, build_guide({"use": "micro_clip"}), code_dim=8)
+    codes = Codes(torch.zeros(2, 4, 8), None, (2, 2))
+    heads(codes, CAPTIONS, step=first, progress=length and (first, length), **options)
+    balance = GradientBalance(1.0)
+    scales = []
+    for step in steps:
+        progress = length and (step, length)
+        heads(codes, CAPTIONS, step=step, progress=progress, balance=balance)
+        scales.append(balance.scale)
+    return scales
+
+
+def test_shares_are_of_the_run():
+    given = {"start": 0.2, "ramp": 0.2, "stop": 0.5}
+    scales = shares_of(given, 100, [0, 19, 20, 30, 40, 49, 50, 99])
+    assert scales == pytest.approx([0, 0, 0, 0.5, 1, 1, 0, 0], abs=1e-6)
+
+
+def test_by_default_the_last_two_thirds_train_the_host_alone():
+    assert shares_of({}, 1000, [0, 1, 349, 350, 999]) == [1, 1, 1, 0, 0]
+
+
+def test_a_share_counts_from_the_first_step_of_the_heads():
+    # A host that was trained for 600 of 1,000 steps before it got the heads.
+    assert shares_of({}, 1000, [601, 739, 740, 999], first=600) == [1, 1, 0, 0]
+
+
+def test_where_the_length_is_unknown_the_default_goes_on_weakly_and_says_so(caplog):
+    assert shares_of({}, None, [0, 10_000]) == [1 / 16, 1 / 16]
+    assert "the length of the training is unknown" in caplog.text
+    assert "lgvq.total_steps" in caplog.text
+    assert shares_of({"gradient_ratio": 4.0}, None, [10_000]) == [1]  # as the user said
+
+
+def test_a_start_in_steps_after_the_end_in_shares_is_an_error():
+    with pytest.raises(ConfigError, match=r"lgvq\.stop: 0\.35 .*is not after lgvq\.start: 400"):
+        shares_of({"start": 400}, 1000, [])
+
+
+def test_the_first_step_survives_a_checkpoint():
+    config = parse({"objectives": {**ONLY, "relationship": {"weight": 0}}})
+    guide = build_guide({"use": "micro_clip"})
+    codes = Codes(torch.zeros(2, 4, 8), None, (2, 2))
+    heads, again = (Alignment(config, guide, code_dim=8) for _ in range(2))
+    heads(codes, CAPTIONS, step=600, progress=(600, 1000))
+    again.load_state_dict(heads.state_dict())
+    balance = GradientBalance(1.0)
+    for step, scale in ((739, 1), (740, 0)):
+        again(codes, CAPTIONS, step=step, progress=(step, 1000), balance=balance)
+        assert balance.scale == scale
+    old = {k: v for k, v in heads.state_dict().items() if k != "first_step"}  # version 0.1
+    again.load_state_dict(old)
+    assert again.first_step == 0
 
 
 def test_validation_is_measured_whole_at_any_step(total_at):

@@ -41,7 +41,18 @@ def test_nothing_given_is_the_corrected_recipe():
     assert config.grid is None
     assert config.guide == {"use": "open_clip"}
     assert config.objectives.masked_text.mask_at == "input"
-    assert config.objectives.global_semantic.temperature == 0.07
+    assert config.objectives.global_semantic.temperature == 0.03
+    assert (config.gradient_ratio, config.stop, config.code_vit.min_width) == (16.0, 0.35, 128)
+
+
+def test_the_first_corrected_recipe_keeps_its_defaults():
+    config = parse({"recipe": "corrected_v1"})
+    weights = [own.weight for _, own in config.objectives.items()]
+    assert weights == [1e-3, 1e-2, 1e-4]
+    semantic, ras = config.objectives.global_semantic, config.objectives.relationship
+    assert (semantic.temperature, semantic.source, ras.between) == (0.07, "cls", "words")
+    assert (config.code_vit.min_width, config.code_vit.depth) == (1, 2)
+    assert (config.gradient_ratio, config.stop) == (None, None)
 
 
 def test_the_paper_recipe():
@@ -55,13 +66,34 @@ def test_the_paper_recipe():
     assert (text.mask_at, text.ratio, text.label_smoothing) == ("output", (0.1, 0.3), 0.1)
     assert (text.attend_padding, text.attend_cls, text.dropout) == (True, True, 0.1)
     assert (config.relationship.variant, config.relationship.project) == ("paper", True)
+    assert (config.relationship.between, config.global_semantic.source) == ("words", "cls")
+    whole = parse({"recipe": "paper"})
+    assert (whole.gradient_ratio, whole.stop) == (None, None)
+    assert (whole.code_vit.min_width, whole.code_vit.depth) == (1, 2)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_a_recipe_names_keys_that_exist(recipe):
-    for name, block in RECIPES[recipe].items():
-        known = {f.name for f in fields(BLOCKS[f"lgvq.objectives.{name}"])}
-        assert set(block) <= known
+    parse({"recipe": recipe, **RECIPES[recipe]})  # an unknown key is an error
+
+
+def test_the_schedule_takes_steps_and_shares():
+    config = parse({"start": "0.1", "ramp": 0.25, "stop": 0.5})
+    assert (config.start, config.ramp, config.stop) == (0.1, 0.25, 0.5)
+    assert parse({"start": 500, "stop": 0.5}).start == 500
+    assert parse({"stop": None}).stop is None
+
+
+def test_a_codebook_gradient_needs_no_key_for_the_ratio():
+    assert parse({"codebook_gradient": True}).gradient_ratio is None
+    with pytest.raises(ConfigError, match=r"lgvq\.gradient_ratio: expected null with codebook"):
+        parse({"codebook_gradient": True, "gradient_ratio": 2})
+
+
+def test_a_ratio_of_the_users_own_has_no_limit():
+    assert parse({}).unscheduled_ratio == 1.0
+    assert parse({"gradient_ratio": 4}).unscheduled_ratio is None
+    assert parse({"gradient_ratio": 4, "unscheduled_ratio": 2}).unscheduled_ratio == 2.0
 
 
 def test_single_keys_over_the_paper_recipe():
@@ -142,7 +174,7 @@ WRONG = [  # path, value, what the message says beside them
     ("lgvq.quantizer", ["a", "a"], "a list of different paths"),
     ("lgvq.layout", "BHWC", "'channels_first' or 'channels_last'"),
     ("lgvq.recipe", "papr", "did you mean 'paper'"),
-    ("lgvq.recipe", ["paper"], "corrected, paper"),
+    ("lgvq.recipe", ["paper"], "corrected, corrected_v1, paper"),
     ("lgvq.objectives", [1], "a mapping"),
     ("lgvq.objectives.masked_text", 0, "a mapping of weight, mask_at"),
     ("lgvq.objectives.masked_text.weight", "abc", "a number"),
@@ -180,9 +212,11 @@ WRONG = [  # path, value, what the message says beside them
     ("lgvq.code_dim", -1, ">= 1 or null"),
     ("lgvq.caption_key", ["text"], "a string"),
     ("lgvq.codebook_gradient", 1, "true or false"),
-    ("lgvq.start", -1, ">= 0"),
-    ("lgvq.ramp", -1, ">= 0"),
+    ("lgvq.start", -1, "a number of steps, like 500, or a share"),
+    ("lgvq.start", 1.5, "a number of steps, like 500, or a share"),
+    ("lgvq.ramp", -1, "a number of steps, like 500, or a share"),
     ("lgvq.stop", 0, "> start (0), or null"),
+    ("lgvq.stop", -0.5, "a number of steps, like 500, or a share"),
     ("lgvq.seed", 0.5, "a whole number"),
     ("lgvq.on_nonfinite", "ignore", "'raise' or 'skip'"),
 ]

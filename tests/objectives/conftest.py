@@ -115,9 +115,13 @@ STRINGS = ["a red circle above", "two boxes", "triangles", "the green square tou
 
 @pytest.fixture
 def batch():
-    """Make a Batch: batch(name, recipe, strings=..., scale=1.0, **knobs of the objective)."""
+    """Make a Batch: batch(name, recipe, strings=..., scale=1.0, **knobs of the objective).
+
+    "corrected" is `corrected_v1`, which reads words and [CLS]; its successor has other defaults.
+    """
 
     def make(name, recipe, strings=STRINGS, scale=1.0, max_length=12, **knobs):
+        recipe = {"corrected": "corrected_v1"}.get(recipe, recipe)
         config = parse({"recipe": recipe, "objectives": {name: knobs}})
         guide = ToyGuide(max_length)
         torch.manual_seed(0)
