@@ -30,7 +30,9 @@ PLAN_KEYS = [
     *("extends", "title", "base", "config", "seeds", "baseline", "against"),
     *("data", "variants", "evaluation", "examples"),
 ]
-VARIANT_KEYS = ["model", "data", "training", "lgvq", "recipe", "objectives", "note", "base"]
+CONFIG_KEYS = ["model", "data", "training", "lgvq", "recipe", "objectives"]
+OWN_KEYS = ("note", "base", "other_batches")
+VARIANT_KEYS = [*CONFIG_KEYS, *OWN_KEYS]
 
 
 def read_plan(
@@ -59,7 +61,7 @@ def read_plan(
         where = f"{path}: {'/'.join(part for part in (data, variant) if part)}"
         own, bases = changes, given.get("base")
         if isinstance(changes, Mapping):
-            own = {key: part for key, part in changes.items() if key not in ("note", "base")}
+            own = {key: part for key, part in changes.items() if key not in OWN_KEYS}
             bases = changes.get("base") or bases
         if not bases:
             raise ConfigError(f"{where}: no `base:`; list the configs to start from")
@@ -78,7 +80,8 @@ def read_plan(
             "examples": examples,
         }
         jobs += [Job(seed=seed, config=plain, **options) for seed, plain in plains]
-    _check_comparable(jobs, path)
+    has_other = {n for n, own in variants.items() if _has_other_batches(own, f"{path}: {n}")}
+    _check_comparable([job for job in jobs if job.variant not in has_other], path)
     guides = [guide for job in jobs if (guide := lgvq_block(job.config).get("guide"))]
     if guides and "guide" not in evaluation:
         jobs = [replace(job, evaluation={**evaluation, "guide": guides[0]}) for job in jobs]
@@ -181,6 +184,14 @@ def _described(changes: Any) -> dict[str, Any]:
     return {"note": str(changes.get("note") or ""), "changes": rest}
 
 
+def _has_other_batches(changes: Any, where: str) -> bool:
+    """Whether a variant may see other batches than the rest, as a longer training does."""
+    given = changes.get("other_batches", False) if isinstance(changes, Mapping) else False
+    if not isinstance(given, bool):
+        raise ConfigError(f"{where}: other_batches: expected true or false, got {given!r}")
+    return given
+
+
 def _names_to_changes(given: Any, where: str) -> dict[str, Any]:
     """Check a mapping whose keys become names of folders."""
     if not isinstance(given, Mapping) or not given:
@@ -274,8 +285,9 @@ def _check_comparable(jobs: Sequence[Job], path: Path) -> None:
             if value != theirs[key]:
                 raise ConfigError(
                     f"{path}: {job.variant} has {key} {value!r}, {other.variant} {theirs[key]!r}; "
-                    "variants must see the same batches: set it under `config:` for all, or "
-                    "under `data:` for a data set of its own"
+                    "variants must see the same batches: set it under `config:` for all, under "
+                    "`data:` for a data set of its own, or say other_batches: true in a variant "
+                    "that is a control of another length"
                 )
 
 

@@ -5,9 +5,10 @@ image (3, H, W) --Encoder--> (channels, H/f, W/f) --quant_conv--> (embed_dim, H/
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class AbstractImageTokenizer(nn.Module, ABC):
     encoder: nn.Module
     decoder: Any
     loss: nn.Module
-    quantize: "VectorQuantizer"
+    quantize: "VectorQuantizer | FiniteScalarQuantizer"
     quant_conv: nn.Module
     post_quant_conv: nn.Module
     scheduler_config: Mapping[str, Any] | None = None
@@ -118,7 +119,8 @@ class VQVAE(AbstractImageTokenizer):
         downsample: f, a power of 2: an image of H x W has H/f x W/f codes.
         stem: "strided" convolutions, or one linear map per "patch" of f x f pixels, which is
             cheaper and learns faster, with seams between patches.
-        quantizer: "ema" or "gradient", how the codebook learns.
+        quantizer: "ema" or "gradient", how the codebook learns; or "fsq", fixed levels.
+        levels: of "fsq", one per component of a code; they replace n_embed and embed_dim.
         decay, commitment, restart_dead, dead_threshold: see :class:`VectorQuantizer`.
         image_key: key of the images in a batch.
         scheduler_config: see :class:`AbstractImageTokenizer`; for instance
@@ -139,7 +141,8 @@ class VQVAE(AbstractImageTokenizer):
         num_res_blocks: int = 2,
         downsample: int = 8,
         stem: Literal["strided", "patch"] = "strided",
-        quantizer: Literal["ema", "gradient"] = "ema",
+        quantizer: Literal["ema", "gradient", "fsq"] = "ema",
+        levels: Sequence[int] | None = None,
         decay: float = 0.99,
         commitment: float = 0.25,
         restart_dead: bool = True,
@@ -158,6 +161,12 @@ class VQVAE(AbstractImageTokenizer):
             raise ConfigError(f"VQVAE: stem: {stem!r}{suggest(str(stem), stems)}")
         if channels < 2 or channels % 2:
             raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
+        if (quantizer == "fsq") != (levels is not None):
+            raise ConfigError(
+                f"VQVAE: levels are for quantizer 'fsq', for instance [8, 5, 5, 5]; got quantizer "
+                f"{quantizer!r} with levels {levels!r}"
+            )
+        embed_dim = embed_dim if levels is None else len(levels)
         self.image_key, self.downsample = image_key, downsample
         sizes = {"channels": channels, "num_res_blocks": num_res_blocks}
         sizes["num_halvings"] = DOWNSAMPLES[downsample]
@@ -165,15 +174,18 @@ class VQVAE(AbstractImageTokenizer):
         self.encoder = encoder(**sizes)
         self.decoder = decoder(embed_dim=embed_dim, **sizes)
         self.loss = instantiate(to_plain(lossconfig))
-        self.quantize = VectorQuantizer(
-            n_embed,
-            embed_dim,
-            mode=quantizer,
-            decay=decay,
-            commitment=commitment,
-            restart_dead=restart_dead,
-            dead_threshold=dead_threshold,
-        )
+        if levels is not None:
+            self.quantize = FiniteScalarQuantizer(levels)
+        else:
+            self.quantize = VectorQuantizer(
+                n_embed,
+                embed_dim,
+                mode=quantizer,  # type: ignore[arg-type]
+                decay=decay,
+                commitment=commitment,
+                restart_dead=restart_dead,
+                dead_threshold=dead_threshold,
+            )
         self.quant_conv = nn.Conv2d(channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         if ckpt_path is not None:
@@ -357,6 +369,57 @@ class VectorQuantizer(nn.Module):
         if self.mode == "ema":
             average = fresh * self.cluster_size[:, None]
             self.embed_avg.copy_(average.where(is_dead[:, None], self.embed_avg))
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """FSQ (Mentzer et al. 2024): bound and round each component, without a learned codebook.
+
+    Args:
+        levels: number of values of each component, whole numbers >= 2.
+
+    Attributes:
+        embedding: `embedding.weight` (K, C), all codes, fixed; K is the product of the levels.
+
+    >>> quantizer = FiniteScalarQuantizer([3, 2])
+    >>> quantizer(torch.tensor([[9.0, -9.0], [0.0, 0.0]])[..., None, None])[0][..., 0, 0]
+    tensor([[ 1., -1.],
+            [ 0.,  0.]])
+    """
+
+    layout = "channels_first"
+    levels: Tensor
+    basis: Tensor
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        levels = [*levels]
+        if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
+            raise ConfigError(f"quantizer: levels must be whole numbers >= 2, got {levels!r}")
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+        self.n_embed, self.embed_dim = math.prod(levels), len(levels)
+        numbers = torch.arange(self.n_embed)[:, None] // self.basis % self.levels
+        codes = (numbers - self.levels // 2) / (self.levels // 2)
+        self.embedding = nn.Embedding.from_pretrained(codes, freeze=True)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Quantize (B, C, H, W); returns as :class:`VectorQuantizer`, with a loss of 0."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float().movedim(1, -1)
+            half = (self.levels - 1) * (1 + 1e-3) / 2
+            offset = (self.levels % 2 == 0) / 2
+            bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
+            numbers = bounded.detach().round()
+            indices = ((numbers + self.levels // 2) * self.basis).sum(dim=-1).long().flatten()
+            codes = (numbers + (bounded - bounded.detach())) / (self.levels // 2)
+        counts = torch.zeros(self.n_embed, device=z.device)
+        counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
+        return codes.movedim(-1, 1), z.new_zeros(()), (batch_perplexity(counts), None, indices)
+
+    def embed_code(self, indices: Tensor) -> Tensor:
+        """Return the codes (B, C, H, W) of indices (B, H, W)."""
+        return F.embedding(indices, self.embedding.weight).movedim(-1, 1)
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
 MODEL_KEYS = ["base_learning_rate", "learning_rate", "target", "params"]
 RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
 DATA_SETS = ("train", "validation", "test")
-DATA_KEYS = ["batch_size", "num_workers", *DATA_SETS]
+DATA_KEYS = ["batch_size", "num_workers", "wrong_captions", *DATA_SETS]
 DATA_HINT = "; give it, or --data FOLDER (images with captions)"
 BLOCK_EXAMPLE = "a mapping like {recipe: paper}"
 RENAMED = (  # in interpolations
@@ -224,6 +224,8 @@ class DataSection:
     """`{target, params}` of the data set that only evaluation uses, or None."""
     num_workers: int = 0
     """Loading processes per training process."""
+    wrong_captions: bool = False
+    """Control: train with the captions of other images, see `training.data.WrongCaptions`."""
 
 
 @dataclass(frozen=True)
@@ -458,6 +460,8 @@ def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> Da
         value = given.get(key, minimum)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ConfigError(f"data.{key} must be a whole number >= {minimum}, got {value!r}")
+    is_wrong = given.get("wrong_captions", False)
+    require(isinstance(is_wrong, bool), "data.wrong_captions", "true or false", is_wrong)
     for key in DATA_SETS:
         section = given.get(key)
         if section is not None and not (isinstance(section, dict) and "target" in section):

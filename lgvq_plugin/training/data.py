@@ -15,6 +15,7 @@ from ..datasets.base import collate
 from ..sockets import ConfigError
 from . import rng
 
+CAPTION_KEYS = ("captions", "caption", "text", "txt")
 Draw = tuple[int, int]
 
 
@@ -86,6 +87,52 @@ class AtEpoch(Dataset):
             np.random.seed(words[1])
             torch.manual_seed(int(words[2]))
             return self.dataset[index]
+
+
+class WrongCaptions(Dataset):
+    """Images with the captions of other images, the same ones throughout: a control experiment.
+
+    What such a training gains over the baseline is regularization, not language.
+
+    Args:
+        dataset: samples with `captions` or `caption`, two at least.
+        seed: draws which image lends its captions.
+
+    >>> samples = [{"caption": "a dog"}, {"caption": "a cat"}]
+    >>> [sample["caption"] for sample in WrongCaptions(samples, seed=0)]
+    ['a cat', 'a dog']
+    """
+
+    def __init__(self, dataset: Any, seed: int):
+        if len(dataset) < 2:
+            raise ConfigError(f"data.wrong_captions: expected 2 images or more, got {len(dataset)}")
+        self.dataset, self.epoch = dataset, 0
+        order = np.random.default_rng(seed).permutation(len(dataset))  # one cycle
+        self.lender = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other captions, crops and flips from now on."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the sample with another one's captions."""
+        sample, lender = dict(self.dataset[index]), self.lender[index]
+        if hasattr(self.dataset, "captions_of"):
+            texts = list(self.dataset.captions_of(lender))
+            own = {"captions": texts, "caption": texts[self.epoch % len(texts)] if texts else ""}
+        else:
+            other = self.dataset[lender]
+            own = {key: other[key] for key in CAPTION_KEYS if key in other}
+            if not own:
+                keys = ", ".join(map(str, other))
+                raise ConfigError(f"data.wrong_captions: no captions in a sample; it has {keys}")
+        return {key: own.get(key, value) for key, value in sample.items()}
 
 
 def train_loader(

@@ -165,6 +165,7 @@ class _Run:
         """Train from the checkpoint at `found`, or from the start."""
         from . import rng, state
         from .callbacks import Stopped, TrainingCallback
+        from .data import WrongCaptions
         from .driver import HostDriver
 
         sections = self.sections
@@ -184,6 +185,8 @@ class _Run:
         host, dataset, validation = build_parts(self.config, sections, self.problems)
         sections.warn()
         check_data(host, dataset, validation, sections)
+        if sections.data.wrong_captions:
+            dataset = WrongCaptions(dataset, sections.training.seed)
         if self.prepare is not None and found is None:
             self.prepare(host)
         data = sections.data

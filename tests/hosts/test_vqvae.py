@@ -9,7 +9,7 @@ from torch import nn
 
 from lgvq_plugin import sockets
 from lgvq_plugin.datasets.scenes import Scenes
-from lgvq_plugin.hosts.vqvae import VQVAE, VQVAELoss
+from lgvq_plugin.hosts.vqvae import VQVAE, FiniteScalarQuantizer, VQVAELoss
 from lgvq_plugin.sockets import ConfigError
 
 LOSS = {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss"}
@@ -212,3 +212,26 @@ def test_a_schedule_of_torchs_is_given_to_lightning_with_the_optimizer():
         scheduler.step()
     with pytest.raises(ConfigError, match=r"lr_scheduler.CosineAnnealingLR: .*Tmax"):
         build(scheduler_config={**config, "params": {"Tmax": 1}}).configure_optimizers()
+
+
+def test_fsq_equals_a_foreign_implementation():
+    foreign = pytest.importorskip("vector_quantize_pytorch").FSQ([8, 5, 5, 5])
+    ours = FiniteScalarQuantizer([8, 5, 5, 5])
+    z = 2 * torch.randn(4, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    mine, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    codes, loss, (_, _, indices) = ours(mine)
+    rows, numbers = foreign(theirs.movedim(1, -1).reshape(4, 15, 4))
+    assert torch.equal(indices, numbers.flatten().long())
+    assert torch.allclose(codes, rows.reshape(4, 3, 5, 4).movedim(-1, 1), atol=1e-6)
+    assert torch.equal(ours.embed_code(indices.view(4, 3, 5)), codes)
+    pull = torch.randn(codes.shape, generator=torch.Generator().manual_seed(1))
+    (codes * pull).sum().backward()
+    (rows.reshape(4, 3, 5, 4).movedim(-1, 1) * pull).sum().backward()
+    assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
+    assert loss == 0
+
+
+@pytest.mark.parametrize("given", [{"quantizer": "fsq"}, {"levels": [5, 5]}])
+def test_levels_go_with_fsq_alone(given):
+    with pytest.raises(ConfigError, match="levels are for quantizer 'fsq'"):
+        VQVAE(lossconfig={"target": "torch.nn.Identity"}, channels=8, **given)
