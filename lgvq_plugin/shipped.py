@@ -12,8 +12,8 @@ FOLDER = Path(__file__).parent / "configs"
 def shipped() -> dict[str, Path]:
     """Return name -> file of every config of the package, such as "ablation/winner".
 
-    >>> shipped()["recipe"].name
-    'recipe.yaml'
+    >>> shipped()["paper"].name
+    'paper.yaml'
     """
     files = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in files}

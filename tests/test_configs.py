@@ -20,7 +20,7 @@ from lgvq_plugin.training.config import Sections, read_config
 from lgvq_plugin.training.settings import TrainingConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = ["guide_micro_clip", "guide_minilm", "recipe", "recipe_pictures"]
+OVERLAYS = ["guide_micro_clip", "guide_minilm", "paper"]
 PAIRS = sorted(
     path.stem for path in CONFIGS.glob("*.yaml") if (CONFIGS / f"{path.stem}_lgvq.yaml").exists()
 )
@@ -95,33 +95,10 @@ def test_the_overlay_names_the_embedded_guide():
     assert config.model.params.lossconfig.params.disc_start == 200
 
 
-@pytest.mark.slow
-def test_the_recipe_is_the_one_that_was_measured():
-    given = read_config([CONFIGS / "vqvae_scenes_64_lgvq.yaml", CONFIGS / "recipe.yaml"])
-    recipe = OmegaConf.to_object(given.model.params.lossconfig.params.lgvq)
-    plans = CONFIGS / "ablation"
-    for plan in (plans / "winner.yaml", plans / "early.yaml"):
-        assert_trained(recipe, plan, "recipe")
-    assert_trained(recipe, DEMO_PLAN, "lgvq")
-
-
-@pytest.mark.slow
-def test_the_recipe_of_pictures_is_the_one_that_was_measured():
-    given = read_config([CONFIGS / "vqvae_folder_64_lgvq.yaml", CONFIGS / "recipe_pictures.yaml"])
-    recipe = OmegaConf.to_object(given.model.params.lossconfig.params.lgvq)
-    steps = assert_trained(recipe, CONFIGS / "ablation" / "emoji_winner.yaml", "stronger")
-    assert recipe["stop"] / steps == pytest.approx(1 / 3, abs=0.02)  # as its comment says
-    photos = CONFIGS / "ablation" / "coco_winner.yaml"
-    assert_trained(recipe | {"stop": 350}, photos, "recipe")
-
-
-def assert_trained(recipe, plan, variant):
-    """The variant of the plan has the recipe, and nothing else; returns its steps."""
-    job = next(job for job in read_plan(plan).jobs if job.variant == variant)
+def test_the_demo_trains_the_default_recipe():
+    job = next(job for job in read_plan(DEMO_PLAN).jobs if job.variant == "lgvq")
     block = job.config["model"]["params"]["lossconfig"]["params"]["lgvq"]
-    assert {key: block[key] for key in recipe} == recipe
-    assert {*block} - {*recipe} == {"guide", "seed"}
-    return job.config["training"]["max_steps"]
+    assert block == {"guide": {"use": "micro_clip"}, "seed": 0}
 
 
 RESULTS = CONFIGS / "ablation" / "RESULTS.md"

@@ -28,26 +28,26 @@ def test_configs_lists_every_config_with_its_title(capsys):
         for path in (ROOT / "configs").rglob("*.yaml")
     }
     assert names == files
-    assert any(line.startswith("recipe ") and "best recipe" in line for line in lines)
+    assert any(line.startswith("paper ") and "released code" in line for line in lines)
 
 
 def test_configs_copies_the_named_ones_and_overwrites_nothing(tmp_path, capsys):
-    assert main(["configs", "recipe", "ablation/winner.yaml", "-o", str(tmp_path)]) == 0
+    assert main(["configs", "paper", "ablation/winner.yaml", "-o", str(tmp_path)]) == 0
     copied = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.yaml"))
-    assert copied == ["ablation/winner.yaml", "recipe.yaml"]
-    assert (tmp_path / "recipe.yaml").read_bytes() == (ROOT / "configs/recipe.yaml").read_bytes()
-    (tmp_path / "recipe.yaml").write_text("mine")
+    assert copied == ["ablation/winner.yaml", "paper.yaml"]
+    assert (tmp_path / "paper.yaml").read_bytes() == (ROOT / "configs/paper.yaml").read_bytes()
+    (tmp_path / "paper.yaml").write_text("mine")
     assert main(["configs", "-o", str(tmp_path)]) == 2
     assert "use --force" in capsys.readouterr().err
-    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    assert (tmp_path / "paper.yaml").read_text() == "mine"
     assert not (tmp_path / "guide_micro_clip.yaml").exists()
-    assert main(["configs", "recipe", "-o", str(tmp_path), "--force"]) == 0
-    assert (tmp_path / "recipe.yaml").read_text() != "mine"
+    assert main(["configs", "paper", "-o", str(tmp_path), "--force"]) == 0
+    assert (tmp_path / "paper.yaml").read_text() != "mine"
 
 
 def test_an_unknown_config_is_reported_with_the_nearest_name(tmp_path):
-    with pytest.raises(ConfigError, match="no config 'recipes'; did you mean 'recipe'"):
-        shipped.copy(["recipes"], tmp_path)
+    with pytest.raises(ConfigError, match="no config 'papers'; did you mean 'paper'"):
+        shipped.copy(["papers"], tmp_path)
 
 
 @pytest.mark.slow

@@ -5,4 +5,5 @@ MEMBERS = {
     "micro_clip": "micro_clip.MicroCLIPGuide",
     "huggingface": "huggingface.HuggingFaceGuide",
     "cached": "cached.CachedGuide",
+    "bag_of_words": "bag_of_words.BagOfWords",
 }
