@@ -68,6 +68,7 @@ class Alignment(nn.Module):
         self._draws: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
         self._warned: set[str] = set()
+        self.schedule = Schedule(config)
         self.register_buffer("first_step", torch.tensor(-1))
         self._first: int | None = None  # `first_step` on the CPU
         self.register_load_state_dict_pre_hook(_set_first_step)
@@ -143,7 +144,7 @@ class Alignment(nn.Module):
         else:
             total = codes.codes.new_zeros(())
         if balance is not None:
-            balance.scale = share * self._limit(share_of_run)
+            balance.scale = share * self.schedule.limit(share_of_run)
             if balance.measured is not None and split == "train":
                 log[f"{split}/lgvq/gradient_ratio"] = balance.measured
         return total, log
@@ -199,47 +200,19 @@ class Alignment(nn.Module):
         return self.weights[name]
 
     def scale(self, step: int, share: float | None = None) -> float:
-        """Return the schedule's factor of the weights, in [0, 1].
-
-        It is 0 before `start`, grows to 1 over `ramp` steps, and is 0 again from `stop` on.
-
-        Args:
-            step: batches trained so far.
-            share: of the run so far, in [0, 1]; None where its length is unknown: shares as
-                `start` and `ramp` are then 0, and one as `stop` never comes.
-        """
-        config = self.config
-        start, ramp = float(config.start), float(config.ramp)
-        stop = math.inf if config.stop is None else float(config.stop)
-        if share is None:
-            start, ramp = (0.0 if is_share(key) else key for key in (start, ramp))
-            share, stop = 0.0, math.inf if is_share(stop) else stop
-        now = share if is_share(start or ramp) else step
-        if now < start or (share if is_share(stop) else step) >= stop:
-            return 0.0
-        grown = (now - start) / ramp if is_share(ramp) else (now - start + 1) / (ramp + 1)
-        return min(1.0, grown)
-
-    def _limit(self, share: float | None) -> float:
-        """Return the factor of the gradient ratio where a share as `stop` cannot come."""
-        wanted, most = self.config.gradient_ratio, self.config.unscheduled_ratio
-        if share is not None or not is_share(self.config.stop) or wanted is None or most is None:
-            return 1.0
-        return min(1.0, most / wanted)
+        """Return the schedule's factor of the weights, in [0, 1]; see :class:`Schedule`."""
+        return self.schedule.scale(step, share)
 
     def _share_of(self, progress: tuple[int, int] | None) -> float | None:
-        """Return the share of the run since the heads began to train."""
-        config = self.config
-        if not any(map(is_share, (config.start, config.ramp, config.stop))):
+        """Return the share of the run since the heads began to train; None if unknown."""
+        if not self.schedule.has_shares:
             return None
         if progress is None:
-            ratio = self.config.gradient_ratio and min(
-                self.config.gradient_ratio, self.config.unscheduled_ratio or math.inf
-            )
             self._warn_once(
                 "the length of the training is unknown, so the alignment does not end after a "
-                f"share of it (lgvq.stop: {self.config.stop}); its gradient ratio is {ratio}. Set "
-                "lgvq.total_steps to the number of steps, or lgvq.stop to a step or null"
+                f"share of it (lgvq.stop: {self.config.stop}); its gradient ratio is "
+                f"{self.schedule.ratio(None)}. Set lgvq.total_steps to the number of steps, or "
+                "lgvq.stop to a step or null"
             )
             return None
         done, total = progress
@@ -250,20 +223,9 @@ class Alignment(nn.Module):
                 first = done
                 if self.training and torch.is_grad_enabled():
                     self.first_step.fill_(first)
-            self._require_order(total - first)
+            self.schedule.require_order(total - first)
             self._first = first if self.training else None
         return min(1.0, (done - first) / max(1, total - first))
-
-    def _require_order(self, length: int) -> None:
-        start, stop = self.config.start, self.config.stop
-        if stop is None:
-            return
-        first, end = (key * length if is_share(key) else key for key in (start, stop))
-        if first >= end:
-            raise ConfigError(
-                f"lgvq.stop: {stop} (step {end:g} of {length}) is not after lgvq.start: {start}: "
-                "nothing would be aligned; give both in steps, both as shares, or stop: null"
-            )
 
     def _check(self, codes: Codes, captions: Captions) -> None:
         _require_list_of_captions(captions)
@@ -358,11 +320,75 @@ class Alignment(nn.Module):
             logger.warning("%s", message)
 
 
+class Schedule:
+    """When the objectives act: from `start`, growing over `ramp`, until `stop`.
+
+    Each is a number of steps or a share of the run. Where the length of the run is unknown, shares
+    as `start` and `ramp` are 0, and one as `stop` never comes; the ratio is limited instead.
+    """
+
+    def __init__(self, config: LGVQConfig) -> None:
+        self.start, self.ramp, self.stop = config.start, config.ramp, config.stop
+        self.shares = {key: is_share(getattr(config, key)) for key in ("start", "ramp", "stop")}
+        self.has_shares = any(self.shares.values())
+        self._ratio, self._most = config.gradient_ratio, config.unscheduled_ratio
+
+    def scale(self, step: int, share: float | None = None) -> float:
+        """Return the factor of the weights, in [0, 1].
+
+        Args:
+            step: batches trained so far.
+            share: of the run so far, in [0, 1]; None if the length is unknown.
+
+        >>> schedule = Schedule(LGVQConfig(ramp=0.1, stop=0.5))
+        >>> [schedule.scale(0, share) for share in (0.0, 0.05, 0.4, 0.5)]
+        [0.0, 0.5, 1.0, 0.0]
+        """
+        start, ramp, stop = (
+            0.0 if self.shares[key] and share is None else float(getattr(self, key) or 0)
+            for key in ("start", "ramp", "stop")
+        )
+        places = {True: share or 0.0, False: float(step)}
+        if stop and places[self.shares["stop"]] >= stop:
+            return 0.0
+        in_shares = self.shares["start"] or self.shares["ramp"]
+        done = places[in_shares] - start
+        if done < 0:
+            return 0.0
+        if in_shares:
+            return min(1.0, done / ramp) if ramp else 1.0
+        return min(1.0, (done + 1) / (ramp + 1))
+
+    def limit(self, share: float | None) -> float:
+        """Return the factor of the gradient ratio, below 1 where the end is unknown."""
+        is_endless = share is None and self.shares["stop"]
+        if not is_endless or self._ratio is None or self._most is None:
+            return 1.0
+        return min(1.0, self._most / self._ratio)
+
+    def ratio(self, share: float | None) -> float | None:
+        """Return the gradient ratio; None if the weights decide."""
+        return None if self._ratio is None else self._ratio * self.limit(share)
+
+    def require_order(self, length: int) -> None:
+        """Raise ConfigError if a run of `length` steps would end before it starts."""
+        if self.stop is None:
+            return
+        first = self.start * length if self.shares["start"] else self.start
+        end = self.stop * length if self.shares["stop"] else self.stop
+        if first >= end:
+            raise ConfigError(
+                f"lgvq.stop: {self.stop} (step {end:g} of {length}) is not after lgvq.start: "
+                f"{self.start}: nothing would be aligned; give both in steps, both as shares, or "
+                "stop: null"
+            )
+
+
 def _set_first_step(heads: Any, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
     """Add what heads of version 0.1 lack; a pre-hook of `load_state_dict`."""
     heads._first = None
     if any(key.startswith(prefix) for key in state):
-        state.setdefault(f"{prefix}first_step", torch.tensor(0))
+        state.setdefault(f"{prefix}first_step", torch.tensor(-1))
 
 
 class CaptionEncoder:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .config import GlobalSemanticConfig, MaskedTextConfig, ObjectiveConfig, RelationshipConfig
 from .functional import (
     caption_relationship_loss,
-    cosines,
     gather_rows,
     global_semantic_loss,
     masked_text_loss,
@@ -255,7 +254,8 @@ def _retrieval_top1(image: Tensor, sentence: Tensor, same: Tensor) -> Tensor:
     """Share of images whose nearest caption equals their own; 0 without images."""
     if len(image) == 0:
         return image.new_zeros(())
-    best = cosines(image, sentence).argmax(dim=-1, keepdim=True)
+    similarity = F.normalize(image, dim=-1) @ F.normalize(sentence, dim=-1).mT
+    best = similarity.argmax(dim=-1, keepdim=True)
     return same.gather(1, best).float().mean()
 
 

@@ -20,7 +20,7 @@ from lgvq_plugin.training.config import Sections, read_config
 from lgvq_plugin.training.settings import TrainingConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = ["guide_micro_clip", "guide_minilm", "paper"]
+OVERLAYS = ["guide_micro_clip", "guide_minilm", "paper", "recipe_v1"]
 PAIRS = sorted(
     path.stem for path in CONFIGS.glob("*.yaml") if (CONFIGS / f"{path.stem}_lgvq.yaml").exists()
 )

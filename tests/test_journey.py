@@ -23,7 +23,12 @@ CONFIG = {
             "lossconfig": {
                 # The one changed line: the old target behind `lgvq_plugin.over.`
                 "target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss",
-                "params": {"lgvq": {"guide": {"use": "micro_clip"}}},
+                "params": {
+                    "lgvq": {
+                        "guide": {"use": "micro_clip"},
+                        "objectives": {"masked_text": {"weight": 0.01}},  # off by default
+                    }
+                },
             },
         },
     },
@@ -89,7 +94,7 @@ def test_6_the_loss_is_the_base_loss_plus_the_weighted_terms(journey):
         quant_loss, image, reconstruction, 0, 0, last_layer=host.get_last_layer(), split="train"
     )
     alone, _ = host.loss.base_loss(quant_loss, image, reconstruction, 0, 0)
-    weights = {"global_semantic": 1e-3, "masked_text": 1e-2, "relationship": 1e-4}
+    weights = {"global_semantic": 0.05, "masked_text": 0.01, "relationship": 0.05}
     ours = sum(weight * log[f"train/lgvq/{name}"].item() for name, weight in weights.items())
     assert total.item() == pytest.approx(alone.item() + ours, rel=1e-5)
     assert log["train/lgvq/total"].item() == pytest.approx(ours, rel=1e-5)

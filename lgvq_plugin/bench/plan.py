@@ -73,6 +73,7 @@ def read_plan(
             shared[key] = below
         config = apply_changes(shared[key], own, where)
         plains = [(seed, _seeded(config, seed, overrides, where)) for seed in chosen]
+        _require_weights(own, plains[0][1], where)
         options: Any = {
             "data": data,
             "variant": variant,
@@ -273,6 +274,22 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return plain
+
+
+def _require_weights(changes: Any, config: Mapping[str, Any], where: str) -> None:
+    """Refuse a list of objectives of which one has weight 0: it would be the others alone."""
+    names = changes.get("objectives") if isinstance(changes, Mapping) else None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list):
+        return
+    block = parse(lgvq_block(config))
+    weights = {name: own.weight for name, own in block.objectives.items()}
+    for name in names:
+        if not weights[name]:
+            raise ConfigError(
+                f"{where}: objectives: {name} has weight 0 in recipe {block.recipe}; set "
+                f"lgvq.objectives.{name}.weight, for instance to 0.05"
+            )
 
 
 def _check_comparable(jobs: Sequence[Job], path: Path) -> None:

@@ -172,7 +172,7 @@ def require_fit(given: Any, host: nn.Module, where: str) -> None:
     if isinstance(given, dict):
         rename_old_heads(given)
         if any(key.startswith("loss.lgvq.") for key in given):
-            given.setdefault("loss.lgvq.first_step", torch.tensor(0))
+            given.setdefault("loss.lgvq.first_step", torch.tensor(-1))
     wanted = host.state_dict()
     require_like(given, wanted, where)
     if strange := given.keys() - wanted.keys():

@@ -41,6 +41,9 @@ def config(tmp_path):
     return write
 
 
+MASKED = {"objectives": {"masked_text": {"weight": 0.05}}}
+
+
 def captions():
     parts = [Scenes(split, size=16, length=6) for split in ("train", "validation")]
     return {text for part in parts for i in range(6) for text in part[i]["captions"]}
@@ -48,7 +51,7 @@ def captions():
 
 @pytest.mark.slow
 def test_every_caption_is_there_and_the_overlay_finds_it(config, tmp_path, capsys):
-    path, out = config(), tmp_path / "cache"
+    path, out = config(**MASKED), tmp_path / "cache"
     assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0
     assert f"{len(captions()) + 1} different captions" in capsys.readouterr().out
     merged = Sections.from_config(read_config([path, out / "guide.yaml"]))
@@ -90,9 +93,9 @@ def test_the_config_that_trains_can_make_the_cache(config, tmp_path):
 @pytest.mark.parametrize(
     ("lgvq", "expected"),
     [
-        ({}, 2),
+        ({}, 0),  # no masked_text
         ({"recipe": "paper"}, 0),  # hides words behind the guide
-        ({"objectives": {"masked_text": {"weight": 0}}}, 0),
+        (MASKED, 2),
     ],
 )
 def test_maskings_are_made_only_where_they_are_needed(config, tmp_path, lgvq, expected):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lgvq_plugin.guides import MEMBERS
+from lgvq_plugin.guides.bag_of_words import BagOfWords
 from lgvq_plugin.guides.base import AbstractGuide, build_guide
 
 LONG = "a small red circle is to the left of a big blue square and " * 4 + "a star"
@@ -111,6 +112,8 @@ def test_word_ids_leave_out_start_end_and_padding(guide):
 
 
 def test_pieces_of_a_word_have_one_number(guide):
+    if isinstance(guide, BagOfWords):
+        pytest.skip("it does not split words")
     text = guide.tokenize(["a zyxqvorblk circle"])
     count = int(text.attention_mask.sum()) - 2
     words = text.word_ids[0, 1 : count + 1].tolist()

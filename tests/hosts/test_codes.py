@@ -249,7 +249,7 @@ LEVELS = ["quantize_t", "quantize_b"]
 
 def test_two_levels_are_guided_together():
     host = plain.VQVAE2(width=8)
-    handle = attach(host, LEVELS, **LGVQ)
+    handle = attach(host, LEVELS, **LGVQ, gradient_ratio=None)
     assert handle.status()["quantizer"] == LEVELS
     assert handle.heads.code_dim == 16
     top, bottom = [], []

@@ -51,7 +51,7 @@ def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
     assert code == 0
     said = err + caplog.text
     assert not [word for word in ("GPU", "TPU", "Tip", "Trainer.fit") if word in said]
-    assert "masked_text x 0.01" in said
+    assert "global_semantic x 0.05" in said
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from toy import Ones, Random
 
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.data import Stream, train_loader, validation_loader
+from lgvq_plugin.training.data import Stream, WrongCaptions, train_loader, validation_loader
 
 
 def draws(count, **given):
@@ -69,3 +70,30 @@ def test_validation_is_the_same_number_everywhere():
 def test_a_batch_larger_than_the_set_is_reported():
     with pytest.raises(ConfigError, match="11 samples, fewer than a batch of 8 on 2 process"):
         draws(1, batch_size=8, world_size=2)
+
+
+def test_wrong_captions_are_another_images_throughout():
+    own = Scenes("train", size=16, length=7)
+    wrong = WrongCaptions(own, seed=3)
+    lenders = {}
+    for epoch in range(3):
+        wrong.set_epoch(epoch)
+        for index in range(7):
+            sample = wrong[index]
+            assert np.array_equal(sample["image"], own[index]["image"])
+            lender = next(i for i in range(7) if own.captions_of(i) == sample["captions"])
+            assert sample["caption"] in sample["captions"]
+            assert lender != index
+            assert lenders.setdefault(index, lender) == lender
+    assert sorted(lenders.values()) == list(range(7))  # each image lends its captions once
+
+
+def test_wrong_captions_of_a_foreign_data_set():
+    samples = [{"image": i, "txt": f"number {i}"} for i in range(5)]
+    wrong = WrongCaptions(samples, seed=0)
+    assert {wrong[i]["txt"] for i in range(5)} == {f"number {i}" for i in range(5)}
+    assert all(wrong[i]["txt"] != f"number {i}" and wrong[i]["image"] == i for i in range(5))
+    with pytest.raises(ConfigError, match="no captions in a sample; it has image"):
+        WrongCaptions([{"image": 1}, {"image": 2}], seed=0)[0]
+    with pytest.raises(ConfigError, match="expected 2 images or more, got 1"):
+        WrongCaptions(samples[:1], seed=0)

@@ -191,8 +191,8 @@ def test_a_shipped_config_trains_with_data_and_steps(run, photos, tmp_path, name
     rate = config["data"]["params"]["batch_size"] * 4.5e-6
     assert f"learning rate {rate:.3g} =" in said
     metrics = (tmp_path / "logs/a/metrics.csv").read_text().splitlines()[0]
-    assert "train/lgvq/masked_text" in metrics
-    assert "val/lgvq/masked_text" in metrics
+    assert "train/lgvq/relationship" in metrics
+    assert "val/lgvq/relationship" in metrics
 
 
 def test_what_is_missing_is_said_at_once(run, monkeypatch, tmp_path):

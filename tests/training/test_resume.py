@@ -40,6 +40,7 @@ def assert_same_run(ours, theirs):
 LGVQ = [
     "model.params.lossconfig.target=lgvq_plugin.LGVQLoss",
     "model.params.lossconfig.params.lgvq.guide.use=micro_clip",
+    "model.params.lossconfig.params.lgvq.stop=null",  # a share would change with max_steps
 ]
 
 
@@ -193,6 +194,7 @@ def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkey
     """Earlier versions decayed all heads as the host; now some of them go without."""
     whole = config("training.max_steps=2", "training.heads_first=0")
     loss = {"target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss"}
+    lgvq = {"guide": {"use": "micro_clip"}, "stop": None}
     whole["model"] = {
         "target": "toy.DecayedVQVAE",
         "learning_rate": 1e-3,
@@ -202,7 +204,7 @@ def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkey
             "channels": 8,
             "num_res_blocks": 1,
             "downsample": 4,
-            "lossconfig": {**loss, "params": {"lgvq": {"guide": {"use": "micro_clip"}}}},
+            "lossconfig": {**loss, "params": {"lgvq": lgvq}},
         },
     }
     options = {"name": "run", "logdir": tmp_path, "progress": False}
@@ -219,3 +221,23 @@ def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkey
     assert [group["weight_decay"] for group in now["param_groups"]] == [0.5, 0.5, 0.0]
     assert len({group["lr"] for group in now["param_groups"]}) == 1
     assert {int(each["step"]) for each in now["state"].values()} == {4}
+
+
+@pytest.mark.slow
+def test_a_run_of_version_01_goes_on_with_the_defaults_of_its_time(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    first = "model.params.lossconfig.params.lgvq.recipe=corrected_v1"
+    options = {"logdir": tmp_path, "progress": False}
+    whole = train(config(*LGVQ, first, "training.max_steps=4"), name="whole", **options)
+    half = train(config(*LGVQ, first, "training.max_steps=2"), name="half", **options)
+    saved = torch.load(half.checkpoint, weights_only=True)
+    del saved["lgvq_training"]["defaults"]
+    del saved["lgvq_training"]["config"]["model"]["params"]["lossconfig"]["params"]["lgvq"]["recipe"]
+    del saved["state_dict"]["loss.lgvq.first_step"]
+    torch.save(saved, half.checkpoint)
+    given = config(*LGVQ, "training.max_steps=3")  # as its user wrote it
+    train(given, name="half", resume=half.checkpoint, **options)
+    given = config(*LGVQ, "training.max_steps=4")
+    resumed = train(given, name="half", resume="auto", **options)
+    assert "lgvq.recipe is corrected_v1" in caplog.text
+    assert_same_run(resumed, whole)

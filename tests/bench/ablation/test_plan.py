@@ -108,11 +108,15 @@ def test_changes_nested_dotted_and_listed_are_the_same():
 
 
 def test_a_list_of_objectives_switches_the_others_off(write):
-    (job,) = read_plan(write(variants={"a": {"objectives": "masked_text"}}), seeds=1).jobs
+    (job,) = read_plan(write(variants={"a": {"objectives": "relationship"}}), seeds=1).jobs
     assert lgvq(job)["objectives"] == {
         "global_semantic": {"weight": 0.0},
-        "relationship": {"weight": 0.0},
+        "masked_text": {"weight": 0.0},
     }
+    with pytest.raises(ConfigError, match="masked_text has weight 0 in recipe corrected; set"):
+        read_plan(write(variants={"a": {"objectives": "masked_text"}}), seeds=1)
+    weight = {"lgvq.objectives.masked_text.weight": 0.1}
+    read_plan(write(variants={"a": {"objectives": ["masked_text"], **weight}}), seeds=1)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,15 @@ def test_a_list_of_objectives_switches_the_others_off(write):
 def test_errors_name_the_key_and_the_fix(write, plan, message):
     with pytest.raises(ConfigError, match=message):
         read_plan(write(**plan))
+
+
+def test_a_control_may_be_of_another_length(write):
+    longer = {"training.max_steps": 9, "other_batches": True}
+    plan = read_plan(write(variants={"a": {}, "b": longer}), seeds=1)
+    assert [job.config["training"]["max_steps"] for job in plan.jobs] == [2, 9]
+    wrong = {"a": {}, "b": {"other_batches": "yes"}}
+    with pytest.raises(ConfigError, match="b: other_batches: expected true or false, got 'yes'"):
+        read_plan(write(variants=wrong))
 
 
 def test_a_plan_extends_another(write, tmp_path):
