@@ -132,8 +132,7 @@ class Alignment(nn.Module):
         strings = [_draw(caption, generator) for caption in captions]
         self._count_batches_without(any(strings))
         log = _codebook_log(codes, split)
-        share_of_run = self._share_of(progress)
-        share = self.scale(step, share_of_run)
+        share = self.scale(step, self._share_of(progress))
         scale = share if split == "train" else 1.0  # validation ignores the schedule
         has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
@@ -144,7 +143,7 @@ class Alignment(nn.Module):
         else:
             total = codes.codes.new_zeros(())
         if balance is not None:
-            balance.scale = share * self.schedule.limit(share_of_run)
+            balance.scale = share
             if balance.measured is not None and split == "train":
                 log[f"{split}/lgvq/gradient_ratio"] = balance.measured
         return total, log
@@ -204,17 +203,14 @@ class Alignment(nn.Module):
         return self.schedule.scale(step, share)
 
     def _share_of(self, progress: tuple[int, int] | None) -> float | None:
-        """Return the share of the run since the heads began to train; None if unknown."""
+        """Return the share of the run since the heads began to train; None if no key needs it."""
         if not self.schedule.has_shares:
             return None
         if progress is None:
-            self._warn_once(
-                "the length of the training is unknown, so the alignment does not end after a "
-                f"share of it (lgvq.stop: {self.config.stop}); its gradient ratio is "
-                f"{self.schedule.ratio(None)}. Set lgvq.total_steps to the number of steps, or "
-                "lgvq.stop to a step or null"
+            raise ConfigError(
+                f"{self.schedule} needs the length of the training, which is unknown here: set "
+                "lgvq.total_steps to the number of steps, or give steps instead of shares"
             )
-            return None
         done, total = progress
         first = self._first
         if first is None:
@@ -323,52 +319,41 @@ class Alignment(nn.Module):
 class Schedule:
     """When the objectives act: from `start`, growing over `ramp`, until `stop`.
 
-    Each is a number of steps or a share of the run. Where the length of the run is unknown, shares
-    as `start` and `ramp` are 0, and one as `stop` never comes; the ratio is limited instead.
+    Each is a number of steps or a share of the run.
     """
 
     def __init__(self, config: LGVQConfig) -> None:
         self.start, self.ramp, self.stop = config.start, config.ramp, config.stop
         self.shares = {key: is_share(getattr(config, key)) for key in ("start", "ramp", "stop")}
         self.has_shares = any(self.shares.values())
-        self._ratio, self._most = config.gradient_ratio, config.unscheduled_ratio
+
+    def __str__(self) -> str:
+        keys = [
+            f"lgvq.{key}: {getattr(self, key)}" for key, is_one in self.shares.items() if is_one
+        ]
+        return ", ".join(keys)
 
     def scale(self, step: int, share: float | None = None) -> float:
         """Return the factor of the weights, in [0, 1].
 
         Args:
             step: batches trained so far.
-            share: of the run so far, in [0, 1]; None if the length is unknown.
+            share: of the run so far, in [0, 1]; None if no key is a share.
 
         >>> schedule = Schedule(LGVQConfig(ramp=0.1, stop=0.5))
         >>> [schedule.scale(0, share) for share in (0.0, 0.05, 0.4, 0.5)]
         [0.0, 0.5, 1.0, 0.0]
         """
-        start, ramp, stop = (
-            0.0 if self.shares[key] and share is None else float(getattr(self, key) or 0)
-            for key in ("start", "ramp", "stop")
-        )
         places = {True: share or 0.0, False: float(step)}
-        if stop and places[self.shares["stop"]] >= stop:
+        if self.stop is not None and places[self.shares["stop"]] >= self.stop:
             return 0.0
         in_shares = self.shares["start"] or self.shares["ramp"]
-        done = places[in_shares] - start
+        done = places[in_shares] - self.start
         if done < 0:
             return 0.0
         if in_shares:
-            return min(1.0, done / ramp) if ramp else 1.0
-        return min(1.0, (done + 1) / (ramp + 1))
-
-    def limit(self, share: float | None) -> float:
-        """Return the factor of the gradient ratio, below 1 where the end is unknown."""
-        is_endless = share is None and self.shares["stop"]
-        if not is_endless or self._ratio is None or self._most is None:
-            return 1.0
-        return min(1.0, self._most / self._ratio)
-
-    def ratio(self, share: float | None) -> float | None:
-        """Return the gradient ratio; None if the weights decide."""
-        return None if self._ratio is None else self._ratio * self.limit(share)
+            return min(1.0, done / self.ramp) if self.ramp else 1.0
+        return min(1.0, (done + 1) / (self.ramp + 1))
 
     def require_order(self, length: int) -> None:
         """Raise ConfigError if a run of `length` steps would end before it starts."""

@@ -429,12 +429,9 @@ class LGVQConfig(Block):
     """Key of the captions in a batch; null: `caption`, `captions`, `text` or `txt`."""
     codebook_gradient: bool = False
     """Let the objectives train the codebook: z_q + (e_k - sg(e_k))."""
-    gradient_ratio: Annotated[float | None, RATIO] = 16.0
+    gradient_ratio: Annotated[float | None, RATIO] = 2.0
     """Length of our gradient at the codes relative to the host's; the weights then only divide it
     among the objectives. null: the weights decide (released code)."""
-    unscheduled_ratio: Annotated[float | None, RATIO] = 1.0
-    """Largest ratio where `stop` is a share and the length of the run is unknown; null: no limit,
-    which is the default where `gradient_ratio` is set."""
     feature_cache: Annotated[int, AT_LEAST_0] = 256
     """MiB of memory for the text features of captions that were encoded before; 0: none."""
     start: Annotated[int | float, STEPS] = 0
@@ -442,11 +439,10 @@ class LGVQConfig(Block):
     of the steps from the heads' first one to the end of the run."""
     ramp: Annotated[int | float, STEPS] = 0
     """Steps over which the weights grow linearly to their values; in the unit of `start`."""
-    stop: Annotated[int | float | None, STEPS] = 0.35
-    """First step that trains the host alone again; null: never (released code)."""
+    stop: Annotated[int | float | None, STEPS] = None
+    """First step that trains the host alone again; null: never."""
     total_steps: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
-    """Length of the run, for shares; null: `lgvq train` and Lightning's trainer know it. Where it
-    is unknown, a share as `stop` never comes, see `unscheduled_ratio`."""
+    """Length of the run, which shares need; null: that of `lgvq train` or Lightning's trainer."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What to do on NaN/inf in a term or a gradient: raise an error, or skip it in the update, at
     most 25 times in a row (3 if the heads' own weights are not finite)."""
@@ -515,7 +511,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "code_vit": {"min_width": 1, "depth": 2},
         "gradient_ratio": None,
-        "stop": None,
     },
     "corrected_v1": {
         "objectives": {
@@ -525,7 +520,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "code_vit": {"min_width": 1, "depth": 2},
         "gradient_ratio": None,
-        "stop": None,
     },
 }
 """What each recipe changes in the defaults of the classes above."""
@@ -573,8 +567,6 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
     below = dict(RECIPES[recipe])
     if block.get("codebook_gradient") is True:  # it bypasses the codes
         below["gradient_ratio"] = None
-    if block.get("gradient_ratio") is not None:
-        below["unscheduled_ratio"] = None
     above = {**block, "objectives": ours, "code_vit": block.get("code_vit") or {}}
     merged = laid_over(below, above) | {"guide": {"use": "open_clip", **guide}}
     config = build(LGVQConfig, merged, "lgvq")
