@@ -117,14 +117,14 @@ class Alignment(nn.Module):
                 image without a caption, which does not contribute.
             step: batches trained so far; masks and captions are drawn from (seed, step).
             split: prefix of the log's keys.
-            progress: (steps done, steps in all) of the run, for a schedule in shares; None where
-                the length is unknown.
+            progress: (steps done, steps in all) of the run, for a schedule in shares; None if the
+                length is unknown.
             balance: takes the schedule's share of this step; its ratio is logged.
             images, reconstructions: of the host, (B, 3, H, W), for objectives that use them.
 
         Raises:
-            ConfigError: if the codes or the number of captions do not fit, or none of the first
-                training batches has a caption.
+            ConfigError: if the codes or the number of captions do not fit, none of the first
+                training batches has a caption, or a share of a run of unknown length is asked for.
             FloatingPointError: for a term that is not finite (`on_nonfinite: raise`).
         """
         self._check(codes, captions)
@@ -328,10 +328,8 @@ class Schedule:
         self.has_shares = any(self.shares.values())
 
     def __str__(self) -> str:
-        keys = [
-            f"lgvq.{key}: {getattr(self, key)}" for key, is_one in self.shares.items() if is_one
-        ]
-        return ", ".join(keys)
+        keys = [key for key, is_one in self.shares.items() if is_one]
+        return ", ".join(f"lgvq.{key}: {getattr(self, key)}" for key in keys)
 
     def scale(self, step: int, share: float | None = None) -> float:
         """Return the factor of the weights, in [0, 1].

@@ -63,29 +63,28 @@ def test_shares_are_of_the_run():
     assert scales == pytest.approx([0, 0, 0, 0.5, 1, 1, 0, 0], abs=1e-6)
 
 
-def test_by_default_the_last_two_thirds_train_the_host_alone():
-    assert shares_of({}, 1000, [0, 1, 349, 350, 999]) == [1, 1, 1, 0, 0]
+def test_by_default_all_steps_are_aligned():
+    assert shares_of({}, None, [0, 1, 10_000]) == [1, 1, 1]
 
 
 def test_a_share_counts_from_the_first_step_of_the_heads():
     # A host that was trained for 600 of 1,000 steps before it got the heads.
-    assert shares_of({}, 1000, [601, 739, 740, 999], first=600) == [1, 1, 0, 0]
+    assert shares_of({"stop": 0.35}, 1000, [601, 739, 740, 999], first=600) == [1, 1, 0, 0]
 
 
-def test_where_the_length_is_unknown_the_default_goes_on_weakly_and_says_so(caplog):
-    assert shares_of({}, None, [0, 10_000]) == [1 / 16, 1 / 16]
-    assert "the length of the training is unknown" in caplog.text
-    assert "lgvq.total_steps" in caplog.text
-    assert shares_of({"gradient_ratio": 4.0}, None, [10_000]) == [1]  # as the user said
+def test_a_share_of_a_run_of_unknown_length_is_an_error():
+    expected = r"lgvq\.ramp: 0\.1, lgvq\.stop: 0\.35 needs the length.*set lgvq\.total_steps"
+    with pytest.raises(ConfigError, match=expected):
+        shares_of({"ramp": 0.1, "stop": 0.35}, None, [])
 
 
 def test_a_start_in_steps_after_the_end_in_shares_is_an_error():
     with pytest.raises(ConfigError, match=r"lgvq\.stop: 0\.35 .*is not after lgvq\.start: 400"):
-        shares_of({"start": 400}, 1000, [])
+        shares_of({"start": 400, "stop": 0.35}, 1000, [])
 
 
 def test_the_first_step_survives_a_checkpoint():
-    config = parse({"objectives": {**ONLY, "relationship": {"weight": 0}}})
+    config = parse({"objectives": {**ONLY, "relationship": {"weight": 0}}, "stop": 0.35})
     guide = build_guide({"use": "micro_clip"})
     codes = Codes(torch.zeros(2, 4, 8), None, (2, 2))
     heads, again = (Alignment(config, guide, code_dim=8) for _ in range(2))

@@ -42,7 +42,8 @@ def test_nothing_given_is_the_corrected_recipe():
     assert config.guide == {"use": "open_clip"}
     assert config.objectives.masked_text.mask_at == "input"
     assert config.objectives.global_semantic.temperature == 0.03
-    assert (config.gradient_ratio, config.stop, config.code_vit.min_width) == (16.0, 0.35, 128)
+    assert [own.weight for _, own in config.objectives.items()] == [0.05, 0.0, 0.05]
+    assert (config.gradient_ratio, config.stop, config.code_vit.min_width) == (2.0, None, 128)
 
 
 def test_the_first_corrected_recipe_keeps_its_defaults():
@@ -88,12 +89,6 @@ def test_a_codebook_gradient_needs_no_key_for_the_ratio():
     assert parse({"codebook_gradient": True}).gradient_ratio is None
     with pytest.raises(ConfigError, match=r"lgvq\.gradient_ratio: expected null with codebook"):
         parse({"codebook_gradient": True, "gradient_ratio": 2})
-
-
-def test_a_ratio_of_the_users_own_has_no_limit():
-    assert parse({}).unscheduled_ratio == 1.0
-    assert parse({"gradient_ratio": 4}).unscheduled_ratio is None
-    assert parse({"gradient_ratio": 4, "unscheduled_ratio": 2}).unscheduled_ratio == 2.0
 
 
 def test_single_keys_over_the_paper_recipe():

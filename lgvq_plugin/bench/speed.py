@@ -114,7 +114,7 @@ CASES = (
 
 def table(results: list[Mapping[str, Any]]) -> str:
     """Return the rows of `Result.to_dict()` as text."""
-    rows = [["", "batch", "bare, ms", "LG-VQ, ms", "ratio", "range", "target", "run", "memory"]]
+    rows = [["", "batch", "bare, ms", "LG-VQ, ms", "ratio", "range", "target", "memory"]]
     for each in results:
         low, high = each["range"]
         milliseconds, memory = each["milliseconds"], each["memory"]
@@ -126,7 +126,6 @@ def table(results: list[Mapping[str, Any]]) -> str:
             f"{each['ratio']:.2f}",
             f"{low:.2f}-{high:.2f}",
             f"{each['target']:.2f}",
-            "" if each["ratio_of_run"] is None else f"{each['ratio_of_run']:.2f}",
             f"{memory['lgvq'] / memory['bare'] - 1:+.1%}" if memory else "",
         ])  # fmt: skip
     return text_table(rows)
@@ -149,8 +148,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lgvq bench",
         description="Time a training step with and without LG-VQ, in turns in one process; ratios "
-        "are medians over rounds. `run` is that of a whole training, whose steps after lgvq.stop "
-        "are the base model's. Text towers have random weights: nothing is downloaded.",
+        "are medians over rounds. Text towers have random weights: nothing is downloaded.",
         epilog=f"cases:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment import Alignment
-from ..config import is_share, laid_over, parse
+from ..config import laid_over, parse
 from ..datasets.scenes import Scenes
 from ..guides.base import AbstractGuide, build_guide
 from ..guides.cached import CachedGuide
@@ -59,17 +59,6 @@ class Result:
         """Median ratio."""
         return statistics.median(self.ratios)
 
-    @property
-    def ratio_of_run(self) -> float | None:
-        """Ratio of a whole training: the aligned share of its steps costs :attr:`ratio`.
-
-        None where the bare step has a second forward pass, which steps without alignment lack.
-        """
-        if self.case.two_forward:
-            return None
-        stop = parse(self.case.lgvq).stop
-        return 1 + (self.ratio - 1) * (stop if stop is not None and is_share(stop) else 1.0)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         shown = {**asdict(self), "case": self.case.name, "title": self.case.title}
@@ -77,7 +66,6 @@ class Result:
         return {
             **shown,
             "ratio": self.ratio,
-            "ratio_of_run": self.ratio_of_run,
             "range": [min(self.ratios), max(self.ratios)],
             "target": self.case.target,
             "milliseconds": {"bare": 1000 * bare, "lgvq": 1000 * lgvq},
@@ -292,8 +280,7 @@ def _host(case: Case, guide: Mapping[str, Any] | None) -> nn.Module:
     config = read_config([files[case.config if guide is None else f"{case.config}_lgvq"]])
     model = laid_over(to_plain(config)["model"], {"params": dict(case.params)})
     if guide is not None:
-        # All steps that are timed are aligned.
-        block = laid_over({"guide": dict(guide)}, {**case.lgvq, "stop": None})
+        block = laid_over({"guide": dict(guide)}, dict(case.lgvq))
         params = model["params"]["lossconfig"]["params"]
         params["lgvq"] = laid_over(params.get("lgvq") or {}, block)
     torch.manual_seed(0)

@@ -232,7 +232,9 @@ def test_a_run_of_version_01_goes_on_with_the_defaults_of_its_time(config, tmp_p
     half = train(config(*LGVQ, first, "training.max_steps=2"), name="half", **options)
     saved = torch.load(half.checkpoint, weights_only=True)
     del saved["lgvq_training"]["defaults"]
-    del saved["lgvq_training"]["config"]["model"]["params"]["lossconfig"]["params"]["lgvq"]["recipe"]
+    del saved["lgvq_training"]["config"]["model"]["params"]["lossconfig"]["params"]["lgvq"][
+        "recipe"
+    ]
     del saved["state_dict"]["loss.lgvq.first_step"]
     torch.save(saved, half.checkpoint)
     given = config(*LGVQ, "training.max_steps=3")  # as its user wrote it
