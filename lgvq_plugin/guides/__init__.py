@@ -1,8 +1,13 @@
-"""Frozen text models that guide the codebook; `guide: {use: NAME, ...}` in the config."""
+"""Frozen models that guide the codebook: `guide: {use: NAME, ...}` in the config for text, and
+`guides: {vision: {use: NAME, ...}}` for images.
+"""
 
 MEMBERS = {
     "open_clip": "open_clip.OpenCLIPGuide",
     "micro_clip": "micro_clip.MicroCLIPGuide",
     "huggingface": "huggingface.HuggingFaceGuide",
     "cached": "cached.CachedGuide",
+    "open_clip_vision": "open_clip_vision.OpenCLIPVision",
+    "timm": "timm.TimmGuide",
+    "huggingface_vision": "huggingface_vision.HuggingFaceVision",
 }

@@ -161,7 +161,7 @@ def build_parts(
     A part of `sections` that `problems` has an error of already is None. Raises ConfigError for
     all problems together: weights, data sets, captions, keys.
     """
-    from ..guides.base import build_guide
+    from ..alignment import build_guides, needs_captions
 
     host, built = None, {}
     block = _alignment_block(sections)
@@ -169,13 +169,13 @@ def build_parts(
         with problems.collecting():
             host = build_host(config)
         if host is None and block is not None:
-            with problems.collecting():  # a host builds its loss before it gets to the guide
-                build_guide(block.guide)
+            with problems.collecting():  # a host builds its loss before it gets to the guides
+                build_guides(block)
     for name in ("train", "validation"):
         if (section := getattr(sections.data, name, None)) is not None:
             with problems.collecting():
                 built[name] = _build_named(name, section)
-    if problems and "train" in built and block is not None:
+    if problems and "train" in built and block is not None and needs_captions(block):
         with problems.collecting():
             require_captions(built["train"], block, peek=True)
     problems.raise_any()
@@ -211,7 +211,7 @@ def check_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> 
     Raises ConfigError if no training image has a caption.
     """
     alignment = getattr(getattr(host, "loss", None), "alignment", None)
-    if alignment is not None:
+    if alignment is not None and alignment.needs_captions:
         captions = require_captions(dataset, alignment.config)
         if captions is not None:
             alignment.expects_captions = False  # a batch without any is chance
