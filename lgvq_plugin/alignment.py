@@ -423,8 +423,8 @@ def build_guides(config: LGVQConfig) -> tuple[AbstractGuide | None, AbstractImag
     Raises:
         ConfigError: if a guide is missing or its block is wrong.
     """
-    read, vision = guides_read(config), config.guides.vision
-    if "vision" in read and vision is None:
+    read, vision = guides_read(config), config.guides.get("vision")
+    if "vision" in read and not vision:
         raise ConfigError(
             "lgvq.guides.vision: the objectives need an image tower and none is given; for "
             "instance guides: {vision: {use: timm, model: vit_base_patch14_dinov2.lvd142m}}"

@@ -224,6 +224,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1.0e-4, 100.0
 MAX_PAIRS = 2**20
 MAX_DEPTH = 256
 OBJECTIVES = ("global_semantic", "masked_text", "relationship", "vision_alignment")
+GUIDES = ("text", "vision")
 
 
 class Limit(NamedTuple):
@@ -405,16 +406,6 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidesConfig:
-    """The frozen models, by what they read; like `guide`, each names a member by `use:`."""
-
-    text: Mapping[str, Any] | None = None
-    """Another name of `lgvq.guide`, where :func:`parse` puts it."""
-    vision: Mapping[str, Any] | None = None
-    """The image tower of `vision_alignment`: open_clip_vision, timm, huggingface_vision."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class CodeViTConfig(Block):
     """The code-ViT."""
 
@@ -445,8 +436,9 @@ class LGVQConfig(Block):
     guide: Mapping[str, Any] = field(default_factory=lambda: {"use": "open_clip"})
     """The text guide: `use:` is a member of guides or a dotted path; other keys go to its
     constructor. It is not built if no objective reads text."""
-    guides: GuidesConfig = field(default_factory=GuidesConfig)
-    """The guides by what they read; `guides.text` is the same as `guide`."""
+    guides: Mapping[str, Any] = field(default_factory=dict)
+    """Guides by what they read: `vision`, the image tower of `vision_alignment`, in the form of
+    `guide`; `text` is another name of `guide`, where :func:`parse` puts it."""
     code_vit: CodeViTConfig = field(default_factory=CodeViTConfig)
     """The code-ViT."""
     quantizer: Annotated[str | tuple[str, ...] | None, PATHS] = None
@@ -608,9 +600,19 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
         below["gradient_ratio"] = None
     above = {**block, "objectives": ours, "code_vit": block.get("code_vit") or {}}
     merged = laid_over(below, above) | {"guide": {"use": "open_clip", **guide}}
+    merged["guides"] = _guides(block.get("guides"))
     config = build(LGVQConfig, merged, "lgvq")
     object.__setattr__(config.objectives, "others", others)  # a frozen dataclass
     return config
+
+
+def _guides(given: Any) -> dict[str, Any]:
+    guides = _mapping(given, "lgvq.guides", "{vision: {use: timm}}")
+    for name, guide in guides.items():
+        if name not in GUIDES:
+            raise ConfigError(f"unknown key lgvq.guides.{name}{suggest(name, GUIDES)}")
+        _mapping(guide, f"lgvq.guides.{name}", "{use: timm}")
+    return {name: guide for name, guide in guides.items() if guide is not None}
 
 
 def with_text_guide(block: Mapping[str, Any]) -> dict[str, Any]:

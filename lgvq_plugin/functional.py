@@ -523,7 +523,7 @@ def distance_matrix_loss(codes: Tensor, features: Tensor, *, margin: float) -> T
 
 
 def resize_features(features: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize a grid of features bilinearly, averaging where it gets coarser, (B, M, D) -> (B, N, D).
+    """Resize features (B, M, D) on a grid to (B, N, D), bilinearly; coarser grids average.
 
     Example:
         >>> resize_features(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]), (2, 2), (1, 1))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.pretrained import list_pretrained_tags_by_model
 from torch import Tensor, nn
@@ -102,9 +103,12 @@ def _weights(model: str, pretrained: bool | str, checkpoint: str | None) -> str 
         return str(path)
     if pretrained is not True:
         return pretrained or None
-    tags = list_pretrained_tags_by_model(model.replace("/", "-"))
-    if ":" in model or "openai" in tags:
-        return None if ":" in model else "openai"
+    name = model.replace("/", "-")
+    if ":" in name or open_clip.get_model_config(name) is None:  # load_tower reports the latter
+        return None
+    tags = list_pretrained_tags_by_model(name)
+    if "openai" in tags:
+        return "openai"
     if len(tags) != 1:
         known = ", ".join(tags) or "none, so give checkpoint: PATH"
         raise ConfigError(
@@ -119,4 +123,3 @@ def _depth(tower: Any) -> int:
         return len(tower.trunk.feature_info)
     transformer: nn.Module | None = getattr(tower, "transformer", None)
     return 5 if transformer is None else len(transformer.resblocks)  # type: ignore[arg-type]
-

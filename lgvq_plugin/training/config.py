@@ -289,7 +289,7 @@ class Sections:
                 path_of("datasets", section["target"])
         given = lgvq_block(self.plain)
         block, steps = parse(given), self.training.max_steps
-        for guide in (block.guide, block.guides.vision or {}):
+        for guide in (block.guide, *block.guides.values()):
             if guide.get("use") is not None:
                 path_of("guides", guide["use"])
         is_on = any(own.weight for _, own in block.objectives.items())
