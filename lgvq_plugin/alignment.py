@@ -67,8 +67,8 @@ class Alignment(nn.Module):
         vision: AbstractImageGuide | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.guide, self.code_dim = config, guide, code_dim
-        self.vision = vision
+        self.config, self.code_dim, self.vision = config, code_dim, vision
+        self.guide: Any = guide  # an AbstractGuide, or None
         self.expects_captions, self._batches_without = True, 0
         self._draws: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out

@@ -234,8 +234,8 @@ def build_image_guide(config: Mapping[str, Any]) -> AbstractImageGuide:
 
 
 def _build(
-    config: Mapping[str, Any], path: str, kind: type[G], *, example: str, default: str | None = None
-) -> G:
+    config: Mapping[str, Any], path: str, kind: Any, *, example: str, default: str | None = None
+) -> Any:
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path}: expected a mapping such as {{use: {example}}}: {config!r}")
     params = {str(key): value for key, value in config.items()}

@@ -70,7 +70,7 @@ class TimmGuide(AbstractImageTower):
             raise ConfigError(f"guides.vision.model: timm gives no features of layers of {model!r}")
         self._layer = require_layer(layer, len(network.feature_info), model)
         known = inspect.signature(network.forward_intermediates).parameters
-        options = {"intermediates_only": True, "norm": True, "stop_early": True}
+        options: dict[str, Any] = {"intermediates_only": True, "norm": True, "stop_early": True}
         options |= {"output_fmt": "NCHW", "return_prefix_tokens": True}
         self._options = {key: value for key, value in options.items() if key in known}
         # Of the prefix only the class token is read, which comes first; registers follow.
