@@ -1,7 +1,8 @@
-"""Alignment: codes and captions in, one weighted sum of objectives out; it owns the heads.
+"""Alignment: codes, captions and images in, one weighted sum of objectives out; it owns the heads.
 
-Codes --code-ViT--> CodeView --|
-captions --guide--> Caption ---|--> objectives --> sum of weight * term, and what to log
+codes --code-ViT-----> CodeView --|
+images --image guide------^       |--> objectives --> sum of weight * term, and what to log
+captions --text guide--> Caption -|
 """
 
 import logging
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from .config import LGVQConfig, is_share
 from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
-from .guides.base import AbstractGuide
+from .guides.base import AbstractGuide, AbstractImageGuide, build_guide, build_image_guide
 from .heads import CodeViT
-from .objectives import Caption
+from .objectives import Caption, without_text
 from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term, TextFeatures, TextTokens
@@ -34,7 +35,7 @@ Row = tuple[Tensor, Tensor]
 
 
 class Alignment(nn.Module):
-    """The heads of LG-VQ and their frozen guide; objectives of weight 0 are not built.
+    """The heads of LG-VQ and their frozen guides; objectives of weight 0 are not built.
 
     The heads' initial weights and all later draws come from `config.seed`, never from torch's
     global generators, so the host's own random stream is the same as without LG-VQ.
@@ -42,8 +43,10 @@ class Alignment(nn.Module):
     Args:
         config: the `lgvq:` block.
         guide: frozen text model; not a submodule, so in no checkpoint, EMA copy or DDP bucket.
+            None if no objective reads text.
         code_dim: C, width of a code.
         grid: (h, w) of the code-ViT's position embeddings; `config.grid` takes precedence.
+        vision: frozen image tower, likewise; None if no objective reads "vision".
 
     Attributes:
         expects_captions: raise if none of the first training batches has a caption; set to False
@@ -57,13 +60,15 @@ class Alignment(nn.Module):
     def __init__(
         self,
         config: LGVQConfig,
-        guide: AbstractGuide,
+        guide: AbstractGuide | None,
         *,
         code_dim: int,
         grid: tuple[int, int] | None = None,
+        vision: AbstractImageGuide | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.guide, self.code_dim = config, guide, code_dim
+        self.config, self.code_dim, self.vision = config, code_dim, vision
+        self.guide: Any = guide  # an AbstractGuide, or None
         self.expects_captions, self._batches_without = True, 0
         self._draws: dict[str, tuple[int, int]] = {}  # split: last step, its batches so far
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
@@ -72,13 +77,16 @@ class Alignment(nn.Module):
         self.register_buffer("first_step", torch.tensor(-1))
         self._first: int | None = None  # `first_step` on the CPU
         self.register_load_state_dict_pre_hook(_set_first_step)
+        view_dim = code_dim if vision is None else vision.feature_dim
+        view_dim = view_dim if guide is None else guide.token_dim
+        self.code_vit: CodeViT | None
         with seeded(config.seed):
             self.code_vit = CodeViT(
                 code_dim,
                 width=config.code_vit.width or max(code_dim, config.code_vit.min_width),
                 depth=config.code_vit.depth,
                 heads=config.code_vit.heads,
-                out_dim=guide.token_dim,
+                out_dim=view_dim,
                 grid=config.grid or grid or PAPER_GRID,
             )
             self.objectives = nn.ModuleDict()
@@ -89,9 +97,14 @@ class Alignment(nn.Module):
                     if name in self.weights:
                         raise ConfigError(f"lgvq.objectives: two are named {name}: {path}")
                     objective = resolve("objectives", path)
-                    self.objectives[name] = objective(own, guide=guide, code_dim=code_dim)
+                    options: dict[str, Any] = {"guide": guide, "code_dim": code_dim}
+                    if "vision" in objective.reads:
+                        options |= {"vision": vision, "view_dim": view_dim}
+                    self.objectives[name] = objective(own, **options)
                     self.weights[name] = float(own.weight)
         members: list[Any] = [*self.objectives.values()]
+        if members and not any(each.needs_view for each in members):
+            self.code_vit = None
         self.needs_captions = any(each.needs_captions for each in members)
         self.works_without_captions = not all(each.needs_captions for each in members)
         needs_tokens = any(each.needs_tokens for each in members)
@@ -100,7 +113,7 @@ class Alignment(nn.Module):
     def forward(
         self,
         codes: Codes,
-        captions: Captions,
+        captions: Captions | None,
         *,
         step: int = 0,
         split: str = "train",
@@ -114,7 +127,8 @@ class Alignment(nn.Module):
         Args:
             codes: codes of B images.
             captions: B entries: a string, several of which one is drawn, or None or "" for an
-                image without a caption, which does not contribute.
+                image without a caption, which does not contribute. None or [] is a batch without
+                captions, if no objective needs them.
             step: batches trained so far; masks and captions are drawn from (seed, step).
             split: prefix of the log's keys.
             progress: (steps done, steps in all) of the run, for a schedule in shares; None if the
@@ -124,10 +138,11 @@ class Alignment(nn.Module):
 
         Raises:
             ConfigError: if the codes or the number of captions do not fit, none of the first
-                training batches has a caption, or a share of a run of unknown length is asked for.
+                training batches has a caption, an objective reads images and there are none, or a
+                share of a run of unknown length is asked for.
             FloatingPointError: for a term that is not finite (`on_nonfinite: raise`).
         """
-        self._check(codes, captions)
+        captions = self._checked(codes, captions)
         generator = self._generator(step, split)
         strings = [_draw(caption, generator) for caption in captions]
         self._count_batches_without(any(strings))
@@ -137,6 +152,8 @@ class Alignment(nn.Module):
         has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
             view = replace(self.view(codes), images=images, reconstructions=reconstructions)
+            if self.vision is not None:
+                view = self._with_vision(view, self.vision)
             total = self._weighted_sum(view, strings, generator, scale, step, split, log)
         elif world_size() > 1:  # DDP waits for a gradient of every parameter
             total = zero_of(self)
@@ -159,22 +176,11 @@ class Alignment(nn.Module):
         log: dict[str, Tensor],
     ) -> Tensor:
         device = view.cls.device
-        if self.guide.device != device:
-            self.guide.to(device)
-        tokens = self.guide.tokenize(strings)
-        masks: dict[str, Tensor] = {}
-        for name, member in self.objectives.items():
-            objective: Any = member
-            if objective.draws_mask:
-                mask = objective.draw_mask(strings, tokens, self.guide, generator)
-                masks[name] = mask.cpu() & (tokens.word_ids >= 0).cpu()
-        whole, *masked = self.texts.encode(self.guide, strings, tokens, [*masks.values()], device)
-        masked_of = dict(zip(masks, masked, strict=True))
-        caption = Caption(strings, tokens, whole, self.guide, generator)
+        caption, masked = self._read(strings, generator, device)
         terms: dict[str, Term] = {}
         for name, objective in self.objectives.items():
-            own = replace(caption, mask=masks.get(name), masked=masked_of.get(name))
-            terms[name] = objective(view, own)
+            mask, features = masked.get(name, (None, None))
+            terms[name] = objective(view, replace(caption, mask=mask, masked=features))
         bad = self._handle_nonfinite(terms, step, split)
         total: Tensor = torch.zeros((), device=device)
         for name, term in terms.items():
@@ -187,10 +193,50 @@ class Alignment(nn.Module):
         log[f"{split}/lgvq/total"] = total.detach()
         return total
 
+    def _read(
+        self, strings: list[str], generator: torch.Generator, device: torch.device
+    ) -> tuple[Caption, dict[str, tuple[Tensor, TextFeatures]]]:
+        """Return captions with their features, and mask and masked features by objective."""
+        if self.guide is None:
+            return without_text(strings, generator, device), {}
+        if self.guide.device != device:
+            self.guide.to(device)
+        tokens = self.guide.tokenize(strings)
+        masks: dict[str, Tensor] = {}
+        for name, member in self.objectives.items():
+            objective: Any = member
+            if objective.draws_mask:
+                mask = objective.draw_mask(strings, tokens, self.guide, generator)
+                masks[name] = mask.cpu() & (tokens.word_ids >= 0).cpu()
+        whole, *masked = self.texts.encode(self.guide, strings, tokens, [*masks.values()], device)
+        pairs = zip(masks.values(), masked, strict=True)
+        caption = Caption(strings, tokens, whole, self.guide, generator)
+        return caption, dict(zip(masks, pairs, strict=True))
+
+    def _with_vision(self, view: CodeView, vision: AbstractImageGuide) -> CodeView:
+        """Add the features of the images that the codes were made of."""
+        images, count = view.images, len(view.codes.codes)
+        if images is None or len(images) != count:
+            given = "none" if images is None else f"{len(images)} of them"
+            members: dict[str, Any] = dict(self.objectives.items())
+            names = ", ".join(name for name, each in members.items() if "vision" in each.reads)
+            raise ConfigError(
+                f"{names} reads the {count} images of the codes, and this loss got {given}. After "
+                "attach give them: handle.loss(captions, images=images), in [-1, 1]. A host's loss "
+                "is called with them as `inputs`, as taming's is"
+            )
+        if vision.device != view.cls.device:
+            vision.to(view.cls.device)
+        return replace(view, vision=vision.encode(images))
+
     def view(self, codes: Codes) -> CodeView:
         """Return the code-ViT's view of codes, with the codebook's gradient if configured."""
         if self.config.codebook_gradient:
             codes = _with_codebook_gradient(codes)
+        if self.code_vit is None:
+            batch, count, _ = codes.codes.shape
+            nothing = codes.codes.new_zeros(batch, 1 + count, 0)
+            return CodeView(codes, nothing[:, 0], nothing[:, 1:])
         tokens = self.code_vit(codes.codes, codes.grid)
         return CodeView(codes, tokens[:, 0], tokens[:, 1:])
 
@@ -223,9 +269,13 @@ class Alignment(nn.Module):
             self._first = first if self.training else None
         return min(1.0, (done - first) / max(1, total - first))
 
-    def _check(self, codes: Codes, captions: Captions) -> None:
-        _require_list_of_captions(captions)
+    def _checked(self, codes: Codes, captions: Captions | None) -> Captions:
+        """Return one entry per image; ConfigError if captions or codes do not fit."""
         batch, _, width = codes.codes.shape
+        if not self.needs_captions and (captions is None or len(captions) == 0):
+            captions = [None] * batch
+        _require_list_of_captions(captions)
+        assert captions is not None
         if width != self.code_dim:
             raise ConfigError(
                 f"lgvq.code_dim: the heads were built for codes of width {self.code_dim}, the "
@@ -241,12 +291,13 @@ class Alignment(nn.Module):
                 "of another size, between the model's and its loss?"
             )
         trained = self.config.grid or codes.grid
-        if tuple(trained) != tuple(codes.grid):
+        if self.code_vit is not None and tuple(trained) != tuple(codes.grid):
             self._warn_once(
                 f"lgvq.grid: {[*trained]}, but the codes have a {codes.grid[0]} x "
                 f"{codes.grid[1]} grid: the code-ViT interpolates its position embeddings; leave "
                 f"the key out, or set lgvq.grid: {[*codes.grid]}, to train them for this grid"
             )
+        return captions
 
     def _count_batches_without(self, has_captions: bool) -> None:
         if not self.needs_captions:
@@ -365,6 +416,42 @@ class Schedule:
                 f"{self.start}: nothing would be aligned; give both in steps, both as shares, or "
                 "stop: null"
             )
+
+
+def guides_read(config: LGVQConfig) -> set[str]:
+    """Return which guides the objectives with a weight read.
+
+    >>> from .config import parse
+    >>> sorted(guides_read(parse({"objectives": {"vision_alignment": {"weight": 1}}})))
+    ['text', 'vision']
+    """
+    return {each for member in _active(config) for each in member.reads}
+
+
+def needs_captions(config: LGVQConfig) -> bool:
+    """Return whether an objective with a weight learns nothing without captions."""
+    return any(member.needs_captions for member in _active(config))
+
+
+def _active(config: LGVQConfig) -> list[Any]:
+    return [resolve("objectives", name) for name, own in config.objectives.items() if own.weight]
+
+
+def build_guides(config: LGVQConfig) -> tuple[AbstractGuide | None, AbstractImageGuide | None]:
+    """Build the text and the image guide; None for one that no objective reads.
+
+    Raises:
+        ConfigError: if a guide is missing or its block is wrong.
+    """
+    read, vision = guides_read(config), config.guides.get("vision")
+    if "vision" in read and not vision:
+        raise ConfigError(
+            "lgvq.guides.vision: the objectives need an image tower and none is given; for "
+            "instance guides: {vision: {use: timm, model: vit_base_patch14_dinov2.lvd142m}}"
+        )
+    with torch.random.fork_rng(devices=[]):  # a guide may draw initial weights
+        text = build_guide(config.guide) if "text" in read else None
+        return text, build_image_guide(vision) if vision and "vision" in read else None
 
 
 def _set_first_step(heads: Any, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:

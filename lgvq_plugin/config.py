@@ -223,7 +223,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1.0e-4, 100.0
 """Cosines are in [-1, 1]: lower ones overflow, higher ones make all pairs equal."""
 MAX_PAIRS = 2**20
 MAX_DEPTH = 256
-OBJECTIVES = ("global_semantic", "masked_text", "relationship")
+OBJECTIVES = ("global_semantic", "masked_text", "relationship", "vision_alignment")
+GUIDES = ("text", "vision")
 
 
 class Limit(NamedTuple):
@@ -252,6 +253,7 @@ TEMPERATURE = Limit(
     f"> 0 (>= {MIN_TEMPERATURE:g}) and <= {MAX_TEMPERATURE:g}",
     lambda temperature: MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
 )
+MARGIN = Limit(">= 0 and < 2", lambda margin: 0 <= margin < 2)
 PATHS = Limit(
     "a path, a list of different paths like [quantize_t, quantize_b], or null",
     lambda paths: isinstance(paths, str) or (all(paths) and 0 < len({*paths}) == len(paths)),
@@ -356,6 +358,27 @@ class RelationshipConfig(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionAlignmentConfig(Block):
+    """Alignment with a frozen image tower, `guides.vision`; needs no captions."""
+
+    weight: Annotated[float, WEIGHT] = 0.0
+    """0 disables the objective; the others' default is 0.05."""
+    form: Literal["va_vae", "cosine_margin", "distance"] = "va_vae"
+    """Compare each code with the tower's feature at its place, or the similarities between codes
+    with those between features, or both (VA-VAE, arXiv 2501.01423)."""
+    target: Literal["patch", "class"] = "patch"
+    """The tower's patches, resized to the grid of the codes, or its class token (the mean patch of
+    towers without one) for the mean code of an image; `distance` then relates the images of a
+    batch."""
+    source: Literal["codes", "code_vit"] = "codes"
+    """What is aligned: the codes, or the code-ViT's tokens."""
+    cosine_margin: Annotated[float, MARGIN] = 0.5
+    """A cosine of at least 1 minus this costs nothing."""
+    distance_margin: Annotated[float, MARGIN] = 0.25
+    """A difference of two similarities of at most this costs nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Block):
     """Keys of any objective; those of other packages may inherit from it."""
 
@@ -365,7 +388,7 @@ class ObjectiveConfig(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig:
-    """The three objectives, and those of other packages."""
+    """The three objectives of LG-VQ, alignment with an image tower, and those of other packages."""
 
     global_semantic: GlobalSemanticConfig = field(default_factory=GlobalSemanticConfig)
     """L_gsa."""
@@ -373,6 +396,8 @@ class ObjectivesConfig:
     """L_mtp."""
     relationship: RelationshipConfig = field(default_factory=RelationshipConfig)
     """L_ras."""
+    vision_alignment: VisionAlignmentConfig = field(default_factory=VisionAlignmentConfig)
+    """Alignment with an image tower; off by default."""
     others: ClassVar[Mapping[str, Any]] = {}
     """Config of each objective of another package, by the name that the block gives it; no key."""
 
@@ -408,9 +433,13 @@ class LGVQConfig(Block):
     """Defaults of all keys below: the corrected method, the released arithmetic, or what
     `corrected` was in version 0.1."""
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
-    """Settings of the three objectives."""
+    """Settings of the objectives."""
     guide: Mapping[str, Any] = field(default_factory=lambda: {"use": "open_clip"})
-    """`use:` is a member of guides or a dotted path; other keys go to its constructor."""
+    """The text guide: `use:` is a member of guides or a dotted path; other keys go to its
+    constructor. It is not built if no objective reads text."""
+    guides: Mapping[str, Any] = field(default_factory=dict)
+    """Guides by what they read: `vision`, the image tower of `vision_alignment`, in the form of
+    `guide`; `text` is another name of `guide`, where :func:`parse` puts it."""
     code_vit: CodeViTConfig = field(default_factory=CodeViTConfig)
     """The code-ViT."""
     quantizer: Annotated[str | tuple[str, ...] | None, PATHS] = None
@@ -554,7 +583,7 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
         Traceback (most recent call last):
         lgvq_plugin.sockets.ConfigError: unknown key lgvq.objectives.masked_text.wieght; did you...
     """
-    block = _mapping(to_plain(given), "lgvq", "{recipe: paper}")
+    block = with_text_guide(_mapping(to_plain(given), "lgvq", "{recipe: paper}"))
     recipe = block.get("recipe", "corrected")
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ConfigError(f"lgvq.recipe: no recipe {recipe!r}{suggest(recipe, RECIPES)}")
@@ -569,9 +598,41 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
         below["gradient_ratio"] = None
     above = {**block, "objectives": ours, "code_vit": block.get("code_vit") or {}}
     merged = laid_over(below, above) | {"guide": {"use": "open_clip", **guide}}
+    merged["guides"] = _guides(block.get("guides"))
     config = build(LGVQConfig, merged, "lgvq")
     object.__setattr__(config.objectives, "others", others)  # a frozen dataclass
     return config
+
+
+def _guides(given: Any) -> dict[str, Any]:
+    guides = _mapping(given, "lgvq.guides", "{vision: {use: timm}}")
+    for name, guide in guides.items():
+        if name not in GUIDES:
+            raise ConfigError(f"unknown key lgvq.guides.{name}{suggest(name, GUIDES)}")
+        _mapping(guide, f"lgvq.guides.{name}", "{use: timm}")
+    return {name: guide for name, guide in guides.items() if guide is not None}
+
+
+def with_text_guide(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an `lgvq:` block whose `guides.text` has moved to `guide`, its other name.
+
+    Raises:
+        ConfigError: if both are given.
+
+    >>> with_text_guide({"guides": {"text": {"use": "micro_clip"}}})
+    {'guide': {'use': 'micro_clip'}}
+    """
+    guides = block.get("guides")
+    if not isinstance(guides, Mapping) or guides.get("text") is None:
+        return dict(block)
+    if block.get("guide") is not None:
+        raise ConfigError(
+            "lgvq.guide and lgvq.guides.text are two names of the text guide, and both are given: "
+            f"{block['guide']!r} and {guides['text']!r}; keep one"
+        )
+    rest = {key: value for key, value in guides.items() if key != "text"}
+    above = {"guide": guides["text"], **({"guides": rest} if rest else {})}
+    return {key: value for key, value in block.items() if key != "guides"} | above
 
 
 def _others(objectives: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 from . import compat
 
 EXTRAS = {  # distribution: what it is for
-    "transformers": "guide: {use: huggingface}",
+    "transformers": "guides huggingface and huggingface_vision",
     "diffusers": "lgvq export --format diffusers",
     "webdataset": "tests of tar shards",
     "datasets": "data sets of the Hugging Face hub",

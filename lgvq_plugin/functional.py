@@ -463,3 +463,74 @@ class _GatherRows(torch.autograd.Function):
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.own], None
+
+
+def cosine_margin_loss(codes: Tensor, features: Tensor, *, margin: float) -> Tensor:
+    """Hinge on the cosine of each code with its feature, relu(1 - margin - cos(z_i, f_i)).
+
+    The marginal cosine similarity loss of VA-VAE (arXiv 2501.01423, Eq. 4).
+
+    Args:
+        codes: (B, N, D).
+        features: (B, N, D); a target, so no gradient flows into it.
+        margin: m1; a cosine of at least 1 - m1 costs nothing.
+
+    Returns:
+        Scalar, the mean over all positions; 0 with a gradient path for an empty batch.
+
+    Example:
+        >>> code, feature = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+        >>> cosine_margin_loss(code, feature, margin=0.25)
+        tensor(0.7500)
+    """
+    each = (1 - margin - paired_cosines(codes, features.detach())).relu()
+    return each.sum() / max(1, each.numel())
+
+
+def paired_cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine of each vector with its partner, (..., D) and (..., D) -> (...) float32.
+
+    Example:
+        >>> paired_cosines(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0]]))
+        tensor([1.])
+    """
+    return (_unit(left.float()) * _unit(right.float())).sum(dim=-1)
+
+
+def distance_matrix_loss(codes: Tensor, features: Tensor, *, margin: float) -> Tensor:
+    """Hinge on pairs' similarities, relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
+
+    The marginal distance matrix similarity loss of VA-VAE (arXiv 2501.01423, Eq. 5).
+
+    Args:
+        codes: (B, N, C).
+        features: (B, N, D) of the same positions; a target, so no gradient flows into it.
+        margin: m2; a difference of at most m2 costs nothing.
+
+    Returns:
+        Scalar, the mean over the N x N pairs of each image; 0 with a gradient path for an empty
+        batch.
+
+    Example:
+        >>> codes, features = torch.ones(1, 2, 3), torch.eye(2)[None]  # cosines 1 and 0
+        >>> distance_matrix_loss(codes, features, margin=0.25)  # of the pairs (0, 1) and (1, 0)
+        tensor(0.3750)
+    """
+    features = features.detach()
+    gap = cosines(codes, codes) - cosines(features, features)
+    each = (gap.abs() - margin).relu()
+    return each.sum() / max(1, each.numel())
+
+
+def resize_features(features: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize features (B, M, D) on a grid to (B, N, D), bilinearly; coarser grids average.
+
+    Example:
+        >>> resize_features(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]), (2, 2), (1, 1))
+        tensor([[[1.5000]]])
+    """
+    if old == new:
+        return features
+    plane = features.mT.unflatten(2, old)
+    plane = F.interpolate(plane, size=new, mode="bilinear", antialias=True, align_corners=False)
+    return plane.flatten(2).mT

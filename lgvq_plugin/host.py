@@ -20,10 +20,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .alignment import Alignment, Captions
+from .alignment import Alignment, Captions, build_guides
 from .config import parse, to_block
 from .files import write_bytes, write_json
-from .guides.base import build_guide
+from .guides.base import AbstractFrozenModel
 from .quantizer_hook import (
     QuantizerHook,
     code_width,
@@ -49,7 +49,7 @@ def attach(
     optimizer: Any = None,
     **options: Any,
 ) -> "Handle":
-    """Attach the three objectives to any tokenizer, whose state dict and code stay unchanged.
+    """Attach the objectives to any tokenizer, whose state dict and code stay unchanged.
 
     Args:
         model: the tokenizer.
@@ -57,7 +57,7 @@ def attach(
             levels (VQ-VAE-2), whose codes one set of heads then sees side by side.
         optimizer: gets the heads as a new parameter group; if a scheduler is on it already, give
             `[optimizer, scheduler]`. If None, optimize `handle.parameters()` with the model.
-        options: keys of the `lgvq:` block: recipe, objectives, guide, code_vit, ...
+        options: keys of the `lgvq:` block: recipe, objectives, guide, guides, code_vit, ...
 
     In your own LightningModule, attach in `__init__` once the quantizer exists, and make the heads
     a submodule, so that they are moved, averaged, synchronized and saved with the rest:
@@ -118,7 +118,7 @@ class Handle:
 
     def loss(
         self,
-        captions: Captions,
+        captions: Captions | None,
         *,
         step: int | None = None,
         split: str = "train",
@@ -128,14 +128,16 @@ class Handle:
         """Return (loss, log) for the model's last forward pass; add the loss to the model's own.
 
         Args:
-            captions: one entry per image: a string, a list of strings, or None.
+            captions: one entry per image: a string, a list of strings, or None. None or [] if no
+                objective needs captions.
             step: training step; counted here if None.
             split: prefix of the log's keys; nothing is trained unless it is "train".
-            images, reconstructions: (B, 3, H, W), for objectives of yours that read them.
+            images: (B, 3, H, W) in [-1, 1], for `vision_alignment` and objectives of yours.
+            reconstructions: (B, 3, H, W), for objectives of yours that read them.
 
         Raises:
             RuntimeError: see :meth:`QuantizerHook.take`; also after detach.
-            ConfigError: if the number of captions is wrong.
+            ConfigError: if the number of captions is wrong, or images are needed and not given.
         """
         if not self._hook.enabled:
             return torch.zeros(()), {}
@@ -193,7 +195,7 @@ class Handle:
         return self._hook.paused()
 
     def status(self) -> dict[str, Any]:
-        """Return what is attached where: quantizer, objectives and weights, parameters, guide."""
+        """Return what is attached where: quantizer, objectives and weights, parameters, guides."""
         return status(self.heads, self.path) | {"enabled": self._hook.enabled}
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -236,9 +238,8 @@ def build_alignment(
                 "to the number of channels of the vectors that it returns"
             )
         widths[path] = width
-    with torch.random.fork_rng(devices=[]):  # a guide may draw initial weights
-        guide = build_guide(config.guide)
-    heads = Alignment(config, guide, code_dim=sum(widths.values()), grid=grid)
+    guide, vision = build_guides(config)
+    heads = Alignment(config, guide, code_dim=sum(widths.values()), grid=grid, vision=vision)
     ratio, layout = config.gradient_ratio, config.layout
     return heads, QuantizerHook(
         quantizers, widths=widths, grid=config.grid or grid, ratio=ratio, layout=layout
@@ -268,10 +269,15 @@ def status(heads: Alignment, path: str | list[str]) -> dict[str, Any]:
         "recipe": heads.config.recipe,
         "objectives": {name: heads.weight(name) for name in heads.objectives},
         "gradient_ratio": heads.config.gradient_ratio,
-        "guide": dict(heads.guide.config) | {"use": type(heads.guide).__name__},
+        "guide": _described(heads.guide),
+        "vision_guide": _described(heads.vision),
         "parameters": sum(p.numel() for p in heads.parameters()),
-        "truncated_captions": heads.guide.truncated,
+        "truncated_captions": heads.guide.truncated if heads.guide else 0,
     }
+
+
+def _described(guide: AbstractFrozenModel | None) -> dict[str, Any] | None:
+    return None if guide is None else dict(guide.config) | {"use": type(guide).__name__}
 
 
 def load_heads(heads: Alignment, folder: Path) -> None:

@@ -39,6 +39,7 @@ from .sockets import ConfigError, params_of
 
 logger = logging.getLogger(__name__)
 
+GUIDES = {"guide": "guide", "vision_guide": "image guide"}  # key of a status: in words
 CAPTION_KEYS = ("caption", "captions", "text", "txt")
 
 
@@ -310,7 +311,9 @@ class LGVQLoss(BaseLossWrapper):
     def receive(self, batch: Any) -> None:
         """Take the captions of a batch that the host is about to use; see `captions_of`."""
         self._follow()
-        self.set_captions(captions_of(batch, self._config.caption_key))
+        reads_text = self.alignment is None or self.alignment.guide is not None
+        key = self._config.caption_key if reads_text else None
+        self.set_captions(captions_of(batch, key))
 
     def require_captions(self, batch: Any) -> None:
         """Raise ConfigError if there are heads, and `batch` has no captions."""
@@ -419,7 +422,7 @@ def in_words(status: Mapping[str, Any]) -> str:
         *(f"{name} x {weight:g}" for name, weight in status["objectives"].items()),
         *([] if ratio is None else [f"gradient ratio {ratio:g}"]),
         f"recipe {status['recipe']}",
-        f"guide {status['guide']['use']}",
+        *(f"{words} {guide['use']}" for key, words in GUIDES.items() if (guide := status.get(key))),
         f"{status['parameters']:,} parameters",
     ])  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The three objectives of LG-VQ; each returns an unweighted `Term`."""
+"""The three objectives of LG-VQ, and alignment with an image tower; each returns a `Term`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,20 +11,30 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import GlobalSemanticConfig, MaskedTextConfig, ObjectiveConfig, RelationshipConfig
+from .config import (
+    GlobalSemanticConfig,
+    MaskedTextConfig,
+    ObjectiveConfig,
+    RelationshipConfig,
+    VisionAlignmentConfig,
+)
 from .functional import (
     caption_relationship_loss,
+    cosine_margin_loss,
+    distance_matrix_loss,
     gather_rows,
     global_semantic_loss,
     masked_text_loss,
+    paired_cosines,
     pool_phrases,
     pool_words,
     relationship_loss,
+    resize_features,
     sample_token_mask,
     sample_truncated_ratio,
     word_semantic_loss,
 )
-from .guides.base import AbstractGuide
+from .guides.base import AbstractGuide, AbstractImageGuide
 from .heads import CodeViT, TextDecoder, accept_old_names
 from .types import CodeView, PastPairs, Term, TextFeatures, TextTokens
 
@@ -32,6 +42,7 @@ MEMBERS = {
     "global_semantic": "GlobalSemantic",
     "masked_text": "MaskedText",
     "relationship": "Relationship",
+    "vision_alignment": "VisionAlignment",
 }
 
 
@@ -47,7 +58,7 @@ class Caption:
         strings: B captions, "" for an image without one.
         tokens: the guide's tokens of them, (B, max_length) on the CPU.
         features: the guide's features of the unmasked captions.
-        guide: the text guide.
+        guide: the text guide; None, with empty tokens and features, if no objective reads text.
         generator: CPU generator of this step's draws.
         mask: what :meth:`AbstractObjective.draw_mask` returned, (B, max_length) bool on the CPU.
         masked: features of the captions under that mask.
@@ -71,16 +82,44 @@ class Caption:
         return self.has_caption.nonzero()[:, 0].to(device)
 
 
-class AbstractObjective(nn.Module, ABC):
-    """Owns its heads; sees codes through the code-ViT and captions through the guide.
+def without_text(
+    strings: Sequence[str], generator: torch.Generator, device: torch.device
+) -> Caption:
+    """Return a batch of captions that no guide reads: no tokens (T = 0), no guide."""
+    nothing = torch.zeros(len(strings), 0, dtype=torch.int64)
+    tokens = TextTokens(nothing, nothing.bool(), nothing)
+    empty = torch.zeros(len(strings), 0, device=device)
+    features = TextFeatures(
+        token_ids=nothing.to(device),
+        attention_mask=nothing.bool().to(device),
+        word_ids=nothing.to(device),
+        tokens=empty[..., None],
+        sentence=empty,
+        vocabulary=empty[:0],
+    )
+    return Caption(strings, tokens, features, None, generator)  # type: ignore[arg-type]
 
-    Members are built as `Objective(config, guide=guide, code_dim=C)`. One of another package is
-    named by its path, `objectives: {my_package.module:MyObjective: {weight: 0.1}}`, or by an entry
-    point of the group `lgvq_plugin.objectives`.
+
+class AbstractObjective(nn.Module, ABC):
+    """Owns its heads; sees codes through the code-ViT, captions and images through the guides.
+
+    Members are built as `Objective(config, guide=guide, code_dim=C)`; the text guide is None if no
+    objective reads text. Those that read "vision" also get `vision=` the image guide and
+    `view_dim=` D, the width of the code-ViT's tokens. One of another package is named by its path,
+    `objectives: {my_package.module:MyObjective: {weight: 0.1}}`, or by an entry point of the group
+    `lgvq_plugin.objectives`.
     """
 
     config_class: type = ObjectiveConfig
     """Dataclass of its keys, `weight` among them; `config` of the constructor is an instance."""
+
+    reads: tuple[str, ...] = ("text",)
+    """The guides that it reads, "text" and "vision"; those that no objective reads are not built.
+    Without "text" the caption has strings alone."""
+
+    needs_view = True
+    """Whether it reads `view.cls` or `view.tokens`; if no objective does, there is no code-ViT, and
+    they have no channels (D = 0)."""
 
     needs_captions = True
     """Whether it learns nothing from images without captions."""
@@ -415,6 +454,49 @@ class Relationship(AbstractObjective):
             matching=self.config.matching,
         )
         return Term(value)
+
+
+class VisionAlignment(AbstractObjective):
+    """Alignment of codes with a frozen image tower, in the forms of VA-VAE (arXiv 2501.01423).
+
+    Codes are projected to the width of the tower's features by a learned linear layer.
+    """
+
+    config_class = VisionAlignmentConfig
+    reads = ("vision",)
+    needs_captions = needs_tokens = False
+
+    def __init__(
+        self,
+        config: VisionAlignmentConfig,
+        *,
+        guide: AbstractGuide | None,
+        vision: AbstractImageGuide,
+        code_dim: int,
+        view_dim: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.needs_view = config, config.source == "code_vit"
+        width = view_dim if self.needs_view else code_dim
+        self.project = nn.Linear(width, vision.feature_dim, bias=False)
+
+    def forward(self, view: CodeView, caption: Caption) -> Term:
+        """Return the loss over all images, and the mean cosine of codes and features."""
+        config, features = self.config, view.vision
+        if features is None:
+            raise RuntimeError("vision_alignment got a batch without features of its images")
+        codes = self.project(view.tokens if self.needs_view else view.codes.codes)
+        if config.target == "patch":
+            target = resize_features(features.patches, features.grid, view.codes.grid)
+        else:  # the images of a batch take the place of the positions of an image
+            codes, target = codes.mean(dim=1)[None], features.summary[None]
+        value = codes.new_zeros((), dtype=torch.float32)
+        if config.form != "distance":
+            value = value + cosine_margin_loss(codes, target, margin=config.cosine_margin)
+        if config.form != "cosine_margin":
+            value = value + distance_matrix_loss(codes, target, margin=config.distance_margin)
+        cosine = paired_cosines(codes.detach(), target)
+        return Term(value, {"vision_cosine": cosine.sum() / max(1, cosine.numel())})
 
 
 def rename_old_heads(state: dict[str, Tensor], prefix: str = "loss.lgvq.") -> None:

@@ -2,7 +2,7 @@
 
 Letters: B images in the batch, N code positions (h * w), K codebook entries, C code width,
 T text positions, W words, V vocabulary, Dt token-feature width, Ds sentence-feature width,
-D width of the code-ViT's output.
+M patches of an image tower, Dv their width, D width of the code-ViT's output.
 """
 
 from collections.abc import Mapping
@@ -77,14 +77,24 @@ class TextFeatures:
 
 
 @dataclass(frozen=True)
+class ImageFeatures:
+    """Features of a batch of images from a frozen image tower, without gradients."""
+
+    patches: Tensor  # row by row, (B, M, Dv) float32
+    grid: tuple[int, int]  # (h, w) of the patches, h * w == M
+    summary: Tensor  # the class token, or the mean patch of towers without one, (B, Dv)
+
+
+@dataclass(frozen=True)
 class CodeView:
     """One batch of codes as the heads see it."""
 
     codes: Codes
-    cls: Tensor  # the code-ViT's summary of the image, (B, D)
+    cls: Tensor  # the code-ViT's summary of the image, (B, D); D = 0 if no objective needs_view
     tokens: Tensor  # its patch tokens, (B, N, D)
     images: Tensor | None = None  # of the host, (B, 3, H, W) in [-1, 1]; None if its loss has none
     reconstructions: Tensor | None = None  # of the host, differentiable
+    vision: ImageFeatures | None = None  # of the images; None if no objective reads "vision"
 
 
 @dataclass(frozen=True)

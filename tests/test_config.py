@@ -42,14 +42,14 @@ def test_nothing_given_is_the_corrected_recipe():
     assert config.guide == {"use": "open_clip"}
     assert config.objectives.masked_text.mask_at == "input"
     assert config.objectives.global_semantic.temperature == 0.03
-    assert [own.weight for _, own in config.objectives.items()] == [0.05, 0.0, 0.05]
+    assert [own.weight for _, own in config.objectives.items()] == [0.05, 0.0, 0.05, 0.0]
     assert (config.gradient_ratio, config.stop, config.code_vit.min_width) == (2.0, None, 128)
 
 
 def test_the_first_corrected_recipe_keeps_its_defaults():
     config = parse({"recipe": "corrected_v1"})
     weights = [own.weight for _, own in config.objectives.items()]
-    assert weights == [1e-3, 1e-2, 1e-4]
+    assert weights == [1e-3, 1e-2, 1e-4, 0]
     semantic, ras = config.objectives.global_semantic, config.objectives.relationship
     assert (semantic.temperature, semantic.source, ras.between) == (0.07, "cls", "words")
     assert (config.code_vit.min_width, config.code_vit.depth) == (1, 2)
@@ -149,7 +149,7 @@ def test_omegaconf_is_read():
 @pytest.mark.parametrize("path", sorted(BLOCKS))
 def test_an_unknown_key_names_the_nearest(path):
     for field in fields(BLOCKS[path]):
-        typo = field.name[:-1] + "q"
+        typo = field.name + "q"
         with pytest.raises(ConfigError) as raised:
             parse(nested(f"{path}.{typo}", 1))
         told = str(raised.value)

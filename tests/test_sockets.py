@@ -97,7 +97,7 @@ def test_resolve():
     ("name", "told"),
     [
         ("masked_tex", "unknown member of objectives: 'masked_tex'; did you mean 'masked_text'"),
-        ("zzz", "Known: global_semantic, masked_text, relationship; or give 'pkg.module:Class'"),
+        ("zzz", "masked_text, relationship, vision_alignment; or give 'pkg.module:Class'"),
         (3, "a member of objectives is named by a string, got 3"),
         (None, "got None"),
         ("nowhere_at_all:Thing", "no module named"),

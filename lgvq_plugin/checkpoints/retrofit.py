@@ -180,6 +180,7 @@ def retrofit(
     Raises ConfigError if the config is wrong, or the checkpoint does not fit it; RuntimeError if
     the new host's reconstructions are not bit-identical to the old one's.
     """
+    from ..alignment import guides_read
     from .load import load_host
     from .side_by_side import compare_hosts
 
@@ -211,10 +212,11 @@ def retrofit(
     if control:
         plain["training"].pop("heads_first", None)
         hosts["control"] = train(plain, name="control", logdir=folder, **options).host
+    block = parse(lgvq_block(sections.plain))
     rows = compare_hosts(
         {name: host.eval().cpu() for name, host in hosts.items()},
         data,
-        guide=dict(parse(lgvq_block(sections.plain)).guide),
+        guide=dict(block.guide) if "text" in guides_read(block) else None,
         batch_size=sections.data.batch_size,
         max_images=max_images,
     )

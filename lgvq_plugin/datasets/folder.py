@@ -51,6 +51,8 @@ class CaptionedFolder(ListedImages):
         file_key: the table's column with the images' paths, likewise.
         caption_template: such as "a photo of a {}", for a `name` column and class folders.
         exclude: regular expression; files whose name it matches anywhere are left out.
+        need_captions: refuse a folder without any; `lgvq train` sets it to false where no objective
+            needs them.
     """
 
     def _read(
@@ -64,6 +66,7 @@ class CaptionedFolder(ListedImages):
         file_key: str | None = None,
         caption_template: str | None = None,
         exclude: str | None = None,
+        need_captions: bool = True,
     ) -> list[Record]:
         template, encoding = caption_template, self.options.encoding
         if not root.is_dir():
@@ -75,7 +78,7 @@ class CaptionedFolder(ListedImages):
         self.where = self._home = home = inner or root
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
         if (table := find_table(home, captions, columns)) is None:
-            records = _records_without_table(home, template, encoding)
+            records = _records_without_table(home, template, encoding, need_captions)
         else:
             self.where, records = table, _records_of_table(home, table, columns, template)
         self._listed = {record.path for record in records} if table else None
@@ -159,7 +162,9 @@ def _in_folder(root: Path, path: Path) -> Record:
     return Record(name.as_posix(), path, (), split=splits.split_of_folders(name.parts[:-1]))
 
 
-def _records_without_table(root: Path, template: str | None, encoding: str) -> list[Record]:
+def _records_without_table(
+    root: Path, template: str | None, encoding: str, need_captions: bool
+) -> list[Record]:
     records, has_captions = [], False
     for path in image_files(root):
         texts = read_sidecar(path, encoding)
@@ -169,7 +174,7 @@ def _records_without_table(root: Path, template: str | None, encoding: str) -> l
         records.append(replace(_in_folder(root, path), captions=tuple(texts or ())))
     if not records:
         raise ConfigError(f"{root} holds no images ({', '.join(SUFFIXES)}) and no table")
-    if not has_captions:
+    if need_captions and not has_captions:
         unread = tables.unread_files(root, (record.file for record in records), read=())
         others = ", ".join(path.relative_to(root).as_posix() for path in unread)
         hint = (
@@ -179,7 +184,8 @@ def _records_without_table(root: Path, template: str | None, encoding: str) -> l
             hint = f" by this data set; `target: pairs_table` reads {found}, one table per split"
         raise ConfigError(
             f"{root}: no captions found{hint}; expected {EXPECTED}; or, for folders named after "
-            "classes, caption_template: 'a photo of a {}'"
+            "classes, caption_template: 'a photo of a {}'; need_captions: false reads the images "
+            "alone"
         )
     return records
 

@@ -1,4 +1,6 @@
-"""Frozen text models that guide the codebook; `guide: {use: NAME, ...}` in the config."""
+"""Frozen models that guide the codebook: `guide: {use: NAME, ...}` in the config for text, and
+`guides: {vision: {use: NAME, ...}}` for images.
+"""
 
 MEMBERS = {
     "open_clip": "open_clip.OpenCLIPGuide",
@@ -6,4 +8,7 @@ MEMBERS = {
     "huggingface": "huggingface.HuggingFaceGuide",
     "cached": "cached.CachedGuide",
     "bag_of_words": "bag_of_words.BagOfWords",
+    "open_clip_vision": "open_clip_vision.OpenCLIPVision",
+    "timm": "timm.TimmGuide",
+    "huggingface_vision": "huggingface_vision.HuggingFaceVision",
 }

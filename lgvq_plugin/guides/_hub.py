@@ -3,6 +3,7 @@
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import constants
 
@@ -21,13 +22,26 @@ def cache_folder(repository: str, cache_dir: str | None) -> str:
     return str(root / f"models--{repository.replace('/', '--')}")
 
 
-def require_reachable(url: str, sought: str, place: str) -> None:
+ADVICE = {
+    "text": "Copy that cache from a machine with a network (guide.cache_dir names another folder), "
+    "or give a file, guide: {use: open_clip, pretrained: PATH}, or a folder, {use: open_clip, "
+    f"model: 'local-dir:PATH'}}, or {{use: huggingface, model: PATH}}. {DEMO_ONLY}",
+    "image": "Copy that cache from a machine with a network (guides.vision.cache_dir names another "
+    "folder), or give a local file or, for huggingface_vision, a folder: guides: {vision: {use: "
+    "..., model: ..., checkpoint: PATH}}. pretrained: false gives random weights, for tests",
+}
+
+
+def require_reachable(
+    url: str, sought: str, place: str, kind: Literal["text", "image"] = "text"
+) -> None:
     """Raise unless `url` answers within seconds; the hub's own client would retry for a minute.
 
     Args:
         url: an address of the server that has the weights.
         sought: what is looked for, for the message.
         place: local path that was searched, for the message.
+        kind: of the guide.
 
     Raises:
         ConfigError: if there is no answer.
@@ -42,9 +56,8 @@ def require_reachable(url: str, sought: str, place: str) -> None:
             return  # it answered
         except (OSError, ValueError) as error:
             cause = str(getattr(error, "reason", error))
+    key = {"text": "guide", "image": "guides.vision"}[kind]
     raise ConfigError(
-        f"guide: no text weights. Sought: {sought}; not in {place}, and {url} cannot be reached "
-        f"({cause}). Copy that cache from a machine with a network (guide.cache_dir names another "
-        "folder), or give a file, guide: {use: open_clip, pretrained: PATH}, or a folder, {use: "
-        f"open_clip, model: 'local-dir:PATH'}}, or {{use: huggingface, model: PATH}}. {DEMO_ONLY}"
+        f"{key}: no {kind} weights. Sought: {sought}; not in {place}, and {url} cannot be reached "
+        f"({cause}). {ADVICE[kind]}"
     )

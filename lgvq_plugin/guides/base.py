@@ -1,4 +1,4 @@
-"""The contract of a text guide: captions in, frozen features out."""
+"""The contracts of guides: captions or images in, frozen features out."""
 
 import hashlib
 import inspect
@@ -7,18 +7,19 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..functional import sample_word_mask
 from ..sockets import ConfigError, resolve, suggest
-from ..types import TextFeatures, TextTokens
+from ..types import ImageFeatures, TextFeatures, TextTokens
 
 logger = logging.getLogger(__name__)
 
 PLACES = ("device", "cache_dir")  # parameters that change no feature
+G = TypeVar("G", bound="AbstractFrozenModel")
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,65 @@ class UnknownWords:
     examples: tuple[str, ...]
 
 
-class AbstractGuide(ABC):
-    """A frozen text model, held outside the host's module tree.
+class AbstractFrozenModel(ABC):
+    """A frozen model, held outside the host's module tree.
 
     It is not an `nn.Module`, so it never enters a checkpoint, an EMA copy or a DDP bucket. Copies
     share one network, and pickling stores how to build the guide, not its weights.
+    """
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the network."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that build this guide again."""
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return all tensors that features are computed from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of weights and config; guides with equal fingerprints give equal features.
+
+        It is computed once, from all weights. A cache of features is keyed by it.
+        """
+        known = self.__dict__.get("_fingerprint")
+        if known is None:
+            known = self._fingerprint = self._digest()
+        return known
+
+    def _digest(self) -> str:
+        config = {key: value for key, value in self.config.items() if key not in PLACES}
+        facts = {"class": type(self).__qualname__, **self._facts(), "config": config}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.weights().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what else features depend on."""
+        return {}
+
+    def __deepcopy__(self: G, memo: dict[int, Any]) -> G:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.config)
+
+
+def _rebuild(cls: type, config: dict[str, Any]) -> AbstractFrozenModel:
+    return cls(**config)
+
+
+class AbstractGuide(AbstractFrozenModel):
+    """A frozen text model.
 
     Attributes:
         max_length: captions are cut to this many tokens, start and end included.
@@ -109,19 +164,9 @@ class AbstractGuide(ABC):
     def vocabulary(self) -> Tensor:
         """Token embedding, (V, Dt), on :attr:`device`."""
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Device of the network."""
-
     @abstractmethod
     def to(self, device: torch.device | str) -> "AbstractGuide":
         """Move the network; returns self."""
-
-    @property
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that build this guide again."""
 
     def count_truncated(self, captions: Iterable[str]) -> None:
         """Count captions that were cut, each once; the first one is logged."""
@@ -144,66 +189,87 @@ class AbstractGuide(ABC):
         """Return all tensors that features are computed from."""
         return {"vocabulary": self.vocabulary}
 
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of weights and config; guides with equal fingerprints give equal features.
+    def _facts(self) -> dict[str, Any]:
+        return {"max_length": self.max_length}
 
-        It is computed once, from all weights. A cache of features is keyed by it.
+
+class AbstractImageGuide(AbstractFrozenModel):
+    """A frozen image tower.
+
+    Attributes:
+        feature_dim: Dv, width of the patches' and of the summary's features.
+    """
+
+    feature_dim: int
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> ImageFeatures:
+        """Encode images (B, 3, H, W) in [-1, 1] under `no_grad`, in float32, on :attr:`device`.
+
+        Resizing and normalization are the guide's own.
         """
-        known = self.__dict__.get("_fingerprint")
-        if known is None:
-            known = self._fingerprint = self._digest()
-        return known
 
-    def _digest(self) -> str:
-        config = {key: value for key, value in self.config.items() if key not in PLACES}
-        facts = {"class": type(self).__qualname__, "max_length": self.max_length, "config": config}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.weights().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AbstractGuide":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.config)
-
-
-def _rebuild(cls: type, config: dict[str, Any]) -> AbstractGuide:
-    return cls(**config)
+    @abstractmethod
+    def to(self, device: torch.device | str) -> "AbstractImageGuide":
+        """Move the network; returns self."""
 
 
 def build_guide(config: Mapping[str, Any]) -> AbstractGuide:
-    """Build `{"use": name or dotted path, ...}`; the other keys go to the constructor.
+    """Build a text guide of `{"use": name or dotted path, ...}`.
 
     Args:
-        config: the `lgvq.guide` block; `use` defaults to open_clip.
+        config: the `lgvq.guide` block; `use` defaults to open_clip, the other keys go to the
+            constructor.
 
     Raises:
         ConfigError: for an unknown member, an unknown key (the nearest one is named), a missing
             key, and for values that the member rejects.
     """
+    return _build(config, "lgvq.guide", AbstractGuide, example="open_clip", default="open_clip")
+
+
+def build_image_guide(config: Mapping[str, Any]) -> AbstractImageGuide:
+    """Build an image guide of the `lgvq.guides.vision` block; see :func:`build_guide`."""
+    return _build(config, "lgvq.guides.vision", AbstractImageGuide, example="timm")
+
+
+def _build(
+    config: Mapping[str, Any], path: str, kind: Any, *, example: str, default: str | None = None
+) -> Any:
     if not isinstance(config, Mapping):
-        raise ConfigError(f"lgvq.guide: expected a mapping such as {{use: open_clip}}: {config!r}")
+        raise ConfigError(f"{path}: expected a mapping such as {{use: {example}}}: {config!r}")
     params = {str(key): value for key, value in config.items()}
-    name = params.pop("use", "open_clip")
+    name = params.pop("use", default)
+    if name is None:
+        raise ConfigError(f"{path}.use: name a guide, such as {{use: {example}}}; got {params}")
     member = resolve("guides", name)
+    _require_kind(member, kind, f"{path}.use: {name!r}")
     try:
         known = inspect.signature(member).parameters
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"lgvq.guide.use: {name!r} is no guide: {error}") from error
+        raise ConfigError(f"{path}.use: {name!r} is no guide: {error}") from error
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for key in params:
         if key not in known and not takes_all:
             hint = suggest(key, ["use", *known])
-            raise ConfigError(f"unknown key lgvq.guide.{key} of guide {name!r}{hint}")
+            raise ConfigError(f"unknown key {path}.{key} of guide {name!r}{hint}")
     for key, parameter in known.items():
         is_variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if parameter.default is parameter.empty and not is_variable and key not in params:
-            raise ConfigError(f"lgvq.guide: guide {name!r} needs the key {key!r}")
+            raise ConfigError(f"{path}: guide {name!r} needs the key {key!r}")
     guide = member(**params)
-    if not isinstance(guide, AbstractGuide):
-        raise ConfigError(f"lgvq.guide.use: {name!r} gave a {type(guide).__name__}, no guide")
+    _require_kind(type(guide), kind, f"{path}.use: {name!r}")
+    if not isinstance(guide, kind):
+        raise ConfigError(f"{path}.use: {name!r} gave a {type(guide).__name__}, no guide")
     return guide
+
+
+def _require_kind(member: Any, kind: type, what: str) -> None:
+    """Refuse a guide of the other kind, before it loads any weights."""
+    others = {
+        AbstractGuide: "a text guide; it belongs under lgvq.guide",
+        AbstractImageGuide: "an image guide; it belongs under lgvq.guides.vision",
+    }
+    for other, words in others.items():
+        if other is not kind and isinstance(member, type) and issubclass(member, other):
+            raise ConfigError(f"{what} is {words}")

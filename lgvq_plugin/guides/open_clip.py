@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -157,35 +157,58 @@ class OpenCLIPGuide(OpenCLIPText):
 def load_text(
     model: str, pretrained: str | None, *, cache_dir: str | None, seed: int
 ) -> tuple[nn.Module, Any]:
-    """Return text tower and tokenizer of an open_clip model; the global random state is kept.
+    """Return text tower and tokenizer of an open_clip model; see :func:`load_tower`."""
+    tower, name = load_tower(model, pretrained, kind="text", cache_dir=cache_dir, seed=seed)
+    with _quiet():
+        try:
+            return tower, open_clip.get_tokenizer(name, cache_dir=cache_dir)
+        except Exception as error:  # a foreign file can break in any way
+            raise ConfigError(
+                f"guide: open_clip has no tokenizer for model {model!r}: {error}"
+            ) from error
+
+
+def load_tower(
+    model: str,
+    pretrained: str | None,
+    *,
+    kind: Literal["text", "image"],
+    cache_dir: str | None,
+    seed: int,
+    **options: Any,
+) -> tuple[nn.Module, str]:
+    """Return one tower of an open_clip model, and the name by which open_clip knows the model.
+
+    The global random state is kept; `options` go to `open_clip.create_model`.
 
     Raises:
         ConfigError: if the model, the tag or a file does not exist, or if its weights are neither
             cached nor available from the network within seconds.
     """
+    key = {"text": "guide", "image": "guides.vision"}[kind]
     name = model.replace("/", "-") if ":" not in model else model
-    options: dict[str, Any] = {}
     archive = None
     if name.startswith("local-dir:"):
-        _check_folder(Path(name.removeprefix("local-dir:")), model)
+        _check_folder(Path(name.removeprefix("local-dir:")), model, key)
         pretrained = None
     elif name.startswith("hf-hub:"):
-        name, pretrained = _hub_folder(name, cache_dir), None
+        name, pretrained = _hub_folder(name, cache_dir, kind), None
     elif open_clip.get_model_config(name) is None:
         hint = suggest(name, open_clip.list_models()).partition(" Known:")[0]
         raise ConfigError(
-            f"guide.model: no open_clip model {model!r}{hint} open_clip.list_models() lists all; "
+            f"{key}.model: no open_clip model {model!r}{hint} open_clip.list_models() lists all; "
             "also 'hf-hub:org/name', 'local-dir:/path'"
         )
     elif pretrained is None:
         logger.warning(
-            "guide: %s has random weights (pretrained: null); for benchmarks only", model
+            "%s: %s has random weights (pretrained: %s); for benchmarks only",
+            *(key, model, "null" if kind == "text" else "false"),
         )
     else:
         # The tag knows whether its weights need QuickGELU; `ViT-B-32` alone does not.
         tag = get_pretrained_cfg(name, pretrained)
         options["force_quick_gelu"] = bool(tag.get("quick_gelu"))
-        pretrained = _weights_file(name, pretrained, tag, cache_dir)
+        pretrained = _weights_file(name, pretrained, tag, cache_dir, kind)
         if _is_torchscript(pretrained):
             options["force_quick_gelu"] = True
             archive, pretrained = pretrained, None
@@ -194,27 +217,43 @@ def load_text(
             network = open_clip.create_model(
                 name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
             )
+            tower = network.get_submodule({"text": "text", "image": "visual"}[kind])
             if archive is not None:
-                state = torch.jit.load(archive, map_location="cpu").state_dict()
-                state = convert_to_custom_text_state_dict(state)
-                text = {k: v for k, v in state.items() if k.startswith("text.")}
-                network.text.load_state_dict({k.removeprefix("text."): text[k] for k in text})
-            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+                _load_archive(tower, archive, kind)
         except Exception as error:  # a foreign file can break in any way
             raise ConfigError(
-                f"guide: open_clip cannot load model {model!r}, pretrained "
+                f"{key}: open_clip cannot load model {model!r}, pretrained "
                 f"{archive or pretrained!r}: {error}"
             ) from error
-    return network.text, tokenizer
+    return tower, name
 
 
-def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: str | None) -> str:
+def _load_archive(tower: nn.Module, archive: str, kind: Literal["text", "image"]) -> None:
+    state = torch.jit.load(archive, map_location="cpu").state_dict()
+    state = convert_to_custom_text_state_dict(state)
+    prefix = {"text": "text.", "image": "visual."}[kind]
+    own = {key: value for key, value in state.items() if key.startswith(prefix)}
+    tower.load_state_dict({key.removeprefix(prefix): value for key, value in own.items()})
+
+
+def _weights_file(
+    model: str,
+    pretrained: str,
+    tag: dict[str, Any],
+    cache_dir: str | None,
+    kind: Literal["text", "image"],
+) -> str:
     """Return a local file, or the tag itself if open_clip can download it."""
     if not tag:
         path = Path(pretrained).expanduser()
         if path.is_file():
             return str(path)
         tags = list_pretrained_tags_by_model(model)
+        if kind == "image":
+            raise ConfigError(
+                f"guides.vision.pretrained: {pretrained!r} is no tag of {model}"
+                f"{suggest(pretrained, tags)}; a local file goes under checkpoint: PATH"
+            )
         raise ConfigError(
             f"guide.pretrained: {pretrained!r} is neither a file nor a tag of {model}"
             f"{suggest(pretrained, tags)}; or give a file: guide: {{use: open_clip, pretrained: "
@@ -226,7 +265,7 @@ def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: s
         url = tag.get("url", "")
         path = Path(cache_dir or "~/.cache/clip").expanduser() / url.rpartition("/")[2]
         if not path.is_file():
-            require_reachable(url, sought, str(path))
+            require_reachable(url, sought, str(path), kind)
         return pretrained
     file = file or constants.PYTORCH_WEIGHTS_NAME.replace("pytorch", "open_clip_pytorch")
     safe = [f"{Path(file).stem}.safetensors"]
@@ -237,7 +276,7 @@ def _weights_file(model: str, pretrained: str, tag: dict[str, Any], cache_dir: s
         if isinstance(cached, str):
             return cached
     sought += f" (hub repository {repository})"
-    require_reachable(constants.ENDPOINT, sought, cache_folder(repository, cache_dir))
+    require_reachable(constants.ENDPOINT, sought, cache_folder(repository, cache_dir), kind)
     return pretrained
 
 
@@ -249,21 +288,21 @@ def _is_torchscript(file: str) -> bool:
         return any(name.endswith("/constants.pkl") for name in content.namelist())
 
 
-def _hub_folder(name: str, cache_dir: str | None) -> str:
+def _hub_folder(name: str, cache_dir: str | None, kind: Literal["text", "image"]) -> str:
     """Return `local-dir:` of a cached snapshot, or the name itself if it can be downloaded."""
     repository = name.removeprefix("hf-hub:")
     cached = try_to_load_from_cache(repository, "open_clip_config.json", cache_dir=cache_dir)
     if isinstance(cached, str) and _has_weights(Path(cached).parent):
         return f"local-dir:{Path(cached).parent}"
     place = cache_folder(repository, cache_dir)
-    require_reachable(constants.ENDPOINT, f"hub repository {repository}", place)
+    require_reachable(constants.ENDPOINT, f"hub repository {repository}", place, kind)
     return name
 
 
-def _check_folder(folder: Path, model: str) -> None:
+def _check_folder(folder: Path, model: str, key: str) -> None:
     if not (folder / "open_clip_config.json").is_file() or not _has_weights(folder):
         raise ConfigError(
-            f"guide.model: {model!r}: expected a folder with open_clip_config.json and weights "
+            f"{key}.model: {model!r}: expected a folder with open_clip_config.json and weights "
             f"(*.safetensors, *.bin, *.pth), found {sorted(p.name for p in folder.glob('*'))}"
         )
 

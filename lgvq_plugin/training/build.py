@@ -59,6 +59,7 @@ CAPTION_LAYOUTS = (
     "beside each image (list_file); a .txt or .json member in each sample (webdataset). "
     "`lgvq data check PATH` shows what is found; data sets of taming's own have no captions"
 )
+OF_TEXT = ("global_semantic", "masked_text", "relationship")
 READING = ("size", "crop", "flip", "crop_size", "random_crop", "channel_first")
 TRAINING_ONLY = ("root", "split", "crop", "flip")  # params that other data sets do not share
 MAX_COUNTED = 20_000  # samples whose captions are counted
@@ -161,34 +162,60 @@ def build_parts(
     A part of `sections` that `problems` has an error of already is None. Raises ConfigError for
     all problems together: weights, data sets, captions, keys.
     """
-    from ..guides.base import build_guide
+    from ..alignment import build_guides, needs_captions
 
     host, built = None, {}
-    block = _alignment_block(sections)
+    block, optional = _alignment_block(sections), works_without_captions(sections.plain)
     if sections.model is not None:
         with problems.collecting():
             host = build_host(config)
         if host is None and block is not None:
-            with problems.collecting():  # a host builds its loss before it gets to the guide
-                build_guide(block.guide)
+            with problems.collecting():  # a host builds its loss before it gets to the guides
+                build_guides(block)
     for name in ("train", "validation"):
         if (section := getattr(sections.data, name, None)) is not None:
             with problems.collecting():
-                built[name] = _build_named(name, section)
-    if problems and "train" in built and block is not None:
+                built[name] = _build_named(name, section, optional)
+    if problems and "train" in built and block is not None and needs_captions(block):
         with problems.collecting():
             require_captions(built["train"], block, peek=True)
     problems.raise_any()
     return host, built["train"], built.get("validation")
 
 
-def _build_named(name: str, section: Mapping[str, Any]) -> Any:
+def _build_named(name: str, section: Mapping[str, Any], optional: bool) -> Any:
     try:
-        return build_dataset(section)
+        return build_dataset(with_optional_captions(section) if optional else section)
     except ConfigError as error:
         has_hint = "." not in str(section["target"]) or str(error).endswith(OTHER_DATA)
         hint = "" if has_hint else OTHER_DATA
         raise ConfigError(f"data.{name}: {str(error).removeprefix('data: ')}{hint}") from error
+
+
+def works_without_captions(config: Mapping[str, Any]) -> bool:
+    """Whether a plain config has objectives, and none of them needs captions.
+
+    >>> works_without_captions({"model": {"target": "their.Host"}})
+    False
+    """
+    try:
+        block = parse(lgvq_block(config))
+    except ConfigError:
+        return False  # reported later
+    on = {name for name, own in block.objectives.items() if own.weight}
+    if not on or on & {*OF_TEXT}:
+        return False  # without importing torch
+    from ..alignment import needs_captions
+
+    return not needs_captions(block)
+
+
+def with_optional_captions(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{target, params}` that takes images without captions too, if the data set can."""
+    known = inspect.signature(resolve("datasets", section["target"])).parameters
+    given = dict(section.get("params") or {})
+    params = {"need_captions": False, **given} if "need_captions" in known else given
+    return {**section, "params": params}
 
 
 def _alignment_block(sections: Sections) -> LGVQConfig | None:
@@ -211,7 +238,7 @@ def check_data(host: Any, dataset: Any, validation: Any, sections: Sections) -> 
     Raises ConfigError if no training image has a caption.
     """
     alignment = getattr(getattr(host, "loss", None), "alignment", None)
-    if alignment is not None:
+    if alignment is not None and alignment.needs_captions:
         captions = require_captions(dataset, alignment.config)
         if captions is not None:
             alignment.expects_captions = False  # a batch without any is chance
@@ -327,11 +354,14 @@ def _with_folder(config: DictConfig, folder: Path, overrides: Sequence[str]) -> 
     merged: Any = OmegaConf.merge(plain, over)
     given = to_plain(merged, "data").get("data") or {}
     sections = {str(key): plain[key] for key in plain if key not in helpers_of(config)}
-    sections["data"] = _data_of(folder, old if isinstance(old, dict) else {}, given)
+    optional = works_without_captions(plain)
+    sections["data"] = _data_of(folder, old if isinstance(old, dict) else {}, given, optional)
     return lay_over(OmegaConf.create(sections), {"data": given})
 
 
-def _data_of(folder: Path, old: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _data_of(
+    folder: Path, old: Mapping[str, Any], over: Mapping[str, Any], optional: bool
+) -> dict[str, Any]:
     given = {**_params_in(old), **old}
     batch_size, workers = given.get("batch_size"), given.get("num_workers")
     if batch_size is None:
@@ -339,15 +369,18 @@ def _data_of(folder: Path, old: Mapping[str, Any], over: Mapping[str, Any]) -> d
         logger.info("--data: batch_size 8, as the config gives none (data.batch_size=N)")
     if not isinstance(workers, int):
         workers = 2 * batch_size if isinstance(batch_size, int) else 0  # taming's default
-    sets = _sets_of(folder, over)
+    sets = _sets_of(folder, over, optional)
     listed = "; ".join(f"{name}: {made['target']} {made['params']}" for name, made in sets.items())
     logger.info("--data %s in place of the config's data section: %s", folder, listed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"batch_size": batch_size, "num_workers": min(workers, cores or 1), **sets}
 
 
-def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return train, validation and test as `{target, params}`, overrides laid over them."""
+def _sets_of(folder: Path, over: Mapping[str, Any], optional: bool) -> dict[str, Any]:
+    """Return train, validation and test as `{target, params}`, overrides laid over them.
+
+    `optional`: images without captions are taken too.
+    """
     from ..datasets.base import recognize
 
     layout = recognize(folder)
@@ -372,6 +405,8 @@ def _sets_of(folder: Path, over: Mapping[str, Any]) -> dict[str, Any]:
         params = {**splits[name], **shared, **own[name]}
         params = {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in params.items()}
         sets[name] = {"target": layout.member, "params": params}
+        if optional:
+            sets[name] = with_optional_captions(sets[name])
     if whole is not None and "validation" in sets:
         try:
             build_dataset(sets["validation"])

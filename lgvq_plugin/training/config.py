@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from ..arguments import KEY
-from ..config import OBJECTIVES, laid_over, parse, require
+from ..config import OBJECTIVES, laid_over, parse, require, with_text_guide
 from ..datasets import MEMBERS
 from ..sockets import ConfigError, MissingError, Problems, path_of, suggest
 from .settings import TrainingConfig
@@ -37,6 +37,7 @@ RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
 DATA_SETS = ("train", "validation", "test")
 DATA_KEYS = ["batch_size", "num_workers", "wrong_captions", *DATA_SETS]
 DATA_HINT = "; give it, or --data FOLDER (images with captions)"
+VISION_WEIGHT = 0.05  # of `objectives: [vision_alignment]`; the others' default
 BLOCK_EXAMPLE = "a mapping like {recipe: paper}"
 RENAMED = (  # in interpolations
     (r"\bdataset\.", "data."),
@@ -118,9 +119,10 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
         if new and old.get("target") not in (None, new) and (lost := old.pop("params", None)):
             message = "data.%s: %s replaces %s, whose params are dropped (%s)"
             logger.info(message, key, new, old["target"], ", ".join(map(str, lost)))
-    old, new = (_mapping(_block_in(node), "guide") for node in (low, high))
-    if new.get("use") not in (None, old.get("use", "open_clip")):
-        old.clear()
+    for path, default in ((("guide",), "open_clip"), (("guides", "vision"), None)):
+        old, new = (_mapping(_block_in(node), *path) for node in (low, high))
+        if new.get("use") not in (None, old.get("use", default)):
+            old.clear()
     merged: Any = OmegaConf.merge(OmegaConf.create(low), OmegaConf.create(high))
     return merged
 
@@ -133,6 +135,9 @@ def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         plain["data"] = plain.pop("dataset")
     if isinstance(_mapping(plain, "data").get("params"), dict):
         plain["data"] = _flat(plain["data"])
+    for node in (plain, _mapping(plain, "model", "params", loss_key(plain), "params")):
+        if isinstance(node.get("lgvq"), dict):
+            node["lgvq"] = with_text_guide(node["lgvq"])
     return plain
 
 
@@ -200,6 +205,8 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
                 if name not in OBJECTIVES:
                     raise ConfigError(f"objectives: {name!r}{suggest(name, OBJECTIVES)}")
             given = {name: {"weight": 0.0} for name in OBJECTIVES if name not in names}
+            if "vision_alignment" in names:  # off by default
+                given["vision_alignment"] = {"weight": VISION_WEIGHT}
         block = laid_over(block, {"objectives": given})
     return block
 
@@ -283,9 +290,10 @@ class Sections:
             if section is not None:
                 path_of("datasets", section["target"])
         given = lgvq_block(self.plain)
-        block, guide, steps = parse(given), given.get("guide") or {}, self.training.max_steps
-        if guide.get("use") is not None:
-            path_of("guides", guide["use"])
+        block, steps = parse(given), self.training.max_steps
+        for guide in (block.guide, *block.guides.values()):
+            if guide.get("use") is not None:
+                path_of("guides", guide["use"])
         is_on = any(own.weight for _, own in block.objectives.items())
         if given and is_on and block.start >= steps:
             raise ConfigError(
@@ -546,4 +554,5 @@ def lgvq_block(config: Mapping[str, Any]) -> dict[str, Any]:
     block = params.get("lgvq") if isinstance(params, Mapping) else None
     for where, node in (("the loss's params", params), ("lgvq", root), ("lgvq", block)):
         require(node is None or isinstance(node, Mapping), where, BLOCK_EXAMPLE, node)
-    return laid_over(block or {}, to_plain(config, "lgvq")["lgvq"] if root else {})
+    whole = laid_over(block or {}, to_plain(config, "lgvq")["lgvq"] if root else {})
+    return with_text_guide(whole)

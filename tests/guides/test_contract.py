@@ -1,4 +1,4 @@
-"""Every guide, through the same contract."""
+"""Every text guide, through the same contract."""
 
 import copy
 import pickle
@@ -15,8 +15,11 @@ CAPTIONS = ["a red circle above a blue square", "", "circle", LONG]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-# A cache has no network of its own: test_cached.py.
-@pytest.fixture(scope="module", params=sorted({*MEMBERS} - {"cached"}))
+# A cache has no network of its own: test_cached.py. Image guides: test_vision.py.
+OTHERS = {"cached", "open_clip_vision", "timm", "huggingface_vision"}
+
+
+@pytest.fixture(scope="module", params=sorted({*MEMBERS} - OTHERS))
 def config(request):
     """How to build a small one of each member without a download."""
     if request.param == "open_clip":

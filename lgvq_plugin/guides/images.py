@@ -1,0 +1,155 @@
+"""What image guides share: resize, normalize, and run a frozen tower on the host's images."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sockets import ConfigError
+from ..types import ImageFeatures
+from .base import AbstractImageGuide
+
+logger = logging.getLogger(__name__)
+
+MOST = 1.5  # of absolute values; bicubic host pipelines overshoot [-1, 1] a little
+
+
+class AbstractImageTower(AbstractImageGuide):
+    """A frozen network that turns images of one size into a map of features.
+
+    Images are resized to that size whole, not cropped, so that each place of the map is the same
+    place of the image as in the host's grid of codes.
+
+    Args:
+        network: owned by the guide.
+        source: constructor arguments, except device.
+        size: (height, width) of the network's input.
+        mean, std: of its normalization, one number per channel of images in [0, 1].
+        device: device of the network; the CPU by default.
+
+    Raises:
+        ConfigError: if the network cannot read an image of that size.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        source: Mapping[str, Any],
+        *,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str | None,
+    ) -> None:
+        self._network = network.float().eval().requires_grad_(False)
+        self._source, self.size = source, size
+        self._mean, self._std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
+        self._is_checked = False  # whether a first batch was in [-1, 1]
+        self.to("cpu" if device is None else device)
+        with torch.no_grad():
+            try:
+                found, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
+            except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"guides.vision: {source.get('model')!r} cannot read an image of "
+                    f"{size[0]} x {size[1]} pixels: {error}"
+                ) from error
+        self.feature_dim = found.shape[1]
+
+    @abstractmethod
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the map of features (B, Dv, h, w), and the class token (B, Dv) if there is one."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> ImageFeatures:
+        """Encode images (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ConfigError: if they are of another shape, or the first batch is of another range.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ConfigError(
+                "guides.vision: expected images (B, 3, H, W), as a host of color images has them, "
+                f"got {tuple(images.shape)}"
+            )
+        self._check_range(images)
+        device = self.device
+        with torch.autocast(device.type, enabled=False):
+            found, summary = self._forward(self._prepare(images.to(device, torch.float32)))
+            patches = found.flatten(2).mT.float()
+            summary = patches.mean(dim=1) if summary is None else summary.float()
+        return ImageFeatures(patches, (found.shape[2], found.shape[3]), summary)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(
+                images, size=self.size, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(-1, 1)  # as in images of 8 bits, which the tower was trained on
+        return ((images + 1) / 2 - self._mean) / self._std
+
+    def _check_range(self, images: Tensor) -> None:
+        """Check the first batch alone: it waits for a GPU."""
+        if self._is_checked or images.numel() == 0:
+            return
+        self._is_checked = True
+        low, high = (float(each) for each in images.aminmax())
+        if max(-low, high) > MOST:
+            raise ConfigError(
+                f"guides.vision: expected images in [-1, 1], got {low:.3g} to {high:.3g}; give "
+                "them as pixel / 127.5 - 1"
+            )
+        if low >= 0:
+            logger.warning(
+                "guides.vision: the first images are in [%.3g, %.3g]; the image tower expects "
+                "[-1, 1]: give pixels as 2 * image - 1 if yours are in [0, 1]",
+                *(low, high),
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self._mean.device
+
+    def to(self, device: torch.device | str) -> "AbstractImageTower":
+        """Move the network; returns self."""
+        self._network.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that build this guide again."""
+        return {**self._source, "device": str(self.device)}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the network's tensors, and those of its normalization."""
+        return {**self._network.state_dict(), "mean": self._mean, "std": self._std}
+
+
+def require_layer(layer: int | None, depth: int, model: str) -> int:
+    """Return the number of a layer, from 0; None is the last one, -2 the one before.
+
+    >>> require_layer(None, 12, "vit"), require_layer(-2, 12, "vit")
+    (11, 10)
+    """
+    is_number = isinstance(layer, int) and not isinstance(layer, bool)
+    if layer is not None and not (is_number and -depth <= layer < depth):
+        raise ConfigError(
+            f"guides.vision.layer: {model!r} has {depth} layers, so expected {-depth} to "
+            f"{depth - 1}, or null for the last; got {layer!r}"
+        )
+    return range(depth)[-1 if layer is None else layer]
+
+
+def square(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of a size that may be one number.
+
+    >>> square(224), square([3, 4])
+    ((224, 224), (3, 4))
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
