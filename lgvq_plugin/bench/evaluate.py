@@ -18,9 +18,10 @@ from ..arguments import add_shortcuts, parse_words
 from ..checkpoints import find_checkpoint
 from ..config import build, laid_over, require
 from ..files import require_writable, write_json, write_text
-from ..sockets import ConfigError, resolve, suggest
+from ..sockets import ConfigError, resolve
 from ..training.build import with_shortcuts
 from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
+from .foreign import find_metric, label_of
 from .records import csv_text, text_table
 
 if TYPE_CHECKING:
@@ -54,20 +55,25 @@ def renamed(name: Any) -> Any:
 def names_of(metrics: Iterable[str] | None) -> list[str]:
     """Return the names of metrics in the order of the table; None: the default ones.
 
+    Those of other packages come last; they are imported.
+
     Raises:
-        ConfigError: for an unknown name, or without any.
+        ConfigError: for an unknown name, without any, or if two have the same.
 
     Example:
         >>> names_of(["ssim", "psnr", "ssim"])
         ['psnr', 'ssim']
     """
     given = [renamed(name) for name in (DEFAULT if metrics is None else metrics)]
-    for name in given:
-        if name not in NAMES:
-            raise ConfigError(f"metrics: no {name!r}{suggest(name, NAMES)}")
     if not given:
         raise ConfigError(f"metrics: none given; known: {', '.join(NAMES)}")
-    return [name for name in NAMES if name in given]
+    names = [name for name in NAMES if name in given]
+    for name in dict.fromkeys(name for name in given if name not in NAMES):
+        find_metric(name, NAMES)
+        if label_of(name) in (*NAMES, *map(label_of, names)):
+            raise ConfigError(f"metrics: two are named {label_of(name)}: {name}; rename it")
+        names.append(name)
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +146,8 @@ class EvaluationConfig:
     """Keys of the text-to-image probe."""
     clip_score: str | None = None
     """CLIP of transformers that scores generated images, a folder or a name; null: no score."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of metrics and probes of other packages, by the last part of their path."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "train_limit"):
@@ -151,6 +159,9 @@ class EvaluationConfig:
             require(value >= minimum, name, f"a whole number >= {minimum}", value)
         is_known = self.tokenizer in ("words", "ptb")
         require(is_known, "tokenizer", "words or ptb", self.tokenizer)
+        for name, options in self.options.items():
+            is_mapping = isinstance(options, Mapping)
+            require(is_mapping, f"options.{name}", "a mapping of its arguments", options)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any] | None) -> EvaluationConfig:
@@ -256,7 +267,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # --ckpt A B, or --ckpt A --ckpt B
-    metrics = f"comma-separated, or all; known: {', '.join(NAMES)}; default: {','.join(DEFAULT)}"
+    metrics = f"comma-separated, or all; known: {', '.join(NAMES)}, or pkg.module:function; "
+    metrics += f"default: {','.join(DEFAULT)}"
     base = "config with the images (data:) and the options (evaluation:); missing sections are "
     output = "for results, figures and probes; default: next to the run, or ./lgvq_evaluation/ if "
     add("-b", "--base", **several, default=[], metavar="CONFIG",

@@ -397,8 +397,13 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"model: expected a mapping with a `target:`, got {model!r:.80}")
     _refuse_near("model: no key {!r}", model, MODEL_KEYS)
     model = {key: value for key, value in model.items() if key in MODEL_KEYS}
-    if not isinstance(model.get("target"), str):
+    target = model.get("target")
+    if not isinstance(target, str):
         raise ConfigError("model.target is missing: the dotted path of the host's class")
+    try:  # what reads the section later, and a run's own config, name the class
+        model["target"] = path_of("hosts", target)
+    except ConfigError as error:
+        raise ConfigError(f"model.target: {error}") from error
     params = model.get("params")
     require(params is None or isinstance(params, dict), "model.params", "a mapping", params)
     if model.get("learning_rate") is None and model.get("base_learning_rate") is None:
