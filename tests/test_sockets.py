@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
+from lgvq_plugin.hosts.vqvae import VQVAE
 from lgvq_plugin.sockets import ConfigError, import_target, instantiate, resolve, suggest
+from lgvq_plugin.training.build import build_host
+from lgvq_plugin.training.config import model_section
 
 
 def test_suggest():

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 NAMES = (  # of the metrics, in the order of the table
     *("psnr", "ssim", "lpips", "fid", "fd", "usage", "words", "relation"),
-    *("retrieval", "masked_words", "attributes", "captioning", "vqa", "text_to_image"),
+    *("retrieval", "masked_words", "attributes", "zeroshot", "linear_probe", "knn"),
+    *("captioning", "vqa", "text_to_image"),
 )
 DEFAULT = ("psnr", "ssim", "usage", "retrieval")
 TRAINED = ("masked_words", "captioning", "vqa", "text_to_image")
@@ -105,6 +106,41 @@ class FDConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroshotConfig:
+    """Zero-shot classification."""
+
+    templates: str | tuple[str, ...] = (
+        "a photo of a {}.",
+        "a picture of a {}.",
+        "a close-up photo of a {}.",
+        "a drawing of a {}.",
+        "{}",
+    )
+    """Prompts, or one, with {} for the name of a class; their features are averaged."""
+    names: dict[str, str] = field(default_factory=dict)
+    """What to call the classes in prompts, by folder; null: the folder's own words."""
+
+    def __post_init__(self) -> None:
+        given = [self.templates] if isinstance(self.templates, str) else self.templates
+        holds = len(given) > 0 and all(each.count("{}") == 1 for each in given)
+        require(holds, "templates", "prompts with one {} each, like 'a photo of a {}.'", given)
+        for key, name in self.names.items():
+            holds = isinstance(name, str) and bool(name.strip())
+            require(holds, f"names.{key}", "the words for this class", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNConfig:
+    """Nearest neighbors."""
+
+    k: int = 20
+    """Training images that vote, >= 1."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "k", "a whole number >= 1", self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The `evaluation:` block; everything has a default."""
 
@@ -134,6 +170,10 @@ class EvaluationConfig:
     """FID."""
     fd: FDConfig = field(default_factory=FDConfig)
     """Frechet distance in another net."""
+    zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
+    """Zero-shot classification."""
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    """Nearest neighbors."""
     masked_words: dict[str, Any] = field(default_factory=dict)
     """Keys of the masked-word probe."""
     captioning: dict[str, Any] = field(default_factory=dict)
@@ -212,6 +252,7 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
         find_checkpoint(path)
     given_config = read_config(given.base, overrides)
     from ..checkpoints.load import load_checkpoint, load_host
+    from ..checkpoints.pretrained import heads_of
     from ..device import choose_device
     from . import evaluation
 
@@ -242,6 +283,7 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
             options={} if given.limit is None else {"limit": given.limit},
             output=folder,
             progress=not given.no_progress,
+            heads=heads_of(checkpoint, averaged=given.averaged),
         )
         logger.info("evaluating %s (%s)", label, checkpoint.path)
         results[label] = evaluation.run(context, names, folder)

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..alignment import Alignment
 from ..config import verify
+from ..encoder import SavedHeads
 from ..files import write_json
 from ..sockets import ConfigError, suggest
 from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
-from . import measures
+from . import classification, measures
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context
 from .figures import canvas, image_grid, save_figure
@@ -32,9 +34,14 @@ from .metrics.reconstruction import to_uint8
 
 logger = logging.getLogger(__name__)
 
-METRICS: dict[str, Callable[[Context], Rows]] = {name: getattr(measures, name) for name in NAMES}
-UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage")
+HOMES = (measures, classification)
+METRICS: dict[str, Callable[[Context], Rows]] = {
+    name: next(getattr(home, name) for home in HOMES if hasattr(home, name)) for name in NAMES
+}
+UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage", "zeroshot")
 """Metrics that do not depend on the training set."""
+WITH_HEADS = ("zeroshot", "linear_probe", "knn")
+"""Metrics that depend on the heads, too; those of other packages may."""
 COMMON_KEYS = ("limit", "train_limit", "seed")
 KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common ones
     "lpips": ("lpips",),
@@ -44,6 +51,8 @@ KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common o
     "retrieval": ("guide",),
     "masked_words": ("guide", "masked_words"),
     "attributes": ("few_shot", "few_shot_draws", "attribute_words"),
+    "zeroshot": ("zeroshot",),
+    "knn": ("knn",),
     "captioning": ("captioning", "tokenizer"),
     "vqa": ("vqa", "wordnet"),
     "text_to_image": ("guide", "text_to_image", "fd", "clip_score"),
@@ -59,6 +68,7 @@ def evaluate(
     output: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    heads: Alignment | SavedHeads | None = None,
 ) -> dict[str, Any]:
     """Evaluate a host.
 
@@ -73,6 +83,7 @@ def evaluate(
             with the same settings; None: nowhere.
         options: the `evaluation:` block, which takes precedence over that of the config.
         progress: whether to show bars.
+        heads: those trained on the host, such as `handle.heads`; None: those of its loss, if any.
 
     Returns:
         `{"settings", "environment", "metrics", "skipped"}`. A metric is `{"value", "n", "unit",
@@ -84,7 +95,9 @@ def evaluate(
     """
     options = {} if options is None else dict(options)
     options |= {} if limit is None else {"limit": limit}
-    context = build_context(host, config, output=output, options=options, progress=progress)
+    context = build_context(
+        host, config, output=output, options=options, progress=progress, heads=heads
+    )
     return run(context, names_of(metrics), output)
 
 
@@ -95,6 +108,7 @@ def build_context(
     output: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    heads: Alignment | SavedHeads | None = None,
 ) -> Context:
     """Return the context of a host; arguments as :func:`evaluate`."""
     if not config.get("data"):
@@ -110,6 +124,7 @@ def build_context(
         EvaluationConfig.from_dict({**given, **(options or {})}),
         folder=None if output is None else Path(output) / "probes",
         progress=progress,
+        heads=heads,
     )
 
 
@@ -124,6 +139,8 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
         about = _settings_of_metric(settings, name)
         if name not in METRICS:
             about["source"] = source_of(functions[name])
+        if name not in METRICS or name in WITH_HEADS:
+            about["heads"] = context.heads_mark
         cache_key = _hash(label, settings["host"], about)
         path = None if output is None else Path(output) / "metrics" / f"{label}.json"
         found = None if path is None else _read_finished(path, cache_key)
@@ -167,9 +184,13 @@ def _functions(
     for label in given:
         if label not in labels:
             key = f"evaluation.options.{label}"
-            logger.warning("%s is not read: no such metric is measured%s", key, suggest(label, labels))
+            logger.warning(
+                "%s is not read: no such metric is measured%s", key, suggest(label, labels)
+            )
     return {
-        name: METRICS[name] if name in METRICS else find_metric(name, NAMES, given.get(label_of(name)))
+        name: METRICS[name]
+        if name in METRICS
+        else find_metric(name, NAMES, given.get(label_of(name)))
         for name in names
     }
 

@@ -285,6 +285,11 @@ class Sections:
         if guide.get("use") is not None:
             path_of("guides", guide["use"])
         is_on = any(own.weight for _, own in block.objectives.items())
+        if "host" in self.training.freeze and block.stop is not None:
+            self.warnings.append(
+                f"training.freeze: [host] trains the heads alone, and lgvq.stop: {block.stop} ends "
+                "that early; set lgvq.stop: null"
+            )
         if given and is_on and block.start >= steps:
             raise ConfigError(
                 f"lgvq.start: {block.start} is not before the end of training, training.max_steps: "

@@ -6,6 +6,8 @@ from typing import ClassVar, Generic, Literal, TypeVar
 MEMBERS = {
     "retrieval": "retrieval.RetrievalProbe",
     "attributes": "attributes.AttributesProbe",
+    "linear_probe": "classifiers.LinearProbe",
+    "knn": "classifiers.NearestNeighbors",
     "masked_words": "masked_words.MaskedWordsProbe",
     "captioning": "captioning.CaptioningProbe",
     "vqa": "vqa.VQAProbe",

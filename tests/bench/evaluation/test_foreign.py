@@ -85,7 +85,9 @@ def module(tmp_path, monkeypatch):
 
 def by_hand(host, count, power):
     data = Scenes("validation", size=32, length=count)
-    images = torch.stack([torch.from_numpy(data[i]["image"]).permute(2, 0, 1) for i in range(count)])
+    images = torch.stack(
+        [torch.from_numpy(data[i]["image"]).permute(2, 0, 1) for i in range(count)]
+    )
     images, given = ((x.double() * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
                      for x in (images, host(images)[0].detach()))  # fmt: skip
     return ((images - given).abs() ** power).mean().item()
