@@ -10,7 +10,7 @@ from ...sockets import ConfigError
 from . import AbstractProbe
 from .ridge import HELD_OUT_SHARE, MIN_IMAGES
 
-PENALTIES = tuple(10.0**exponent for exponent in range(-5, 1))
+PENALTIES = tuple(10.0**exponent for exponent in range(-4, 1))
 """Candidates for the logistic regression; features have unit variance."""
 BATCH = 256
 DIGITS = 9  # equal features must tie, but rows of a matrix product may differ in the last bits
@@ -56,14 +56,18 @@ def fit_logistic(
         classes: K.
         penalty: > 0.
     """
+    basis = None
+    if x.shape[1] > len(x):  # the solution is in the space that the rows span
+        basis = torch.linalg.svd(x, full_matrices=False).Vh.mT
+        x = x @ basis
     weight, bias = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     optimizer = torch.optim.LBFGS(
         parameters,
-        max_iter=1000,
-        max_eval=2000,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-14,
+        max_iter=500,
+        max_eval=1000,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -76,7 +80,8 @@ def fit_logistic(
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[arg-type]
-    return weight.detach(), bias.detach()
+    weight = weight.detach() if basis is None else basis @ weight.detach()
+    return weight, bias.detach()
 
 
 class LinearProbe(AbstractProbe[Tensor, Tensor]):
