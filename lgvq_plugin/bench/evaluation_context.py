@@ -101,7 +101,9 @@ class Context:
             return given
         guide = (given.block or {}).get("guide") or {}
         # Prompts are not among the captions of a text cache.
-        more = {"guide": {**guide, "missing": "encode"}} if guide.get("use") == "cached" else {}
+        more: Any = (
+            {"guide": {**guide, "missing": "encode"}} if guide.get("use") == "cached" else {}
+        )
         handle = attach_saved(self.host, given, **more)
         handle.detach()
         return handle.heads.eval()

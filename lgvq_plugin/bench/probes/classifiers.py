@@ -79,7 +79,7 @@ def fit_logistic(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     weight = weight.detach() if basis is None else basis @ weight.detach()
     return weight, bias.detach()
 
