@@ -101,9 +101,8 @@ class Context:
             return given
         guide = (given.block or {}).get("guide") or {}
         # Prompts are not among the captions of a text cache.
-        more: Any = (
-            {"guide": {**guide, "missing": "encode"}} if guide.get("use") == "cached" else {}
-        )
+        is_cached = guide.get("use") == "cached"
+        more: Any = {"guide": {**guide, "missing": "encode"}} if is_cached else {}
         handle = attach_saved(self.host, given, **more)
         handle.detach()
         return handle.heads.eval()

@@ -170,7 +170,11 @@ def test_folders_that_say_nothing_need_names(palette, config, root, tmp_path):
     for split in SIZES:
         for number, name in enumerate(COLORS):
             shutil.copytree(root / split / name, tmp_path / split / f"n0144076{number}")
-    text = json.dumps(config["data"]).replace(str(root), str(tmp_path))
+    text = (
+        json.dumps(config["data"])
+        .replace(str(root), str(tmp_path))
+        .replace('"{}"', '"a photo of a {}"')
+    )
     config = {**config, "data": json.loads(text)}
     handle = trained_handle(palette, root, 40)
     given = {"metrics": ["zeroshot", "psnr"], "heads": handle.heads, "progress": False}
