@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .guides.base import AbstractGuide as AbstractGuide
     from .heads import CodeViT as CodeViT
     from .heads import TextDecoder as TextDecoder
+    from .host import Handle as Handle
     from .host import attach as attach
     from .loss import LGVQLoss as LGVQLoss
     from .objectives import AbstractObjective as AbstractObjective
@@ -23,6 +24,7 @@ _LAZY = {
     "AbstractGuide": "guides.base",
     "AbstractObjective": "objectives",
     "CodeViT": "heads",
+    "Handle": "host",
     "LGVQLoss": "loss",
     "TextDecoder": "heads",
     "attach": "host",
@@ -32,6 +34,7 @@ __all__ = [
     "AbstractGuide",
     "AbstractObjective",
     "CodeViT",
+    "Handle",
     "LGVQLoss",
     "TextDecoder",
     "__version__",

@@ -26,16 +26,22 @@ def is_override(word: str) -> bool:
     return _head(key) in HEADS or not word.endswith(FILES)
 
 
-def add_shortcuts(parser: argparse.ArgumentParser, *, steps: bool = False) -> None:
-    """Add `--data FOLDER`, and `--max-steps N` where a command trains."""
+def add_shortcuts(parser: argparse.ArgumentParser, *, trained: Sequence[str] = ()) -> None:
+    """Add `--data FOLDER`; where a command trains one of `trained`, `--max-steps`, `--train`."""
     parser.add_argument(
         "--data",
         metavar="FOLDER",
         help="images with captions, in place of the config's data section; its batch_size stays",
     )
-    if steps:
+    if trained:
         parser.add_argument(
             "--max-steps", type=int, metavar="N", help="same as training.max_steps=N"
+        )
+        parser.add_argument(
+            "--train",
+            choices=trained,
+            help="part that learns beside the heads (default: all); heads: nothing else, so that "
+            "the tokenizer stays bit-identical",
         )
 
 

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .alignment import Alignment, Captions, build_guides
-from .config import parse, to_block
-from .files import write_bytes, write_json
+from .config import parse
+from .encoder import SavedHeads, encode_codes, encode_text, evaluating, load_heads
 from .guides.base import AbstractFrozenModel
 from .quantizer_hook import (
     QuantizerHook,
@@ -35,8 +35,6 @@ from .sockets import ConfigError
 from .types import Codes
 
 logger = logging.getLogger(__name__)
-
-HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
 
 
 # -- attach and detach ---------------------------------------------------------------------------
@@ -200,15 +198,57 @@ class Handle:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the heads alone with their config, as `lgvq export --format heads` does."""
-        from safetensors.torch import save
-
-        state = {k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}
-        write_bytes(Path(folder) / HEADS_WEIGHTS, save(state))  # save_file's files have mode 600
-        write_json(Path(folder) / HEADS_CONFIG, {"lgvq": to_block(self.heads.config)})
+        SavedHeads.of(self.heads).write(folder)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read what :meth:`save_pretrained` wrote; ConfigError if it is missing or other heads."""
         load_heads(self.heads, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        folder: str | Path,
+        quantizer: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> "Handle":
+        """Attach saved heads to the tokenizer they were trained with, as an encoder of it.
+
+        Args:
+            model: that tokenizer.
+            folder: what :meth:`save_pretrained` or `lgvq export --format heads` wrote, or a
+                repository `organization/name` of the Hugging Face hub.
+            quantizer: path of its quantizer; None: the one that the heads had, or found by name.
+            options: keys of the `lgvq:` block that replace the saved ones, such as `guide`.
+
+        Raises:
+            ConfigError: if the heads are missing, or do not fit the tokenizer.
+        """
+        return attach_saved(model, SavedHeads.read(folder), quantizer, **options)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return features of images in the guide's sentence space, as `global_semantic` has them.
+
+        Nothing is trained, and codes that wait for :meth:`loss` are not touched.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, Ds) float32, of length 1.
+
+        Raises:
+            ConfigError: if there is no head of `global_semantic` (its weight is 0).
+        """
+        return encode_image(self.model, self.heads, images, quantizer=self.path, hook=self._hook)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return the guide's features of B texts, (B, Ds) float32, of length 1.
+
+        Their products with those of :meth:`encode_image` are cosines. Raises ConfigError as it
+        does.
+        """
+        return encode_text(self.heads, texts)
 
     def detach(self) -> nn.Module:
         """Remove hook and heads from the model and the optimizer; returns the model."""
@@ -216,6 +256,43 @@ class Handle:
         remove_heads(self._optimizers, list(self.heads.parameters()))
         self._optimizers = None
         return self.model
+
+
+def attach_saved(
+    model: nn.Module,
+    saved: SavedHeads,
+    quantizer: str | Sequence[str] | None = None,
+    **options: Any,
+) -> Handle:
+    """Attach heads with their tensors; ConfigError if they do not fit the tokenizer."""
+    if saved.block is None:
+        raise ConfigError(
+            f"{saved.where}: the `lgvq:` block of its heads is unknown; attach(model, guide=..., "
+            "...) with their settings, then load_pretrained"
+        )
+    block = {**saved.block, **options}
+    quantizers = require_quantizers(model, quantizer or block.get("quantizer"))
+    widths = [code_width(module) for module in quantizers.values()]
+    width = None if None in widths else sum(width or 0 for width in widths)
+    if width not in (None, saved.code_dim):
+        where = f"{type(model).__name__}.{', '.join(quantizers)}"
+        raise ConfigError(
+            f"{saved.where}: its heads read codes of width {saved.code_dim}, those of {where} have "
+            f"width {width}: they belong to another tokenizer, or to another of its quantizers "
+            "(quantizer=PATH)"
+        )
+    if width is None and len(quantizers) == 1:
+        block["code_dim"] = saved.code_dim
+    block["grid"] = options.get("grid") or saved.grid_on(grid_of(model))
+    block.pop("quantizer", None)
+    path = [*quantizers] if len(quantizers) > 1 else next(iter(quantizers))
+    handle = attach(model, path, **block)
+    try:
+        saved.load_into(handle.heads)
+    except ConfigError:
+        handle.detach()
+        raise
+    return handle
 
 
 def build_alignment(
@@ -280,19 +357,6 @@ def _described(guide: AbstractFrozenModel | None) -> dict[str, Any] | None:
     return None if guide is None else dict(guide.config) | {"use": type(guide).__name__}
 
 
-def load_heads(heads: Alignment, folder: Path) -> None:
-    """Read heads from `folder`; ConfigError if they are missing or different ones."""
-    from safetensors.torch import load_file
-
-    path = folder / HEADS_WEIGHTS
-    if not path.is_file():
-        raise ConfigError(f"no heads at {path}; expected what save_pretrained wrote")
-    try:
-        heads.load_state_dict(load_file(str(path)))
-    except RuntimeError as error:
-        raise ConfigError(f"{path} holds other heads than these: {error}") from error
-
-
 # -- use any host --------------------------------------------------------------------------------
 
 
@@ -303,6 +367,7 @@ def encode(
     *,
     quantizer: str | Sequence[str] | None = None,
     layout: str | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Codes:
     """Return the codes of images.
 
@@ -312,14 +377,15 @@ def encode(
         quantizer: its path, or paths of several levels; None asks the host's LGVQLoss, then
             searches by name.
         layout: channels_first or channels_last, if it cannot be decided.
+        grid: (h, w), for a host whose codes are rows of another grid than a square.
 
     Raises:
         ConfigError: if the quantizer cannot be found; RuntimeError if the host does not call it.
     """
     loss = getattr(host, "loss", None)
-    grid, configured = getattr(loss, "reading", (None, None))
+    known_grid, configured = getattr(loss, "reading", (None, None))
     quantizers = require_quantizers(host, quantizer or getattr(loss, "quantizer_path", None))
-    hook = QuantizerHook(quantizers, grid=grid, layout=layout or configured)
+    hook = QuantizerHook(quantizers, grid=grid or known_grid, layout=layout or configured)
     try:
         if hasattr(host, "encode"):
             host.encode(images)  # type: ignore[operator]
@@ -328,6 +394,30 @@ def encode(
         return hook.take()
     finally:
         hook.remove()
+
+
+def encode_image(
+    host: nn.Module,
+    heads: Alignment,
+    images: Tensor,
+    *,
+    quantizer: str | Sequence[str] | None,
+    hook: QuantizerHook,
+) -> Tensor:
+    """Return features of images, (B, Ds), see :meth:`Handle.encode_image`.
+
+    The host runs in evaluation mode, and gets its own mode back. Its codes are not recorded by
+    `hook`, and torch's generators are left as they were.
+    """
+    if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+        kind = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else images
+        raise ConfigError(f"encode_image: expected floats (B, 3, H, W) in [-1, 1], got {kind!r}")
+    like = next(host.parameters(), next(heads.parameters()))
+    devices = [like.device] if like.device.type == "cuda" else []
+    layout, grid = heads.config.layout, heads.config.grid
+    with hook.paused(), evaluating(host), torch.random.fork_rng(devices):
+        codes = encode(host, images.to(like), quantizer=quantizer, layout=layout, grid=grid)
+    return encode_codes(heads, codes)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
+from .encoder import encode_text
 from .finite import MAX_SKIPPED, nonfinite_gradients
 from .functional import all_finite, world_size
 from .host import (
@@ -26,6 +27,7 @@ from .host import (
     add_heads,
     await_host,
     build_alignment,
+    encode_image,
     gets_quantizer,
     grid_of,
     progress_of,
@@ -230,6 +232,23 @@ class LGVQLoss(BaseLossWrapper):
     def disabled(self) -> AbstractContextManager[None]:
         """Compute the base loss alone inside the context."""
         return self._hook.paused() if self._hook is not None else nullcontext()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return features of images in the guide's space, see :meth:`.host.Handle.encode_image`."""
+        heads, hook, host = self._trained_heads()
+        return encode_image(host, heads, images, quantizer=self.quantizer_path, hook=hook)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return the guide's features of texts, see :meth:`.host.Handle.encode_text`."""
+        return encode_text(self._trained_heads()[0], texts)
+
+    def _trained_heads(self) -> tuple[Alignment, QuantizerHook, nn.Module]:
+        heads, hook, host = self.alignment, self._hook, self._host
+        if host is not None and heads is not None and hook is not None:
+            return heads, hook, host
+        if host is None and is_on(self._config):
+            raise RuntimeError("no host has this loss yet, so there are no heads; build it first")
+        raise ConfigError("no heads: all weights under lgvq.objectives are 0, or it is detached")
 
     # -- adoption ----------------------------------------------------------------------------
 

@@ -175,8 +175,7 @@ class GlobalSemantic(AbstractObjective):
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_gsa over the images with a caption, on all ranks if `gather`."""
         text, keep = caption.features, caption.rows(view.cls.device)
-        summary = view.tokens.mean(dim=1) if self.config.source == "pooled" else view.cls
-        image, sentence = self.project(summary)[keep].float(), text.sentence[keep].float()
+        image, sentence = self.embed(view)[keep].float(), text.sentence[keep].float()
         # Captions of the same tokens have the same features: they are no negatives of each other.
         token_ids = caption.tokens.token_ids.to(view.cls.device)[keep]
         if self.config.gather:
@@ -201,6 +200,11 @@ class GlobalSemantic(AbstractObjective):
             value = value + self.config.words_weight * self._words(view, caption, temperature)
         top1 = _retrieval_top1(image.detach(), sentence, same)
         return Term(value, {"temperature": temperature.detach(), "retrieval_top1": top1})
+
+    def embed(self, view: CodeView) -> Tensor:
+        """Return the feature of each image in the guide's sentence space, (B, Ds)."""
+        summary = view.tokens.mean(dim=1) if self.config.source == "pooled" else view.cls
+        return self.project(summary)
 
     def _words(self, view: CodeView, caption: Caption, temperature: Tensor) -> Tensor:
         """Contrast words with patches, on this rank alone: all ranks' patches are too many."""

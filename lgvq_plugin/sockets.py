@@ -177,11 +177,16 @@ def path_of(socket: str, name: str) -> str:
         return f"{__package__}.{socket}.{members[name]}"
     if "." in name or ":" in name:
         return name
-    others = {entry.name: entry.value for entry in entry_points(group=f"{__package__}.{socket}")}
+    others = registered(socket)
     if name in others:
         return others[name]
     near = suggest(name, [*members, *others])
     raise ConfigError(f"unknown member of {socket}: {name!r}{near}; or give 'pkg.module:Class'")
+
+
+def registered(socket: str) -> dict[str, str]:
+    """Return the dotted paths of the members that other packages add to a socket, by name."""
+    return {entry.name: entry.value for entry in entry_points(group=f"{__package__}.{socket}")}
 
 
 def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:

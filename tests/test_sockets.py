@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
+from lgvq_plugin.hosts.vqvae import VQVAE
 from lgvq_plugin.sockets import ConfigError, import_target, instantiate, resolve, suggest
+from lgvq_plugin.training.build import build_host
+from lgvq_plugin.training.config import model_section
 
 
 def test_suggest():
@@ -163,3 +166,18 @@ def test_another_package_adds_a_member_by_an_entry_point(monkeypatch, tmp_path):
     assert resolve("guides", "theirs").__name__ == "OrderedDict"
     with pytest.raises(ConfigError, match="did you mean 'theirs'"):
         resolve("guides", "their")
+
+
+@pytest.mark.parametrize("target", ["vqvae", "lgvq_plugin.hosts.vqvae.VQVAE"])
+def test_a_host_has_a_short_name_too(target):
+    loss = {"target": "lgvq_plugin.hosts.vqvae.VQVAELoss"}
+    params = {"lossconfig": loss, "channels": 8, "embed_dim": 4, "n_embed": 8}
+    model = {"target": target, "params": params, "learning_rate": 1e-3}
+    assert type(build_host({"model": model})) is VQVAE
+    # A run's config has the path, so that both spellings resume each other.
+    assert model_section({"model": model})["target"] == "lgvq_plugin.hosts.vqvae.VQVAE"
+
+
+def test_an_unknown_host_is_named():
+    with pytest.raises(ConfigError, match=r"model.target: .*'vqvea'; did you mean 'vqvae'"):
+        build_host({"model": {"target": "vqvea", "learning_rate": 1e-3}})

@@ -18,9 +18,10 @@ from ..arguments import add_shortcuts, parse_words
 from ..checkpoints import find_checkpoint
 from ..config import build, laid_over, require
 from ..files import require_writable, write_json, write_text
-from ..sockets import ConfigError, resolve, suggest
+from ..sockets import ConfigError, resolve
 from ..training.build import with_shortcuts
 from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
+from .foreign import find_metric, label_of
 from .records import csv_text, text_table
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 NAMES = (  # of the metrics, in the order of the table
     *("psnr", "ssim", "lpips", "fid", "fd", "usage", "words", "relation"),
-    *("retrieval", "masked_words", "attributes", "captioning", "vqa", "text_to_image"),
+    *("retrieval", "masked_words", "attributes", "zeroshot", "linear_probe", "knn"),
+    *("captioning", "vqa", "text_to_image"),
 )
 DEFAULT = ("psnr", "ssim", "usage", "retrieval")
 TRAINED = ("masked_words", "captioning", "vqa", "text_to_image")
@@ -54,20 +56,25 @@ def renamed(name: Any) -> Any:
 def names_of(metrics: Iterable[str] | None) -> list[str]:
     """Return the names of metrics in the order of the table; None: the default ones.
 
+    Those of other packages come last; they are imported.
+
     Raises:
-        ConfigError: for an unknown name, or without any.
+        ConfigError: for an unknown name, without any, or if two have the same.
 
     Example:
         >>> names_of(["ssim", "psnr", "ssim"])
         ['psnr', 'ssim']
     """
     given = [renamed(name) for name in (DEFAULT if metrics is None else metrics)]
-    for name in given:
-        if name not in NAMES:
-            raise ConfigError(f"metrics: no {name!r}{suggest(name, NAMES)}")
     if not given:
         raise ConfigError(f"metrics: none given; known: {', '.join(NAMES)}")
-    return [name for name in NAMES if name in given]
+    names = [name for name in NAMES if name in given]
+    for name in dict.fromkeys(name for name in given if name not in NAMES):
+        find_metric(name, NAMES)
+        if label_of(name) in (*NAMES, *map(label_of, names)):
+            raise ConfigError(f"metrics: two are named {label_of(name)}: {name}; rename it")
+        names.append(name)
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,41 @@ class FDConfig:
     """alex, vgg, squeeze, or "pkg.module:factory" of a net from uint8 images to features."""
     weights: str | None = None
     """File with its weights; null: the net's own cache or download."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotConfig:
+    """Zero-shot classification."""
+
+    templates: str | tuple[str, ...] = (
+        "a photo of a {}.",
+        "a picture of a {}.",
+        "a close-up photo of a {}.",
+        "a drawing of a {}.",
+        "{}",
+    )
+    """Prompts, or one, with {} for the name of a class; their features are averaged."""
+    names: dict[str, str] = field(default_factory=dict)
+    """What to call the classes in prompts, by folder; null: the folder's own words."""
+
+    def __post_init__(self) -> None:
+        given = [self.templates] if isinstance(self.templates, str) else self.templates
+        holds = len(given) > 0 and all(each.count("{}") == 1 for each in given)
+        require(holds, "templates", "prompts with one {} each, like 'a photo of a {}.'", given)
+        for key, name in self.names.items():
+            holds = isinstance(name, str) and bool(name.strip())
+            require(holds, f"names.{key}", "the words for this class", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNConfig:
+    """Nearest neighbors."""
+
+    k: int = 20
+    """Training images that vote, >= 1."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "k", "a whole number >= 1", self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +170,10 @@ class EvaluationConfig:
     """FID."""
     fd: FDConfig = field(default_factory=FDConfig)
     """Frechet distance in another net."""
+    zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
+    """Zero-shot classification."""
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    """Nearest neighbors."""
     masked_words: dict[str, Any] = field(default_factory=dict)
     """Keys of the masked-word probe."""
     captioning: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +186,8 @@ class EvaluationConfig:
     """Keys of the text-to-image probe."""
     clip_score: str | None = None
     """CLIP of transformers that scores generated images, a folder or a name; null: no score."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of metrics and probes of other packages, by the last part of their path."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "train_limit"):
@@ -151,6 +199,9 @@ class EvaluationConfig:
             require(value >= minimum, name, f"a whole number >= {minimum}", value)
         is_known = self.tokenizer in ("words", "ptb")
         require(is_known, "tokenizer", "words or ptb", self.tokenizer)
+        for name, options in self.options.items():
+            is_mapping = isinstance(options, Mapping)
+            require(is_mapping, f"options.{name}", "a mapping of its arguments", options)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any] | None) -> EvaluationConfig:
@@ -201,6 +252,7 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
         find_checkpoint(path)
     given_config = read_config(given.base, overrides)
     from ..checkpoints.load import load_checkpoint, load_host
+    from ..checkpoints.pretrained import heads_of
     from ..device import choose_device
     from . import evaluation
 
@@ -231,6 +283,7 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
             options={} if given.limit is None else {"limit": given.limit},
             output=folder,
             progress=not given.no_progress,
+            heads=heads_of(checkpoint, averaged=given.averaged),
         )
         logger.info("evaluating %s (%s)", label, checkpoint.path)
         results[label] = evaluation.run(context, names, folder)
@@ -256,7 +309,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # --ckpt A B, or --ckpt A --ckpt B
-    metrics = f"comma-separated, or all; known: {', '.join(NAMES)}; default: {','.join(DEFAULT)}"
+    metrics = f"comma-separated, or all; known: {', '.join(NAMES)}, or pkg.module:function; "
+    metrics += f"default: {','.join(DEFAULT)}"
     base = "config with the images (data:) and the options (evaluation:); missing sections are "
     output = "for results, figures and probes; default: next to the run, or ./lgvq_evaluation/ if "
     add("-b", "--base", **several, default=[], metavar="CONFIG",

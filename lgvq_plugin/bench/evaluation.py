@@ -17,23 +17,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..alignment import Alignment
 from ..config import verify
+from ..encoder import SavedHeads
 from ..files import write_json
-from ..sockets import ConfigError
+from ..sockets import ConfigError, suggest
 from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
-from . import measures
+from . import classification, measures
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context
 from .figures import canvas, image_grid, save_figure
+from .foreign import find_metric, label_of, source_of
 from .measures import Row, Rows
 from .metrics.perceptual import module_hash
 from .metrics.reconstruction import to_uint8
 
 logger = logging.getLogger(__name__)
 
-METRICS: dict[str, Callable[[Context], Rows]] = {name: getattr(measures, name) for name in NAMES}
-UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage")
+HOMES = (measures, classification)
+METRICS: dict[str, Callable[[Context], Rows]] = {
+    name: next(getattr(home, name) for home in HOMES if hasattr(home, name)) for name in NAMES
+}
+UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage", "zeroshot")
 """Metrics that do not depend on the training set."""
+WITH_HEADS = ("zeroshot", "linear_probe", "knn")
+"""Metrics that depend on the heads, too; those of other packages may."""
 COMMON_KEYS = ("limit", "train_limit", "seed")
 KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common ones
     "lpips": ("lpips",),
@@ -43,6 +51,8 @@ KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common o
     "retrieval": ("guide",),
     "masked_words": ("guide", "masked_words"),
     "attributes": ("few_shot", "few_shot_draws", "attribute_words"),
+    "zeroshot": ("zeroshot",),
+    "knn": ("knn",),
     "captioning": ("captioning", "tokenizer"),
     "vqa": ("vqa", "wordnet"),
     "text_to_image": ("guide", "text_to_image", "fd", "clip_score"),
@@ -58,6 +68,7 @@ def evaluate(
     output: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    heads: Alignment | SavedHeads | None = None,
 ) -> dict[str, Any]:
     """Evaluate a host.
 
@@ -65,12 +76,14 @@ def evaluate(
         host: a tokenizer in evaluation mode; it is not changed.
         config: its `data:` section gives the images: probes train on `train`, and everything is
             measured on `test`, or on `validation` if there is no `test`.
-        metrics: names in :data:`METRICS`; None: the quick ones.
+        metrics: names in :data:`METRICS`, or those of other packages (:mod:`.foreign`); None: the
+            quick ones.
         limit: use only the first test images; None: all.
         output: folder where finished metrics and probes are kept and read again by a later call
             with the same settings; None: nowhere.
         options: the `evaluation:` block, which takes precedence over that of the config.
         progress: whether to show bars.
+        heads: those trained on the host, such as `handle.heads`; None: those of its loss, if any.
 
     Returns:
         `{"settings", "environment", "metrics", "skipped"}`. A metric is `{"value", "n", "unit",
@@ -82,7 +95,9 @@ def evaluate(
     """
     options = {} if options is None else dict(options)
     options |= {} if limit is None else {"limit": limit}
-    context = build_context(host, config, output=output, options=options, progress=progress)
+    context = build_context(
+        host, config, output=output, options=options, progress=progress, heads=heads
+    )
     return run(context, names_of(metrics), output)
 
 
@@ -93,6 +108,7 @@ def build_context(
     output: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    heads: Alignment | SavedHeads | None = None,
 ) -> Context:
     """Return the context of a host; arguments as :func:`evaluate`."""
     if not config.get("data"):
@@ -108,23 +124,30 @@ def build_context(
         EvaluationConfig.from_dict({**given, **(options or {})}),
         folder=None if output is None else Path(output) / "probes",
         progress=progress,
+        heads=heads,
     )
 
 
 def run(context: Context, names: list[str], output: str | Path | None) -> dict[str, Any]:
     """Compute the metrics of a context that are not in `output` yet; return as `evaluate`."""
     settings = _settings(context)
+    functions = _functions(names, context.config.options)
     rows: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name in names:
-        label = RESULT_NAMES.get(name, name)
-        cache_key = _hash(label, settings["host"], _settings_of_metric(settings, name))
+        label = RESULT_NAMES.get(name, label_of(name))
+        about = _settings_of_metric(settings, name)
+        if name not in METRICS:
+            about["source"] = source_of(functions[name])
+        if name not in METRICS or name in WITH_HEADS:
+            about["heads"] = context.heads_mark
+        cache_key = _hash(label, settings["host"], about)
         path = None if output is None else Path(output) / "metrics" / f"{label}.json"
         found = None if path is None else _read_finished(path, cache_key)
         if found is None:
             logger.info("measuring %s", name)
             try:
-                found = {key: row.to_dict() for key, row in METRICS[name](context).items()}
+                found = {key: row.to_dict() for key, row in functions[name](context).items()}
             except ConfigError as error:
                 if str(error).startswith(("unknown key", "evaluation.")):
                     raise
@@ -133,6 +156,8 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
                 continue
             if path is not None:
                 write_json(path, {"mark": cache_key, "rows": found})
+        if twice := sorted(rows.keys() & found.keys()):
+            raise ConfigError(f"evaluation.metrics: {name} gives {twice[0]!r} a second time")
         rows |= found
         skipped |= _skipped_parts(label, found)
     if not rows:
@@ -142,10 +167,31 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
         listed = "; ".join(f"{', '.join(labels)}: {why}" for why, labels in reasons.items())
         raise ConfigError(f"no metric could be computed: {listed}")
     return {
-        "settings": settings | {"metrics": [RESULT_NAMES.get(name, name) for name in names]},
+        "settings": settings
+        | {"metrics": [RESULT_NAMES.get(name, label_of(name)) for name in names]},
         "environment": _environment(),
         "metrics": rows,
         "skipped": skipped,
+    }
+
+
+def _functions(
+    names: Sequence[str], options: Mapping[str, Any]
+) -> dict[str, Callable[[Context], Rows]]:
+    """Return each metric; raises ConfigError if one of another package refuses its options."""
+    given = {label_of(key): value for key, value in options.items()}
+    labels = [label_of(name) for name in names if name not in METRICS]
+    for label in given:
+        if label not in labels:
+            key = f"evaluation.options.{label}"
+            logger.warning(
+                "%s is not read: no such metric is measured%s", key, suggest(label, labels)
+            )
+    return {
+        name: METRICS[name]
+        if name in METRICS
+        else find_metric(name, NAMES, given.get(label_of(name)))
+        for name in names
     }
 
 
@@ -191,8 +237,10 @@ def _settings(context: Context) -> dict[str, Any]:
 
 
 def _settings_of_metric(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    keys = [RESULT_NAMES.get(key, key) for key in (*COMMON_KEYS, *KEYS.get(name, ()))]
-    block = {key: settings["evaluation"][key] for key in keys}
+    block = dict(settings["evaluation"])  # of another package's metric, which may read any key
+    if name in METRICS:
+        keys = [RESULT_NAMES.get(key, key) for key in (*COMMON_KEYS, *KEYS.get(name, ()))]
+        block = {key: block[key] for key in keys}
     train = None if name in UNTRAINED else settings["train"]
     return {"test": settings["test"], "train": train, "evaluation": block}
 

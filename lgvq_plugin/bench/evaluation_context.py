@@ -1,6 +1,6 @@
 """What the metrics of one host share: its data, its codes, its reconstructions, the guide."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ..alignment import Alignment
 from ..datasets.base import collate
+from ..encoder import SavedHeads
 from ..guides.base import AbstractGuide, build_guide
-from ..host import encode, reconstruct
+from ..host import attach_saved, encode, reconstruct
 from ..sockets import ConfigError
 from ..training.build import build_dataset
 from .evaluate import EvaluationConfig
+from .metrics.perceptual import state_hash
 from .metrics.reconstruction import to_uint8
 from .probes.features import CodeCollector, FrozenCodes, channels_first
 from .probes.vqa import Question
@@ -32,6 +35,7 @@ class Encoded:
     captions: list[list[str]]  # of each image, [] for an image without any
     attributes: list[Mapping[str, Any]] = field(default_factory=list)  # of each image, or []
     questions: list[Question] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # of each image, or []
 
     @property
     def first_captions(self) -> list[str]:
@@ -56,7 +60,8 @@ class Context:
     """Data, codes and guide, each computed on first use and kept.
 
     `data` and `lgvq` ({} for a baseline) are those sections of the config, plain, and `config` is
-    its `evaluation:` block; `folder` is for the probes' checkpoints.
+    its `evaluation:` block; `folder` is for the probes' checkpoints; `heads` were trained on the
+    host, whose own loss may have them, too.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Context:
         *,
         folder: Path | None = None,
         progress: bool = True,
+        heads: Alignment | SavedHeads | None = None,
     ):
         self.host, self.config, self.folder, self.progress = host, config, folder, progress
         self.data = {**(data.get("params") or {}), **data}
@@ -76,6 +82,46 @@ class Context:
         """Captions and images of text_to_image."""
         self._pictures: list[tuple[Tensor, Tensor]] | None = None
         self.device = next((p.device for p in host.parameters()), torch.device("cpu"))
+
+        own = getattr(getattr(host, "loss", None), "alignment", None)
+        self._given_heads = own if heads is None else heads
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether heads of LG-VQ were trained on the host."""
+        return self._given_heads is not None
+
+    @cached_property
+    def heads(self) -> Alignment:
+        """The heads that were trained on the host; ConfigError for a host without."""
+        given = self._given_heads
+        if given is None:
+            raise ConfigError("the tokenizer has no heads of LG-VQ: it is a baseline, or exported")
+        if not isinstance(given, SavedHeads):
+            return given
+        guide = (given.block or {}).get("guide") or {}
+        # Prompts are not among the captions of a text cache.
+        is_cached = guide.get("use") == "cached"
+        more: Any = {"guide": {**guide, "missing": "encode"}} if is_cached else {}
+        handle = attach_saved(self.host, given, **more)
+        handle.detach()
+        return handle.heads.eval()
+
+    @property
+    def heads_mark(self) -> list[Any]:
+        """What tells heads apart: a hash of their tensors, and their config; [] without heads."""
+        given = self._given_heads
+        if given is None:
+            return []
+        saved = given if isinstance(given, SavedHeads) else SavedHeads.of(given)
+        return [state_hash(saved.tensors), saved.block]
+
+    @property
+    def attribute_names(self) -> Mapping[str, Sequence[str]]:
+        """The data set's names of the values of each label; {} if it has none."""
+        dataset = self._dataset("test")
+        names = getattr(getattr(dataset, "dataset", dataset), "attribute_names", dict)
+        return names()
 
     @property
     def test_section(self) -> dict[str, Any]:
@@ -163,6 +209,7 @@ class Context:
         captions: list[list[str]] = []
         attributes: list[Mapping[str, Any]] = []
         questions: list[Question] = []
+        files: list[str] = []
         for images, batch in self._batches(which, f"encoding ({which})"):
             collector.add(encode(self.host, images))
             given = batch.get("captions") or [[text] for text in batch.get("caption", [])]
@@ -180,8 +227,10 @@ class Context:
             ]
             captions += [[text for text in texts if text.strip()] for texts in given]
             attributes += batch.get("attributes", [])
+            files += [str(file) for file in batch.get("file", [])]
         codes = collector.result()
-        return Encoded(codes, captions or [[] for _ in range(len(codes))], attributes, questions)
+        captions = captions or [[] for _ in range(len(codes))]
+        return Encoded(codes, captions, attributes, questions, files)
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..checkpoints.load import load_host
+from ..checkpoints.load import load_checkpoint, load_host
+from ..checkpoints.pretrained import heads_of
 from ..device import choose_device
 from ..files import write_json
 from ..host import reconstruct
@@ -66,7 +67,7 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     cost = _cost(trained.steps, trained.steps - max(saved, default=0), times, folder)
     logger.info(EVALUATING.format(job.name))
     is_averaged = job.config["training"].get("ema_decay") is not None
-    checkpoint = trained.checkpoint
+    checkpoint = load_checkpoint(trained.checkpoint)
     del trained  # frees the trained host before another one is loaded
     host = load_host(job.config, checkpoint, device=choose_device(), averaged=is_averaged)
     options = dict(job.evaluation)
@@ -77,6 +78,7 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
         output=folder / "evaluation",
         options=options,
         progress=False,
+        heads=heads_of(checkpoint, averaged=is_averaged),
     )
     run = Run(
         data=job.data,

@@ -22,7 +22,8 @@ from ..training.config import (
     read_config,
     to_plain,
 )
-from .evaluate import NAMES, EvaluationConfig, renamed
+from .evaluate import NAMES, EvaluationConfig, names_of
+from .foreign import find_metric, label_of
 from .records import Job, Plan
 
 LGVQ = "model.params.lossconfig.params.lgvq"
@@ -229,11 +230,12 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     metrics = evaluation.get("metrics")
     if metrics is not None and not isinstance(metrics, list):
         evaluation["metrics"] = metrics = [metrics]
-    for name in metrics or ():
-        if renamed(name) not in NAMES:
-            raise ConfigError(f"{path}: evaluation.metrics: {name!r}{suggest(str(name), NAMES)}")
     try:
-        EvaluationConfig.from_dict({key: v for key, v in evaluation.items() if key != "metrics"})
+        config = EvaluationConfig.from_dict({k: v for k, v in evaluation.items() if k != "metrics"})
+        options = {label_of(key): value for key, value in config.options.items()}
+        for name in names_of(metrics):
+            if name not in NAMES:  # before hours of training
+                find_metric(name, NAMES, options.get(label_of(name)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return evaluation

@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(argv)
     output = Path(given.output)
     _check_output(output, given.format, given.force)
-    if given.push and given.format in ("host", "heads"):
-        raise ConfigError("--push uploads folders: --format safetensors or diffusers")
+    if given.push and given.format == "host":
+        raise ConfigError("--push uploads folders: --format safetensors, diffusers or heads")
     find_checkpoint(given.ckpt)
     given_config = read_config(given.base) if given.base else None
     from . import pretrained
@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
         export_host(tensors, output, step=checkpoint.step)
     else:
         _export_folder(checkpoint, config or checkpoint.require_config(), output, given)
+    if given.push:
+        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
     logger.info("%s written to %s", given.format, output)
     return 0
 
@@ -96,8 +98,6 @@ def _export_folder(
         host = load_host(config, checkpoint, averaged=given.averaged)
         numbers = _numbers(checkpoint.path)
         pretrained.save_pretrained(host.state_dict(), config, output, numbers=numbers)
-    if given.push:
-        logger.info("uploaded: %s", pretrained.push_to_hub(output, given.push))
 
 
 def host_state_dict(

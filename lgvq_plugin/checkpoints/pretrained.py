@@ -1,8 +1,7 @@
 """A tokenizer as a folder: model.safetensors, config.json and a model card; heads as another."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..encoder import SavedHeads
 from ..files import write_bytes, write_json, write_text
-from ..host import HEADS_CONFIG, HEADS_WEIGHTS
+from ..hub import download, hub_errors
 from ..sockets import ConfigError
 from ..training.config import lgvq_block, loss_section
-from .layout import split
+from .layout import split, unflatten
 from .load import HEADS, Checkpoint, load_host, sizes_of
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -36,6 +36,23 @@ reconstruction = host(images)[0]
 {table}
 License and intended use: to be filled in by the publisher.
 """
+HEADS_CARD = """---
+library_name: lgvq_plugin
+tags: [vector-quantization, image-tokenizer, lg-vq]
+---
+
+# LG-VQ's heads for `{target}` with codes of width {width}
+
+They map the tokenizer's codes into the sentence space of the text encoder in `lgvq_config.json`.
+
+```python
+from lgvq_plugin import Handle
+handle = Handle.from_pretrained(tokenizer, '.')
+similarity = handle.encode_image(images) @ handle.encode_text(["a dog", "a cat"]).mT
+```
+
+License and intended use: to be filled in by the publisher.
+"""
 
 
 def from_pretrained(
@@ -48,7 +65,7 @@ def from_pretrained(
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _download(str(name), revision)
+        folder = download(str(name), revision)
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{str(folder)!r} has no {CONFIG}; expected what save_pretrained wrote")
     return load_host(None, folder / WEIGHTS, device=device)
@@ -88,14 +105,25 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
 
     Raises ConfigError if it has none.
     """
-    tensors, _ = split(checkpoint.state_dict, HEADS)
-    if not tensors:
+    saved = heads_of(checkpoint)
+    if saved is None:
         lacks = f"has no heads ({HEADS}*): it is not of an LG-VQ run"
         raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
-    folder = Path(folder)
-    write_safetensors(tensors, folder / HEADS_WEIGHTS)
-    write_json(folder / HEADS_CONFIG, {"lgvq": _block(checkpoint.config)})
-    return folder
+    config = checkpoint.config or {}
+    target = (config.get("model") or {}).get("target") or "a tokenizer"
+    write_text(Path(folder) / CARD, HEADS_CARD.format(target=target, width=saved.code_dim))
+    return saved.write(folder)
+
+
+def heads_of(checkpoint: Checkpoint, *, averaged: bool = False) -> SavedHeads | None:
+    """Return the heads in a checkpoint, averaged ones if there are any; None without heads."""
+    state = dict(checkpoint.state_dict)
+    if averaged and checkpoint.averaged is not None:
+        state |= unflatten(checkpoint.averaged, state)
+    tensors, _ = split(state, HEADS)
+    if not tensors:
+        return None
+    return SavedHeads.from_state(tensors, _block(checkpoint.config), str(checkpoint.path))
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
@@ -104,33 +132,12 @@ def push_to_hub(folder: Path, repository: str) -> str:
     Raises ConfigError if huggingface_hub is not installed, or the upload failed.
     """
     left = f"the folder {str(folder)!r} is complete, try again when the hub can be reached"
-    with _hub("--push needs", f"--push {repository!r} failed", f"; {left}"):
+    with hub_errors("--push needs", f"--push {repository!r} failed", f"; {left}"):
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repository))
-
-
-def _download(name: str, revision: str | None) -> Path:
-    if name.count("/") != 1:
-        raise ConfigError(f"no folder {name!r}, and no hub repository (organization/repository)")
-    lacks = f"no folder {name!r}"
-    with _hub(f"{lacks}; downloads need", f"{lacks}, and the download failed"):
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, revision=revision))
-
-
-@contextmanager
-def _hub(needs: str, failed: str, rest: str = "") -> Iterator[None]:
-    """Turn what the hub raises into a ConfigError."""
-    try:
-        yield
-    except ImportError as error:
-        raise ConfigError(f"{needs} huggingface_hub: pip install huggingface_hub") from error
-    except Exception as error:  # network, rights, names: all of them the hub's own classes
-        raise ConfigError(f"{failed} ({type(error).__name__}: {error}){rest}") from error
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -31,12 +31,13 @@ from ..training.config import (
     lay_over,
     lgvq_block,
     loss_key,
+    loss_section,
     model_section,
     read_config,
     to_plain,
 )
 from ..training.run import TrainResult, train
-from ..training.settings import FROZEN, TrainingConfig
+from ..training.settings import FROZEN, TRAINED, TrainingConfig
 from . import find_checkpoint
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     if not given.base:
         config = lay_over(OmegaConf.create(checkpoint.require_config()), config)
+    shortcuts = {"data": given.data, "max_steps": given.max_steps, "trained": given.train}
     result = retrofit(
-        with_shortcuts(config, data=given.data, max_steps=given.max_steps, overrides=overrides),
+        with_shortcuts(config, **shortcuts, overrides=overrides),
         checkpoint,
         given.output,
         averaged=given.averaged,
@@ -96,14 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn an old tokenizer's checkpoint into an LG-VQ run, and compare both.",
         epilog="key=value: training.max_steps=5000, lgvq.guide.use=micro_clip, lgvq.ramp=1000, ...",
     )
-    add_shortcuts(parser, steps=True)
+    add_shortcuts(parser, trained=[*TRAINED])
     add = parser.add_argument
     add("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
         help="the old config, and others laid over it; default: the one in the checkpoint or its "
         "run folder")  # fmt: skip
     add("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
     add("-o", "--output", required=True, metavar="DIR", help="folder of the new run")
-    add("--freeze", metavar="PARTS", help="parts to keep fixed: any of encoder,decoder,codebook")
+    add("--freeze", metavar="PARTS", help=f"parts to keep fixed: any of {','.join(FROZEN)}")
     add("--heads-first", type=int, metavar="N", help="only train the heads for the first N steps")
     add("--heads", metavar="DIR", help="start from the exported heads of another run")
     add("--control", action="store_true", help="also continue training with the old loss")
@@ -191,6 +193,8 @@ def retrofit(
     plain = to_plain(config)
     lgvq = plain.pop("lgvq", None)
     plain["training"] = gently(plain.get("training") or {})
+    if "host" in (plain["training"].get("freeze") or ()):
+        lgvq = heads_alone(plain["model"], lgvq, control=control)
     _require_complete({**plain, "model": over_old_loss(model_section(plain), lgvq)})
     old = load_host(plain, checkpoint, averaged=averaged)
     shift_discriminator(plain["model"], checkpoint)
@@ -255,6 +259,21 @@ def over_old_loss(
     return made
 
 
+def heads_alone(
+    model: Mapping[str, Any], lgvq: Mapping[str, Any] | None, *, control: bool
+) -> dict[str, Any]:
+    """Return the `lgvq:` block of a run whose host is frozen; a new block has no `stop`.
+
+    Raises ConfigError for a control: the host would be the old one in both.
+    """
+    if control:
+        raise ConfigError(
+            "--control continues with the old loss, but the host is frozen: leave it out"
+        )
+    has_block = str(loss_section({"model": model}).get("target")).startswith(OURS)
+    return {**({} if has_block else {"stop": None}), **(lgvq or {})}
+
+
 def gently(training: Any) -> Any:
     """Return a `training:` section, whose keys win, over a safe learning rate for trained weights.
 
@@ -286,8 +305,8 @@ def require_steps_for_host(training: TrainingConfig) -> None:
             f"training.max_steps={training.max_steps} to the host: it would not change; raise "
             "training.max_steps, or lower --heads-first"
         )
-    if set(training.freeze) >= set(FROZEN):
-        logger.warning("--freeze covers the whole host: it does not change, all differences are 0")
+    if "host" in training.freeze or {*training.freeze} >= {*FROZEN} - {"host"}:
+        logger.warning("the whole host is frozen: it does not change, all differences are 0")
 
 
 def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
@@ -314,7 +333,7 @@ def load_old(
     heads: str | Path | None,
 ) -> LoadReport:
     """Load the old weights, and perhaps another run's heads, into a host before its first step."""
-    from ..host import load_heads
+    from ..encoder import load_heads
     from .load import load_into
 
     report = load_into(host, checkpoint, params=config["model"]["params"], averaged=averaged)

@@ -44,6 +44,7 @@ from .config import (
     model_section,
     to_plain,
 )
+from .settings import TRAINED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -324,20 +325,43 @@ def with_shortcuts(
     *,
     data: str | Path | None = None,
     max_steps: int | None = None,
+    trained: str | None = None,
     overrides: Sequence[str] = (),
 ) -> DictConfig:
-    """Return `config` with the values of `--data` and `--max-steps`.
+    """Return `config` with the values of `--data`, `--max-steps` and `--train`.
 
     `data` holds images with captions in any layout that `lgvq data check` knows. It replaces the
     data section, of which batch_size stays, and num_workers up to the number of cores; without
     split folders a tenth of the images is for validation. `key=value` words about `data` apply to
     it too, those in `data.train.params` (encoding, size, file_key, ...) to all its splits.
-    Raises ConfigError if it is missing, or of no known layout.
+    `trained` is a key of `settings.TRAINED`; with `heads` they never stop (`lgvq.stop: null`).
+    Raises ConfigError if the folder is missing, or of no known layout, or if `trained` contradicts
+    the config.
     """
     if data is not None:
         config = _with_folder(config, Path(data).expanduser(), overrides)
     if max_steps is not None:
         config = lay_over(config, {"training": {"max_steps": max_steps}})
+    return config if trained is None else _with_trained(config, trained, overrides)
+
+
+def _with_trained(config: DictConfig, trained: str, overrides: Sequence[str]) -> DictConfig:
+    given = {key: OmegaConf.select(config, f"training.{key}") for key in ("freeze", "heads_first")}
+    freeze = [*(given["freeze"] or ())]
+    if freeze and {*freeze} != {*TRAINED[trained]}:
+        raise ConfigError(
+            f"--train {trained} freezes {[*TRAINED[trained]]}, but training.freeze (--freeze) is "
+            f"{freeze}; give only one of them"
+        )
+    if trained == "heads" and given["heads_first"]:
+        raise ConfigError(
+            f"--train heads: the host never learns, but training.heads_first (--heads-first) is "
+            f"{given['heads_first']}, after which it would; give only one of them"
+        )
+    config = lay_over(config, {"training": {"freeze": [*TRAINED[trained]]}})
+    is_ours = str(loss_section(config).get("target")).startswith(OURS)
+    if trained == "heads" and is_ours and not any(w.startswith("lgvq.stop=") for w in overrides):
+        config = lay_over(config, {"lgvq": {"stop": None}})
     return config
 
 

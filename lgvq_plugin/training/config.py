@@ -295,6 +295,11 @@ class Sections:
             if guide.get("use") is not None:
                 path_of("guides", guide["use"])
         is_on = any(own.weight for _, own in block.objectives.items())
+        if "host" in self.training.freeze and block.stop is not None:
+            self.warnings.append(
+                f"training.freeze: [host] trains the heads alone, and lgvq.stop: {block.stop} ends "
+                "that early; set lgvq.stop: null"
+            )
         if given and is_on and block.start >= steps:
             raise ConfigError(
                 f"lgvq.start: {block.start} is not before the end of training, training.max_steps: "
@@ -407,8 +412,13 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"model: expected a mapping with a `target:`, got {model!r:.80}")
     _refuse_near("model: no key {!r}", model, MODEL_KEYS)
     model = {key: value for key, value in model.items() if key in MODEL_KEYS}
-    if not isinstance(model.get("target"), str):
+    target = model.get("target")
+    if not isinstance(target, str):
         raise ConfigError("model.target is missing: the dotted path of the host's class")
+    try:  # what reads the section later, and a run's own config, name the class
+        model["target"] = path_of("hosts", target)
+    except ConfigError as error:
+        raise ConfigError(f"model.target: {error}") from error
     params = model.get("params")
     require(params is None or isinstance(params, dict), "model.params", "a mapping", params)
     if model.get("learning_rate") is None and model.get("base_learning_rate") is None:

@@ -1,6 +1,7 @@
 """HostDriver: one training step of any taming-style host under Lightning 2."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -360,19 +361,20 @@ class Freeze:
     takes part in the backward pass, so that what the host computes from gradients (the adaptive
     weight of its GAN) is unchanged. Raises ConfigError if the host lacks a part, or has no heads.
 
-    `parts` are some of encoder, decoder, codebook; while the step is below `heads_first`,
-    everything but the parameters with ids in `heads` is frozen.
+    `parts` are some of encoder, decoder, codebook, host; while the step is below `heads_first`,
+    or always with `host`, everything but the parameters with ids in `heads` is frozen.
     """
 
     def __init__(self, host: nn.Module, parts: tuple[str, ...], heads_first: int):
-        self.heads_first = heads_first
+        self.heads_first = math.inf if "host" in parts else heads_first
         self.heads = {id(p) for name, p in host.named_parameters() if name.startswith(HEADS)}
-        if heads_first and not self.heads:
+        if self.heads_first and not self.heads:
+            key = "freeze: [host]" if "host" in parts else f"heads_first: {heads_first}"
             raise ConfigError(
-                f"training.heads_first: {heads_first}, but {type(host).__name__} has no heads of "
-                "LG-VQ; give it a loss of lgvq_plugin, or leave the key out"
+                f"training.{key}, but {type(host).__name__} has no heads of LG-VQ; give it a loss "
+                "of lgvq_plugin, or leave the key out"
             )
-        self._frozen = [module for part in parts for module in _modules(host, part)]
+        self._frozen = [m for part in parts if part != "host" for m in _modules(host, part)]
         self._first = [module for name, module in host.named_children() if name != "loss"]
         discriminator = getattr(getattr(host, "loss", None), "discriminator", None)
         self._first += [discriminator] if isinstance(discriminator, nn.Module) else []

@@ -28,6 +28,7 @@ from ..files import require_writable
 from ..sockets import ConfigError, Problems
 from .build import build_parts, check_data, with_shortcuts
 from .config import Sections, lay_over, read_config
+from .settings import TRAINED
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -317,7 +318,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("-b", "--base", nargs="+", action="extend", required=True, metavar="CONFIG",
         help="YAML files; later ones win")  # fmt: skip
-    add_shortcuts(parser, steps=True)
+    add_shortcuts(parser, trained=[*TRAINED])
     add("-n", "--name", help="run folder; default: time and name of the config")
     add("--logdir", default="logs", help="folder of run folders (default: logs)")
     add("--resume", metavar="auto|PATH", help="newest checkpoint, or this one")
@@ -325,8 +326,8 @@ def main(argv: list[str]) -> int:
     given, overrides = parse_words(parser, argv, "base")
     if not given.base:
         raise ConfigError(f"-b {' '.join(overrides)}: expected a YAML file, got overrides only")
-    shortcuts = {"data": given.data, "max_steps": given.max_steps, "overrides": overrides}
-    config = with_shortcuts(read_config(given.base, overrides), **shortcuts)
+    shortcuts = {"data": given.data, "max_steps": given.max_steps, "trained": given.train}
+    config = with_shortcuts(read_config(given.base, overrides), **shortcuts, overrides=overrides)
     name, resume, stem = given.name, given.resume, Path(given.base[0]).stem
     if resume == "auto" and not name:
         runs = sorted(Path(given.logdir).glob(f"*_{stem}/checkpoints/*.ckpt"))

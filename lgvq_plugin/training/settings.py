@@ -7,7 +7,14 @@ from typing import Any
 
 from ..sockets import ConfigError, MissingError, suggest
 
-FROZEN = ("encoder", "decoder", "codebook")
+FROZEN = ("encoder", "decoder", "codebook", "host")
+TRAINED: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "decoder": ("encoder", "codebook"),
+    "encoder": ("decoder", "codebook"),
+    "heads": ("host",),
+}
+"""What `--train` freezes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,8 @@ class TrainingConfig:
     two_forward: bool = False
     """taming's scheme: a second forward pass, with the new weights, for the discriminator."""
     freeze: tuple[str, ...] = ()
-    """Parts of the host that keep their weights: some of encoder, decoder, codebook."""
+    """Parts of the host that keep their weights: some of encoder, decoder, codebook; or host:
+    everything but the heads of LG-VQ."""
     heads_first: int = 0
     """Number of steps at the start in which only the heads of LG-VQ learn; 0 = none."""
 

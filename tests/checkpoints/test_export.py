@@ -19,10 +19,10 @@ IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
 MICRO = {"guide": {"use": "micro_clip"}}
 
 
-def lgvq_run(config, tmp_path, name, **training):
+def lgvq_run(config, tmp_path, name, block=None, **training):
     """Train two steps of LG-VQ over a tiny host."""
     whole = config(name, **training)
-    whole["model"] = over_old_loss(whole["model"], MICRO)
+    whole["model"] = over_old_loss(whole["model"], block or MICRO)
     return whole, train(whole, name="run", logdir=tmp_path, progress=False)
 
 
@@ -231,3 +231,41 @@ def test_averages_of_heads_are_left_out_of_the_hosts_file(tmp_path):
     torch.save({"state_dict": state | {"model_ema.decay": torch.ones(())}}, tmp_path / "old.ckpt")
     found = export.host_state_dict(load_checkpoint(tmp_path / "old.ckpt"))
     assert found.keys() == {"encoder.weight", "model_ema.encoderweight", "model_ema.decay"}
+
+
+@pytest.mark.slow
+def test_heads_go_to_the_hub_with_a_card_and_become_an_encoder(config, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from lgvq_plugin import Handle
+
+    _, run = lgvq_run(config, tmp_path, "vqvae")
+    out, uploaded = tmp_path / "heads", {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kw: None)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "upload_folder", lambda self, **kw: uploaded.update(kw)
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: str(out))
+    argv = ["--ckpt", str(run.folder), "--format", "heads", "-o", str(out), "--push", "me/heads"]
+    export.main(argv)
+    assert uploaded == {"folder_path": out, "repo_id": "me/heads"}
+    assert "Handle.from_pretrained" in (out / "README.md").read_text()
+    assert json.loads((out / "lgvq_config.json").read_text())["defaults"] == 2
+    host = load_host(None, run.checkpoint)
+    handle = Handle.from_pretrained(host, "me/heads")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(handle.encode_image(images), run.host.loss.encode_image(images))
+
+
+@pytest.mark.slow
+def test_heads_of_a_run_of_version_01_keep_its_defaults(config, tmp_path):
+    block = {**MICRO, "recipe": "corrected_v1"}
+    _, run = lgvq_run(config, tmp_path, "vqvae", block)
+    content = torch.load(run.checkpoint, weights_only=True)
+    del content["state_dict"]["loss.lgvq.first_step"]
+    loss = content["lgvq_training"]["config"]["model"]["params"]["lossconfig"]
+    del loss["params"]["lgvq"]["recipe"]  # as that version, which had no such name
+    torch.save(content, tmp_path / "old.ckpt")
+    out = pretrained.save_heads(load_checkpoint(tmp_path / "old.ckpt"), tmp_path / "heads")
+    about = json.loads((out / "lgvq_config.json").read_text())
+    assert (about["defaults"], about["lgvq"]["recipe"]) == (2, "corrected_v1")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from lgvq_plugin import cli
@@ -18,11 +19,13 @@ from lgvq_plugin.checkpoints.retrofit import (
     shift_discriminator,
     warnings_of,
 )
+from lgvq_plugin.checkpoints.retrofit import main as retrofit_main
 from lgvq_plugin.checkpoints.side_by_side import compare_hosts
 from lgvq_plugin.host import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
 from lgvq_plugin.training.build import build_dataset, build_host
+from lgvq_plugin.training.config import lgvq_block
 from lgvq_plugin.training.driver import HostDriver
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -364,3 +367,20 @@ def test_a_collapsed_foreign_model_uses_more_codes_after_a_retrofit(shared, tmp_
     assert rows["codebook/usage"]["old"] < 0.2
     assert rows["codebook/usage"]["new"] > 2 * rows["codebook/usage"]["old"]
     assert rows["codebook/perplexity"]["new"] > 2 * rows["codebook/perplexity"]["old"]
+
+
+@pytest.mark.slow
+def test_heads_alone_give_an_old_tokenizer_semantics_and_leave_it_as_it_is(old, tmp_path):
+    config, host, path = old("vqvae")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**config, "lgvq": MICRO}))
+    argv = ["-b", tmp_path / "c.yaml", "--ckpt", path, "-o", tmp_path / "new", "--no-progress"]
+    retrofit_main([*map(str, argv), "--train", "heads", "--images", "4"])
+    new = load_checkpoint(tmp_path / "new").state_dict
+    before = host.state_dict()
+    assert all(torch.equal(new[key], value) for key, value in before.items())
+    heads = {key for key in new if key.startswith("loss.lgvq.")}
+    assert "loss.lgvq.objectives.global_semantic.log_temperature" in heads
+    config = load_checkpoint(tmp_path / "new").config
+    assert lgvq_block(config)["stop"] is None
+    with pytest.raises(ConfigError, match="--control continues with the old loss"):
+        retrofit_main([*map(str, argv), "--train", "heads", "--control"])

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lgvq_plugin.sockets import ConfigError
-from lgvq_plugin.training.run import train
+from lgvq_plugin.training.build import build_host, with_shortcuts
+from lgvq_plugin.training.rng import seed_all
+from lgvq_plugin.training.run import main, train
 
 VQVAE = {
     "model": {
@@ -114,3 +117,88 @@ def test_heads_first_asks_for_heads(config, tmp_path):
 def test_wrong_values_are_refused(config, tmp_path, wrong):
     with pytest.raises(ConfigError, match=r"training\.(freeze|heads_first) must be"):
         train(config(wrong), name="a", logdir=tmp_path, progress=False)
+
+
+def command(tmp_path, section, *words):
+    """Run `lgvq train --train ...` in a folder, from a config file."""
+    tmp_path.mkdir(exist_ok=True)
+    path = tmp_path / "c.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(section)))
+    main(["-b", str(path), "--logdir", str(tmp_path), "--name", "run", "--no-progress", *words])
+
+
+TINY = {**VQVAE, "training": {"accelerator": "cpu", "val_every": None, "images_every": None}}
+
+
+@pytest.mark.parametrize("host", ["vqvae", pytest.param("taming", marks=pytest.mark.slow)])
+def test_training_the_heads_alone_leaves_every_tensor_of_the_host(config, tmp_path, host):
+    section = TINY
+    if host == "taming":  # with a discriminator, whose BatchNorm keeps statistics
+        section = OmegaConf.to_container(config())
+        loss = section["model"]["params"]["lossconfig"]
+        loss["target"], loss["params"]["disc_start"] = "lgvq_plugin.LGVQLoss", 0
+        loss["params"]["lgvq"] = {"guide": {"use": "micro_clip"}}
+    command(tmp_path / "a", section, "--train", "heads", "--max-steps", "1")
+    command(tmp_path / "b", section, "--train", "heads", "--max-steps", "4")
+    files = [tmp_path / name / "run/checkpoints/last.ckpt" for name in "ab"]
+    one, four = (torch.load(file, weights_only=True)["state_dict"] for file in files)
+    seed_all(0)
+    start = build_host(section).state_dict()
+    for after in (one, four):
+        hosts = [key for key in start if not key.startswith("loss.lgvq.")]
+        assert len(hosts) > 10
+        assert [key for key in hosts if not torch.equal(start[key], after[key])] == []
+    for before, after in ((start, one), (one, four)):  # they learn to the end
+        assert moved(before, after, ("loss.lgvq.code_vit.",))
+
+
+@pytest.mark.parametrize(
+    ("part", "still", "moves"),
+    [
+        ("decoder", ("encoder.", "quant_conv.", "quantize."), ("decoder.", "loss.lgvq.")),
+        ("encoder", ("decoder.", "quantize."), ("encoder.", "loss.lgvq.")),
+        pytest.param("all", (), ("encoder.", "decoder.", "quantize."), marks=pytest.mark.slow),
+    ],
+)
+def test_a_part_alone_learns_beside_the_heads(tmp_path, part, still, moves):
+    command(tmp_path, TINY, "--train", part, "--max-steps", "3")
+    after = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    seed_all(0)
+    before = build_host(TINY).state_dict()
+    for prefix in still:
+        assert moved(before, after, (prefix,)) == []
+    for prefix in moves:
+        assert moved(before, after, (prefix,)), prefix
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--train", "decoder", "training.freeze=[codebook]"],
+            r"freezes \['encoder', 'codebook'\]",
+        ),
+        (["--train", "all", "training.freeze=[codebook]"], "give only one of them"),
+        (["--train", "heads", "training.heads_first=2"], "heads_first .* is 2, after which"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path, words, message):
+    with pytest.raises(ConfigError, match=message):
+        command(tmp_path, TINY, "--max-steps", "3", *words)
+
+
+def test_the_same_said_twice_is_none(tmp_path):
+    config = OmegaConf.create({"training": {"freeze": ["codebook", "encoder"]}})
+    freeze = with_shortcuts(config, trained="decoder").training.freeze
+    assert sorted(freeze) == ["codebook", "encoder"]
+
+
+def test_heads_alone_need_heads(small, tmp_path):
+    section = OmegaConf.to_container(small())
+    with pytest.raises(ConfigError, match=r"training.freeze: \[host\], but VQVAE has no heads"):
+        command(tmp_path, section, "--train", "heads")
+
+
+def test_a_stop_that_ends_the_training_of_the_heads_is_reported(tmp_path, caplog):
+    command(tmp_path, TINY, "--train", "heads", "--max-steps", "2", "lgvq.stop=1")
+    assert "lgvq.stop: 1 ends that early" in caplog.text

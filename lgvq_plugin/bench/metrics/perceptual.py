@@ -1,6 +1,7 @@
 """LPIPS v0.1 by torchmetrics, with a backbone from a file, so that no download is needed."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,15 @@ def module_hash(module: nn.Module, *, skip: str | None = None) -> str:
         >>> module_hash(nn.Identity()) == module_hash(nn.Identity())
         True
     """
+    state = module.state_dict()
+    return state_hash({k: v for k, v in state.items() if skip is None or not k.startswith(skip)})
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """Return a hash of a state dict, see :func:`module_hash`."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if skip is None or not name.startswith(skip):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()[:16]

@@ -1,11 +1,13 @@
 """Downstream tasks on frozen codes, the same for any tokenizer: the contract and the members."""
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 MEMBERS = {
     "retrieval": "retrieval.RetrievalProbe",
     "attributes": "attributes.AttributesProbe",
+    "linear_probe": "classifiers.LinearProbe",
+    "knn": "classifiers.NearestNeighbors",
     "masked_words": "masked_words.MaskedWordsProbe",
     "captioning": "captioning.CaptioningProbe",
     "vqa": "vqa.VQAProbe",
@@ -19,7 +21,16 @@ Self = TypeVar("Self", bound="AbstractProbe")
 
 
 class AbstractProbe(ABC, Generic[Source, Target]):
-    """A small model from frozen codes to a task, trained on one split and tested on another."""
+    """A small model from frozen codes to a task, trained on one split and tested on another.
+
+    A probe of another package is measured by `lgvq eval --metrics my_pkg.mod:MyProbe`, see
+    :mod:`lgvq_plugin.bench.foreign`; the two attributes say what it then reads.
+    """
+
+    source: ClassVar[Literal["features", "codes"]] = "features"
+    """`CodeFeatures` (pooled codes and their histogram), or `FrozenCodes` (all positions)."""
+    target: ClassVar[Literal["captions", "attributes", "questions"]] = "captions"
+    """Of each image: its captions, its labels; or the data set's questions."""
 
     @abstractmethod
     def fit(self: Self, codes: Source, target: Target) -> Self:
