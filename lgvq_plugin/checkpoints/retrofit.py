@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from ..arguments import add_shortcuts, parse_words
 from ..config import laid_over, parse
 from ..files import require_writable, write_json, write_text
-from ..sockets import ConfigError, Problems
+from ..shipped import shipped
+from ..sockets import ConfigError, Problems, suggest
 from ..training.build import build_dataset, build_parts, with_shortcuts
 from ..training.config import (
     LOSS_KEYS,
@@ -66,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     if any(word.startswith(RATES) for word in overrides):  # chosen for this run
         overrides.insert(0, "training.max_learning_rate=null")
     find_checkpoint(given.ckpt)
+    if given.preset is not None:
+        given.base.insert(0, str(preset(given.preset)))
     config = read_config(given.base, overrides)
     from .load import load_checkpoint
     from .side_by_side import as_table
@@ -103,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-b", "--base", nargs="+", action="extend", default=[], metavar="CONFIG",
         help="the old config, and others laid over it; default: the one in the checkpoint or its "
         "run folder")  # fmt: skip
+    add("--preset", metavar="NAME", help="a published tokenizer, in place of -b; "
+        f"one of {', '.join(presets())}")  # fmt: skip
     add("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
     add("-o", "--output", required=True, metavar="DIR", help="folder of the new run")
     add("--freeze", metavar="PARTS", help=f"parts to keep fixed: any of {','.join(FROZEN)}")
@@ -129,6 +134,27 @@ def _check_arguments(given: argparse.Namespace) -> None:
         )
     if given.heads is not None:
         require_heads(Path(given.heads))
+
+
+def presets() -> dict[str, Path]:
+    """Return name -> config of the published tokenizers that `--preset` knows."""
+    found = ((name.partition("/"), path) for name, path in shipped().items())
+    return {name: path for (folder, _, name), path in found if folder == "presets"}
+
+
+def preset(name: str) -> Path:
+    """Return the config of a published tokenizer; ConfigError for an unknown name.
+
+    >>> preset("ldm-vq-f4").name
+    'ldm-vq-f4.yaml'
+    """
+    known = presets()
+    if name not in known:
+        raise ConfigError(
+            f"--preset: no {name!r}{suggest(name, list(known))}. For another tokenizer give its "
+            "config (-b), or attach it in its own training loop (lgvq_plugin.attach)"
+        )
+    return known[name]
 
 
 def require_heads(folder: Path) -> None:

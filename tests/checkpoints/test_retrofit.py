@@ -8,12 +8,14 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 
 from lgvq_plugin import cli
 from lgvq_plugin.checkpoints.load import load_checkpoint
 from lgvq_plugin.checkpoints.retrofit import (
     _first_images,
     over_old_loss,
+    presets,
     require_same,
     retrofit,
     shift_discriminator,
@@ -25,10 +27,11 @@ from lgvq_plugin.host import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
 from lgvq_plugin.training.build import build_dataset, build_host
-from lgvq_plugin.training.config import lgvq_block
+from lgvq_plugin.training.config import lgvq_block, read_config
 from lgvq_plugin.training.driver import HostDriver
 
 IMAGES = torch.rand(2, 3, 16, 16) * 2 - 1
+LOSS = "model.params.lossconfig.params"
 MICRO = {"guide": {"use": "micro_clip"}}
 ROUGH = {"max_learning_rate": None, "warmup_steps": 0, "log_every": 1}
 
@@ -384,3 +387,70 @@ def test_heads_alone_give_an_old_tokenizer_semantics_and_leave_it_as_it_is(old, 
     assert lgvq_block(config)["stop"] is None
     with pytest.raises(ConfigError, match="--control continues with the old loss"):
         retrofit_main([*map(str, argv), "--train", "heads", "--control"])
+
+
+PUBLISHED = {  # millions of parameters without the loss, as the authors' code prints them
+    "taming-f16-1024": 72.14,
+    "taming-f16-16384": 76.07,
+    "ldm-vq-f4": 55.32,
+    "ldm-vq-f8": 67.72,
+    "ldm-vq-f16": 69.59,
+}
+
+
+def test_an_unknown_preset_is_named(tmp_path, capsys):
+    assert {*presets()} == {*PUBLISHED}
+    words = ["--preset", "ldm-vq-f44", "--ckpt", str(tmp_path), "-o", str(tmp_path / "o")]
+    (tmp_path / "last.ckpt").touch()
+    assert cli.main(["retrofit", *words]) == 2
+    assert "--preset: no 'ldm-vq-f44'; did you mean 'ldm-vq-f4'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_preset_builds_the_published_tokenizer(name):
+    with torch.device("meta"):
+        host = build_host(read_config([presets()[name]], [f"{LOSS}.perceptual_weight=0"]))
+    count = sum(p.numel() for n, p in host.named_parameters() if not n.startswith("loss."))
+    assert count / 1e6 == pytest.approx(PUBLISHED[name], abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_file_of_the_generator_alone_is_retrofitted_by_its_preset(tmp_path, capsys):
+    """With the keys of the published file, but a quarter of the width and eight codes, to be quick."""
+    sizes = ["ddconfig.ch=32", "ddconfig.resolution=32", "n_embed=8"]
+    sizes = [f"model.params.{size}" for size in sizes] + [f"{LOSS}.perceptual_weight=0"]
+    host = build_host(read_config([presets()["ldm-vq-f4"]], sizes)).eval()
+    state = {k: v for k, v in host.state_dict().items() if not k.startswith("loss.")}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.new("RGB", (40, 40), (20 * i, 90, 200)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"a plain picture number {i}")
+    words = [
+        "--ckpt",
+        str(tmp_path / "model.ckpt"),
+        "-o",
+        str(tmp_path / "run"),
+        "--max-steps",
+        "1",
+    ]
+    words += [
+        "--data",
+        str(pictures),
+        "--images",
+        "2",
+        "--no-progress",
+        "lgvq.guide.use=micro_clip",
+    ]
+    words += [*sizes, "data.batch_size=2", "data.num_workers=0"]
+    assert cli.main(["retrofit", "--preset", "ldm-vq-f4", *words]) == 0
+    assert "psnr" in capsys.readouterr().out.lower()
+    exported = tmp_path / "back.ckpt"
+    words = ["--ckpt", str(tmp_path / "run"), "--format", "host", "-o", str(exported)]
+    assert cli.main(["export", *words]) == 0
+    back = torch.load(exported, weights_only=True)["state_dict"]
+    assert {key for key in back if not key.startswith("loss.")} == state.keys()
+    host.load_state_dict(back)  # strictly, into the original class
