@@ -208,7 +208,7 @@ def test_heads_of_another_tokenizer_are_refused(tmp_path):
 
 def test_without_the_head_the_error_names_its_weight():
     off = {"global_semantic": {"weight": 0}}
-    message = r"weight is 0 \(trained: masked_text, relationship\); train with lgvq.objectives"
+    message = r"weight is 0 \(trained: relationship\); train with lgvq.objectives"
     handle = attach(plain_host(), **MICRO, objectives=off)
     host = host_with_loss(objectives=off)
     for owner in (handle, host.loss):

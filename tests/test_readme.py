@@ -38,7 +38,9 @@ def test_the_lgvq_block_is_read():
         if "lgvq" in str(b.get("lossconfig")) and "lgvq" in b["lossconfig"]["params"]
     ]
     assert len(given) == 1
-    assert parse(given[0]).objectives.masked_text.weight == 1e-2
+    assert parse(given[0]).objectives.relationship.weight == 0.05
+    same = {key: value for key, value in given[0].items() if key != "guides"}
+    assert parse(same) == parse({"guide": given[0]["guide"]})  # what it shows are the defaults
 
 
 @pytest.mark.parametrize("command", commands())

@@ -37,7 +37,7 @@ RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
 DATA_SETS = ("train", "validation", "test")
 DATA_KEYS = ["batch_size", "num_workers", "wrong_captions", *DATA_SETS]
 DATA_HINT = "; give it, or --data FOLDER (images with captions)"
-VISION_WEIGHT = 0.05  # of `objectives: [vision_alignment]`; the others' default
+NAMED_WEIGHT = 0.05  # of `objectives: [masked_text]` and others that are off by default
 BLOCK_EXAMPLE = "a mapping like {recipe: paper}"
 RENAMED = (  # in interpolations
     (r"\bdataset\.", "data."),
@@ -205,8 +205,9 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
                 if name not in OBJECTIVES:
                     raise ConfigError(f"objectives: {name!r}{suggest(name, OBJECTIVES)}")
             given = {name: {"weight": 0.0} for name in OBJECTIVES if name not in names}
-            if "vision_alignment" in names:  # off by default
-                given["vision_alignment"] = {"weight": VISION_WEIGHT}
+            defaults = parse({"recipe": block.get("recipe") or "corrected"}).objectives
+            for name in (n for n in names if not getattr(defaults, n).weight):
+                given[name] = {"weight": NAMED_WEIGHT}
         block = laid_over(block, {"objectives": given})
     return block
 

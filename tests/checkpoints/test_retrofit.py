@@ -418,7 +418,7 @@ def test_a_preset_builds_the_published_tokenizer(name):
 
 @pytest.mark.slow
 def test_a_file_of_the_generator_alone_is_retrofitted_by_its_preset(tmp_path, capsys):
-    """With the keys of the published file, but a quarter of the width and eight codes, to be quick."""
+    """With the keys of the published file, but narrower and with eight codes, to be quick."""
     sizes = ["ddconfig.ch=32", "ddconfig.resolution=32", "n_embed=8"]
     sizes = [f"model.params.{size}" for size in sizes] + [f"{LOSS}.perceptual_weight=0"]
     host = build_host(read_config([presets()["ldm-vq-f4"]], sizes)).eval()

@@ -167,7 +167,7 @@ def test_a_short_caption_stores_its_only_masking_once(tmp_path):
 
 
 def test_all_objectives_train_without_a_text_tower(tmp_path):
-    block = {"objectives": {"masked_text": {"ratio": [0.2, 0.4]}}, "guide": TOY}
+    block = {"objectives": {"masked_text": {"weight": 1, "ratio": [0.2, 0.4]}}, "guide": TOY}
     fill(tmp_path / "c", TOY, CAPTIONS[:3], ratio=(0.2, 0.4))
     cached = CachedGuide(str(tmp_path / "c"), guide=TOY)
     cached._loaded = lambda: pytest.fail("it built the guide")

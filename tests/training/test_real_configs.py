@@ -36,6 +36,10 @@ def test_short_forms_reach_the_loss(read):
     assert (block["stop"], block["recipe"]) == (6, "paper")
     assert block["objectives"]["relationship"]["weight"] == 0
     assert "masked_text" not in block["objectives"]
+    config = read(OURS, "objectives=[masked_text]")  # off by default
+    block = lgvq_block(Sections.from_config(config).plain)
+    assert block["objectives"]["masked_text"]["weight"] == 0.05
+    assert block["objectives"]["global_semantic"]["weight"] == 0
     over = read(OURS, f"{LOSS}.params.lgvq.stop=4")
     assert lgvq_block(over)["stop"] == 4
 

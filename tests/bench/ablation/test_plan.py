@@ -112,6 +112,7 @@ def test_a_list_of_objectives_switches_the_others_off(write):
     assert lgvq(job)["objectives"] == {
         "global_semantic": {"weight": 0.0},
         "masked_text": {"weight": 0.0},
+        "vision_alignment": {"weight": 0.0},
     }
     with pytest.raises(ConfigError, match="masked_text has weight 0 in recipe corrected; set"):
         read_plan(write(variants={"a": {"objectives": "masked_text"}}), seeds=1)
