@@ -369,6 +369,17 @@ class LGVQLoss(BaseLossWrapper):
         return self._config.on_nonfinite
 
     @property
+    def measured_ratio(self) -> Tensor | None:
+        """Gradient ratio before rescaling in the last backward pass, which the next step logs."""
+        balance = None if self._hook is None else self._hook.balance
+        return None if balance is None else balance.measured
+
+    @measured_ratio.setter
+    def measured_ratio(self, value: Tensor | None) -> None:
+        if self._hook is not None and self._hook.balance is not None:
+            self._hook.balance.measured = value
+
+    @property
     def quantizer_path(self) -> str | list[str] | None:
         """Path of the host's quantizer, or None before a host has adopted this loss."""
         return [*self._path] if len(self._path) > 1 else next(iter(self._path), None)

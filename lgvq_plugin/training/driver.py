@@ -329,6 +329,9 @@ class HostDriver(pl.LightningModule):
             rng.restore(generators[rank])
         else:  # resumed on more processes than before
             rng.seed_all(self.settings.seed + rank + self.global_step)
+        ratio = self._resumed[state.STATE].get(state.RATIO)
+        if isinstance(ratio, Tensor) and hasattr(self.host.loss, "measured_ratio"):
+            self.host.loss.measured_ratio = ratio.to(self.device)
         self._resumed = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -345,11 +348,13 @@ class HostDriver(pl.LightningModule):
         if self.trainer.world_size > 1:
             generators = [{}] * self.trainer.world_size
             torch.distributed.all_gather_object(generators, rng.state())
+        ratio = getattr(self.host.loss, "measured_ratio", None)
         checkpoint[state.STATE] = {
             "samples": self.samples,
             "generators": generators,
             "config": self.config,
             state.DEFAULTS: 2,
+            state.RATIO: None if ratio is None else ratio.detach().cpu(),
             "moments": [len(each["state"]) for each in checkpoint.get("optimizer_states", [])],
         }
 

@@ -25,6 +25,7 @@ from .config import lgvq_block, loss_key, loss_section
 
 LAST = "last.ckpt"
 STATE = "lgvq_training"  # our own entry of a checkpoint
+RATIO = "gradient_ratio"  # of the last step, which the next one logs
 DEFAULTS, FIRST_RECIPE = "defaults", "corrected_v1"  # runs of version 0.1 lack the former's key
 EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
     "state_dict": {},
