@@ -142,9 +142,12 @@ def mark_of(row, *, is_higher_better):
     return "△" if (float(row["value"]) > 0) == is_higher_better else "▽"
 
 
-@pytest.mark.parametrize("plan", MEASURED)
+@pytest.mark.parametrize("plan", [p for p in MEASURED if not p.startswith("default_")])
 def test_the_p_values_of_results_are_those_of_the_seeds_and_intervals(plan):
-    """The derivation that RESULTS.md describes: exact for seeds, else an upper bound."""
+    """The derivation that RESULTS.md describes: exact for seeds, else an upper bound.
+
+    Those of the default recipe are from values per image, which are not in the repository.
+    """
     folder, values = RESULTS.parent / "results", {}
     with (folder / f"{plan}_values.csv").open() as file:
         for row in csv.DictReader(file):

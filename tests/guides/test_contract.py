@@ -26,7 +26,8 @@ def config(request):
         return {"use": "open_clip", "model": "ViT-S-32-alt", "pretrained": None}
     if request.param == "huggingface":
         return {"use": "huggingface", "model": str(request.getfixturevalue("bert"))}
-    return {"use": request.param}
+    small = {"bag_of_words": {"buckets": 2048}}
+    return {"use": request.param, **small.get(request.param, {})}
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,11 @@ def command(tmp_path, section, *words):
 TINY = {**VQVAE, "training": {"accelerator": "cpu", "val_every": None, "images_every": None}}
 
 
-@pytest.mark.parametrize("host", ["vqvae", pytest.param("taming", marks=pytest.mark.slow)])
+EXTENDED = (pytest.mark.slow, pytest.mark.extended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["vqvae", pytest.param("taming", marks=EXTENDED)])
 def test_training_the_heads_alone_leaves_every_tensor_of_the_host(config, tmp_path, host):
     section = TINY
     if host == "taming":  # with a discriminator, whose BatchNorm keeps statistics
@@ -156,8 +160,10 @@ def test_training_the_heads_alone_leaves_every_tensor_of_the_host(config, tmp_pa
     ("part", "still", "moves"),
     [
         ("decoder", ("encoder.", "quant_conv.", "quantize."), ("decoder.", "loss.lgvq.")),
-        ("encoder", ("decoder.", "quantize."), ("encoder.", "loss.lgvq.")),
-        pytest.param("all", (), ("encoder.", "decoder.", "quantize."), marks=pytest.mark.slow),
+        pytest.param(
+            *("encoder", ("decoder.", "quantize."), ("encoder.", "loss.lgvq.")), marks=EXTENDED
+        ),
+        pytest.param("all", (), ("encoder.", "decoder.", "quantize."), marks=EXTENDED),
     ],
 )
 def test_a_part_alone_learns_beside_the_heads(tmp_path, part, still, moves):

@@ -83,6 +83,7 @@ def inside_binomial(row, chance):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_trained_heads_know_the_classes_and_shuffled_codes_are_chance(palette, config, root):
     handle = trained_handle(palette, root, 40)
     found = evaluate(palette, config, metrics=NAMES, heads=handle.heads, progress=False)["metrics"]
