@@ -19,7 +19,7 @@ from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide, AbstractImageGuide, build_guide, build_image_guide
 from .heads import CodeViT
-from .objectives import Caption, without_text
+from .objectives import Caption, complete_old_heads, without_text
 from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term, TextFeatures, TextTokens
@@ -455,10 +455,9 @@ def build_guides(config: LGVQConfig) -> tuple[AbstractGuide | None, AbstractImag
 
 
 def _set_first_step(heads: Any, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
-    """Add what heads of version 0.1 lack; a pre-hook of `load_state_dict`."""
+    """Accept heads of version 0.1, and read the buffer anew; pre-hook of `load_state_dict`."""
     heads._first = None
-    if any(key.startswith(prefix) for key in state):
-        state.setdefault(f"{prefix}first_step", torch.tensor(-1))
+    complete_old_heads(state, prefix)
 
 
 class CaptionEncoder:

@@ -552,6 +552,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """What each recipe changes in the defaults of the classes above."""
+DEFAULTS, FIRST_RECIPE = 2, "corrected_v1"
+"""Which defaults a saved `lgvq:` block means; files of version 0.1 have no such number."""
+
+
+def of_first_version(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a block that version 0.1 saved, its defaults of then by their present name.
+
+    >>> of_first_version({"ramp": 5})
+    {'ramp': 5, 'recipe': 'corrected_v1'}
+    """
+    is_default = block.get("recipe") in (None, "corrected")
+    return {**block, "recipe": FIRST_RECIPE} if is_default else dict(block)
 
 
 def require_finite_weights(params: Mapping[str, Any], path: str) -> None:

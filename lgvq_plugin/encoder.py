@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import require, to_block
+from .config import DEFAULTS, of_first_version, require, to_block
 from .files import write_bytes, write_json
 from .hub import download
 from .objectives import GlobalSemantic, rename_old_heads
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .alignment import Alignment
 
 HEADS_WEIGHTS, HEADS_CONFIG = "lgvq_heads.safetensors", "lgvq_config.json"
-DEFAULTS = 2
-"""Which defaults an `lgvq:` block means; files of version 0.1 have no such key."""
 SIZES = ("code_vit.in_proj.weight", "code_vit.pos_embed")
 
 
@@ -117,10 +115,10 @@ class SavedHeads:
     ) -> "SavedHeads":
         """Take heads of any version; those of 0.1 get its defaults, `recipe: corrected_v1`."""
         tensors, defaults = dict(tensors), more.pop("defaults", None)
-        rename_old_heads(tensors, "")
         is_first = "first_step" not in tensors if defaults is None else defaults == 1
-        if block is not None and is_first and block.get("recipe") in (None, "corrected"):
-            block = {**block, "recipe": "corrected_v1"}
+        if block is not None and is_first:
+            block = of_first_version(block)
+        rename_old_heads(tensors, "")
         return cls(tensors, block, where, **more)
 
     @classmethod

@@ -219,9 +219,9 @@ class LGVQLoss(BaseLossWrapper):
                 self._gradient_check = GradientCheck(heads, self._host, how)
         captions = [None] * len(codes.codes) if captions is None else captions
         total = self._config.total_steps or self.total_steps
-        progress = (int(step), total) if total else progress_of(self._host)
-        options = {"step": int(step), "split": split, "balance": hook.balance}
-        options["progress"] = progress
+        options: Any = {"step": int(step), "split": split, "balance": hook.balance}
+        if heads.schedule.has_shares:
+            options["progress"] = progress_of(self._host, int(step), total)
         images, reconstructions = call.get("inputs"), call.get("reconstructions")
         return heads(codes, captions, images=images, reconstructions=reconstructions, **options)
 

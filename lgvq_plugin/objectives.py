@@ -515,3 +515,10 @@ def rename_old_heads(state: dict[str, Tensor], prefix: str = "loss.lgvq.") -> No
     }
     for path, owner in owners.items():
         accept_old_names(owner, state, prefix + path)
+
+
+def complete_old_heads(state: dict[str, Tensor], prefix: str = "loss.lgvq.") -> None:
+    """Make a state dict that may have heads of version 0.1 at `prefix` one of present heads."""
+    rename_old_heads(state, prefix)
+    if any(key.startswith(prefix) for key in state):
+        state.setdefault(f"{prefix}first_step", torch.tensor(-1))

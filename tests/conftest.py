@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,28 @@ def shared() -> Path:
     if not data.is_dir():
         pytest.skip(f"no real data at {data}: set LGVQ_SHARED to the folder that holds data/")
     return data
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install another package for the test: install(name, entry_points, source of its module)."""
+    names, home = [], tmp_path / "site"
+    home.mkdir()
+
+    def make(name: str, entry_points: str, source: str = "") -> Path:
+        if source:
+            (home / f"{name}.py").write_text(source)
+            names.append(name)
+        info = home / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        monkeypatch.syspath_prepend(home)
+        return home
+
+    yield make
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

@@ -156,13 +156,8 @@ def test_an_error_inside_the_constructor_stays_itself(module):
     assert not isinstance(raised.value, ConfigError)
 
 
-def test_another_package_adds_a_member_by_an_entry_point(monkeypatch, tmp_path):
-    info = tmp_path / "their_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their_package\nVersion: 1.0\n")
-    lines = "[lgvq_plugin.guides]\ntheirs = collections:OrderedDict\n"
-    (info / "entry_points.txt").write_text(lines)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_another_package_adds_a_member_by_an_entry_point(install):
+    install("their_package", "[lgvq_plugin.guides]\ntheirs = collections:OrderedDict\n")
     assert resolve("guides", "theirs").__name__ == "OrderedDict"
     with pytest.raises(ConfigError, match="did you mean 'theirs'"):
         resolve("guides", "their")

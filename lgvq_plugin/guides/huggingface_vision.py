@@ -5,14 +5,13 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor
 
 from ..functional import seeded
 from ..sockets import ConfigError
 from ._hub import cache_folder, require_reachable
-from .images import AbstractImageTower, require_layer, square
+from .images import AbstractImageTower, Tower, TowerOptions, require_layer, square
 
 logger = logging.getLogger(__name__)
 
@@ -20,67 +19,35 @@ MOST_PREFIX = 16  # class token and registers
 
 
 class HuggingFaceVision(AbstractImageTower):
-    """An image encoder of transformers, frozen, in float32; of CLIP and the like the image tower.
+    """An image encoder of transformers, of CLIP and the like the image tower; DINOv2 by default.
 
-    Args:
-        model: name on the hub, or a folder of `save_pretrained`, with its image processor.
-        layer: block whose output is used, from 0; negative ones count from the end. null is the
-            last, after the encoder's final norm if it has one; others have no norm.
-        pretrained: load the weights; false gives random ones, with a warning.
-        checkpoint: folder of `save_pretrained` to read in place of the hub's.
-        image_size: side of the images the encoder reads; null is its own.
-        device: device of the encoder; the CPU by default.
-        cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
-        seed: seed of random weights.
-
-    Raises:
-        ConfigError: if transformers is missing, if the model, its weights or the layer do not
-            exist, or if it is no image encoder.
+    Arguments as :class:`~.images.AbstractImageTower`: `model` is a name on the hub or a folder of
+    `save_pretrained` with its image processor, `checkpoint` such a folder. Without a `layer` the
+    last block is followed by the encoder's final norm if it has one; other layers have no norm.
     """
 
-    def __init__(
-        self,
-        model: str = "facebook/dinov2-base",
-        layer: int | None = None,
-        pretrained: bool = True,
-        checkpoint: str | None = None,
-        image_size: int | None = None,
-        device: torch.device | str | None = None,
-        cache_dir: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        source = {
-            "model": model,
-            "layer": layer,
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "image_size": image_size,
-            "cache_dir": cache_dir,
-            "seed": seed,
-        }
-        if checkpoint is not None and not Path(checkpoint).expanduser().is_dir():
-            raise ConfigError(f"guides.vision.checkpoint: no folder {checkpoint!r}")
-        network, processor = _load(checkpoint or model, pretrained, cache_dir, seed)
+    default_model = "facebook/dinov2-base"
+
+    def _load(self, given: TowerOptions) -> Tower:
+        folder = given.checkpoint
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            raise ConfigError(f"guides.vision.checkpoint: no folder {folder!r}")
+        network, processor = _load(given)
         own = getattr(network.config, "image_size", None)
-        size = square(image_size or own or _side(processor.size))
-        self._options: dict[str, Any] = {}
+        size = square(given.image_size or own or _side(processor.size))
+        self._arguments: dict[str, Any] = {}
         if own is not None and size != square(own):
-            self._options["interpolate_pos_encoding"] = True
+            self._arguments["interpolate_pos_encoding"] = True
         depth = getattr(network.config, "num_hidden_layers", None)
         depth = depth or len(getattr(network.config, "depths", ())) or 1
-        self._layer = None if layer is None else require_layer(layer, depth, model)
-        super().__init__(
-            network,
-            source,
-            size=size,
-            mean=processor.image_mean,
-            std=processor.image_std,
-            device=device,
-        )
+        self._layer = given.layer
+        if given.layer is not None:
+            self._layer = require_layer(given.layer, depth, given.model)
+        return Tower(network, size, processor.image_mean, processor.image_std)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         result = self._network(
-            pixel_values=images, output_hidden_states=self._layer is not None, **self._options
+            pixel_values=images, output_hidden_states=self._layer is not None, **self._arguments
         )
         states = result.last_hidden_state
         if self._layer is not None:
@@ -111,7 +78,7 @@ def _side(size: Any) -> int:
     return int(sizes[0])
 
 
-def _load(model: str, pretrained: bool, cache_dir: str | None, seed: int) -> tuple[Any, Any]:
+def _load(given: TowerOptions) -> tuple[Any, Any]:
     """Return encoder and image processor, from a folder, the cache, or the hub if it answers."""
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -119,6 +86,7 @@ def _load(model: str, pretrained: bool, cache_dir: str | None, seed: int) -> tup
         raise ConfigError(
             "guide huggingface_vision needs transformers: pip install 'lgvq_plugin[hf]'"
         ) from error
+    model, cache_dir = given.checkpoint or given.model, given.cache_dir
     options: dict[str, Any] = {"cache_dir": cache_dir}
     path = Path(model).expanduser()
     if path.is_dir():
@@ -132,8 +100,8 @@ def _load(model: str, pretrained: bool, cache_dir: str | None, seed: int) -> tup
                 constants.ENDPOINT, sought, cache_folder(model, cache_dir), kind="image"
             )
     try:
-        with seeded(seed):
-            if pretrained:
+        with seeded(given.seed):
+            if given.pretrained:
                 network = AutoModel.from_pretrained(model, **options)
             else:
                 logger.warning("guides.vision: %s has random weights; for tests only", model)

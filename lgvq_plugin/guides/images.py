@@ -3,7 +3,9 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +20,71 @@ logger = logging.getLogger(__name__)
 MOST = 1.5  # of absolute values; bicubic host pipelines overshoot [-1, 1] a little
 
 
+@dataclass(frozen=True)
+class TowerOptions:
+    """Arguments of an image tower but its device, see :class:`AbstractImageTower`."""
+
+    model: str
+    layer: int | None
+    pretrained: bool | str
+    checkpoint: str | None
+    image_size: int | None
+    cache_dir: str | None
+    seed: int
+
+
+class Tower(NamedTuple):
+    """A network and how its input is prepared."""
+
+    network: nn.Module
+    size: tuple[int, int]
+    """(height, width) of its input."""
+    mean: Sequence[float]
+    """Of its normalization, one number per channel of images in [0, 1]; likewise `std`."""
+    std: Sequence[float]
+
+
 class AbstractImageTower(AbstractImageGuide):
-    """A frozen network that turns images of one size into a map of features.
+    """A frozen network, in float32, that turns images of one size into a map of features.
 
     Images are resized to that size whole, not cropped, so that each place of the map is the same
     place of the image as in the host's grid of codes.
 
     Args:
-        network: owned by the guide.
-        source: constructor arguments, except device.
-        size: (height, width) of the network's input.
-        mean, std: of its normalization, one number per channel of images in [0, 1].
+        model: name of the model; null is `default_model`.
+        layer: block whose output is used, from 0; negative ones count from the end, and null is the
+            last.
+        pretrained: load weights; false gives random ones, with a warning.
+        checkpoint: local weights, in place of those that `pretrained` names.
+        image_size: side of the images the network reads; null is its own.
         device: device of the network; the CPU by default.
+        cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
+        seed: seed of random weights.
 
     Raises:
-        ConfigError: if the network cannot read an image of that size.
+        ConfigError: if the model, its weights or the layer do not exist, or it cannot read images
+            of that size.
     """
+
+    default_model: str
 
     def __init__(
         self,
-        network: nn.Module,
-        source: Mapping[str, Any],
-        *,
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str | None,
+        model: str | None = None,
+        layer: int | None = None,
+        pretrained: bool | str = True,
+        checkpoint: str | None = None,
+        image_size: int | None = None,
+        device: torch.device | str | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
     ) -> None:
-        self._network = network.float().eval().requires_grad_(False)
-        self._source, self.size = source, size
+        model = self.default_model if model is None else model
+        self._options = TowerOptions(
+            model, layer, pretrained, checkpoint, image_size, cache_dir, seed
+        )
+        network, size, mean, std = self._load(self._options)
+        self._network, self.size = network.float().eval().requires_grad_(False), size
         self._mean, self._std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
         self._is_checked = False  # whether a first batch was in [-1, 1]
         self.to("cpu" if device is None else device)
@@ -55,10 +93,14 @@ class AbstractImageTower(AbstractImageGuide):
                 found, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
             except (AssertionError, IndexError, RuntimeError, ValueError) as error:
                 raise ConfigError(
-                    f"guides.vision: {source.get('model')!r} cannot read an image of "
+                    f"guides.vision: {model!r} cannot read an image of "
                     f"{size[0]} x {size[1]} pixels: {error}"
                 ) from error
         self.feature_dim = found.shape[1]
+
+    @abstractmethod
+    def _load(self, given: TowerOptions) -> Tower:
+        """Load the network."""
 
     @abstractmethod
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -123,11 +165,19 @@ class AbstractImageTower(AbstractImageGuide):
     @property
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build this guide again."""
-        return {**self._source, "device": str(self.device)}
+        return {**asdict(self._options), "device": str(self.device)}
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the network's tensors, and those of its normalization."""
         return {**self._network.state_dict(), "mean": self._mean, "std": self._std}
+
+
+def require_file(path: str) -> Path:
+    """Return the path of a checkpoint, ConfigError if there is no such file."""
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ConfigError(f"guides.vision.checkpoint: no file {str(found)!r}")
+    return found
 
 
 def require_layer(layer: int | None, depth: int, model: str) -> int:

@@ -1,80 +1,43 @@
 """The image tower of an open_clip model as the image guide; by default that of CLIP ViT-B/32."""
 
-from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.pretrained import list_pretrained_tags_by_model
 from torch import Tensor, nn
 
 from ..sockets import ConfigError
-from .images import AbstractImageTower, require_layer, square
+from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 from .open_clip import load_tower
 
 
 class OpenCLIPVision(AbstractImageTower):
-    """An image tower of open_clip, frozen, in float32.
+    """An image tower of open_clip, by default CLIP's ViT-B/32.
 
     Features are those of a layer, after the tower's final norm, not of the projection to the text.
-
-    Args:
-        model: name of an open_clip model, `hf-hub:org/name` or `local-dir:/path`.
-        layer: block whose output is used, from 0; negative ones count from the end, and null is the
-            last.
-        pretrained: a tag of the model; true is the tag `openai`, or the only one there is; false
-            gives random weights, with a warning.
-        checkpoint: local file of weights, in place of a tag.
-        image_size: side of the images the tower reads; null is the tower's own.
-        device: device of the tower; the CPU by default.
-        cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
-        seed: seed of random weights.
-
-    Raises:
-        ConfigError: if the model, its weights or the layer do not exist.
+    Arguments as :class:`~.images.AbstractImageTower`: `model` is a name, `hf-hub:org/name` or
+    `local-dir:/path`; `pretrained` is a tag of the model, true for the tag `openai`, or the only
+    one there is; `checkpoint` is a file.
 
     Example:
+        >>> import torch
         >>> guide = OpenCLIPVision("ViT-S-32-alt", pretrained=False)
         >>> guide.encode(torch.rand(2, 3, 64, 64) * 2 - 1).patches.shape
         torch.Size([2, 49, 384])
     """
 
-    def __init__(
-        self,
-        model: str = "ViT-B-32",
-        layer: int | None = None,
-        pretrained: bool | str = True,
-        checkpoint: str | None = None,
-        image_size: int | None = None,
-        device: torch.device | str | None = None,
-        cache_dir: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        source = {
-            "model": model,
-            "layer": layer,
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "image_size": image_size,
-            "cache_dir": cache_dir,
-            "seed": seed,
-        }
-        weights = _weights(model, pretrained, checkpoint)
-        options = {} if image_size is None else {"force_image_size": image_size}
+    default_model = "ViT-B-32"
+
+    def _load(self, given: TowerOptions) -> Tower:
+        weights = _weights(given)
+        options: dict[str, Any] = {"cache_dir": given.cache_dir, "seed": given.seed}
+        if given.image_size is not None:
+            options["force_image_size"] = given.image_size
         tower: Any
-        tower, _ = load_tower(
-            model, weights, kind="image", cache_dir=cache_dir, seed=seed, **options
-        )
-        self._layer = require_layer(layer, _depth(tower), model)
+        tower, _ = load_tower(given.model, weights, kind="image", **options)
+        self._layer = require_layer(given.layer, _depth(tower), given.model)
         facts = tower.preprocess_cfg
-        super().__init__(
-            tower,
-            source,
-            size=square(facts["size"]),
-            mean=facts["mean"],
-            std=facts["std"],
-            device=device,
-        )
+        return Tower(tower, square(facts["size"]), facts["mean"], facts["std"])
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         network: Any = self._network
@@ -92,15 +55,13 @@ class OpenCLIPVision(AbstractImageTower):
         return result["image_intermediates"][0], None if prefix is None else prefix[0][:, 0]
 
 
-def _weights(model: str, pretrained: bool | str, checkpoint: str | None) -> str | None:
+def _weights(given: TowerOptions) -> str | None:
     """Return the tag or file of weights, None for random ones or a model that has its own."""
+    model, pretrained = given.model, given.pretrained
     if not isinstance(model, str):
         raise ConfigError(f"guides.vision.model: expected a name, got {model!r}")
-    if checkpoint is not None:
-        path = Path(checkpoint).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"guides.vision.checkpoint: no file {str(path)!r}")
-        return str(path)
+    if given.checkpoint is not None:
+        return str(require_file(given.checkpoint))
     if pretrained is not True:
         return pretrained or None
     name = model.replace("/", "-")

@@ -2,18 +2,16 @@
 
 import inspect
 import logging
-from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from ..functional import seeded
 from ..sockets import ConfigError, suggest
 from ._hub import cache_folder, require_reachable
-from .images import AbstractImageTower, require_layer, square
+from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 logger = logging.getLogger(__name__)
 
@@ -21,94 +19,63 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class TimmGuide(AbstractImageTower):
-    """A model of timm, frozen, in float32, without its classifier.
+    """A model of timm without its classifier, by default DINOv2 ViT-B/14.
 
-    Args:
-        model: name of a timm model, with or without a tag.
-        layer: block whose output is used, from 0; negative ones count from the end, and null is the
-            last. The model's final norm is applied to it. Stages of a ResNet count as blocks.
-        pretrained: load the weights of the tag; false gives random ones, with a warning.
-        checkpoint: local file of weights, in place of those of the tag.
-        image_size: side of the images the model reads; null is the model's own.
-        device: device of the model; the CPU by default.
-        cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
-        seed: seed of random weights.
-
-    Raises:
-        ConfigError: if the model, its weights or the layer do not exist.
+    Arguments as :class:`~.images.AbstractImageTower`: `model` with or without a tag, `checkpoint` a
+    file. The model's final norm is applied to the layer; stages of a ResNet count as blocks.
 
     Example:
+        >>> import torch
         >>> guide = TimmGuide("vit_tiny_patch16_224", pretrained=False, image_size=64)
         >>> features = guide.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
         >>> features.patches.shape, features.grid, features.summary.shape
         (torch.Size([2, 16, 192]), (4, 4), torch.Size([2, 192]))
     """
 
-    def __init__(
-        self,
-        model: str = "vit_base_patch14_dinov2.lvd142m",
-        layer: int | None = None,
-        pretrained: bool = True,
-        checkpoint: str | None = None,
-        image_size: int | None = None,
-        device: torch.device | str | None = None,
-        cache_dir: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        source = {
-            "model": model,
-            "layer": layer,
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "image_size": image_size,
-            "cache_dir": cache_dir,
-            "seed": seed,
-        }
-        overlay = _overlay(model, pretrained, checkpoint, cache_dir)
-        network: Any = _create(model, overlay, image_size, cache_dir, seed)
+    default_model = "vit_base_patch14_dinov2.lvd142m"
+
+    def _load(self, given: TowerOptions) -> Tower:
+        overlay = _overlay(given)
+        network: Any = _create(given, overlay)
         if not hasattr(network, "forward_intermediates"):
-            raise ConfigError(f"guides.vision.model: timm gives no features of layers of {model!r}")
-        self._layer = require_layer(layer, len(network.feature_info), model)
+            raise ConfigError(
+                f"guides.vision.model: timm gives no features of layers of {given.model!r}"
+            )
+        self._layer = require_layer(given.layer, len(network.feature_info), given.model)
         known = inspect.signature(network.forward_intermediates).parameters
         options: dict[str, Any] = {"intermediates_only": True, "norm": True, "stop_early": True}
         options |= {"output_fmt": "NCHW", "return_prefix_tokens": True}
-        self._options = {key: value for key, value in options.items() if key in known}
+        self._arguments = {key: value for key, value in options.items() if key in known}
         # Of the prefix only the class token is read, which comes first; registers follow.
         self._has_class = getattr(network, "cls_token", None) is not None
         facts = network.pretrained_cfg
-        size = square(image_size or facts["input_size"][1:])
-        super().__init__(
-            network, source, size=size, mean=facts["mean"], std=facts["std"], device=device
-        )
+        size = square(given.image_size or facts["input_size"][1:])
+        return Tower(network, size, facts["mean"], facts["std"])
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         network: Any = self._network
-        (found,) = network.forward_intermediates(images, indices=[self._layer], **self._options)
+        (found,) = network.forward_intermediates(images, indices=[self._layer], **self._arguments)
         if isinstance(found, Tensor):
             return found, None
         patches, prefix = found
         return patches, prefix[:, 0] if self._has_class else None
 
 
-def _overlay(
-    model: str, pretrained: bool, checkpoint: str | None, cache_dir: str | None
-) -> dict[str, Any] | None:
+def _overlay(given: TowerOptions) -> dict[str, Any] | None:
     """Return what the weights' source changes in timm's config of them; None for random weights.
 
     Raises:
         ConfigError: if the weights are neither here nor available from the network within seconds.
     """
+    model, cache_dir = given.model, given.cache_dir
     if not isinstance(model, str) or not timm.is_model(model):
         hint = suggest(model, timm.list_models()).partition(" Known:")[0]
         raise ConfigError(
             f"guides.vision.model: no timm model {model!r}{hint} timm.list_models() lists all"
         )
-    if checkpoint is not None:
-        path = Path(checkpoint).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"guides.vision.checkpoint: no file {str(path)!r}")
-        return {"file": str(path)}
-    if not pretrained:
+    if given.checkpoint is not None:
+        return {"file": str(require_file(given.checkpoint))}
+    if not given.pretrained:
         message = "guides.vision: %s has random weights (pretrained: false); for tests only"
         logger.warning(message, model)
         return None
@@ -132,17 +99,12 @@ def _overlay(
     return {}
 
 
-def _create(
-    model: str,
-    overlay: dict[str, Any] | None,
-    image_size: int | None,
-    cache_dir: str | None,
-    seed: int,
-) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": 0, "cache_dir": cache_dir}
+def _create(given: TowerOptions, overlay: dict[str, Any] | None) -> nn.Module:
+    model, image_size = given.model, given.image_size
+    options: dict[str, Any] = {"num_classes": 0, "cache_dir": given.cache_dir}
     options |= {"pretrained": overlay is not None, "pretrained_cfg_overlay": overlay or None}
     try:
-        with seeded(seed):
+        with seeded(given.seed):
             if image_size is not None:
                 try:  # transformers need it to build their position embeddings
                     return timm.create_model(model, img_size=image_size, **options)

@@ -25,7 +25,7 @@ from ..sockets import ConfigError, instantiate, suggest
 
 logger = logging.getLogger(__name__)
 
-MODES = ("ema", "gradient")
+MODES, FSQ = ("ema", "gradient"), "fsq"
 DOWNSAMPLES = {2**n: n for n in range(1, 6)}
 GRACE = 2.0  # a restarted code has this many times the threshold: 70 steps to find users at .99
 EPSILON = 1e-5  # Laplace smoothing of the counts
@@ -161,11 +161,7 @@ class VQVAE(AbstractImageTokenizer):
             raise ConfigError(f"VQVAE: stem: {stem!r}{suggest(str(stem), stems)}")
         if channels < 2 or channels % 2:
             raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
-        if (quantizer == "fsq") != (levels is not None):
-            raise ConfigError(
-                f"VQVAE: levels are for quantizer 'fsq', for instance [8, 5, 5, 5]; got quantizer "
-                f"{quantizer!r} with levels {levels!r}"
-            )
+        _require_levels(quantizer, levels)
         embed_dim = embed_dim if levels is None else len(levels)
         self.image_key, self.downsample = image_key, downsample
         sizes = {"channels": channels, "num_res_blocks": num_res_blocks}
@@ -213,6 +209,19 @@ class VQVAE(AbstractImageTokenizer):
                 f"ckpt_path: {path!r} is of another model; missing or unexpected: {strange[:5]}"
             )
         logger.info("weights loaded from %s", path)
+
+
+def _require_levels(quantizer: str, levels: Sequence[int] | None) -> None:
+    """Raise ConfigError for an unknown quantizer, or levels without FSQ, or FSQ without levels."""
+    if quantizer not in (*MODES, FSQ):
+        raise ConfigError(
+            f"quantizer: no mode {quantizer!r}{suggest(str(quantizer), [*MODES, FSQ])}"
+        )
+    if (quantizer == FSQ) != (levels is not None):
+        raise ConfigError(
+            f"VQVAE: levels are for quantizer 'fsq', for instance [8, 5, 5, 5]; got quantizer "
+            f"{quantizer!r} with levels {levels!r}"
+        )
 
 
 class VQVAELoss(nn.Module):
@@ -413,8 +422,7 @@ class FiniteScalarQuantizer(nn.Module):
             numbers = bounded.detach().round()
             indices = ((numbers + self.levels // 2) * self.basis).sum(dim=-1).long().flatten()
             codes = (numbers + (bounded - bounded.detach())) / (self.levels // 2)
-        counts = torch.zeros(self.n_embed, device=z.device)
-        counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
+        counts = _sum_by_code(z.new_ones(len(indices), 1), indices, self.n_embed)[:, 0]
         return codes.movedim(-1, 1), z.new_zeros(()), (batch_perplexity(counts), None, indices)
 
     def embed_code(self, indices: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..config import DEFAULTS
 from ..finite import MAX_SKIPPED, all_finite, nonfinite_gradients
 from ..quantizer_hook import require_quantizers
 from ..sockets import ConfigError
@@ -353,7 +354,7 @@ class HostDriver(pl.LightningModule):
             "samples": self.samples,
             "generators": generators,
             "config": self.config,
-            state.DEFAULTS: 2,
+            state.VERSION_OF_DEFAULTS: DEFAULTS,
             state.RATIO: None if ratio is None else ratio.detach().cpu(),
             "moments": [len(each["state"]) for each in checkpoint.get("optimizer_states", [])],
         }

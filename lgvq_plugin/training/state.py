@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from ..checkpoints.read import read_raw
-from ..config import differing, laid_over
+from ..config import FIRST_RECIPE, differing, laid_over, of_first_version
 from ..files import replacing
 from ..finite import all_finite
-from ..objectives import rename_old_heads
+from ..objectives import complete_old_heads
 from ..sockets import ConfigError
-from .config import lgvq_block, loss_key, loss_section
+from .config import OURS, lgvq_block, loss_key, loss_section
 
 LAST = "last.ckpt"
 STATE = "lgvq_training"  # our own entry of a checkpoint
 RATIO = "gradient_ratio"  # of the last step, which the next one logs
-DEFAULTS, FIRST_RECIPE = "defaults", "corrected_v1"  # runs of version 0.1 lack the former's key
+VERSION_OF_DEFAULTS = "defaults"  # see config.DEFAULTS; runs of version 0.1 lack it
 EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
     "state_dict": {},
     "optimizer_states": list,
@@ -171,9 +171,7 @@ def require_fit(given: Any, host: nn.Module, where: str) -> None:
     Keys of heads of earlier versions are renamed in `given`, which is loaded next.
     """
     if isinstance(given, dict):
-        rename_old_heads(given)
-        if any(key.startswith("loss.lgvq.") for key in given):
-            given.setdefault("loss.lgvq.first_step", torch.tensor(-1))
+        complete_old_heads(given)
     wanted = host.state_dict()
     require_like(given, wanted, where)
     if strange := given.keys() - wanted.keys():
@@ -297,11 +295,12 @@ def first_recipe(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> di
     """
     kept = checkpoint[STATE]
     before, key = kept["config"], loss_key(config)
-    recipes = [lgvq_block(each).get("recipe") for each in (before, config)]
-    is_old = DEFAULTS not in kept and recipes[0] in (None, "corrected")
-    is_ours = str(loss_section(config).get("target")).startswith("lgvq_plugin.")
-    is_default = recipes[1] in (None, "corrected")
-    if not (is_ours and is_default and (is_old or recipes[0] == FIRST_RECIPE)):
+    then, now = lgvq_block(before), lgvq_block(config)
+    if VERSION_OF_DEFAULTS not in kept:
+        then = of_first_version(then)
+    is_ours = str(loss_section(config).get("target")).startswith(OURS)
+    is_default = now.get("recipe") in (None, "corrected")
+    if not (is_ours and is_default and then.get("recipe") == FIRST_RECIPE):
         return {}
     block = {"params": {"lgvq": {"recipe": FIRST_RECIPE}}}
     above = {"model": {"params": {key: block}}}

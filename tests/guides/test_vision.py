@@ -298,10 +298,10 @@ def test_weights_that_cannot_be_downloaded(given, tmp_path, monkeypatch):
     monkeypatch.setattr(_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError) as raised:
         build_image_guide(given | {"cache_dir": str(tmp_path)})
-    told = str(raised.value)
-    assert told.startswith("guides.vision: no image weights. Sought: ")
-    assert str(tmp_path) in told
-    assert "checkpoint: PATH" in told
+    message = str(raised.value)
+    assert message.startswith("guides.vision: no image weights. Sought: ")
+    assert str(tmp_path) in message
+    assert "checkpoint: PATH" in message
 
 
 # -- wrong input ----------------------------------------------------------------------------------

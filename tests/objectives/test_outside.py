@@ -58,16 +58,9 @@ OFF = {name: {"weight": 0} for name in ("global_semantic", "masked_text", "relat
 
 
 @pytest.fixture(autouse=True)
-def module(tmp_path, monkeypatch):
-    (tmp_path / "their_objectives.py").write_text(MODULE)
-    info = tmp_path / "their_objectives-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their_objectives\nVersion: 1.0\n")
+def module(install):
     lines = "[lgvq_plugin.objectives]\nbright = their_objectives:Bright\n"
-    (info / "entry_points.txt").write_text(lines)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("their_objectives", None)
+    install("their_objectives", lines, MODULE)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Alignment with an image tower: its arithmetic, and training with and without captions."""
 
 import copy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -354,11 +353,11 @@ def test_named_alone_in_the_short_form_it_is_on():
 
 
 @pytest.fixture
-def theirs(tmp_path, monkeypatch):
+def theirs(install):
     """Another package with an image guide and an objective that reads it and no text."""
     text = Path(__file__).read_text()
     guide = text[text.index("class Tower(") : text.index('@pytest.mark.parametrize("source"')]
-    (tmp_path / "their_vision.py").write_text(
+    source = (
         "import torch\nfrom torch import nn\nfrom lgvq_plugin import AbstractObjective\n"
         "from lgvq_plugin.guides.base import AbstractImageGuide\n"
         "from lgvq_plugin.types import ImageFeatures, Term\n\n\n" + guide + "class Mine("
@@ -369,14 +368,7 @@ def theirs(tmp_path, monkeypatch):
         "        gap = self.head(view.codes.codes).mean(dim=1) - view.vision.summary\n"
         "        return Term(gap.square().mean())\n"
     )
-    info = tmp_path / "their_vision-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their_vision\nVersion: 1.0\n")
-    lines = "[lgvq_plugin.guides]\npatches = their_vision:Tower\n"
-    (info / "entry_points.txt").write_text(lines)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("their_vision", None)
+    install("their_vision", "[lgvq_plugin.guides]\npatches = their_vision:Tower\n", source)
 
 
 @pytest.mark.parametrize("use", ["their_vision:Tower", "patches"])

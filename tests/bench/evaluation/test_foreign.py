@@ -70,17 +70,10 @@ their_nearest = their_metrics:Nearest
 
 
 @pytest.fixture(autouse=True)
-def module(tmp_path, monkeypatch):
-    home = tmp_path / "site"
-    info = home / "their_metrics-1.0.dist-info"
-    info.mkdir(parents=True)
-    (home / "their_metrics.py").write_text(MODULE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their_metrics\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRIES)
-    monkeypatch.syspath_prepend(home)
+def module(install, monkeypatch):
+    home = install("their_metrics", ENTRIES, MODULE)
     monkeypatch.setenv("PYTHONPATH", str(home))  # of the processes of an ablation
-    yield home / "their_metrics.py"
-    sys.modules.pop("their_metrics", None)
+    return home / "their_metrics.py"
 
 
 def by_hand(host, count, power):
