@@ -34,9 +34,13 @@ NAMES = (  # of the metrics, in the order of the table
     *("psnr", "ssim", "lpips", "fid", "fd", "usage", "words", "relation"),
     *("retrieval", "masked_words", "attributes", "zeroshot", "linear_probe", "knn"),
     *("captioning", "vqa", "text_to_image"),
+    *("unconditional", "completion", "class_to_image", "semantic_to_image", "grounding"),
 )
 DEFAULT = ("psnr", "ssim", "usage", "retrieval")
-TRAINED = ("masked_words", "captioning", "vqa", "text_to_image")
+TRAINED = (
+    *("masked_words", "captioning", "vqa", "text_to_image"),
+    *("unconditional", "class_to_image", "semantic_to_image", "grounding"),
+)
 """Metrics whose probe is a network, with a block of their own in `evaluation:`."""
 RESULT_NAMES = {"captioning": "caption", "text_to_image": "t2i"}
 """Metrics that result files, those of earlier versions included, know by another name."""
@@ -184,6 +188,14 @@ class EvaluationConfig:
     """Folder that contains NLTK's corpora/wordnet, for WUPS; null: NLTK's search path."""
     text_to_image: dict[str, Any] = field(default_factory=dict)
     """Keys of the text-to-image probe."""
+    unconditional: dict[str, Any] = field(default_factory=dict)
+    """Keys of the probe of unconditional synthesis and completion."""
+    class_to_image: dict[str, Any] = field(default_factory=dict)
+    """Keys of the probe of synthesis from labels."""
+    semantic_to_image: dict[str, Any] = field(default_factory=dict)
+    """Keys of the probe of synthesis from semantic maps."""
+    grounding: dict[str, Any] = field(default_factory=dict)
+    """Keys of the grounding probe."""
     clip_score: str | None = None
     """CLIP of transformers that scores generated images, a folder or a name; null: no score."""
     options: dict[str, Any] = field(default_factory=dict)

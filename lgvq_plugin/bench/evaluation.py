@@ -23,7 +23,7 @@ from ..encoder import SavedHeads
 from ..files import write_json
 from ..sockets import ConfigError, suggest
 from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
-from . import classification, measures
+from . import classification, measures, synthesis
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context
 from .figures import canvas, image_grid, save_figure
@@ -34,7 +34,7 @@ from .metrics.reconstruction import to_uint8
 
 logger = logging.getLogger(__name__)
 
-HOMES = (measures, classification)
+HOMES = (measures, classification, synthesis)
 METRICS: dict[str, Callable[[Context], Rows]] = {
     name: next(getattr(home, name) for home in HOMES if hasattr(home, name)) for name in NAMES
 }
@@ -56,6 +56,11 @@ KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common o
     "captioning": ("captioning", "tokenizer"),
     "vqa": ("vqa", "wordnet"),
     "text_to_image": ("guide", "text_to_image", "fd", "clip_score"),
+    "unconditional": ("unconditional", "fd"),
+    "completion": ("unconditional", "fd"),
+    "class_to_image": ("class_to_image", "fd"),
+    "semantic_to_image": ("semantic_to_image", "fd"),
+    "grounding": ("grounding",),
 }
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..alignment import Alignment
-from ..datasets.base import collate
+from ..datasets.base import Layout, collate
 from ..encoder import SavedHeads
 from ..guides.base import AbstractGuide, build_guide
 from ..host import attach_saved, encode, reconstruct
@@ -150,6 +150,21 @@ class Context:
     def test(self) -> Encoded:
         """The test set, encoded."""
         return self._encode("test")
+
+    def layouts(self, which: str) -> list[Layout]:
+        """Return where things are in each image of a set, `train` or `test`.
+
+        Raises:
+            ConfigError: if the data set does not know.
+        """
+        dataset = self._dataset(which)
+        layout_of = getattr(getattr(dataset, "dataset", dataset), "layout_of", None)
+        if layout_of is None:
+            raise ConfigError(
+                "the data set does not say where things are (the scenes do); give it a method "
+                "layout_of(index) that returns a lgvq_plugin.datasets.base.Layout"
+            )
+        return [layout_of(index) for index in range(len(dataset))]
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield test images and their reconstructions, (B, 3, H, W) in [-1, 1], rounded to 8 bits.

@@ -357,7 +357,7 @@ def masked_words(context: Context) -> Rows:
     rows: Rows = {}
     for protocol in PROTOCOLS if config.leaky else ("leak_free",):
         probe = member(context.guide, config, protocol=protocol, device=context.device)
-        _fit(context, probe, train.codes, train.captions)
+        fit_probe(context, probe, train.codes, train.captions)
         settings: dict[str, Any] = {"protocol": PROTOCOLS[protocol]}
         settings |= {"heads": "trained on frozen codes"}
         settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
@@ -375,7 +375,8 @@ def masked_words(context: Context) -> Rows:
     return rows
 
 
-def _fit(context: Context, probe: Any, codes: FrozenCodes, target: Any) -> Any:
+def fit_probe(context: Context, probe: Any, codes: FrozenCodes, target: Any) -> Any:
+    """Fit a neural probe in the context's folder, with its progress bar; return it."""
     return probe.fit(codes, target, folder=context.folder, progress=context.progress)
 
 
@@ -441,7 +442,7 @@ def captioning(context: Context) -> Rows:
     """BLEU, ROUGE-L, CIDEr-D and METEOR of captions written from frozen codes."""
     member, config = context.config.probe("captioning")
     train, test = context.train.captioned(), context.test.captioned()
-    probe = _fit(context, member(config, device=context.device), train.codes, train.captions)
+    probe = fit_probe(context, member(config, device=context.device), train.codes, train.captions)
     references = _tokenized(context, test.captions)
     written = probe.write(test.codes)
     numbers: dict[str, Values] = {
@@ -476,7 +477,7 @@ def vqa(context: Context) -> Rows:
     if not train.questions or not test.questions:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
     member, config = context.config.probe("vqa")
-    probe = _fit(context, member(config, device=context.device), train.codes, train.questions)
+    probe = fit_probe(context, member(config, device=context.device), train.codes, train.questions)
     given = probe.answer(test.codes, test.questions)
     numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed, given=given)
     settings: dict[str, Any] = {"train_questions": len(train.questions)}
@@ -498,7 +499,7 @@ def text_to_image(context: Context) -> Rows:
     member, config = context.config.probe("text_to_image")
     train, test = context.train.captioned(), context.test.captioned()
     probe = member(context.guide, config, device=context.device)
-    _fit(context, probe, train.codes, train.captions)
+    fit_probe(context, probe, train.codes, train.captions)
     settings = {"guide": context.guide_config, "train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
     if scorer is None:
@@ -506,19 +507,30 @@ def text_to_image(context: Context) -> Rows:
     values = probe.values(test.codes, test.first_captions, seed=seed)
     rows = rows_of("t2i", values, len(test.codes), unit="bits", settings=settings)
     captions = test.first_captions[: config.images]
-    images = _decode(context, test, probe.draw(captions, seed=seed, progress=context.progress))
+    images = decode_indices(
+        context, test, probe.draw(captions, seed=seed, progress=context.progress)
+    )
     context.generated = (captions, images)
-    real, again = (torch.cat(part)[: len(images)] for part in zip(*context.pairs(), strict=True))
     if scorer is not None:
+        again = torch.cat([given for _, given in context.pairs()])[: len(images)]
         found = {"clip_score": scorer(images, captions)}
         found["reconstructed/clip_score"] = scorer(again, captions)  # a control
         rows |= rows_of("t2i", found, len(images), settings={**settings, **scorer.settings})
+    return rows | generated_rows(context, images, "t2i", settings)
+
+
+def generated_rows(context: Context, images: Tensor, prefix: str, settings: dict[str, Any]) -> Rows:
+    """Return what can be measured of generated images (M, 3, H, W), of the first test images.
+
+    A judge's accuracy and distance if the data set has labels, else a Frechet distance.
+    """
+    real, again = (torch.cat(part)[: len(images)] for part in zip(*context.pairs(), strict=True))
     if context.train.attributes and context.test.attributes and len(images) > 1:
-        return rows | _judge_rows(context, images, real, again, settings)
-    return rows | _generated_distance(context, images, real, settings)
+        return _judge_rows(context, images, real, again, prefix, settings)
+    return _generated_distance(context, images, real, prefix, settings)
 
 
-def _decode(context: Context, data: Encoded, indices: Tensor) -> Tensor:
+def decode_indices(context: Context, data: Encoded, indices: Tensor) -> Tensor:
     """Decode code indices (M, N) to images (M, 3, H, W) in [-1, 1] on the CPU."""
     table = _indices(data.codes)[1]
     parts = []
@@ -529,7 +541,12 @@ def _decode(context: Context, data: Encoded, indices: Tensor) -> Tensor:
 
 
 def _judge_rows(
-    context: Context, images: Tensor, real: Tensor, again: Tensor, settings: dict[str, Any]
+    context: Context,
+    images: Tensor,
+    real: Tensor,
+    again: Tensor,
+    prefix: str,
+    settings: dict[str, Any],
 ) -> Rows:
     """Let a network trained on real images classify attributes of generated ones."""
     train = stack_labels(context.train.attributes[:JUDGED])
@@ -538,31 +555,31 @@ def _judge_rows(
     judge = ImageJudge.train_on(pictures, train, folder=context.folder, progress=context.progress)
     shown = {"": images, "reconstructed/": again, "real/": real}
     numbers = {
-        f"{prefix}judge/{name}": value
-        for prefix, some in shown.items()
+        f"{kind}judge/{name}": value
+        for kind, some in shown.items()
         for name, value in judge.accuracy(some, target).items()
     }
     shuffled = {name: labels.roll(1, 0) for name, labels in target.items()}
     for name, value in judge.accuracy(images, shuffled).items():
         numbers[f"shuffled/judge/{name}"] = value
-    for prefix in ("", "reconstructed/"):
-        pairs = zip(real.split(64), shown[prefix].split(64), strict=True)
-        numbers[f"{prefix}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
+    for kind in ("", "reconstructed/"):
+        pairs = zip(real.split(64), shown[kind].split(64), strict=True)
+        numbers[f"{kind}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
     settings = {**settings, "judge": "a small CNN trained on real training pictures"}
-    return rows_of("t2i", numbers, len(images), settings=settings, neutral=["real"])
+    return rows_of(prefix, numbers, len(images), settings=settings, neutral=["real"])
 
 
 def _generated_distance(
-    context: Context, images: Tensor, real: Tensor, settings: dict[str, Any]
+    context: Context, images: Tensor, real: Tensor, prefix: str, settings: dict[str, Any]
 ) -> Rows:
     """Return the Frechet distance of generated images in the configured net, if available."""
     options = context.config.fd
     try:
         distance = FrechetDistance(options.net, weights=options.weights)
     except ConfigError as error:
-        logger.warning("text_to_image: no Frechet distance of the generated images: %s", error)
+        logger.warning("%s: no Frechet distance of the generated images: %s", prefix, error)
         return {}
     pairs = zip(real.split(64), images.split(64), strict=True)
     value, count = _frechet(distance, pairs)
     settings = {**settings, **distance.settings}
-    return {f"t2i/{distance.name}": Row(value, count, "", False, settings=settings)}
+    return {f"{prefix}/{distance.name}": Row(value, count, "", False, settings=settings)}

@@ -84,6 +84,20 @@ def recognize(root: str | Path, member: str | None = None) -> Layout:
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in an image, for the probes of synthesis and grounding.
+
+    A data set that knows has a method `layout_of(index)`, which returns it without reading the
+    image.
+    """
+
+    semantic_map: np.ndarray
+    """Class of each pixel, (H, W) unsigned integers; 0 is the background."""
+    boxes: Mapping[str, list[tuple[float, float, float, float]]]
+    """Boxes by word: left, top, right, bottom, as shares of width and height."""
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack images to a (B, ...) tensor and keep strings and lists of captions as lists.
 

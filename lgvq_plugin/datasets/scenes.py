@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..sockets import ConfigError, suggest
 from . import scene_language
-from .base import CaptionedImages
+from .base import CaptionedImages, Layout
 from .images import MODES, Draws, height_and_width, to_array
 from .scene_language import COLORS, SHAPES, TEXTURES, TONES, Background, Scene, SceneObject, compose
 
@@ -115,6 +115,29 @@ class Scenes(CaptionedImages):
         """Return the symbolic scene behind sample `index` (>= 0)."""
         return compose(self._draws(index, LOOK), simple=self.simple)
 
+    def layout_of(self, index: int) -> Layout:
+        """Return the map of shapes (1 + their place in `SHAPES`), and boxes of shapes and colors.
+
+        Example:
+            >>> layout = Scenes("test", size=32).layout_of(0)
+            >>> layout.semantic_map.shape, sorted(layout.boxes)
+            ((32, 32), ['brown', 'star'])
+        """
+        height, width = self.shape
+        side = min(self.shape)
+        top, left = (height - side) // 2, (width - side) // 2
+        kinds = np.zeros((height, width), np.uint8)
+        boxes: dict[str, list[tuple[float, float, float, float]]] = {}
+        for thing in self.scene(index).objects:
+            rows, columns = np.nonzero(outline_of(thing, side))
+            rows, columns = rows + top, columns + left
+            kinds[rows, columns] = 1 + SHAPES.index(thing.shape)
+            ends = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            box = tuple(float(end) / n for end, n in zip(ends, (width, height) * 2, strict=True))
+            for word in (thing.shape, thing.color):
+                boxes.setdefault(word, []).append(box)  # type: ignore[arg-type]
+        return Layout(kinds, boxes)
+
     @staticmethod
     def vocabulary() -> list[str]:
         """Return all words that captions, questions and answers can hold, sorted."""
@@ -162,6 +185,16 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     for thing in scene.objects:
         _draw_object(canvas, thing)
     return np.asarray(canvas.reduce(factor))
+
+
+def outline_of(thing: SceneObject, size: int) -> np.ndarray:
+    """Return which pixels of a picture an object covers by at least half, bool (size, size)."""
+    side = 4 * size
+    canvas, radius = Image.new("L", (side, side), 0), thing.radius * side
+    reach = math.ceil(radius) + 1
+    corner = (round(thing.x * side) - reach, round(thing.y * side) - reach)
+    canvas.paste(255, corner, _mask(thing, reach, radius))
+    return np.asarray(canvas.reduce(4)) >= 128
 
 
 def _draw_background(background: Background, side: int) -> Image.Image:

@@ -10,5 +10,6 @@ MEMBERS = {
     "bag_of_words": "bag_of_words.BagOfWords",
     "open_clip_vision": "open_clip_vision.OpenCLIPVision",
     "timm": "timm.TimmGuide",
+    "torchvision": "torchvision.TorchvisionGuide",
     "huggingface_vision": "huggingface_vision.HuggingFaceVision",
 }

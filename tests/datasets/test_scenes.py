@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from lgvq_plugin.datasets.scene_language import COLORS, SHAPES
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 
@@ -441,3 +442,33 @@ def test_a_sample_asked_for_again_is_equal_and_may_be_changed():
     assert np.array_equal(again["image"], fresh["image"])
     assert again["captions"] == fresh["captions"]
     assert again["questions"] == fresh["questions"]
+
+
+@pytest.mark.parametrize("size", [64, [64, 96], [96, 64]])
+def test_layouts_are_where_the_objects_were_drawn(size):
+    """Plain objects: a pixel inside has its object's color; boxes are tight around them."""
+    data = Scenes("test", size=size, length=40)
+    checked = 0
+    for index in range(len(data)):
+        layout, scene = data.layout_of(index), data.scene(index)
+        pixels = (data[index]["image"] + 1) * 127.5
+        assert layout.semantic_map.shape == pixels.shape[:2]
+        assert set(layout.boxes) == {w for o in scene.objects for w in (o.shape, o.color)}
+        height, width = layout.semantic_map.shape
+        for thing in scene.objects:
+            boxes = layout.boxes[thing.shape]
+            assert len(boxes) == sum(o.shape == thing.shape for o in scene.objects)
+            if thing.texture != "plain" or len(boxes) > 1:
+                continue
+            found = layout.semantic_map == 1 + SHAPES.index(thing.shape)
+            rows, columns = np.nonzero(found)
+            left, top, right, bottom = boxes[0]
+            assert (left * width, right * width) == (columns.min(), columns.max() + 1)
+            assert (top * height, bottom * height) == (rows.min(), rows.max() + 1)
+            error = np.abs(pixels[found] - np.array(COLORS[thing.color])).max(axis=1)
+            assert np.median(error) < 2  # the rim is mixed with the background
+            outside = np.abs(pixels[~found] - np.array(COLORS[thing.color])).max(axis=1) < 2
+            same = [o for o in scene.objects if o is not thing and o.color == thing.color]
+            assert same or not outside.any()
+            checked += 1
+    assert checked > 15

@@ -16,7 +16,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 # A cache has no network of its own: test_cached.py. Image guides: test_vision.py.
-OTHERS = {"cached", "open_clip_vision", "timm", "huggingface_vision"}
+OTHERS = {"cached", "open_clip_vision", "timm", "torchvision", "huggingface_vision"}
 
 
 @pytest.fixture(scope="module", params=sorted({*MEMBERS} - OTHERS))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -19,6 +20,7 @@ SIZE = 64
 CONFIGS = {
     "timm": {"use": "timm", "model": "vit_tiny_patch16_224", "image_size": SIZE},
     "timm resnet": {"use": "timm", "model": "resnet10t", "image_size": SIZE},
+    "torchvision": {"use": "torchvision", "model": "squeezenet1_1", "image_size": SIZE},
     "open_clip": {"use": "open_clip_vision", "model": "tiny-test", "image_size": SIZE},
     "huggingface": {"use": "huggingface_vision", "model": "(a folder)"},
 }
@@ -213,6 +215,54 @@ def test_a_tower_without_class_token_gives_the_mean_patch():
     assert torch.allclose(features.summary, features.patches.mean(dim=1))
 
 
+@pytest.mark.parametrize(
+    ("model", "layer"), [("squeezenet1_1", None), ("squeezenet1_1", 7), ("resnet18", 2)]
+)
+def test_layers_of_torchvision(tmp_path, model, layer):
+    """Of its own model, with the preprocessing that its weights name; read from a checkpoint."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = torchvision.models.get_model(model).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(theirs.state_dict(), path)
+    given = {"use": "torchvision", "model": model, "image_size": SIZE, "layer": layer}
+    guide = build_image_guide({**given, "checkpoint": str(path)})
+    module = theirs.layer3 if model == "resnet18" else theirs.features[12 if layer is None else 7]
+    states = []
+    module.register_forward_hook(lambda *call: states.append(call[2]))
+    facts = torchvision.models.get_model_weights(model).DEFAULT.transforms()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (facts.mean, facts.std))
+    images, _ = photo(SIZE, SIZE)
+    features = guide.encode(images)
+    with torch.no_grad():
+        theirs(((images + 1) / 2 - mean) / std)
+    assert features.grid == tuple(states[0].shape[2:])
+    assert torch.allclose(features.patches, states[0].flatten(2).mT, atol=1e-5)
+    assert torch.allclose(features.summary, states[0].mean(dim=(2, 3)), atol=1e-5)
+
+
+def test_real_weights_of_torchvision(shared, tmp_path):
+    """Photos of one scene at two contrasts are closer in its features than two scenes are."""
+    found = np.load(shared / "lpips_squeeze_real" / "squeezenet1_1_features_fp32.npz")
+    state = {key: torch.from_numpy(found[key]) for key in found}
+    torch.save(state, tmp_path / "squeezenet.pth")
+    given = {"use": "torchvision", "model": "squeezenet1_1", "image_size": SIZE}
+    guide = build_image_guide({**given, "checkpoint": str(tmp_path / "squeezenet.pth")})
+    one, other = photo(SIZE, SIZE)[0], photo(SIZE, SIZE, seed=1)[0]
+    features = guide.encode(torch.cat([one, 0.7 * one, other])).patches.flatten(1)
+    alike = nn.functional.cosine_similarity(features[:1], features[1:])
+    assert alike[0] > 0.9 > 0.8 > alike[1]
+    assert all(torch.equal(v, state[k]) for k, v in _own(guide).items())
+
+
+def _own(guide):
+    """The tensors of SqueezeNet's features, under torchvision's names."""
+    skip = ("mean", "std")
+    shift = {k: f"features.{int(k.split('.')[0]) - 1}.{k.split('.', 1)[1]}"
+             for k in guide.weights() if k not in skip}  # fmt: skip
+    return {new: guide.weights()[old] for old, new in shift.items()}
+
+
 @pytest.mark.parametrize("layer", [None, 0, 1])
 def test_layers_of_transformers(dinov2, layer):
     transformers = pytest.importorskip("transformers", reason="extra [hf] is not installed")
@@ -307,6 +357,7 @@ def test_weights_that_cannot_be_downloaded(given, tmp_path, monkeypatch):
 # -- wrong input ----------------------------------------------------------------------------------
 
 TINY = CONFIGS["timm resnet"] | {"pretrained": False}
+SQUEEZE = CONFIGS["torchvision"] | {"pretrained": False}
 
 
 @pytest.mark.parametrize(
@@ -323,6 +374,9 @@ TINY = CONFIGS["timm resnet"] | {"pretrained": False}
         ({**TINY, "layer": "last"}, "got 'last'"),
         ({**TINY, "checkpoint": "no.pt"}, "checkpoint: no file 'no.pt'"),
         ({**CONFIGS["timm"], "pretrained": False, "image_size": 8}, "cannot"),
+        ({"use": "torchvision", "model": "resnet19"}, "no torchvision model 'resnet19'; did you"),
+        ({**SQUEEZE, "layer": 13}, r"'squeezenet1_1' has 13 layers, so expected -13 to 12"),
+        ({"use": "torchvision", "model": "vit_b_16", "pretrained": False}, "neither a ResNet nor"),
         ({"use": "open_clip_vision", "model": "ViT-S-31"}, "no open_clip model 'ViT-S-31'"),
         ({"use": "open_clip_vision", "model": "ViT-H-14"}, "name the weights .* by their tag"),
         ({"use": "open_clip_vision", "pretrained": "opena"}, "no tag of ViT-B-32.*'openai'"),
@@ -333,6 +387,12 @@ TINY = CONFIGS["timm resnet"] | {"pretrained": False}
 def test_wrong_blocks(given, message):
     with pytest.raises(ConfigError, match=message):
         build_image_guide(given)
+
+
+def test_a_checkpoint_of_another_model_of_torchvision(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w\.pth does not have the weights of 'squeezenet1_1'"):
+        build_image_guide({**CONFIGS["torchvision"], "checkpoint": str(tmp_path / "w.pth")})
 
 
 def test_an_image_guide_is_no_text_guide():

@@ -12,6 +12,10 @@ MEMBERS = {
     "captioning": "captioning.CaptioningProbe",
     "vqa": "vqa.VQAProbe",
     "text_to_image": "text_to_image.TextToImageProbe",
+    "unconditional": "synthesis.SynthesisProbe",
+    "class_to_image": "synthesis.SynthesisProbe",
+    "semantic_to_image": "synthesis.SynthesisProbe",
+    "grounding": "grounding.GroundingProbe",
     "image_judge": "image_judge.ImageJudge",
 }
 

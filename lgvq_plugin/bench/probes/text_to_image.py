@@ -128,9 +128,17 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
 
     @torch.no_grad()
     def _bits(
-        self, several: Sequence[FrozenCodes], captions: Sequence[str], *, with_text: bool = True
+        self,
+        several: Sequence[FrozenCodes],
+        captions: Sequence[str],
+        *,
+        with_text: bool = True,
+        start: int = 0,
     ) -> list[Tensor]:
-        """Return the mean -log2 probability per code of each image, (M,) float64, of each codes."""
+        """Return the mean -log2 probability per code of each image, (M,) float64, of each codes.
+
+        Codes before `start` do not count.
+        """
         parts: list[list[Tensor]] = []
         for rows in torch.arange(len(captions)).split(self.config.batch_size):
             if with_text or len(rows) != len(parts[-1][0] if parts else ()):  # else the same memory
@@ -142,16 +150,30 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
                 seen = _require_indices(codes)[0][rows].to(self.device)
                 logits = self.network(seen[:, :-1], memory, mask)
                 nats = F.cross_entropy(logits.mT, seen, reduction="none")
-                parts[-1].append(nats.double().mean(dim=1).cpu() / math.log(2))
+                parts[-1].append(nats[:, start:].double().mean(dim=1).cpu() / math.log(2))
         return [torch.cat(of_codes) for of_codes in zip(*parts, strict=True)]
 
     @torch.no_grad()
-    def draw(self, captions: Sequence[str], *, seed: int = 0, progress: bool = False) -> Tensor:
-        """Sample code indices (B, N) for each caption; deterministic given the seed."""
+    def draw(
+        self,
+        captions: Sequence[str],
+        *,
+        first: Tensor | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Tensor:
+        """Sample code indices (B, N) for each caption; deterministic given the seed.
+
+        `first` (B, F) are the first codes, if they are known.
+        """
         batch = self.config.batch_size
         starts = range(0, len(captions), batch)
         drawn = [
-            self._draw_batch(captions[begin : begin + batch], generator_at(seed, begin))
+            self._draw_batch(
+                captions[begin : begin + batch],
+                generator_at(seed, begin),
+                None if first is None else first[begin : begin + batch],
+            )
             for begin in tqdm(starts, desc="sampling", disable=not progress, leave=False)
         ]
         return torch.cat(drawn)
@@ -163,18 +185,23 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
         inputs = (features.tokens[:, :length], features.attention_mask[:, :length], dropped)
         return self.network.memory(*(x.to(self.device) for x in inputs))
 
-    def _draw_batch(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    def _draw_batch(
+        self, captions: Sequence[str], generator: torch.Generator, first: Tensor | None
+    ) -> Tensor:
         sampling, count = self.config.sampling, len(captions)
         copies = 1 if sampling.guidance == 1 else 2  # the second without text
         memory, mask = self._read(list(captions) * copies, torch.arange(copies * count) >= count)
         cache = Cache()
         codes = torch.empty(count, 0, dtype=torch.long, device=self.device)
-        for _ in range(self.network.length):
+        for place in range(self.network.length):
             logits = self.network.step(codes[:, -1:].repeat(copies, 1), memory, mask, cache)
             if copies == 2:
                 given, free = logits.chunk(2)
                 logits = free + sampling.guidance * (given - free)
-            codes = torch.cat([codes, choose(logits.cpu(), sampling, generator).to(codes)], dim=1)
+            drawn = choose(logits.cpu(), sampling, generator)
+            if first is not None and place < first.shape[1]:
+                drawn = first[:, place : place + 1]
+            codes = torch.cat([codes, drawn.to(codes)], dim=1)
         return codes.cpu()
 
 

@@ -176,6 +176,46 @@ def test_all_tasks_run(palette, config, monkeypatch):
 
 
 @pytest.mark.slow
+def test_tasks_without_text_run(palette, config, monkeypatch):
+    """Synthesis, completion and grounding, on scenes; each with its control."""
+    hasty = partial(ImageJudge.train_on, config=replace(CONFIG, steps=5))
+    monkeypatch.setattr(ImageJudge, "train_on", hasty)
+    small = {**TINY, "images": 8}
+    blocks = {"unconditional": small, "class_to_image": small, "semantic_to_image": small}
+    config["evaluation"] |= {**blocks, "grounding": {"steps": 5}}
+    names = [*blocks, "completion", "grounding"]
+    found = evaluate(palette, config, metrics=names, limit=16, progress=False)
+    wanted = {f"{name}/{part}" for name in (*blocks, "completion")
+              for part in ("bits_per_code", "fd_judge", "reconstructed/fd_judge")}  # fmt: skip
+    wanted |= {f"{name}/{part}" for name in ("class_to_image", "semantic_to_image")
+               for part in ("judge/mean", "shuffled/bits_per_code", "gain")}  # fmt: skip
+    wanted |= {f"grounding/{part}" for part in ("pointing", "iou", "accuracy@0.5",
+               "chance/pointing", "shuffled/pointing")}  # fmt: skip
+    assert wanted <= set(found["metrics"]), (wanted - set(found["metrics"]), found["skipped"])
+    is_better = {name: found["metrics"][name]["higher_is_better"] for name in wanted}
+    assert is_better["completion/bits_per_code"] is False
+    assert is_better["semantic_to_image/gain"] is is_better["grounding/iou"] is True
+    assert (
+        is_better["grounding/chance/pointing"] is is_better["grounding/shuffled/pointing"] is None
+    )
+    for name in ("completion/bits_per_code", "class_to_image/gain", "grounding/pointing"):
+        has_mean_of_its_images(found, name, 16)
+
+
+def test_tasks_that_need_places_say_so(palette, tmp_path, config):
+    for index in range(24):
+        image = Image.fromarray(np.full((32, 32, 3), 10 * index, np.uint8))
+        image.save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("a red star")
+    section = {"target": "folder", "params": {"root": str(tmp_path), "size": 32}}
+    config["data"] |= {"train": section, "validation": section}
+    names = ["psnr", "grounding", "semantic_to_image", "class_to_image"]
+    found = evaluate(palette, config, metrics=names, progress=False)["skipped"]
+    assert "layout_of(index)" in found["grounding"] == found["semantic_to_image"]
+    assert "has no labels" in found["class_to_image"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metric",
     [

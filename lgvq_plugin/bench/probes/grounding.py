@@ -1,0 +1,184 @@
+"""Visual grounding: where the codes of a word are, learned from captions alone.
+
+codes --> convolutions --> a map per word --> pooled: is the word in the captions?
+                               |
+                               +--> its peak and its extent, against known boxes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...sockets import ConfigError
+from ..metrics.captions import tokenize_words
+from .features import FrozenCodes, require_captions
+from .trainer import LossFunction, NeuralProbe, ProbeConfig
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom; shares of width and height."""
+SHARPNESS = 4.0
+"""Of the pooling over places: between their mean (0) and their maximum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingConfig(ProbeConfig):
+    """Training of the grounding probe."""
+
+    steps: int = 400
+    """Updates."""
+    width: int = 64
+    """Channels of the hidden layer."""
+
+
+class GroundingProbe(NeuralProbe[GroundingConfig, Any]):
+    """Maps of words over the grid of codes, trained on the words of captions, without boxes.
+
+    The image's logit of a word is the smooth maximum of its map; the loss is binary cross-entropy.
+
+    Args:
+        words: the words to find.
+        config, device: as of :class:`~.trainer.NeuralProbe`.
+    """
+
+    Config, name = GroundingConfig, "grounding"
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        config: GroundingConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(config, device=device)
+        self.words = list(words)
+
+    def _build(
+        self, codes: FrozenCodes, target: Sequence[Sequence[str]]
+    ) -> tuple[LossFunction, int, list[Any]]:
+        require_captions(codes, target)
+        sets = [{w for text in texts for w in tokenize_words(text).split()} for texts in target]
+        has_word = torch.tensor([[word in found for word in self.words] for found in sets])
+        missing = [w for w, n in zip(self.words, has_word.sum(dim=0), strict=True) if n == 0]
+        if missing:
+            raise ConfigError(f"grounding: no training caption has the word {missing[0]!r}")
+        self.network = _WordMaps(codes, len(self.words), self.config).to(self.device)
+        wanted = has_word.float()
+
+        def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
+            maps = self.network(codes.codes(rows).to(self.device), codes.grid)
+            return F.binary_cross_entropy_with_logits(_pooled(maps), wanted[rows].to(self.device))
+
+        return loss_of, len(codes), [self.words, has_word.sum(dim=0).tolist(), list(target)]
+
+    @torch.no_grad()
+    def maps(self, codes: FrozenCodes) -> Tensor:
+        """Return the logits of each word at each place, (M, W, h, w), on the CPU."""
+        parts = torch.arange(len(codes)).split(self.config.batch_size)
+        found = [self.network(codes.codes(rows).to(self.device), codes.grid) for rows in parts]
+        return torch.cat(found).cpu()
+
+    def evaluate(
+        self, codes: FrozenCodes, target: Sequence[dict[str, list[Box]]]
+    ) -> dict[str, float]:
+        """Return the means of :meth:`values`."""
+        return {name: float(value.mean()) for name, value in self.values(codes, target).items()}
+
+    def values(
+        self, codes: FrozenCodes, target: Sequence[dict[str, list[Box]]]
+    ) -> dict[str, Tensor]:
+        """Score the words of each image that has boxes, (M',) float64; means over its words.
+
+        `pointing` is 1 if the peak of the word's map is in one of its boxes (the pointing game,
+        doi:10.1007/s11263-017-1059-x), `iou` the overlap of the best of its boxes with the box
+        around the places above half of the map's range, and `accuracy@0.5` whether that is at
+        least 0.5 (paper, table 8). `chance/pointing` is the area that the boxes cover.
+
+        Args:
+            codes: of M held-out images.
+            target: by word its boxes, of each image.
+
+        Raises:
+            ConfigError: if no image has a box of one of the words.
+        """
+        maps = self.maps(codes)
+        names = ("pointing", "iou", "accuracy@0.5", "chance/pointing")
+        values: dict[str, list[float]] = {name: [] for name in names}
+        for each, boxes in zip(maps, target, strict=True):
+            known = [word for word in boxes if word in self.words and boxes[word]]
+            scores = [score_map(each[self.words.index(word)], boxes[word]) for word in known]
+            for name, column in zip(names, zip(*scores, strict=True), strict=False):
+                values[name].append(sum(column) / len(column))
+        if not values["iou"]:
+            raise ConfigError("grounding: no test image has a box of a word of the captions")
+        return {name: torch.tensor(value).double() for name, value in values.items()}
+
+
+def score_map(scores: Tensor, boxes: Sequence[Box]) -> tuple[float, float, float, float]:
+    """Return `pointing`, `iou`, `accuracy@0.5` and `chance/pointing` of a map (h, w).
+
+    Example:
+        >>> scores = torch.zeros(4, 4)
+        >>> scores[:2, 2:] = 1.0  # the upper right quarter
+        >>> score_map(scores, [(0.5, 0.0, 1.0, 1.0)])
+        (1.0, 0.5, 1.0, 0.5)
+    """
+    height, width = scores.shape
+    rows, columns = (torch.arange(n) + 0.5 for n in (height, width))
+    y, x = rows[:, None] / height, columns[None] / width
+    covered = torch.zeros(height, width, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        covered |= (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+    row, column = divmod(int(scores.argmax()), width)
+    is_hit = bool(covered[row, column])
+    low, high = scores.aminmax()
+    above = (scores >= (low + high) / 2).nonzero()
+    (top, left), (bottom, right) = above.amin(dim=0).tolist(), above.amax(dim=0).tolist()
+    guess = (left / width, top / height, (right + 1) / width, (bottom + 1) / height)
+    overlap = max(iou(guess, box) for box in boxes)
+    return float(is_hit), overlap, float(overlap >= 0.5), float(covered.double().mean())
+
+
+def iou(one: Box, other: Box) -> float:
+    """Return the intersection of two boxes over their union.
+
+    >>> iou((0.0, 0.0, 0.5, 1.0), (0.25, 0.0, 0.75, 1.0))
+    0.3333333333333333
+    """
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = ((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other))
+    return shared / (sum(areas) - shared)
+
+
+def _pooled(maps: Tensor) -> Tensor:
+    """Return the smooth maximum over places, (B, W, h, w) to (B, W)."""
+    flat = maps.flatten(2) * SHARPNESS
+    return (flat.logsumexp(dim=2) - torch.tensor(float(flat.shape[2])).log()) / SHARPNESS
+
+
+class _WordMaps(nn.Module):
+    """Standardized codes to logits of words; each place sees its neighbors, too."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: FrozenCodes, words: int, config: ProbeConfig):
+        super().__init__()
+        sample = codes.codes(torch.arange(min(len(codes), 1024))).flatten(0, 1)
+        self.register_buffer("mean", sample.mean(dim=0))
+        deviation = (sample - sample.mean(dim=0)).square().mean().sqrt()
+        self.register_buffer("scale", deviation.clamp(min=1e-8))
+        self.layers = nn.Sequential(
+            nn.Conv2d(sample.shape[1], config.width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(config.width, words, 1),
+        )
+
+    def forward(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return (B, W, h, w) of codes (B, N, C)."""
+        return self.layers(((codes - self.mean) / self.scale).mT.unflatten(2, grid))
