@@ -132,7 +132,7 @@ class Alignment(nn.Module):
             step: batches trained so far; masks and captions are drawn from (seed, step).
             split: prefix of the log's keys.
             progress: (steps done, steps in all) of the run, for a schedule in shares; None if the
-                length is unknown.
+                length is unknown, which `stop: auto` accepts.
             balance: takes the schedule's share of this step; its ratio is logged.
             images, reconstructions: of the host, (B, 3, H, W), for objectives that use them.
 
@@ -252,6 +252,8 @@ class Alignment(nn.Module):
         """Return the share of the run since the heads began to train; None if no key needs it."""
         if not self.schedule.has_shares:
             return None
+        if progress is None and not self.schedule.needs_length:  # stop: auto
+            return None
         if progress is None:
             raise ConfigError(
                 f"{self.schedule} needs the length of the training, which is unknown here: set "
@@ -367,19 +369,33 @@ class Alignment(nn.Module):
             logger.warning("%s", message)
 
 
+AUTO_STOP = 0.7
+"""What `stop: auto` is as a share of the run."""
+
+
 class Schedule:
     """When the objectives act: from `start`, growing over `ramp`, until `stop`.
 
-    Each is a number of steps or a share of the run.
+    Each is a number of steps or a share of the run. `stop: auto` is a share, or no stop.
     """
 
     def __init__(self, config: LGVQConfig) -> None:
-        self.start, self.ramp, self.stop = config.start, config.ramp, config.stop
-        self.shares = {key: is_share(getattr(config, key)) for key in ("start", "ramp", "stop")}
+        self.start, self.ramp = config.start, config.ramp
+        self.stop: float | None = None if config.stop == "auto" else config.stop
+        fits = self.start == 0 or (is_share(self.start) and self.start < AUTO_STOP)
+        self.is_auto = config.stop == "auto" and fits
+        if self.is_auto:
+            self.stop = AUTO_STOP
+        keys = ("start", "ramp", "stop")
+        self.shares = {key: is_share(getattr(self, key)) for key in keys}
         self.has_shares = any(self.shares.values())
+        self.needs_length = any(
+            is_one and not (self.is_auto and key == "stop") for key, is_one in self.shares.items()
+        )
 
     def __str__(self) -> str:
-        keys = [key for key, is_one in self.shares.items() if is_one]
+        is_given = {**self.shares, "stop": self.shares["stop"] and not self.is_auto}
+        keys = [key for key, is_one in is_given.items() if is_one]
         return ", ".join(f"lgvq.{key}: {getattr(self, key)}" for key in keys)
 
     def scale(self, step: int, share: float | None = None) -> float:
@@ -387,11 +403,14 @@ class Schedule:
 
         Args:
             step: batches trained so far.
-            share: of the run so far, in [0, 1]; None if no key is a share.
+            share: of the run so far, in [0, 1]; None if no key is a share, or if the length of the
+                run is unknown with `stop: auto`, which then never stops.
 
         >>> schedule = Schedule(LGVQConfig(ramp=0.1, stop=0.5))
         >>> [schedule.scale(0, share) for share in (0.0, 0.05, 0.4, 0.5)]
         [0.0, 0.5, 1.0, 0.0]
+        >>> [Schedule(LGVQConfig()).scale(0, share) for share in (0.0, 0.69, 0.7, None)]
+        [1.0, 1.0, 0.0, 1.0]
         """
         places = {True: share or 0.0, False: float(step)}
         if self.stop is not None and places[self.shares["stop"]] >= self.stop:
@@ -406,7 +425,7 @@ class Schedule:
 
     def require_order(self, length: int) -> None:
         """Raise ConfigError if a run of `length` steps would end before it starts."""
-        if self.stop is None:
+        if self.stop is None or self.is_auto:
             return
         first = self.start * length if self.shares["start"] else self.start
         end = self.stop * length if self.shares["stop"] else self.stop

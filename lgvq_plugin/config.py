@@ -115,6 +115,12 @@ def read(value: Any, hint: Any, path: str) -> Any:
             return None
         hints = [h for h in inner if h is not type(None)]
         if {int, float} <= {*hints}:
+            words = [word for h in hints for word in get_args(h)]  # of a Literal
+            if isinstance(value, str) and words:
+                is_number = value.replace(".", "", 1).isdigit()
+                require(value in words or is_number, path, f"a number or {words[0]}", value)
+            if value in words:
+                return value
             number = float(_number(value, float, path))
             return int(number) if number.is_integer() else number
         # `str | tuple[str, ...]`: one or a list of them.
@@ -245,6 +251,7 @@ STEPS = Limit(
     "a number of steps, like 500, or a share of the run between 0 and 1, like 0.35",
     lambda steps: steps >= 0 and (steps < 1 or float(steps).is_integer()),
 )
+STOP = Limit(f"{STEPS.expected}; auto; or null", lambda stop: stop == "auto" or STEPS.holds(stop))
 RANGE = Limit("0 < low <= high <= 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 RATIO = Limit("> 0 and <= 1000, or null", lambda ratio: 0 < ratio <= 1000)
 SEED = Limit(">= 0 and < 2**63", lambda seed: 0 <= seed < 2**63)
@@ -468,8 +475,10 @@ class LGVQConfig(Block):
     of the steps from the heads' first one to the end of the run."""
     ramp: Annotated[int | float, STEPS] = 0
     """Steps over which the weights grow linearly to their values; in the unit of `start`."""
-    stop: Annotated[int | float | None, STEPS] = None
-    """First step that trains the host alone again; null: never."""
+    stop: Annotated[int | float | Literal["auto"] | None, STOP] = "auto"
+    """First step that trains the host alone again; null: never. auto: after a share of 0.7 of the
+    run, so that reconstruction settles, where the length of the run is known and `start` is neither
+    a number of steps nor a later share; else never."""
     total_steps: Annotated[int | None, AT_LEAST_1_OR_NULL] = None
     """Length of the run, which shares need; null: that of `lgvq train` or Lightning's trainer."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -484,16 +493,16 @@ class LGVQConfig(Block):
         expected = "null with codebook_gradient: true, whose gradient bypasses the codes"
         require(ratio is None or not self.codebook_gradient, "gradient_ratio", expected, ratio)
         expected = f"> start ({self.start}), or null"
-        stop = math.inf if self.stop is None else self.stop
+        stop = math.inf if self.stop is None or self.stop == "auto" else self.stop
         holds = stop > self.start or not same_unit(self.start, stop)
         require(holds, "stop", expected, self.stop)
         expected = f"in the unit of start ({self.start}): both steps, or both shares"
         require(same_unit(self.start, self.ramp), "ramp", expected, self.ramp)
 
 
-def is_share(value: float | None) -> bool:
+def is_share(value: float | str | None) -> bool:
     """Whether a key of the schedule is a share of the run, not a number of steps."""
-    return value is not None and 0 < value < 1
+    return isinstance(value, int | float) and 0 < value < 1
 
 
 def same_unit(one: float, other: float) -> bool:
@@ -540,6 +549,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "code_vit": {"min_width": 1, "depth": 2},
         "gradient_ratio": None,
+        "stop": None,
     },
     "corrected_v1": {
         "objectives": {
@@ -549,6 +559,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "code_vit": {"min_width": 1, "depth": 2},
         "gradient_ratio": None,
+        "stop": None,
     },
 }
 """What each recipe changes in the defaults of the classes above."""

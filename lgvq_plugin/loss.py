@@ -221,7 +221,9 @@ class LGVQLoss(BaseLossWrapper):
         total = self._config.total_steps or self.total_steps
         options: Any = {"step": int(step), "split": split, "balance": hook.balance}
         if heads.schedule.has_shares:
-            options["progress"] = progress_of(self._host, int(step), total)
+            now = int(step)
+            is_known = total is not None
+            options["progress"] = (now, total) if is_known else progress_of(self._host, now, None)
         images, reconstructions = call.get("inputs"), call.get("reconstructions")
         return heads(codes, captions, images=images, reconstructions=reconstructions, **options)
 

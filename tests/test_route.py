@@ -23,7 +23,6 @@ OVERRIDES = [
     *("data.train.params.size=16", "data.validation.params.size=16"),
     *("data.train.params.length=4", "data.validation.params.length=4"),
     *("model.params.channels=8", "model.params.embed_dim=8", "model.params.n_embed=16"),
-    f"{LGVQ}.stop=null",
     f"{LGVQ}.objectives.masked_text.weight=0.05",  # all three
 ]
 

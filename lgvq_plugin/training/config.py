@@ -296,7 +296,7 @@ class Sections:
             if guide.get("use") is not None:
                 path_of("guides", guide["use"])
         is_on = any(own.weight for _, own in block.objectives.items())
-        if "host" in self.training.freeze and block.stop is not None:
+        if "host" in self.training.freeze and block.stop not in (None, "auto"):
             self.warnings.append(
                 f"training.freeze: [host] trains the heads alone, and lgvq.stop: {block.stop} ends "
                 "that early; set lgvq.stop: null"

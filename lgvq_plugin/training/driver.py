@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..alignment import Schedule
 from ..config import DEFAULTS
 from ..finite import MAX_SKIPPED, all_finite, nonfinite_gradients
 from ..quantizer_hook import require_quantizers
@@ -69,6 +71,9 @@ class HostDriver(pl.LightningModule):
         loss: Any = host.loss
         if hasattr(loss, "checks_gradients"):  # LGVQLoss: the driver checks them
             loss.checks_gradients, loss.total_steps = False, settings.max_steps
+            heads = loss.alignment
+            if heads is not None and "host" in settings.freeze and heads.schedule.is_auto:
+                heads.schedule = Schedule(replace(heads.config, stop=None))  # nothing else trains
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Pass `batch` through the host once (or twice) and update all its optimizers.
