@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..alignment import Alignment
-from ..datasets.base import Layout, collate
+from ..datasets.base import ImageLayout, collate
 from ..encoder import SavedHeads
 from ..guides.base import AbstractGuide, build_guide
 from ..host import attach_saved, encode, reconstruct
@@ -151,7 +151,7 @@ class Context:
         """The test set, encoded."""
         return self._encode("test")
 
-    def layouts(self, which: str) -> list[Layout]:
+    def layouts(self, which: str) -> list[ImageLayout]:
         """Return where things are in each image of a set, `train` or `test`.
 
         Raises:
@@ -162,7 +162,7 @@ class Context:
         if layout_of is None:
             raise ConfigError(
                 "the data set does not say where things are (the scenes do); give it a method "
-                "layout_of(index) that returns a lgvq_plugin.datasets.base.Layout"
+                "layout_of(index) that returns a lgvq_plugin.datasets.base.ImageLayout"
             )
         return [layout_of(index) for index in range(len(dataset))]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..datasets.base import Layout
+from ..datasets.base import ImageLayout
 from ..sockets import ConfigError
 from .evaluation_context import Context, Encoded
 from .measures import Rows, decode_indices, fit_probe, generated_rows, rows_of
@@ -17,7 +17,7 @@ from .metrics.captions import tokenize_words
 from .probes.attributes import stack_labels
 from .probes.synthesis import SynthesisProbe, label_vectors, map_vectors
 
-Conditions = Callable[[Encoded, list[Layout]], Tensor]
+Conditions = Callable[[Encoded, list[ImageLayout]], Tensor]
 
 
 def unconditional(context: Context) -> Rows:
@@ -111,7 +111,7 @@ def _fitted(
     given = conditions(train)
     probe = SynthesisProbe(given.shape[2], config, device=context.device, name=name)
     fit_probe(context, probe, train.codes, given)
-    settings = {"train": len(train.codes)}
+    settings: dict[str, Any] = {"train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
     return probe, (train, test), settings
 
@@ -136,7 +136,7 @@ def _drawn(
     options: dict[str, Any] = {"seed": context.config.seed, "progress": context.progress}
     if first:
         options["first"] = test.codes.indices[:count, :first]  # type: ignore[index]
-    drawn = probe.draw(list(given[:count]), **options)  # type: ignore[arg-type]
+    drawn = probe.draw(list(given[:count]), **options)
     images = decode_indices(context, test, drawn)
     rows = generated_rows(context, images, prefix, settings)
     kept = (*judged, "fd_judge", f"fd_{context.config.fd.net}")

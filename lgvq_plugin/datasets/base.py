@@ -85,7 +85,7 @@ def recognize(root: str | Path, member: str | None = None) -> Layout:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ImageLayout:
     """Where things are in an image, for the probes of synthesis and grounding.
 
     A data set that knows has a method `layout_of(index)`, which returns it without reading the

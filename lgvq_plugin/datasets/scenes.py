@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..sockets import ConfigError, suggest
 from . import scene_language
-from .base import CaptionedImages, Layout
+from .base import CaptionedImages, ImageLayout
 from .images import MODES, Draws, height_and_width, to_array
 from .scene_language import COLORS, SHAPES, TEXTURES, TONES, Background, Scene, SceneObject, compose
 
@@ -115,7 +115,7 @@ class Scenes(CaptionedImages):
         """Return the symbolic scene behind sample `index` (>= 0)."""
         return compose(self._draws(index, LOOK), simple=self.simple)
 
-    def layout_of(self, index: int) -> Layout:
+    def layout_of(self, index: int) -> ImageLayout:
         """Return the map of shapes (1 + their place in `SHAPES`), and boxes of shapes and colors.
 
         Example:
@@ -136,7 +136,7 @@ class Scenes(CaptionedImages):
             box = tuple(float(end) / n for end, n in zip(ends, (width, height) * 2, strict=True))
             for word in (thing.shape, thing.color):
                 boxes.setdefault(word, []).append(box)  # type: ignore[arg-type]
-        return Layout(kinds, boxes)
+        return ImageLayout(kinds, boxes)
 
     @staticmethod
     def vocabulary() -> list[str]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class SynthesisProbe(TextToImageProbe):
         config, device: as of :class:`~.trainer.NeuralProbe`.
     """
 
-    Config: Any = SynthesisConfig
+    Config: ClassVar[Any] = SynthesisConfig
     name = "synthesis"
 
     def __init__(
@@ -55,7 +55,7 @@ class SynthesisProbe(TextToImageProbe):
     def bits(
         self,
         codes: FrozenCodes,
-        conditions: Sequence[Tensor],
+        conditions: Tensor,
         *,
         given: bool = True,
         start: int = 0,
@@ -68,7 +68,7 @@ class SynthesisProbe(TextToImageProbe):
             given: whether the network sees them.
             start: first code that counts; it is predicted from those before it.
         """
-        return self._bits([codes], list(conditions), with_text=given, start=start)[0]  # type: ignore[arg-type]
+        return self._bits([codes], list(conditions), with_text=given, start=start)[0]
 
 
 class _Vectors:
