@@ -63,8 +63,15 @@ def test_shares_are_of_the_run():
     assert scales == pytest.approx([0, 0, 0, 0.5, 1, 1, 0, 0], abs=1e-6)
 
 
-def test_by_default_all_steps_are_aligned():
+def test_by_default_the_last_part_of_the_run_is_without_alignment():
+    assert shares_of({}, 1000, [0, 699, 700, 999]) == [1, 1, 0, 0]
+    assert shares_of({"start": 0.2}, 1000, [199, 200, 699, 700]) == [0, 1, 1, 0]
+    # Where that is not known, or would be before the start, the objectives act to the end.
     assert shares_of({}, None, [0, 1, 10_000]) == [1, 1, 1]
+    assert shares_of({"start": 800}, 1000, [700, 800, 999]) == [0, 1, 1]
+    assert shares_of({"start": 0.9}, 1000, [899, 900, 999]) == [0, 1, 1]
+    assert shares_of({"stop": None}, 1000, [0, 999]) == [1, 1]
+    assert shares_of({"recipe": "paper"}, 1000, [0, 999]) == [1, 1]
 
 
 def test_a_share_counts_from_the_first_step_of_the_heads():
@@ -76,6 +83,11 @@ def test_a_share_of_a_run_of_unknown_length_is_an_error():
     expected = r"lgvq\.ramp: 0\.1, lgvq\.stop: 0\.35 needs the length.*set lgvq\.total_steps"
     with pytest.raises(ConfigError, match=expected):
         shares_of({"ramp": 0.1, "stop": 0.35}, None, [])
+
+
+def test_a_ramp_in_shares_needs_the_length_whatever_the_stop():
+    with pytest.raises(ConfigError, match=r"^lgvq\.ramp: 0\.1 needs the length"):
+        shares_of({"ramp": 0.1}, None, [])
 
 
 def test_a_start_in_steps_after_the_end_in_shares_is_an_error():

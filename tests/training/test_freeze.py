@@ -208,3 +208,16 @@ def test_heads_alone_need_heads(small, tmp_path):
 def test_a_stop_that_ends_the_training_of_the_heads_is_reported(tmp_path, caplog):
     command(tmp_path, TINY, "--train", "heads", "--max-steps", "2", "lgvq.stop=1")
     assert "lgvq.stop: 1 ends that early" in caplog.text
+
+
+def test_heads_alone_train_to_the_end_of_the_run(tmp_path):
+    """`stop: auto` would end the only training there is."""
+    training = {**TINY["training"], "freeze": ["host"], "checkpoint_every": 8}
+    command(tmp_path, {**TINY, "training": training}, "--max-steps", "10")
+    before, after = (
+        torch.load(tmp_path / "run" / "checkpoints" / name, weights_only=True)["state_dict"]
+        for name in ("step=00000008.ckpt", "last.ckpt")
+    )
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    assert moved
+    assert all("lgvq" in key for key in moved)
