@@ -1,7 +1,7 @@
 """Train a host from a config: the run folder, Lightning's Trainer, resume, and `lgvq train`.
 
 logs/<name>/  configs/merged.yaml  checkpoints/{last,step=...}.ckpt  metrics.csv
-              images/  tensorboard/
+              images/  tensorboard/  wandb/ (training.logger)
 
 torch and Lightning are imported by `train`, not by this module: arguments and configs are
 checked without them.

@@ -15,6 +15,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "heads": ("host",),
 }
 """What `--train` freezes."""
+LOGGERS = {"csv": None, "tensorboard": "train", "wandb": "wandb"}
+"""Names for `training.logger`, with the extra that installs what they need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,9 @@ class TrainingConfig:
     """Steps between grids of inputs over reconstructions; null = never."""
     log_every: int = 50
     """Steps between lines of metrics.csv."""
+    logger: str | tuple[str, ...] | None = None
+    """Where metrics go besides metrics.csv, which is always written: tensorboard, wandb, a list of
+    them, or csv for nothing else; null = tensorboard if it is installed."""
     devices: int | str = 1
     """Processes on this machine: a number, or "auto" for one per device."""
     num_nodes: int = 1
@@ -73,6 +78,14 @@ class TrainingConfig:
                 value = getattr(self, name)
                 if not is_valid(value):
                     raise ConfigError(f"training.{name} must be {expected}, got {value!r}")
+        for name in self.loggers or ():
+            if name not in LOGGERS:
+                raise ConfigError(f"training.logger: no {name!r}{suggest(name, LOGGERS)}")
+
+    @property
+    def loggers(self) -> tuple[str, ...] | None:
+        """The names under `logger`; None for the default."""
+        return (self.logger,) if isinstance(self.logger, str) else self.logger and (*self.logger,)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "TrainingConfig":
@@ -127,6 +140,11 @@ CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
         "freeze",
         lambda v: isinstance(v, list | tuple) and {*map(str, v)} <= {*FROZEN},
         f"a list of some of {', '.join(FROZEN)}",
+    ),
+    (
+        "logger",
+        lambda v: v is None or isinstance(v, str | list | tuple),
+        f"one or a list of {', '.join(LOGGERS)}, or null",
     ),
     ("scale_lr two_forward", lambda v: isinstance(v, bool), "true or false"),
     ("precision accelerator strategy", lambda v: isinstance(v, str), "a name"),
