@@ -331,7 +331,8 @@ def require_steps_for_host(training: TrainingConfig) -> None:
             f"training.max_steps={training.max_steps} to the host: it would not change; raise "
             "training.max_steps, or lower --heads-first"
         )
-    if "host" in training.freeze or {*training.freeze} >= {*FROZEN} - {"host"}:
+    is_frozen = training.lora is None and {*training.freeze} >= {*FROZEN} - {"host"}
+    if "host" in training.freeze or is_frozen:
         logger.warning("the whole host is frozen: it does not change, all differences are 0")
 
 
