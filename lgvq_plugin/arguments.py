@@ -41,7 +41,7 @@ def add_shortcuts(parser: argparse.ArgumentParser, *, trained: Sequence[str] = (
             "--train",
             choices=trained,
             help="part that learns beside the heads (default: all); heads: nothing else, so that "
-            "the tokenizer stays bit-identical",
+            "the tokenizer stays bit-identical; lora: low-rank adapters (training.lora)",
         )
 
 

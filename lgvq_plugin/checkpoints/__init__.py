@@ -4,6 +4,11 @@ from pathlib import Path
 
 from ..sockets import ConfigError
 
+FILES = (
+    *("checkpoints/last.ckpt", "model.safetensors", "last.ckpt"),
+    "diffusion_pytorch_model.safetensors",  # diffusers' save_pretrained
+)
+
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint file at `path`: itself, or that of a run or a saved folder.
@@ -18,7 +23,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise ConfigError(f"no checkpoint {str(path)!r}")
-    for name in ("checkpoints/last.ckpt", "model.safetensors", "last.ckpt"):
+    for name in FILES:
         if (path / name).is_file():
             return path / name
     steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))

@@ -6,7 +6,7 @@ file --read_raw--> content --sort_tensors--> Checkpoint --compare--> LoadReport 
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..objectives import rename_old_heads
 from ..sockets import ConfigError
 from ..training.build import build_host
 from ..training.config import LOSS_KEYS, read_config, to_plain
+from ..training.lora import merge
 from . import find_checkpoint
 from .layout import Layout, sort_tensors, unflatten
 from .read import How, plain, read_raw
@@ -76,11 +77,20 @@ def load_checkpoint(
     except ConfigError as error:
         raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
     rename_old_heads(layout.state_dict)
+    config = _config_in(raw) or _config_beside(file)
+    try:
+        layout = replace(
+            layout,
+            state_dict=merge(layout.state_dict, config),
+            averaged=layout.averaged and merge(layout.averaged, config),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
     step = raw.get("global_step") if isinstance(raw, Mapping) else None
     return Checkpoint(
         **vars(layout),
         path=file,
-        config=_config_in(raw) or _config_beside(file),
+        config=config,
         how=how,
         step=int(step) if isinstance(step, int) else None,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ def main(argv: Sequence[str]) -> int:
     find_checkpoint(given.ckpt)
     if given.preset is not None:
         given.base.insert(0, str(preset(given.preset)))
+        overrides = [*_for_repository(given), *overrides]
+    elif given.repo is not None:
+        raise ConfigError("--repo goes with --preset; for a config of yours set PYTHONPATH")
     config = read_config(given.base, overrides)
     from .load import load_checkpoint
     from .side_by_side import as_table
@@ -108,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "run folder")  # fmt: skip
     add("--preset", metavar="NAME", help="a published tokenizer, in place of -b; "
         f"one of {', '.join(presets())}")  # fmt: skip
+    add("--repo", metavar="PATH", help="checkout of the code that a preset needs")
     add("--ckpt", required=True, metavar="OLD", help="the old checkpoint")
     add("-o", "--output", required=True, metavar="DIR", help="folder of the new run")
     add("--freeze", metavar="PARTS", help=f"parts to keep fixed: any of {','.join(FROZEN)}")
@@ -155,6 +160,23 @@ def preset(name: str) -> Path:
             "config (-b), or attach it in its own training loop (lgvq_plugin.attach)"
         )
     return known[name]
+
+
+def _for_repository(given: argparse.Namespace) -> list[str]:
+    """Return overrides of a preset whose class is not this package's or taming's."""
+    section = read_config([preset(given.preset)]).model
+    if given.repo is not None and section.params.get("repository") is None:
+        raise ConfigError(f"--repo: {given.preset} needs no checkout of other code")
+    words = [] if given.repo is None else [f"model.params.path={Path(given.repo).resolve()}"]
+    if OmegaConf.is_missing(section.params, "arguments"):
+        file = find_checkpoint(given.ckpt).with_name("config.json")
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--preset {given.preset} reads {str(file)!r}: {error}") from error
+        arguments = {key: value for key, value in saved.items() if not key.startswith("_")}
+        words.append(f"model.params.arguments={json.dumps(arguments)}")
+    return words
 
 
 def require_heads(folder: Path) -> None:
@@ -331,7 +353,8 @@ def require_steps_for_host(training: TrainingConfig) -> None:
             f"training.max_steps={training.max_steps} to the host: it would not change; raise "
             "training.max_steps, or lower --heads-first"
         )
-    if "host" in training.freeze or {*training.freeze} >= {*FROZEN} - {"host"}:
+    is_frozen = training.lora is None and {*training.freeze} >= {*FROZEN} - {"host"}
+    if "host" in training.freeze or is_frozen:
         logger.warning("the whole host is frozen: it does not change, all differences are 0")
 
 

@@ -348,9 +348,16 @@ def with_shortcuts(
 def _with_trained(config: DictConfig, trained: str, overrides: Sequence[str]) -> DictConfig:
     given = {key: OmegaConf.select(config, f"training.{key}") for key in ("freeze", "heads_first")}
     freeze = [*(given["freeze"] or ())]
-    if freeze and {*freeze} != {*TRAINED[trained]}:
+    lora = OmegaConf.select(config, "training.lora")
+    if lora is not None and trained != "lora":
         raise ConfigError(
-            f"--train {trained} freezes {[*TRAINED[trained]]}, but training.freeze (--freeze) is "
+            f"--train {trained}, but training.lora trains adapters: use --train lora, or leave "
+            "training.lora out"
+        )
+    if freeze and {*freeze} != {*TRAINED[trained]}:
+        fixed = [*TRAINED[trained]] if trained != "lora" else "all but its adapters"
+        raise ConfigError(
+            f"--train {trained} freezes {fixed}, but training.freeze (--freeze) is "
             f"{freeze}; give only one of them"
         )
     if trained == "heads" and given["heads_first"]:
@@ -358,7 +365,10 @@ def _with_trained(config: DictConfig, trained: str, overrides: Sequence[str]) ->
             f"--train heads: the host never learns, but training.heads_first (--heads-first) is "
             f"{given['heads_first']}, after which it would; give only one of them"
         )
-    config = lay_over(config, {"training": {"freeze": [*TRAINED[trained]]}})
+    section: dict[str, Any] = {"freeze": [*TRAINED[trained]]}
+    if trained == "lora" and lora is None:
+        section["lora"] = {}
+    config = lay_over(config, {"training": section})
     is_ours = str(loss_section(config).get("target")).startswith(OURS)
     if trained == "heads" and is_ours and not any(w.startswith("lgvq.stop=") for w in overrides):
         config = lay_over(config, {"lgvq": {"stop": None}})

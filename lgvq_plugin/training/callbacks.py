@@ -8,13 +8,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +24,7 @@ from ..finite import all_finite, in_groups
 from . import rng, state
 from .data import validation_loader
 from .driver import HostDriver
+from .loggers import open_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ class TrainingCallback(pl.Callback):
     ) -> None:
         """After each step, do what is due."""
         if self._loggers is None:
-            self._loggers = self._begin(module.config) if trainer.is_global_zero else []
+            self._loggers = self._begin(module) if trainer.is_global_zero else []
         if not module.has_stepped:
             return
         settings, step = module.settings, trainer.global_step
@@ -126,17 +125,15 @@ class TrainingCallback(pl.Callback):
         if is_due(settings.checkpoint_every or settings.max_steps):
             self._save(trainer, module, step)
 
-    def _begin(self, config: Mapping[str, Any]) -> list[Any]:
+    def _begin(self, module: HostDriver) -> list[Any]:
         """Make the run folder, and return the loggers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_parts(self.folder)
-        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+        text = OmegaConf.to_yaml(OmegaConf.create(module.config))
         write_text(self.folder / "configs" / "merged.yaml", text)
-        loggers: list[Any] = [MetricsFile(self.folder, self._resumed_at)]
-        if any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
-            purge: Any = {"purge_step": self._resumed_at + 1} if self._resumed_at else {}
-            loggers.append(TensorBoardLogger(self.folder, name="tensorboard", version="", **purge))
-        return loggers
+        at: Any = {"resumed_at": self._resumed_at, "config": module.config}
+        others = open_loggers(module.settings.loggers, self.folder, **at)
+        return [MetricsFile(self.folder, self._resumed_at), *others]
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the EMA weights."""

@@ -21,6 +21,7 @@ from ..arguments import KEY
 from ..config import OBJECTIVES, laid_over, parse, require, with_text_guide
 from ..datasets import MEMBERS
 from ..sockets import ConfigError, MissingError, Problems, path_of, suggest
+from .loggers import require_installed
 from .settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -284,12 +285,17 @@ class Sections:
     def check_names(self) -> None:
         """Check the data sets' names and the `lgvq:` block, as far as that needs no torch.
 
-        Raises ConfigError for an unknown data set or guide, a wrong key or value of the block, or
-        objectives that start after the last step.
+        Raises ConfigError for an unknown data set or guide, a package that is missing, a wrong key
+        or value of the block, or objectives that start after the last step.
         """
         for section in (self.data.train, self.data.validation, self.data.test):
             if section is not None:
                 path_of("datasets", section["target"])
+        require_installed(self.training.loggers)
+        if self.training.lora is not None:
+            from .lora import require_peft
+
+            require_peft()
         given = lgvq_block(self.plain)
         block, steps = parse(given), self.training.max_steps
         for guide in (block.guide, *block.guides.values()):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ class HostDriver(pl.LightningModule):
         dataset: the data set to train on; None if the driver only evaluates.
         batch_size: samples of one process in a batch, which `num_workers` processes load.
         config: the plain config, kept in every checkpoint.
+        adapters: parameters in frozen parts that learn nevertheless.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class HostDriver(pl.LightningModule):
         batch_size: int = 1,
         num_workers: int = 0,
         config: Mapping[str, Any] | None = None,
+        adapters: Sequence[nn.Parameter] = (),
     ):
         super().__init__()
         _check_protocol(host)
@@ -58,7 +60,7 @@ class HostDriver(pl.LightningModule):
         self.settings, self.dataset = settings, dataset
         self.batch_size, self.num_workers = batch_size, num_workers
         self.config = dict(config or {})
-        self.frozen = Freeze(host, settings.freeze, settings.heads_first)
+        self.frozen = Freeze(host, settings.frozen, settings.heads_first, spared=adapters)
         self.latest: dict[str, Tensor] = {}  # what the host logged in the last step
         self.samples = 0  # that all processes together have taken so far
         self.has_stepped = False  # whether the last batch ended a step
@@ -373,10 +375,17 @@ class Freeze:
     weight of its GAN) is unchanged. Raises ConfigError if the host lacks a part, or has no heads.
 
     `parts` are some of encoder, decoder, codebook, host; while the step is below `heads_first`,
-    or always with `host`, everything but the parameters with ids in `heads` is frozen.
+    or always with `host`, everything but the parameters with ids in `heads` is frozen. `spared` are
+    parameters in frozen parts that learn.
     """
 
-    def __init__(self, host: nn.Module, parts: tuple[str, ...], heads_first: int):
+    def __init__(
+        self,
+        host: nn.Module,
+        parts: tuple[str, ...],
+        heads_first: int,
+        spared: Sequence[nn.Parameter] = (),
+    ):
         self.heads_first = math.inf if "host" in parts else heads_first
         self.heads = {id(p) for name, p in host.named_parameters() if name.startswith(HEADS)}
         if self.heads_first and not self.heads:
@@ -389,6 +398,7 @@ class Freeze:
         self._first = [module for name, module in host.named_children() if name != "loss"]
         discriminator = getattr(getattr(host, "loss", None), "discriminator", None)
         self._first += [discriminator] if isinstance(discriminator, nn.Module) else []
+        self._spared = {id(p) for p in spared}
         self._others = [p for p in host.parameters() if id(p) not in self.heads]
 
     def set_modes(self, step: int) -> None:
@@ -401,7 +411,8 @@ class Freeze:
 
     def drop_gradients(self, step: int) -> None:
         """Drop the gradients of what is frozen at `step`."""
-        frozen = (p for module in self._frozen for p in module.parameters())
+        inside = (p for module in self._frozen for p in module.parameters())
+        frozen = (p for p in inside if id(p) not in self._spared)
         for parameter in self._others if step < self.heads_first else frozen:
             parameter.grad = None
 

@@ -1,7 +1,7 @@
 """Train a host from a config: the run folder, Lightning's Trainer, resume, and `lgvq train`.
 
 logs/<name>/  configs/merged.yaml  checkpoints/{last,step=...}.ckpt  metrics.csv
-              images/  tensorboard/
+              images/  tensorboard/  wandb/ (training.logger)
 
 torch and Lightning are imported by `train`, not by this module: arguments and configs are
 checked without them.
@@ -164,7 +164,7 @@ class _Run:
 
     def fit(self, found: Path | None, checkpoint: Mapping[str, Any]) -> TrainResult:
         """Train from the checkpoint at `found`, or from the start."""
-        from . import rng, state
+        from . import lora, rng, state
         from .callbacks import Stopped, TrainingCallback
         from .data import WrongCaptions
         from .driver import HostDriver
@@ -190,8 +190,10 @@ class _Run:
             dataset = WrongCaptions(dataset, sections.training.seed)
         if self.prepare is not None and found is None:
             self.prepare(host)
-        data = sections.data
+        data, training = sections.data, sections.training
         reading: Any = {"batch_size": data.batch_size, "num_workers": data.num_workers}
+        if training.lora is not None:
+            reading["adapters"] = lora.inject(host, training.lora, training.seed)
         driver = HostDriver(
             host, sections.training, dataset=dataset, config=sections.plain, **reading
         )

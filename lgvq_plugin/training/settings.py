@@ -13,8 +13,13 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "decoder": ("encoder", "codebook"),
     "encoder": ("decoder", "codebook"),
     "heads": ("host",),
+    "lora": (),  # `training.lora` says what it freezes
 }
 """What `--train` freezes."""
+LORA: dict[str, Any] = {"rank": 8, "alpha": 16, "parts": ["encoder", "decoder"], "targets": None}
+"""Keys of `training.lora` with their defaults."""
+LOGGERS = {"csv": None, "tensorboard": "train", "wandb": "wandb"}
+"""Names for `training.logger`, with the extra that installs what they need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,9 @@ class TrainingConfig:
     """Steps between grids of inputs over reconstructions; null = never."""
     log_every: int = 50
     """Steps between lines of metrics.csv."""
+    logger: str | tuple[str, ...] | None = None
+    """Where metrics go besides metrics.csv, which is always written: tensorboard, wandb, a list of
+    them, or csv for nothing else; null = tensorboard if it is installed."""
     devices: int | str = 1
     """Processes on this machine: a number, or "auto" for one per device."""
     num_nodes: int = 1
@@ -64,6 +72,10 @@ class TrainingConfig:
     freeze: tuple[str, ...] = ()
     """Parts of the host that keep their weights: some of encoder, decoder, codebook; or host:
     everything but the heads of LG-VQ."""
+    lora: Mapping[str, Any] | None = None
+    """Low-rank adapters, which alone learn beside the heads: rank, alpha (scale x rank), parts that
+    get them (encoder, decoder), and targets: a list of names of layers; null = all linear layers
+    and convolutions. {} for the defaults, see `LORA`."""
     heads_first: int = 0
     """Number of steps at the start in which only the heads of LG-VQ learn; 0 = none."""
 
@@ -73,6 +85,21 @@ class TrainingConfig:
                 value = getattr(self, name)
                 if not is_valid(value):
                     raise ConfigError(f"training.{name} must be {expected}, got {value!r}")
+        if self.lora is not None:
+            _check_lora(self.lora)
+        for name in self.loggers or ():
+            if name not in LOGGERS:
+                raise ConfigError(f"training.logger: no {name!r}{suggest(name, LOGGERS)}")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parts under `freeze`, and those that learn through adapters only."""
+        return (*self.freeze, *(() if self.lora is None else FROZEN[:3]))
+
+    @property
+    def loggers(self) -> tuple[str, ...] | None:
+        """The names under `logger`; None for the default."""
+        return (self.logger,) if isinstance(self.logger, str) else self.logger and (*self.logger,)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "TrainingConfig":
@@ -95,6 +122,16 @@ class TrainingConfig:
         return cls(**{str(key): value for key, value in given.items()})
 
 
+def _check_lora(given: Mapping[str, Any]) -> None:
+    for key in given:
+        if key not in LORA:
+            raise ConfigError(f"training.lora: no key {key!r}{suggest(key, LORA)}")
+    lora = {**LORA, **given}
+    for key, is_valid, expected in LORA_CHECKS:
+        if not is_valid(lora[key]):
+            raise ConfigError(f"training.lora.{key} must be {expected}, got {lora[key]!r}")
+
+
 def _is_number(value: Any, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
@@ -111,6 +148,20 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value, int, float) and 0 < value < math.inf
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(v) is str for v in value)
+
+
+LORA_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("rank", _is_count, "a whole number > 0"),
+    ("alpha", _is_positive, "> 0"),
+    (
+        "parts",
+        lambda v: _is_names(v) and {*v} <= {"encoder", "decoder"},
+        "a list of encoder, decoder",
+    ),
+    ("targets", lambda v: v is None or _is_names(v), "a list of names of layers, or null"),
+]
 CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("max_steps accumulate_grad_batches log_every num_nodes", _is_count, "a whole number > 0"),
     (
@@ -128,6 +179,12 @@ CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: isinstance(v, list | tuple) and {*map(str, v)} <= {*FROZEN},
         f"a list of some of {', '.join(FROZEN)}",
     ),
+    (
+        "logger",
+        lambda v: v is None or isinstance(v, str | list | tuple),
+        f"one or a list of {', '.join(LOGGERS)}, or null",
+    ),
+    ("lora", lambda v: v is None or isinstance(v, Mapping), f"a mapping of {', '.join(LORA)}"),
     ("scale_lr two_forward", lambda v: isinstance(v, bool), "true or false"),
     ("precision accelerator strategy", lambda v: isinstance(v, str), "a name"),
 ]

@@ -56,15 +56,23 @@ def snapshot(module):
 # -- precision and accumulation ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["corrected", "paper"])
-def test_bf16_gives_the_losses_of_float32(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        ("corrected", torch.bfloat16),
+        pytest.param("corrected", torch.float16, marks=pytest.mark.slow),
+        ("paper", torch.bfloat16),
+    ],
+)
+def test_autocast_gives_the_losses_of_float32(recipe, dtype):
     logs = []
     for enabled in (False, True):
         host, loss = VQVAE.build({**LGVQ, "recipe": recipe})
         torch.manual_seed(7)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
             total = VQVAE.step(host, VQVAE.batch(), loss)
         assert total.isfinite()
+        assert {p.dtype for p in loss.alignment.parameters()} == {torch.float32}
         gradients = [p.grad for p in loss.alignment.parameters() if p.requires_grad]
         assert all(g is not None and g.isfinite().all() for g in gradients)
         logs.append(loss.latest)
@@ -72,6 +80,33 @@ def test_bf16_gives_the_losses_of_float32(recipe):
         exact, rounded = (float(log[f"train/lgvq/{name}"]) for log in logs)
         assert rounded == pytest.approx(exact, rel=0.05, abs=0.02)
         assert logs[1][f"train/lgvq/{name}"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_compiled_model_and_code_vit_give_the_eager_losses():
+    found = {}
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = VQVAE.build(None)[0]
+        handle = attach(model, guide={"use": "micro_clip"})
+        run = model
+        if compiled:
+            run = torch.compile(model, backend="aot_eager")
+            handle.heads.code_vit.compile(backend="aot_eager")
+        optimizer = torch.optim.SGD([*model.parameters(), *handle.parameters()], lr=0.1)
+        images, losses = VQVAE.batch()["image"].movedim(-1, 1), []
+        for _ in range(2):
+            reconstruction, quant_loss = run(images)
+            text_loss, _ = handle.loss(CAPTIONS)
+            optimizer.zero_grad()
+            ((reconstruction - images).square().mean() + quant_loss + text_loss).backward()
+            optimizer.step()
+            losses.append(text_loss.item())
+        found[compiled] = losses, model.state_dict(), handle.heads.state_dict()
+    assert found[False][0] == pytest.approx(found[True][0], rel=1e-5)
+    assert found[True][0][0] != found[True][0][1]
+    for part in (1, 2):  # the same names too
+        torch.testing.assert_close(found[True][part], found[False][part], rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_gradients_are_the_sum_of_their_batches():
