@@ -14,9 +14,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ..config import require
 from ..finite import in_groups
 from ..objectives import rename_old_heads
-from ..sockets import ConfigError
+from ..sockets import ConfigError, params_of
 from ..training.build import build_host
 from ..training.config import LOSS_KEYS, read_config, to_plain
 from . import find_checkpoint
@@ -297,8 +298,9 @@ def _model_section(config: DictConfig | Mapping[str, Any], *, with_loss: bool) -
     """Return the config's `model:` section in plain containers, without initial weights."""
     if config.get("model") is None:
         raise ConfigError(f"the config has no section `model:`; it has {list(config)}")
-    model = dict(to_plain(config, "model")["model"])
-    params = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
+    model = to_plain(config, "model")["model"]
+    require(isinstance(model, Mapping), "model", "a mapping of target and params", model)
+    params = {k: v for k, v in params_of(model, "model").items() if k != "ckpt_path"}
     for key in LOSS_KEYS:
         if not with_loss and isinstance(params.get(key), Mapping):
             params[key] = {"target": "torch.nn.Identity"}

@@ -62,6 +62,7 @@ CONFIG: dict[str, Any] = {
     "training": {"max_steps": 2, "accelerator": "cpu", "seed": 0, "precision": "32-true"}
     | {"val_every": 1, "val_batches": 1, "images_every": None, "log_every": 1},
 }
+VERDICTS = ("success", "refused", "diverged", "traceback", "hang", "garbage", "messages", "escaped")
 CAPTIONS = ["a red square above a blue circle", "two green triangles", "a small yellow star"]
 PLAN = {"title": "t", "base": ["config.yaml"], "seeds": [0], "variants": {"a": {}, "b": {}}}
 HOSTILE_NAMES = [
@@ -91,7 +92,7 @@ class Case:
 class Outcome:
     """What a case ended in."""
 
-    verdict: str  # success, refused, or a defect: traceback, hang, garbage, messages
+    verdict: str  # one of VERDICTS
     detail: str = ""
     what: str = ""
 
@@ -117,8 +118,9 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def odd_tensors(value: Any) -> list[Any]:
     """Return tensors that are almost like `value`."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
         return [torch.zeros(2), torch.zeros(())]
+    value = value.detach()
     made = [value.flatten(), value[None], value.new_zeros(0), value.double(), value.to(torch.int64)]
     made += [value.to(torch.complex64), value.bool(), value.half(), torch.zeros(()), value.numpy()]
     if value.numel():
@@ -883,25 +885,26 @@ def main() -> int:
             begin = time.monotonic()
             found[kind] = run_kind(strategy, workshop, count, seed=given.seed)
             took = f"{time.monotonic() - begin:.0f} s"
-            print(f"{kind}: {len(found[kind])} cases, {took}", file=sys.stderr, flush=True)
-    names = ("success", "refused", "diverged", "traceback", "hang", "garbage", "messages", "escaped")
-    print("| input | cases | " + " | ".join(names) + " |")
-    print("|---|" + "---:|" * (len(names) + 1))
-    whole: Counter[str] = Counter()
-    for kind, outcomes in found.items():
+            print(f"{kind}: {len(found[kind])} cases in {took}", flush=True)
+            print("".join(f"  {line}\n" for line in defects_of(found[kind])), end="", flush=True)
+    print(f"\n| input | cases | {' | '.join(VERDICTS)} |\n|---|{'---:|' * (len(VERDICTS) + 1)}")
+    for kind, outcomes in {**found, "all": [x for each in found.values() for x in each]}.items():
         counts = Counter(outcome.verdict for outcome in outcomes)
-        whole += counts
-        print(f"| {kind} | {len(outcomes)} | " + " | ".join(str(counts[n]) for n in names) + " |")
-    total = sum(whole.values())
-    print(f"| all | {total} | " + " | ".join(str(whole[n]) for n in names) + " |")
-    seen: Counter[str] = Counter()
-    for kind, outcomes in found.items():
-        for outcome in outcomes:
-            mark = f"{kind} {outcome.verdict} {re.sub(r'[0-9]+', '#', outcome.detail)[-60:]}"
-            seen[mark] += 1
-            if outcome.verdict in names[3:] and seen[mark] == 1:
-                print(f"\n{kind}: {outcome.verdict}: {outcome.detail}\n    {outcome.what[:400]}")
-    return int(any(whole[n] for n in names[3:]))
+        print(f"| {kind} | {len(outcomes)} | {' | '.join(str(counts[v]) for v in VERDICTS)} |")
+    return int(any(is_defect(x) for outcomes in found.values() for x in outcomes))
+
+
+def is_defect(outcome: Outcome) -> bool:
+    """Whether a case ended neither in success nor in one message."""
+    return outcome.verdict not in VERDICTS[:3]
+
+
+def defects_of(outcomes: list[Outcome]) -> list[str]:
+    """Return one line per kind of defect: how it ended, and what was broken."""
+    first: dict[str, Outcome] = {}
+    for outcome in filter(is_defect, outcomes):
+        first.setdefault(re.sub(r"[0-9]+", "", outcome.detail)[-60:], outcome)
+    return [f"{x.verdict}: {x.detail}\n    by {x.what[:400]}" for x in first.values()]
 
 
 if __name__ == "__main__":
