@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..config import require
-from ..finite import in_groups
+from ..finite import all_finite, in_groups
 from ..objectives import rename_old_heads
 from ..sockets import ConfigError, params_of
 from ..training.build import build_host
@@ -76,6 +76,13 @@ def load_checkpoint(
         layout = sort_tensors(raw, root=root)
     except ConfigError as error:
         raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
+    for key, value in {**layout.state_dict, **(layout.averaged or {}), **layout.aside}.items():
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
+            kind = "without values" if value.is_meta else f"{value.layout} {value.dtype}"
+            raise ConfigError(
+                f"checkpoint {str(file)!r}: {key} is a tensor {kind}; expected a dense one of "
+                "real numbers; save the state dict again"
+            )
     rename_old_heads(layout.state_dict)
     step = raw.get("global_step") if isinstance(raw, Mapping) else None
     return Checkpoint(
@@ -151,8 +158,9 @@ def load_into(
     name, kind = f"checkpoint {str(checkpoint.path)!r}", type(host).__name__
     if not report.loaded or not all(key.startswith(tuple(optional)) for key in keys):
         raise ConfigError(f"{name} does not fit {kind}; nothing was loaded. {report}")
-    if nans := [key for key in report.loaded if given[key].isnan().any()]:
-        diverged = f"is of a run that diverged: NaN in {in_groups(nans)}; take an older one"
+    if bad := [k for k in report.loaded if all_finite([wanted[k]]) and not all_finite([given[k]])]:
+        kind = "NaN" if any(given[key].isnan().any() for key in bad) else "inf"
+        diverged = f"is of a run that diverged: {kind} in {in_groups(bad)}; take an older one"
         raise ConfigError(f"{name} {diverged}")
     host.load_state_dict({key: given[key] for key in report.loaded}, strict=False)
     after = host.state_dict()

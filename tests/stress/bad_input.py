@@ -18,14 +18,13 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import tarfile
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lgvq_plugin import Handle, cli
@@ -187,8 +186,9 @@ def damaged(draw: Any, content: bytes, *, is_text: bool = False) -> tuple[bytes,
         new = {"drop": [], "repeat": part * 2, "tab": [b"\t" + p for p in part],
                "swap": part[::-1] + lines[:1]}[change]  # fmt: skip
         return b"".join(lines[:number] + new + lines[number + 1 :]), f"{change} line {number}"
-    pieces = ['"', "\t", ",", "{", "[", "]" * 9, "\n", ": ", "- ", "\\", "&a", "*a", "!!python/name:os"
-              "\0", "\ufeff", "\r", "nan", "[" * 5000, "{a: " * 500, "1e999", "../", "#", "é"]  # fmt: skip
+    pieces = ['"', "\t", ",", "{", "[", "]" * 9, "\n", ": ", "- ", "\\", "&a", "*a", "\0"]
+    pieces += ["!!python/name:os", "\ufeff", "\r", "nan", "[" * 5000, "{a: " * 500, "1e999"]
+    pieces += ["../", "#", "é"]
     raw = draw(st.sampled_from([p.encode() for p in pieces]) | st.binary(min_size=1, max_size=8))
     end = at if action == "insert" else at + len(raw)
     return content[:at] + raw + content[end:], f"{action} {raw[:20]!r} at {at}"
@@ -220,7 +220,9 @@ class Workshop:
         checkpoints = sorted((root / "run/checkpoints").glob("step=*.ckpt"))
         self.checkpoint: dict[str, Any] = torch.load(self.last, weights_only=True)
         assert checkpoints
-        self._must("export", "--ckpt", str(self.last), "--format", "heads", "-o", str(root / "heads"))
+        self._must(
+            "export", "--ckpt", str(self.last), "--format", "heads", "-o", str(root / "heads")
+        )
         out = str(root / "host")
         self._must("export", "--ckpt", str(self.last), "--format", "safetensors", "-o", out)
         cache = ["--batch-size", "4", "--maskings", "1", "--no-progress"]
@@ -298,6 +300,20 @@ class Workshop:
             "results": self.results(),
         }
 
+    def sound(self) -> dict[str, Case]:
+        """Return kind -> a case with nothing wrong."""
+        files = {"c.yaml": self.config.read_bytes(), "x.ckpt": self.last.read_bytes()}
+        report = ("ablate", "-b", "{}/plan.yaml", "-o", "{}", "--report", "--no-progress")
+        export = ("export", "--ckpt", "{}/x.ckpt", "--format", "host", "-o", "{}/out")
+        resumed = (*TRAIN[:-1], "3", "--resume", "{}/x.ckpt")
+        return {
+            "config": Case("sound", files, TRAIN),
+            "images": Case("sound", {**self.pictures, "0.txt": b"a dog"}, READ[0]),
+            "ckpt": Case("sound", files, export),
+            "resume": Case("sound", files, resumed),
+            "results": Case("sound", {}, report, folder=self.root / "ablation"),
+        }
+
     @st.composite
     @staticmethod
     def _config(draw: Any) -> Case:
@@ -320,9 +336,7 @@ class Workshop:
         pairs = [*zip(names, CAPTIONS, strict=True)]
         coco = {
             "images": [{"id": i, "file_name": n} for i, n in enumerate(names)],
-            "annotations": [
-                {"id": i, "image_id": i, "caption": c} for i, c in enumerate(CAPTIONS)
-            ],
+            "annotations": [{"id": i, "image_id": i, "caption": c} for i, c in enumerate(CAPTIONS)],
         }
         kar = [
             {"filename": n, "split": "train", "cocoid": i, "sentences": [{"raw": c}]}
@@ -443,8 +457,16 @@ class Workshop:
         base += [[f"{i}.txt", CAPTIONS[i].encode(), "file"] for i in range(3)]
         patterns = [
             *("{0..99999999999}.tar", "{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}.tar"),
-            *("{9..0}.tar", "{0..}.tar", "{a..b}.tar", "::.tar", "{0..2}::x.tar", "{" * 300 + ".tar"),
+            *(
+                "{9..0}.tar",
+                "{0..}.tar",
+                "{a..b}.tar",
+                "::.tar",
+                "{0..2}::x.tar",
+                "{" * 300 + ".tar",
+            ),
             *("{0..1}" * 40 + ".tar", "{{0..3}..9}.tar", "a\0.tar", "n" * 300 + ".tar"),
+            "{" * 300 + ".tar",
             *("{00000000000000000000..1}.tar", "{1..2}.tar::{3..99999999}.tar", "*.tar"),
             *("{" + "9" * 5000 + ".." + "9" * 5001 + "}.tar", "{٠..٩}.tar"),
         ]
@@ -692,7 +714,14 @@ TRAIN = (
     *("train", "-b", "{}/c.yaml", "--name", "a", "--logdir", "{}/logs", "--no-progress"),
     *("--max-steps", "1"),
 )
-TRAIN_FOLDER = (*TRAIN[:2], "{root}/config.yaml", *TRAIN[3:], "--data", "{}", "data.train.params.size=16")
+TRAIN_FOLDER = (
+    *TRAIN[:2],
+    "{root}/config.yaml",
+    *TRAIN[3:],
+    "--data",
+    "{}",
+    "data.train.params.size=16",
+)
 CACHE_AGAIN = ("cache", "-b", "{}/again.yaml", "-o", "{}/cache", "--no-progress", "--maskings", "1")
 
 
@@ -746,9 +775,7 @@ def attempt(case: Case, workshop: Workshop, seconds: float = SECONDS) -> Outcome
         return outcome
 
 
-def _run(
-    case: Case, workshop: Workshop, here: Path, said: io.StringIO, seconds: float
-) -> Outcome:
+def _run(case: Case, workshop: Workshop, here: Path, said: io.StringIO, seconds: float) -> Outcome:
     def stop(*_: Any) -> None:
         raise Hang(f"more than {seconds} s")
 
@@ -789,7 +816,9 @@ def _judge(code: Any, text: str, case: Case) -> Outcome:
     errors = [line for line in lines if re.match(r"lgvq( \w+)*: (error|failed)", line)]
     if "Traceback (most recent call last)" in text:
         frames = [x.strip() for x in lines if x.strip().startswith("File ") and "lgvq_plugin" in x]
-        at = re.sub(r'File ".*/(.*)", line (\d+), in (\w+)', r"\1:\2 \3", frames[-1] if frames else "")
+        at = re.sub(
+            r'File ".*/(.*)", line (\d+), in (\w+)', r"\1:\2 \3", frames[-1] if frames else ""
+        )
         return Outcome("traceback", f"{(errors or lines)[-1]:.200} ({at})")
     if code == 0:
         return Outcome("success")
