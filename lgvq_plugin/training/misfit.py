@@ -1,12 +1,12 @@
 """Why the first batch does not fit the host, in the words of the config."""
 
-import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ def explained(host: Any, batch: Any) -> Iterator[None]:
             f"a batch does not fit in the device's memory; lower data.batch_size: {error}"
         ) from error
     except Exception as error:
-        reason, place = misfit(host, batch), _place_in_host(error, host)
+        reason, place = misfit(host, batch), _place_in_host(error)
         if place is None and reason is None:
             raise
         at = f"; {type(error).__name__}: {error}" + (f" ({place})" if place else "")
@@ -120,25 +120,11 @@ def _try_sizes(host: Any, channels: int, sides: list[int]) -> tuple[int | None, 
     return found, multiple if found is not None else 1
 
 
-def blame(host: nn.Module, error: Exception) -> ConfigError | None:
-    """Return an error that says where the host's own code failed; None if it was not the host's."""
-    place = _place_in_host(error, host)
-    if place is None or isinstance(error, torch.OutOfMemoryError):
-        return None
-    return ConfigError(
-        f"{type(host).__name__}'s own code failed: {type(error).__name__}: {error} ({place}); "
-        "--debug shows the traceback"
-    )
-
-
-def _place_in_host(error: BaseException, host: nn.Module) -> str | None:
-    """Return file, line and text where the host's code failed; None if it was torch's or ours."""
-    ours = str(Path(__file__).parents[1])
-    tops = {type(part).__module__.partition(".")[0] for part in host.modules()} - {"torch"}
-    modules = [module for top in tops if (module := sys.modules.get(top))]
-    homes = [str(p) for m in modules for p in getattr(m, "__path__", None) or [m.__file__]]
+def _place_in_host(error: BaseException) -> str | None:
+    """Return file, line and text where foreign code failed; None if it was torch's or ours."""
+    libraries = tuple(str(Path(str(module.__file__)).parent) for module in (torch, pl))
     frames = traceback.extract_tb(error.__traceback__)
-    known = [frame for frame in frames if frame.filename.startswith((ours, *homes))]
-    if not known or known[-1].filename.startswith(ours):
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    if not own or own[-1].filename.startswith((str(Path(__file__).parents[1]), "<")):
         return None
-    return "{0.filename}:{0.lineno} in {0.name}: {0.line}".format(known[-1])
+    return "{0.filename}:{0.lineno} in {0.name}: {0.line}".format(own[-1])

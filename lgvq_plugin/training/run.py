@@ -168,7 +168,6 @@ class _Run:
         from .callbacks import Stopped, TrainingCallback
         from .data import WrongCaptions
         from .driver import HostDriver
-        from .misfit import blame
 
         sections = self.sections
         if self.problems:
@@ -215,10 +214,6 @@ class _Run:
             saved = state.candidates(folder)
             kept = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
             raise type(error)(f"{error}; {kept}") from error
-        except Exception as error:
-            if (found_in_host := blame(host, error)) is None:
-                raise
-            raise found_in_host from error
         last = next(iter(state.candidates(folder)), found or folder)
         return TrainResult(folder, trainer.global_step, callback.metrics, last, host)
 

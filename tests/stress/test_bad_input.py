@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bad_input
 
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 COUNTS = {  # by what a case costs
     "captions": 40,
     "ckpt": 50,
@@ -29,7 +30,6 @@ def workshop(tmp_path_factory):
     return bad_input.Workshop(tmp_path_factory.mktemp("workshop"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", COUNTS)
 def test_broken_input_ends_in_one_message(workshop, kind):
     with bad_input.narrowed():
