@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DEFAULTS, of_first_version, require, to_block
-from .files import write_bytes, write_json
+from .files import read_safetensors, write_bytes, write_json
+from .functional import all_finite
 from .hub import download
 from .objectives import GlobalSemantic, rename_old_heads
 from .sockets import ConfigError
@@ -163,7 +164,7 @@ class SavedHeads:
     def code_dim(self) -> int:
         """C, width of the codes that the heads read."""
         for key in SIZES:  # the first is missing where codes have the code-ViT's width
-            if key in self.tensors:
+            if key in self.tensors and self.tensors[key].ndim:
                 return int(self.tensors[key].shape[-1])
         raise ConfigError(f"{self.where}: no {SIZES[1]} among its tensors: these are no heads")
 
@@ -173,6 +174,9 @@ class SavedHeads:
         Raises:
             ConfigError: if none of them has as many positions.
         """
+        shape = tuple(self.tensors[SIZES[1]].shape) if SIZES[1] in self.tensors else None
+        is_known = shape is not None and len(shape) == 3 and shape[1] > 1
+        require(is_known, f"{self.where}: {SIZES[1]}", "a tensor (1, 1 + h × w, D)", shape)
         cells = int(self.tensors[SIZES[1]].shape[1]) - 1
         side = math.isqrt(cells)
         for found in ((self.block or {}).get("grid"), self.grid, host_grid, (side, side)):
@@ -197,9 +201,10 @@ def load_heads(heads: "Alignment", folder: Path) -> None:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     path = folder / HEADS_WEIGHTS
     if not path.is_file():
         raise ConfigError(f"no heads at {path}; expected what save_pretrained wrote")
-    return load_file(str(path))
+    tensors = read_safetensors(path)
+    if broken := [key for key, value in tensors.items() if not all_finite([value])]:
+        raise ConfigError(f"{path}: {broken[0]} holds NaN or inf: the run diverged")
+    return tensors

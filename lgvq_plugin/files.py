@@ -83,6 +83,17 @@ def require_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "no permission to write there", str(home))
 
 
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a .safetensors file; ConfigError if it cannot be read as one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"{str(path)!r} is no valid safetensors file: {error}") from error
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` and flush it to the disk."""
     with replacing(path) as part, part.open("wb") as file:

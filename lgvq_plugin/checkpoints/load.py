@@ -14,9 +14,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ..finite import in_groups
+from ..config import require
+from ..finite import all_finite, in_groups
 from ..objectives import rename_old_heads
-from ..sockets import ConfigError
+from ..sockets import ConfigError, params_of
 from ..training.build import build_host
 from ..training.config import LOSS_KEYS, read_config, to_plain
 from ..training.lora import merge
@@ -76,6 +77,13 @@ def load_checkpoint(
         layout = sort_tensors(raw, root=root)
     except ConfigError as error:
         raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
+    for key, value in {**layout.state_dict, **(layout.averaged or {}), **layout.aside}.items():
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
+            kind = "without values" if value.is_meta else f"{value.layout} {value.dtype}"
+            raise ConfigError(
+                f"checkpoint {str(file)!r}: {key} is a tensor {kind}; expected a dense one of "
+                "real numbers; save the state dict again"
+            )
     rename_old_heads(layout.state_dict)
     config = _config_in(raw) or _config_beside(file)
     try:
@@ -160,8 +168,9 @@ def load_into(
     name, kind = f"checkpoint {str(checkpoint.path)!r}", type(host).__name__
     if not report.loaded or not all(key.startswith(tuple(optional)) for key in keys):
         raise ConfigError(f"{name} does not fit {kind}; nothing was loaded. {report}")
-    if nans := [key for key in report.loaded if given[key].isnan().any()]:
-        diverged = f"is of a run that diverged: NaN in {in_groups(nans)}; take an older one"
+    if bad := [k for k in report.loaded if all_finite([wanted[k]]) and not all_finite([given[k]])]:
+        kind = "NaN" if any(given[key].isnan().any() for key in bad) else "inf"
+        diverged = f"is of a run that diverged: {kind} in {in_groups(bad)}; take an older one"
         raise ConfigError(f"{name} {diverged}")
     host.load_state_dict({key: given[key] for key in report.loaded}, strict=False)
     after = host.state_dict()
@@ -307,8 +316,9 @@ def _model_section(config: DictConfig | Mapping[str, Any], *, with_loss: bool) -
     """Return the config's `model:` section in plain containers, without initial weights."""
     if config.get("model") is None:
         raise ConfigError(f"the config has no section `model:`; it has {list(config)}")
-    model = dict(to_plain(config, "model")["model"])
-    params = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
+    model = to_plain(config, "model")["model"]
+    require(isinstance(model, Mapping), "model", "a mapping of target and params", model)
+    params = {k: v for k, v in params_of(model, "model").items() if k != "ckpt_path"}
     for key in LOSS_KEYS:
         if not with_loss and isinstance(params.get(key), Mapping):
             params[key] = {"target": "torch.nn.Identity"}

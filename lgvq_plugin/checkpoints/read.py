@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from ..files import read_safetensors
 from ..sockets import ConfigError
 
 How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
@@ -34,16 +33,16 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
     if not path.is_file():
         raise ConfigError(f"no checkpoint {str(path)!r}")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path), "safetensors"
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{str(path)!r} is no valid safetensors file: {error}") from error
+        return read_safetensors(path), "safetensors"
     damaged = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
     try:
         return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
-    except pickle.UnpicklingError:
-        names = named_globals(path)
     except Exception as error:  # garbage can make the unpickler fail anywhere
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ConfigError(f"{damaged}: {_first_line(error)}") from error
+    try:
+        names = named_globals(path)
+    except Exception as error:  # of an archive whose parts are damaged
         raise ConfigError(f"{damaged}: {_first_line(error)}") from error
     stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
     try:

@@ -475,14 +475,15 @@ def _as_list(value: Any) -> Any:
     """Return the list that a cell spells out, as in '["a dog", "a hound"]', or else the value."""
     if isinstance(value, str) and re.fullmatch(r"\s*\[\s*(['\"]).*\1\s*,?\s*\]\s*", value, re.S):
         for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError):
+            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 return parse(value.strip())
     return value
 
 
 def _keyword_sentence(row: Mapping[str, Any], known: list[str]) -> list[str]:
     """Return ["cat, face and grin"] of a row's keyword lists, or [] if it has none."""
-    listed = [word for key in KEYWORD_KEYS for word in row.get(key) or () if isinstance(word, str)]
+    lists = [row[key] for key in KEYWORD_KEYS if isinstance(row.get(key), list | tuple)]
+    listed = [word for words in lists for word in words if isinstance(word, str)]
     tidy = dict.fromkeys(clean(word.replace("_", " ")) for word in listed)
     words = [word for word in tidy if word and word not in known][:MAX_KEYWORDS]
     *first, last = words or [""]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import require, verify
 from ..sockets import ConfigError
 from .captions import clean, open_text, read_json, texts_of
 from .listed import ListedImages, Record
@@ -28,6 +29,7 @@ YEARS = (2017, 2014)
 FOLDERS = tuple(f"{part}{year}" for year in (2014, 2017, 2015) for part in ("train", "val", "test"))
 KINDS: dict[str, type] = {
     **dict.fromkeys(("file_name", "filename", "split", "question", "name"), str),
+    **dict.fromkeys(("answer", "multiple_choice_answer"), str),
     **dict.fromkeys(("sentences", "answers", "bbox"), list),
 }
 """The type of a field of a published file."""
@@ -98,14 +100,19 @@ class Coco(ListedImages):
     def _with_objects(self, records: list[Record], captions: Path) -> list[Record]:
         path = captions.with_name(captions.name.replace("captions_", "instances_"))
         content = read_json(path)
-        names = {e["id"]: e["name"] for e in entries(content, "categories", ("id", "name"), path)}
+        kinds = entries(content, "categories", ("id", "name"), path, numbers=("id",))
+        names = {int(entry["id"]): entry["name"] for entry in kinds}
         self.object_names = tuple(names[key] for key in sorted(names))
         objects = defaultdict(list)
         needed = ("image_id", "category_id", "bbox")
-        for entry in entries(content, "annotations", needed, path):
-            thing = {"name": names[entry["category_id"]], "box": tuple(entry["bbox"])}
+        for entry in entries(content, "annotations", needed, path, numbers=needed[:2]):
+            number, kind, box = (entry[key] for key in needed)
+            where = f"{path}: an object of image {number}"
+            require(int(kind) in names, f"{where}: category_id", "one of the categories", kind)
+            verify(box, tuple[float, float, float, float], f"{where}: bbox")
+            thing = {"name": names[int(kind)], "box": tuple(box)}
             thing["is_crowd"] = bool(entry.get("iscrowd"))
-            objects[entry["image_id"]].append(thing)
+            objects[int(number)].append(thing)
         found = []
         for record in records:
             own = objects[record.extra["image_id"]]
@@ -317,9 +324,9 @@ def _vqa_questions(path: Path, annotations: Path | None = None) -> Questions:
 
 def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
     found, needed = {}, ("question_id", "multiple_choice_answer", "answers")
-    for entry in entries(read_json(path), "annotations", needed, path):
-        answers = [given["answer"] for given in entry["answers"]]
-        answer, kind = entry["multiple_choice_answer"], entry.get("answer_type", "")
+    for entry in entries(read_json(path), "annotations", needed, path, numbers=needed[:1]):
+        answers = [given["answer"] for given in entries(entry, "answers", ("answer",), path)]
+        answer, kind = entry["multiple_choice_answer"], str(entry.get("answer_type", ""))
         found[entry["question_id"]] = {"answer": answer, "answers": answers, "type": kind}
     return found
 

@@ -7,8 +7,9 @@ resumed exactly. Local files can: every header is read once, then members are re
 import logging
 import re
 import tarfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 TEXTS = ("txt", "caption", "text")
+MAX_SHARDS = 100_000
+RANGES = f"expected {{first..last}} with at most {MAX_SHARDS:,} numbers, like {{000..012}}"
 
 
 class WebDataset(ListedImages):
@@ -152,6 +155,9 @@ class WebDataset(ListedImages):
 def expand(pattern: str) -> list[Path]:
     """Return the shards a pattern names: `{000..012}` counts, `::` joins.
 
+    Raises:
+        ConfigError: for a range that counts down, or more than 100,000 shards.
+
     Example:
         >>> [str(path) for path in expand("a_{08..10}.tar::b.tar")]
         ['a_08.tar', 'a_09.tar', 'a_10.tar', 'b.tar']
@@ -159,13 +165,23 @@ def expand(pattern: str) -> list[Path]:
     parts = pattern.split("::")
     if len(parts) > 1:
         return [path for part in parts for path in expand(part)]
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    found = [*islice(_expanded(pattern), MAX_SHARDS + 1)]
+    if len(found) > MAX_SHARDS:
+        raise ConfigError(f"root: {pattern:.200}: more than {MAX_SHARDS:,} shards; {RANGES}")
+    return [Path(name).expanduser() for name in found]
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    found = re.search(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", pattern)
     if found is None:
-        return [Path(pattern).expanduser()]
+        yield pattern
+        return
     low, high = found.groups()
-    numbers = (f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1))
+    if not int(low) <= int(high) < int(low) + MAX_SHARDS:
+        raise ConfigError(f"root: {pattern:.200}: no such range: {found[0]}; {RANGES}")
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [path for number in numbers for path in expand(f"{head}{number}{tail}")]
+    for number in range(int(low), int(high) + 1):
+        yield from _expanded(f"{head}{number:0{len(low)}d}{tail}")
 
 
 def _shards(root: Path, split: str) -> list[Path]:

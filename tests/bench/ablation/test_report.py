@@ -17,8 +17,10 @@ from lgvq_plugin.bench.ablate import publish
 from lgvq_plugin.bench.figures import write_figures as draw
 from lgvq_plugin.bench.page import finite, number
 from lgvq_plugin.bench.records import Results
+from lgvq_plugin.bench.report import markdown, write_report
 from lgvq_plugin.bench.statistics import compare
 from lgvq_plugin.cli import main as cli
+from lgvq_plugin.sockets import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -485,3 +487,100 @@ def test_two_data_sets_are_kept_apart(results, tmp_path, browser):
     assert len(browser.all("#curve path")) == 3 + 1
     assert len(browser.all("#images .grid")) == 2
     assert browser.errors() == []
+
+
+# -- Tampered files, read as the command reads them -----------------------------------------------
+
+SCRIPT = '<script>window.hacked = 1</script>"\'><img src=x onerror="window.hacked = 1">'
+
+
+def tampered(node, path=()):
+    """Yield the path of every value and of every key of a JSON tree, at most two of a list."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node[:2])
+    for key, value in pairs:
+        yield (*path, key), value
+        if isinstance(value, dict | list):
+            yield from tampered(value, (*path, key))
+
+
+def put(tree, path, value, *, is_key=False):
+    for key in path[:-1]:
+        tree = tree[key]
+    if is_key:
+        tree[value] = tree.pop(path[-1])
+    else:
+        tree[path[-1]] = value
+
+
+@pytest.fixture
+def whole(results, tmp_path):
+    """A results.json, and a function that reads a changed one as `lgvq ablate --report` does."""
+    publish(results, tmp_path)
+    file = tmp_path / "results.json"
+
+    def read(tree):
+        file.write_text(json.dumps(tree))
+        return Results.load(file)
+
+    return json.loads(file.read_text()), read
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_a_script_anywhere_in_results_json_is_refused_or_shown(whole, tmp_path, browser):
+    tree, read = whole
+    tree["runs"] = tree["runs"][:1] + tree["runs"][3:4] + tree["runs"][-1:]
+    del tree["variants"]["all"]
+    shown, place = [], tmp_path / "report.html"
+    for path, value in tampered(tree):
+        for is_key in (False, True)[: 1 + isinstance(path[-1], str)]:
+            changed = json.loads(json.dumps(tree))
+            put(changed, path, SCRIPT, is_key=is_key)
+            try:
+                results = read(changed)
+                html = write_report(results, compare(results), place, root=tmp_path).read_text()
+            except ConfigError:
+                continue
+            assert html.count("<script") == 2, path
+            assert "<img src=x" not in html, path
+            assert "<script" not in markdown(results, compare(results)), path
+            shown += [path] if isinstance(value, str) and not is_key else []
+    assert ("runs", 0, "seed") not in shown
+    # All that a page may show, at once, in a real browser.
+    names = {"references", "variant", "status", "original", "reconstruction"}
+    for path in shown:
+        if not names & {*path}:
+            put(tree, path, SCRIPT)
+    read(tree)
+    assert cli(["ablate", "-b", "plan.yaml", "-o", str(tmp_path), "--report"]) == 1  # a failed run
+    browser.open(place)
+    assert browser.run("return window.hacked") is None
+    assert browser.driver.title == SCRIPT
+    assert browser.errors() == []
+    browser.one("#numbers thead th").click()  # our own scripts run
+    assert browser.one("#numbers thead th").get_attribute("aria-sort") == "ascending"
+    browser.type("#find-variant", "paper")
+    rows = browser.shown("#numbers tbody tr")
+    assert {row.get_attribute("data-variant") for row in rows} == {"paper"}
+
+
+@pytest.mark.slow
+def test_the_policy_stops_what_templates_would_let_through(page, tmp_path, browser):
+    """Were a value not escaped: inline scripts, handlers, links and requests are refused."""
+    attack = (
+        f"{SCRIPT}<a id=link href='javascript:window.hacked=1'>x</a>"
+        "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>"
+        "<base href='https://attacker.invalid/'><script src='https://attacker.invalid/x'></script>"
+        "<form id=form action='https://attacker.invalid/'></form>"
+        "<object data='data:text/html,<script>parent.hacked=1</script>'></object>"
+    )
+    copy = tmp_path / "report.html"
+    copy.write_text(page.read_text().replace("<main>", f"<main>{attack}", 1))
+    browser.open(copy)
+    browser.run("document.querySelector('#link').click(); document.querySelector('#form').submit()")
+    assert browser.run("return window.hacked") is None
+    assert browser.driver.current_url == copy.resolve().as_uri()
+    errors = browser.errors()  # a request that was sent would be a network error
+    assert all("Content Security Policy" in error for error in errors), errors
+    for name in ("script-src", "img-src", "base-uri", "form-action"):
+        assert any(name in error for error in errors), name
