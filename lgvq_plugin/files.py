@@ -1,8 +1,10 @@
 """Write files completely or not at all, also when a run is killed."""
 
 import errno
+import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,11 @@ from .sockets import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Error numbers of an open file that cannot grow."""
+
+PART = re.compile(
+    r".+\.(ckpt|csv|html|jpg|jsonl?|md|npz|pn?g|pt|safetensors|tar|txt|ya?ml)\.(\d+)\.part"
+)
+"""Names of temporary files of this package: the file's own name and the writer's process id."""
 
 
 @contextmanager
@@ -60,9 +67,22 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> list[Path]:
-    """Remove the `*.part` files that killed processes left anywhere in `folder`; return them."""
-    found = [part for part in sorted(folder.rglob("*.*.part")) if not _is_in_use(part)]
+def remove_parts(place: Path, *, inside: bool = True) -> list[Path]:
+    """Remove the temporary files that killed processes left, and return them.
+
+    Only files are removed whose name is one of :func:`replacing`, of a process that has ended.
+
+    Args:
+        place: a folder, or a file that was being written.
+        inside: look into the folders in `place`, too; only where all of them are the package's.
+    """
+    if place.is_dir():
+        pattern = "*.*.part"
+        named = place.rglob(pattern) if inside else place.glob(pattern)
+        parts = [part for part in named if PART.fullmatch(part.name)]
+    else:
+        parts = [*place.parent.glob(f"{glob.escape(place.name)}.*.part")]
+    found = [part for part in sorted(parts) if part.is_file() and not _is_in_use(part)]
     for part in found:
         part.unlink(missing_ok=True)
     return found
@@ -112,7 +132,9 @@ def _is_within(name: Any, path: Path) -> bool:
 def _is_in_use(part: Path) -> bool:
     """Whether another live process is writing `part`, which has its id in the name."""
     number = part.name.split(".")[-2]
-    if not number.isdigit() or int(number) == os.getpid():
+    if not number.isdigit():  # the file's own name goes on: another file is being written
+        return True
+    if int(number) == os.getpid():
         return False
     try:
         os.kill(int(number), 0)
