@@ -278,7 +278,9 @@ def build_commands(work: Path) -> list[Command]:
             "quantizer": "ema",
             "lossconfig": {
                 "target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss",
-                "params": {"lgvq": {"guide": guide, "objectives": {"masked_text": {"weight": 0.05}}}},
+                "params": {
+                    "lgvq": {"guide": guide, "objectives": {"masked_text": {"weight": 0.05}}}
+                },
             },
         },
     }
@@ -301,20 +303,20 @@ def build_commands(work: Path) -> list[Command]:
     for name, model in (("vqvae", vqvae), ("vqgan", vqgan)):
         config = {"model": model, "data": data, "training": {**steps, **more}}
         (work / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    variants = {"baseline": {"training.seed": 1}, "lgvq": {"training.seed": 0}}
-    plan = {
+    variants = {
         "base": ["vqvae.yaml"],
         "seeds": [0],
         "variants": {
-            "baseline": {"model.params.lossconfig.target": "lgvq_plugin.hosts.vqvae.VQVAELoss",
-                         "model.params.lossconfig.params": None},
+            "baseline": {
+                "model.params.lossconfig.target": "lgvq_plugin.hosts.vqvae.VQVAELoss",
+                "model.params.lossconfig.params": None,
+            },
             "lgvq": {},
         },
         "evaluation": {"metrics": ["psnr", "usage"], "limit": 8},
         "examples": 2,
-    }  # fmt: skip
-    del variants
-    (work / "plan.yaml").write_text(yaml.safe_dump(plan))
+    }
+    (work / "plan.yaml").write_text(yaml.safe_dump(variants))
     quiet, made = "--no-progress", []
     for name in ("vqvae", "vqgan"):
         argv = ["train", "-b", str(work / f"{name}.yaml"), "--name", name, "--logdir", str(work)]
@@ -333,7 +335,14 @@ def build_commands(work: Path) -> list[Command]:
         made.append(Command(f"convert-{form}", argv, out))
     out = work / "measured"
     argv = ["eval", "--ckpt", str(work / "trained"), "-o", str(out), "--json", str(out / "r.json")]
-    argv += ["--csv", str(out / "r.csv"), "--metrics", "psnr,ssim,usage,retrieval", "--force", quiet]
+    argv += [
+        "--csv",
+        str(out / "r.csv"),
+        "--metrics",
+        "psnr,ssim,usage,retrieval",
+        "--force",
+        quiet,
+    ]
     made.append(Command("eval", [*argv, "evaluation.num_workers=1"], out, (), True))
     return made
 
@@ -439,7 +448,9 @@ def disturb(command: Command, damage: str, rng: random.Random, tally: Tally) -> 
     shutil.rmtree(command.out, ignore_errors=True)
     moment = rng.randint(1, command.writes)
     delay = rng.choice((0.0, 0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)))
-    disk = rng.choice((0, rng.randint(1, 4096), rng.randint(1, 60_000))) if damage == "disk" else None
+    disk = (
+        rng.choice((0, rng.randint(1, 4096), rng.randint(1, 60_000))) if damage == "disk" else None
+    )
     child, faults = Child(command, command.argv, moment, disk), []
     with contextlib.ExitStack() as stack:
         if child.reached():
@@ -467,7 +478,9 @@ def disturb(command: Command, damage: str, rng: random.Random, tally: Tally) -> 
     if damage == "worker" and code == 2 and not re.search(r"images/\d\d\.png", text):
         faults.append(f"the file of the dead worker is not named: {text.strip()[-300:]}")
     faults += damaged(command.out)
-    is_truncated = command.name.startswith("train") and rng.random() < 0.3 and _truncate(command.out)
+    is_truncated = (
+        command.name.startswith("train") and rng.random() < 0.3 and _truncate(command.out)
+    )
     code, text, _ = Child(command, [*command.argv, *command.resume]).end()
     if code != 0:
         return [*faults, f"resume: exit code {code}: {text.strip()[-600:]}"]
@@ -592,7 +605,10 @@ def _stress(command: Command, given: argparse.Namespace) -> Tally:
         tally.cases[damage] += 1
         faults = disturb(command, damage, rng, tally)
         tally.faults += [f"case {number}, {damage}: {fault}" for fault in faults]
-        print(f"  {number + 1}/{given.moments} {damage}: {'; '.join(faults)[:2000] or 'ok'}", flush=True)
+        print(
+            f"  {number + 1}/{given.moments} {damage}: {'; '.join(faults)[:2000] or 'ok'}",
+            flush=True,
+        )
     return tally
 
 
