@@ -1,7 +1,6 @@
 """Write files completely or not at all, also when a run is killed."""
 
 import errno
-import glob
 import json
 import os
 import re
@@ -81,7 +80,8 @@ def remove_parts(place: Path, *, inside: bool = True) -> list[Path]:
         named = place.rglob(pattern) if inside else place.glob(pattern)
         parts = [part for part in named if PART.fullmatch(part.name)]
     else:
-        parts = [*place.parent.glob(f"{glob.escape(place.name)}.*.part")]
+        own = re.compile(rf"{re.escape(place.name)}\.\d+\.part")
+        parts = [part for part in place.parent.glob("*.part") if own.fullmatch(part.name)]
     found = [part for part in sorted(parts) if part.is_file() and not _is_in_use(part)]
     for part in found:
         part.unlink(missing_ok=True)
@@ -132,8 +132,6 @@ def _is_within(name: Any, path: Path) -> bool:
 def _is_in_use(part: Path) -> bool:
     """Whether another live process is writing `part`, which has its id in the name."""
     number = part.name.split(".")[-2]
-    if not number.isdigit():  # the file's own name goes on: another file is being written
-        return True
     if int(number) == os.getpid():
         return False
     try:

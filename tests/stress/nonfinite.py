@@ -51,8 +51,8 @@ PLACES = {  # place: what the error must name
     "text tokens": "masked_text|relationship|heads",
     "text sentence": "global_semantic|relationship|heads",
     "weight": "code_vit|heads|global_semantic",
-    "image": "rec_loss|encoder",
-    "buffer": "weights are not finite|quantize|rec_loss",
+    "image": "rec_loss|encoder|objective",
+    "buffer": "weights are not finite|quantize|rec_loss|objective",
 }
 
 
