@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,11 @@ from .sockets import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Error numbers of an open file that cannot grow."""
+
+PART = re.compile(
+    r".+\.(ckpt|csv|html|jpg|jsonl?|md|npz|pn?g|pt|safetensors|tar|txt|ya?ml)\.(\d+)\.part"
+)
+"""Names of temporary files of this package: the file's own name and the writer's process id."""
 
 
 @contextmanager
@@ -60,9 +66,23 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> list[Path]:
-    """Remove the `*.part` files that killed processes left anywhere in `folder`; return them."""
-    found = [part for part in sorted(folder.rglob("*.*.part")) if not _is_in_use(part)]
+def remove_parts(place: Path, *, inside: bool = True) -> list[Path]:
+    """Remove the temporary files that killed processes left, and return them.
+
+    Only files are removed whose name is one of :func:`replacing`, of a process that has ended.
+
+    Args:
+        place: a folder, or a file that was being written.
+        inside: look into the folders in `place`, too; only where all of them are the package's.
+    """
+    if place.is_dir():
+        pattern = "*.*.part"
+        named = place.rglob(pattern) if inside else place.glob(pattern)
+        parts = [part for part in named if PART.fullmatch(part.name)]
+    else:
+        own = re.compile(rf"{re.escape(place.name)}\.\d+\.part")
+        parts = [part for part in place.parent.glob("*.part") if own.fullmatch(part.name)]
+    found = [part for part in sorted(parts) if part.is_file() and not _is_in_use(part)]
     for part in found:
         part.unlink(missing_ok=True)
     return found
@@ -123,7 +143,7 @@ def _is_within(name: Any, path: Path) -> bool:
 def _is_in_use(part: Path) -> bool:
     """Whether another live process is writing `part`, which has its id in the name."""
     number = part.name.split(".")[-2]
-    if not number.isdigit() or int(number) == os.getpid():
+    if int(number) == os.getpid():
         return False
     try:
         os.kill(int(number), 0)

@@ -9,15 +9,22 @@ from .functional import all_finite
 MAX_SKIPPED = 25
 """Updates in a row that may be left out: by then fp16's scale has fallen from 2^16 to 2^-9."""
 
+LARGEST_GRADIENT = 1e19
+"""Beyond 1.8e19 the squares that Adam keeps are infinite in float32."""
+
 
 def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
-    """Name the parameters `among` those of `module` whose gradient is not finite, by part."""
+    """Say which of the parameters `among` those of `module` have a bad gradient, by part."""
     held = {id(p) for p in among}
-    return in_groups([
-        name
+    bad = {
+        name: p.grad
         for name, p in module.named_parameters()
-        if id(p) in held and p.grad is not None and not all_finite([p.grad])
-    ])  # fmt: skip
+        if id(p) in held and p.grad is not None and not all_finite([p.grad], limit=LARGEST_GRADIENT)
+    }
+    if not bad:
+        return "not finite on another process"
+    what = f"above {LARGEST_GRADIENT:.0e}" if all_finite([*bad.values()]) else "not finite"
+    return f"{what} in {in_groups([*bad])}"
 
 
 def in_groups(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ count), the quotient here is exact: values differ by less than 3e-6 (L_gsa, batc
 more) and by 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -388,8 +389,10 @@ def pool_phrases(words: Tensor, is_word: Tensor, span: int) -> tuple[Tensor, Ten
     return runs, is_word & (number < (count - span + 1).clamp(min=1))
 
 
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+def all_finite(tensors: Sequence[Tensor], *, limit: float = math.inf) -> Tensor:
     """Return a boolean scalar on the tensors' device: whether all floating values are finite.
+
+    With a `limit`, absolute values above it count as infinite.
 
     Example:
         >>> all_finite([torch.zeros(3), torch.tensor([1.0, torch.inf])])
@@ -397,7 +400,8 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """
     dense = [t.coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     floating = [t for t in dense if t.is_floating_point() and t.numel()]
-    return get_total_norm(floating, norm_type=float("inf")).isfinite()
+    largest = get_total_norm(floating, norm_type=float("inf"))
+    return largest.isfinite() & (largest <= limit)
 
 
 @contextmanager

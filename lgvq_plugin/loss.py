@@ -20,7 +20,7 @@ from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
 from .encoder import encode_text
-from .finite import MAX_SKIPPED, nonfinite_gradients
+from .finite import LARGEST_GRADIENT, MAX_SKIPPED, nonfinite_gradients
 from .functional import all_finite, world_size
 from .host import (
     HostMethods,
@@ -588,12 +588,12 @@ class GradientCheck(StepCheck):
         if not any(id(p) in self.heads for p in reversed(held)):
             return
         self.steps += 1
-        if all_finite([p.grad for p in held if p.grad is not None]):
+        gradients = [p.grad for p in held if p.grad is not None]
+        if all_finite(gradients, limit=LARGEST_GRADIENT):
             self.skipped = 0
             return
         self.skipped += 1
-        where = nonfinite_gradients(self.host, held)
-        problem = f"update {self.steps}: the gradient is not finite in {where}"
+        problem = f"update {self.steps}: the gradient is {nonfinite_gradients(self.host, held)}"
         if self.on_nonfinite == "raise" or self.skipped >= MAX_SKIPPED:
             often = f" ({self.skipped} updates in a row)" if self.skipped > 1 else ""
             raise FloatingPointError(

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+STRESS = ("kill_resume", "nonfinite", "soak", "versions")
+collect_ignore = [f"stress/{name}.py" for name in STRESS]  # scripts, with options of their own
+
 
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of garbage collection: a full one takes half a second."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..arguments import parse_words
 from ..checkpoints import find_checkpoint
-from ..files import require_writable, write_json, write_text
+from ..files import remove_parts, require_writable, write_json, write_text
 from ..sockets import ConfigError, path_of
 from ..training.config import lgvq_block, read_config
 from .records import DIFFERENCES, REPORT, RESULTS, SUMMARY, VALUES, Results
@@ -88,6 +88,7 @@ def main(argv: list[str]) -> int:
         folder = folder / plan.stem if args.out is None or len(plans) > 1 else folder
         require_writable(folder)
         if args.report:
+            remove_parts(folder)
             page = publish(Results.load(folder / RESULTS), folder)
         else:
             options = {"seeds": args.seeds, "jobs": args.jobs, "overrides": overrides}
@@ -130,6 +131,7 @@ def inspect(argv: list[str]) -> int:
     if args.guide not in (None, "none"):
         path_of("guides", args.guide)
     require_writable(Path(args.out))
+    remove_parts(Path(args.out), inside=False)
     for path in args.ckpt:
         find_checkpoint(path)
     config = read_config(args.base) if args.base else None

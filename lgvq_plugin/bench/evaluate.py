@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from ..arguments import add_shortcuts, parse_words
 from ..checkpoints import find_checkpoint
 from ..config import build, laid_over, require
-from ..files import require_writable, write_json, write_text
+from ..files import remove_parts, require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve
 from ..training.build import with_shortcuts
 from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
@@ -281,6 +281,8 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     contexts: dict[str, Context] = {}
     for label, checkpoint in zip(labels, checkpoints, strict=True):
         folder = _folder(given.output, label, checkpoint, many=len(labels) > 1)
+        for place in (folder, folder / "metrics", folder / "probes"):
+            remove_parts(place, inside=False)
         host = load_host(
             # A checkpoint's own config builds its host; -b then gives data and options only.
             config if checkpoint.config is None else checkpoint.config,
@@ -350,6 +352,7 @@ def _check_outputs(given: argparse.Namespace) -> None:
     """Refuse output paths that are not writable or exist already, before hours of work."""
     if given.output:
         require_writable(Path(given.output))
+        remove_parts(Path(given.output), inside=False)
     for option in ("json", "csv"):
         path = getattr(given, option)
         if path is None:
@@ -359,6 +362,7 @@ def _check_outputs(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} {path!r} is a folder; give a file")
         if Path(path).exists() and not given.force:
             raise ConfigError(f"--{option} {path!r} exists already; --force overwrites it")
+        remove_parts(Path(path))
 
 
 def _config(given: Any, checkpoint: Checkpoint, *, is_whole: bool) -> Any:

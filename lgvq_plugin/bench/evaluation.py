@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..alignment import Alignment
 from ..config import verify
+from ..datasets.workers import naming_files
 from ..encoder import SavedHeads
 from ..files import write_json
 from ..sockets import ConfigError, suggest
@@ -133,6 +134,7 @@ def build_context(
     )
 
 
+@naming_files()
 def run(context: Context, names: list[str], output: str | Path | None) -> dict[str, Any]:
     """Compute the metrics of a context that are not in `output` yet; return as `evaluate`."""
     settings = _settings(context)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..alignment import Alignment
 from ..datasets.base import ImageLayout, collate
+from ..datasets.workers import Watched
 from ..encoder import SavedHeads
 from ..guides.base import AbstractGuide, build_guide
 from ..host import attach_saved, encode, reconstruct
@@ -197,7 +198,7 @@ class Context:
     def _batches(self, which: str, what: str) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the batches of a set in order, with their images on the host's device."""
         loader = DataLoader(
-            self._dataset(which),
+            Watched(self._dataset(which), self.config.num_workers),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
             collate_fn=collate,

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import differing, require
-from ..files import write_json
+from ..files import remove_parts, write_json
 from ..guides.base import build_guide
 from ..sockets import ConfigError
 from .evaluate import DEFAULT
@@ -130,6 +130,7 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
             f"{str(folder)!r} already holds runs; resume them with --resume auto, "
             "or choose another folder with -o"
         )
+    remove_parts(folder)
     todo = []
     for job in plan.jobs:
         path, now = folder / job.name, asdict(job)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import require_writable, write_json
+from ..files import remove_parts, require_writable, write_json
 from ..sockets import ConfigError, suggest
 from .records import text_table
 
@@ -161,6 +161,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name} must be a whole number >= 1, got {value}")
     if given.json is not None:
         require_writable(given.json.parent)
+        remove_parts(given.json)
     found = _measure(given)
     print(table(found["cases"]))
     print(f"\n{parts_table(found['cases'])}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing, require_writable
+from ..files import remove_parts, replacing, require_writable
 from ..sockets import ConfigError
 from ..training.config import read_config
 from . import find_checkpoint
@@ -78,6 +78,7 @@ def _check_output(output: Path, form: str, force: bool) -> None:
     """Refuse a path that cannot be written, or that exists already."""
     is_file = form == "host"
     require_writable(output.parent if is_file else output)
+    remove_parts(output, inside=False)
     if is_file and output.is_dir():
         raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
     if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):

@@ -36,6 +36,10 @@ class CaptionedImages(Dataset):
         """Return all captions of a sample; members do so without opening the image."""
         return list(self[index]["captions"])
 
+    def origin(self, index: int) -> str:
+        """Name a sample in messages; members whose samples are files give their paths."""
+        return f"sample {index}"
+
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Return split -> keyword arguments if `root` has the layout of this data set, else {}."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..files import require_writable, write_bytes, write_json, write_text
+from ..files import remove_parts, require_writable, write_bytes, write_json, write_text
 from ..guides.base import AbstractGuide, UnknownWords, build_guide
 from .base import recognize
 from .captions import EXPECTED
@@ -113,6 +113,7 @@ def check(
     layout = recognize(path, member)
     if out is not None:
         require_writable(out)
+        remove_parts(out, inside=False)
     encoder = build_guide(guide or {"use": "micro_clip"})
     reports, problems, written = {}, [], []
     splits_with = defaultdict(set)

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..config import differing
-from ..files import replacing, write_bytes, write_json, write_text
+from ..files import remove_parts, replacing, write_bytes, write_json, write_text
 from ..sockets import ConfigError
 from .base import recognize
 from .commands import check_settings
@@ -96,6 +96,7 @@ def convert(
     if len({*homes.values()}) < len(homes):
         raise ConfigError(f"choose one with --split: {', '.join(splits)} would share a folder")
     _write_plan(out, settings, sources)
+    remove_parts(out)
     parts = {s: _parts(sources[s], settings, homes[s], out / BAD / s) for s in splits}
     every = [part for own in parts.values() for part in own]
     todo = [part for part in every if not part.target.is_file()]
@@ -174,6 +175,7 @@ class _Part:
 def _write_plan(out: Path, settings: Settings, sources: dict[str, ListedImages]) -> None:
     digests = {name: _digest(source) for name, source in sources.items()}
     plan, path = {**vars(settings), "sources": digests}, out / PLAN
+    remove_parts(path)  # of a run that was killed at its start
     if path.is_file():
         try:
             changed = ", ".join(differing(json.loads(path.read_text()), plan))
@@ -239,8 +241,6 @@ def _run(parts: list[_Part], workers: int, done: int, progress: bool) -> None:
 
 def _finish(home: Path, parts: list[_Part], form: str) -> int:
     """Write the table or the sizes of the shards; return the number of images written."""
-    for leftover in home.glob("*.part"):  # of runs that were killed
-        leftover.unlink(missing_ok=True)
     counts = {p.target.name: len(p.indices) - len(p.problems()) for p in parts}
     if form == "folder":
         table = b"".join(part.target.read_bytes() for part in parts)

@@ -170,6 +170,10 @@ class ListedImages(CaptionedImages):
         """Return all captions of a sample without opening its image."""
         return list(self.records[index].captions)
 
+    def origin(self, index: int) -> str:
+        """Return the path of a sample's image, quoted."""
+        return repr(str(self.records[index].path))
+
     def broken_texts(self) -> list[tuple[str, str]]:
         """Return (file, caption) of captions with U+FFFD: their bytes were of another encoding."""
         return [(r.file, c) for r in self.records for c in r.captions if "\ufffd" in c]

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ..config import differing
-from ..files import write_bytes, write_json
+from ..files import remove_parts, write_bytes, write_json
 from ..sockets import ConfigError, suggest
 from ..types import TextFeatures, TextTokens
 from .base import PLACES, AbstractGuide, UnknownWords, build_guide
@@ -382,9 +382,10 @@ def write_cache(
         precision=precision,
         format=FORMATS[precision != "float32"],
     )
+    for name in (INDEX, VOCABULARY):  # of a run that was killed at its start
+        remove_parts(folder / name)
     is_new = _require_same_cache(folder, facts)
-    for leftover in folder.glob("*.part"):  # of killed runs
-        leftover.unlink(missing_ok=True)
+    remove_parts(folder)
     unique = list(dict.fromkeys(["", *captions]))  # images without a caption ask for ""
     found = Shards(folder, facts).find(unique)
     todo = [text for text, place in zip(unique, found, strict=True) if place is None]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..datasets.base import collate
+from ..datasets.workers import Watched
 from ..sockets import ConfigError
 from . import rng
 
@@ -140,7 +141,7 @@ def train_loader(
 ) -> DataLoader:
     """Return the endless loader of one training process; draws nothing from global generators."""
     return DataLoader(
-        AtEpoch(dataset, stream.seed),
+        Watched(AtEpoch(dataset, stream.seed), num_workers),
         batch_sampler=stream,
         num_workers=num_workers,
         collate_fn=collate,
@@ -170,7 +171,7 @@ def validation_loader(
     count = each if max_batches is None else min(each, max_batches * batch_size)
     draws = [(0, rank + i * world_size) for i in range(count)]
     return DataLoader(
-        AtEpoch(dataset, seed),
+        Watched(AtEpoch(dataset, seed), num_workers),
         batch_sampler=[draws[i : i + batch_size] for i in range(0, count, batch_size)],
         num_workers=num_workers,
         collate_fn=collate,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..alignment import Schedule
 from ..config import DEFAULTS
-from ..finite import MAX_SKIPPED, all_finite, nonfinite_gradients
+from ..finite import LARGEST_GRADIENT, MAX_SKIPPED, all_finite, nonfinite_gradients
 from ..quantizer_hook import require_quantizers
 from ..sockets import ConfigError
 from . import rng, state
@@ -173,7 +173,8 @@ class HostDriver(pl.LightningModule):
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None] if self.has_stepped else []
-        bad = torch.stack([~loss.detach().isfinite().all(), ~all_finite(gradients).to(loss.device)])
+        is_finite = all_finite(gradients, limit=LARGEST_GRADIENT).to(loss.device)
+        bad = torch.stack([~loss.detach().isfinite().all(), ~is_finite])
         if self.trainer.world_size > 1:  # all processes stop, or skip the update, together
             bad = bad.float()
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
@@ -188,8 +189,8 @@ class HostDriver(pl.LightningModule):
             if self.has_stepped:
                 self._skipped[which] = 0
             return
-        where = nonfinite_gradients(self.host, held) or "?"
-        found = f"step {step}: the {PASSES[which]}'s gradient is not finite in {where}"
+        problem = nonfinite_gradients(self.host, held)
+        found = f"step {step}: the {PASSES[which]}'s gradient is {problem}"
         skips = self._scaler or getattr(self.host.loss, "on_nonfinite", "raise") == "skip"
         self._skipped[which] += 1
         if not skips or self._skipped[which] >= MAX_SKIPPED:
@@ -362,7 +363,7 @@ class HostDriver(pl.LightningModule):
             "generators": generators,
             "config": self.config,
             state.VERSION_OF_DEFAULTS: DEFAULTS,
-            state.RATIO: None if ratio is None else ratio.detach().cpu(),
+            state.RATIO: ratio.detach().cpu() if ratio is not None and ratio.isfinite() else None,
             "moments": [len(each["state"]) for each in checkpoint.get("optimizer_states", [])],
         }
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from ..arguments import add_shortcuts, parse_words
-from ..files import require_writable
+from ..files import remove_parts, require_writable
 from ..sockets import ConfigError, Problems
 from .build import build_parts, check_data, with_shortcuts
 from .config import Sections, lay_over, read_config
@@ -144,6 +144,8 @@ class _Run:
         path = self.logdir / str(self.name) if given == "auto" else Path(given)
         if path.is_file():
             return self.fit(path, state.read(path))
+        if not _is_child():
+            remove_parts(path)
         paths = state.candidates(path)
         if not paths and given != "auto":
             raise ConfigError(f"--resume {str(path)!r}: no checkpoint in its checkpoints/")
@@ -164,6 +166,7 @@ class _Run:
 
     def fit(self, found: Path | None, checkpoint: Mapping[str, Any]) -> TrainResult:
         """Train from the checkpoint at `found`, or from the start."""
+        from ..datasets.workers import naming_files
         from . import lora, rng, state
         from .callbacks import Stopped, TrainingCallback
         from .data import WrongCaptions
@@ -206,7 +209,7 @@ class _Run:
         )
         trainer.callbacks.append(callback)  # type: ignore[attr-defined]
         try:
-            with contextlib.closing(callback), _quiet_lightning():
+            with contextlib.closing(callback), _quiet_lightning(), naming_files():
                 trainer.fit(driver, ckpt_path=str(found) if found else None)
         except Stopped as stop:
             raise Interrupted(f"{stop}; resume with: --name {folder.name} --resume auto") from None
