@@ -116,8 +116,8 @@ class Coco(ListedImages):
         found = []
         for record in records:
             own = objects[record.extra["image_id"]]
-            kinds = {thing["name"] for thing in own}
-            labels = np.array([name in kinds for name in self.object_names], np.int64)
+            shown = {thing["name"] for thing in own}
+            labels = np.array([name in shown for name in self.object_names], np.int64)
             extra = {**record.extra, "objects": own, "attributes": {"has_object": labels}}
             found.append(replace(record, extra=extra))
         return found

@@ -67,7 +67,7 @@ def _wandb(folder: Path, resumed_at: int, config: Mapping[str, Any]) -> Any:
 
     is_ours = wandb.run is None  # else a sweep, or the user's own script, began one
     earlier = sorted(folder.glob("wandb/*run-*-*"), key=os.path.getmtime) if resumed_at else []
-    id = {"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"} if earlier else {}
+    id: Any = {"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"} if earlier else {}
     with rng.preserved():  # the id of a new run is drawn
         made = Wandb(
             name=folder.name,
