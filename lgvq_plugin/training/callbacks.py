@@ -55,11 +55,13 @@ class TrainingCallback(pl.Callback):
         self._shown_at = 0.0
         self._ema: EMA | None = None
         self._saved: dict[str, Tensor] | None = None
+        self._is_validation_due = False  # a signal came before it, or during it
 
     # Lightning's hooks, in the order of a run.
 
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the EMA weights until the host is on its device, if they fit it."""
+        self._is_validation_due = bool(checkpoint.get("is_validation_due"))
         self._saved = checkpoint.get("ema_state_dict")
         if self._saved is not None:
             with module.checking():
@@ -93,6 +95,10 @@ class TrainingCallback(pl.Callback):
         if self.progress and trainer.is_global_zero:
             at: Any = {"total": settings.max_steps, "initial": self._resumed_at}
             self._bar = tqdm(**at, unit="step", dynamic_ncols=True)
+        if self._is_validation_due:  # of the step at which a signal ended the run
+            self._loggers = self._begin(module) if trainer.is_global_zero else []
+            self._validate(trainer, module, self._resumed_at)
+            self._stop_if_signaled(trainer, module, self._resumed_at)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, module: HostDriver, outputs: Any, batch: Any, batch_idx: int
@@ -116,12 +122,12 @@ class TrainingCallback(pl.Callback):
             self._log({**values, "train/lr": rate}, step)
         if self._bar is not None:
             self._show(module)
-        self._stop_if_signaled(trainer, module, step)
-        if is_due(settings.val_every):
-            self._validate(trainer, module, step)
-            self._stop_if_signaled(trainer, module, step)
         if is_due(settings.images_every) and trainer.is_global_zero:
             self._draw(trainer, module, batch, step)
+        self._is_validation_due = self._validation is not None and is_due(settings.val_every)
+        if self._is_validation_due:
+            self._validate(trainer, module, step)
+        self._stop_if_signaled(trainer, module, step)
         if is_due(settings.checkpoint_every or settings.max_steps):
             self._save(trainer, module, step)
 
@@ -136,7 +142,8 @@ class TrainingCallback(pl.Callback):
         return [MetricsFile(self.folder, self._resumed_at), *others]
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the EMA weights."""
+        """Add the EMA weights, and whether this step has not been validated yet."""
+        checkpoint["is_validation_due"] = self._is_validation_due
         if self._ema is not None:
             checkpoint["ema_state_dict"] = self._ema.state_dict()
 
@@ -168,13 +175,18 @@ class TrainingCallback(pl.Callback):
                 each.log_metrics(values, step)
 
     def _validate(self, trainer: pl.Trainer, module: HostDriver, step: int) -> None:
+        """Validate, unless a signal ends the run first; it is then due when the run resumes."""
+        is_last = step >= module.settings.max_steps
         if self._validation is None:
+            return
+        if not is_last and _on_any(trainer, self.signals.received is not None):
             return
         sums: dict[str, Tensor] = {}
         count = torch.zeros((), device=module.device, dtype=torch.float64)
         with self._evaluating(trainer, module):
             for batch in self._validation:
-                if self.signals.received is not None and trainer.world_size == 1:
+                is_alone = trainer.world_size == 1
+                if self.signals.received is not None and is_alone and not is_last:
                     return  # the other processes would wait for this one
                 batch = trainer.strategy.batch_to_device(batch)
                 size = len(next(iter(batch.values())))
@@ -184,6 +196,7 @@ class TrainingCallback(pl.Callback):
         if trainer.world_size > 1:
             for value in (count, *(sums[key] for key in sorted(sums))):
                 torch.distributed.all_reduce(value)
+        self._is_validation_due = False
         self._log({key: (value / count).item() for key, value in sums.items()}, step)
 
     def _draw(self, trainer: pl.Trainer, module: HostDriver, batch: Any, step: int) -> None:

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was not, bit for bit."""
 
 import csv
+import os
 import signal
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
+from lgvq_plugin.training.callbacks import TrainingCallback
+from lgvq_plugin.training.driver import HostDriver
 from lgvq_plugin.training.run import Interrupted, train
 
 
@@ -122,6 +125,36 @@ def test_a_killed_run_is_saved_and_resumed(small, tmp_path, monkeypatch, number,
     assert torch.load(tmp_path / "killed/checkpoints/last.ckpt")["global_step"] < 6
     resumed = train(killed, name="killed", logdir=tmp_path, resume="auto", progress=False)
     assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_signal_at_a_step_with_validation_and_images_loses_neither(
+    small, tmp_path, monkeypatch, when
+):
+    """The images are drawn before the run stops; the validation follows when it resumes."""
+    due = ["training.max_steps=6", "training.val_every=2", "training.images_every=2"]
+    whole = train(small(*due), name="whole", logdir=tmp_path, progress=False)
+    owner = HostDriver if when == "during" else TrainingCallback
+    name = "evaluate" if when == "during" else "_draw"
+    original, calls = getattr(owner, name), []
+
+    def with_signal(self, *given):
+        trainer = self.trainer if when == "during" else given[0]
+        if trainer.global_step == 4 and not calls:
+            calls.append(os.kill(os.getpid(), signal.SIGTERM))
+        return original(self, *given)
+
+    monkeypatch.setattr(owner, name, with_signal)
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        train(small(*due), name="killed", logdir=tmp_path, progress=False)
+    resumed = train(small(*due), name="killed", logdir=tmp_path, resume="auto", progress=False)
+    assert_same_run(resumed, whole)
+    of_both = [
+        {path.name: path.read_bytes() for path in (run.folder / "images").iterdir()}
+        for run in (resumed, whole)
+    ]
+    assert "val_00000004.png" in of_both[1]
+    assert of_both[0] == of_both[1]
 
 
 def test_rows_after_the_checkpoint_are_written_again(small, tmp_path):
