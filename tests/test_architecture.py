@@ -17,7 +17,7 @@ HOMES = {  # a heavy library is imported in these folders only
     "open_clip": {"guides"},
     "lightning": {"training", "checkpoints"},
     "torchmetrics": {"bench"},
-    "torchvision": {"datasets", "bench", "training"},
+    "torchvision": {"datasets", "bench", "guides", "training"},
     "transformers": {"guides", "bench"},
 }
 LIGHT = ["torch", "numpy", "lightning", "pytorch_lightning", "taming", "open_clip", "torchmetrics"]

@@ -83,6 +83,7 @@ def test_autocast_gives_the_losses_of_float32(recipe, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_compiled_model_and_code_vit_give_the_eager_losses():
     found = {}
     for compiled in (False, True):

@@ -26,8 +26,8 @@ from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "hosts/lookalikes"))
-import toy_guide
+sys.path.append(str(Path(__file__).parents[1] / "hosts"))  # last: it has a conftest
+from lookalikes import toy_guide
 
 from lgvq_plugin import objectives
 from lgvq_plugin.finite import MAX_SKIPPED
@@ -78,7 +78,8 @@ def every_case() -> list[Case]:
 def config(case: Case) -> dict[str, Any]:
     """Return the config of a VQ-VAE with all state there is: EMA, queue, moving averages."""
     lgvq = {
-        "guide": {"use": "toy_guide:ToyGuide"},
+        "guide": {"use": "lookalikes.toy_guide:ToyGuide"},
+        "stop": None,
         "on_nonfinite": case.how,
         "objectives": {
             "global_semantic": {"weight": 0.05, "queue": 8},

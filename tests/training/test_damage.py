@@ -23,6 +23,7 @@ EVERY = ["training.max_steps=4", "training.checkpoint_every=1", "training.keep_c
 LGVQ = [
     "model.params.lossconfig.target=lgvq_plugin.LGVQLoss",
     "model.params.lossconfig.params.lgvq.guide.use=micro_clip",
+    "model.params.lossconfig.params.lgvq.stop=null",
 ]
 SKIP = [*LGVQ, "model.params.lossconfig.params.lgvq.on_nonfinite=skip"]
 

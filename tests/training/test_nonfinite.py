@@ -28,7 +28,9 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    "case", QUICK + [pytest.param(c, marks=pytest.mark.slow) for c in SLOW], ids=str
+    "case",
+    QUICK + [pytest.param(c, marks=(pytest.mark.slow, pytest.mark.extended)) for c in SLOW],
+    ids=str,
 )
 def test_a_bad_number_is_named_and_reaches_no_checkpoint(case, tmp_path):
     ended, faults = try_case(case, tmp_path)
