@@ -6,12 +6,13 @@ torch is imported once the arguments are checked.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import require
+from ..datasets.captions import read_json
 from ..files import remove_parts, replacing, require_writable
 from ..sockets import ConfigError
 from ..training.config import read_config
@@ -183,8 +184,11 @@ def _numbers(file: Path) -> dict[str, Any] | None:
     found = next((path for path in results if path.is_file()), None)
     if found is None:
         return None
-    numbers = {}
-    for key, row in json.loads(found.read_text()).get("metrics", {}).items():
+    content, numbers = read_json(found), {}
+    require(isinstance(content, Mapping), str(found), "a mapping with `metrics`", content)
+    metrics = content.get("metrics", {})
+    require(isinstance(metrics, Mapping), f"{found}: metrics", "a mapping of numbers", metrics)
+    for key, row in metrics.items():
         value = row.get("value", row.get("new")) if isinstance(row, Mapping) else None
         if isinstance(value, int | float):
             numbers[key] = {**row, "value": value}

@@ -124,8 +124,25 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
         old, new = (_mapping(_block_in(node), *path) for node in (low, high))
         if new.get("use") not in (None, old.get("use", default)):
             old.clear()
+    _require_mergeable(low, high)
     merged: Any = OmegaConf.merge(OmegaConf.create(low), OmegaConf.create(high))
     return merged
+
+
+def _require_mergeable(low: Any, high: Any, path: str = "") -> None:
+    """Raise ConfigError where one config has a list and the other a mapping."""
+    if isinstance(low, dict) and isinstance(high, dict):
+        for key in low.keys() & high.keys():
+            _require_mergeable(low[key], high[key], f"{path}.{key}".lstrip("."))
+    elif (
+        isinstance(low, dict | list)
+        and isinstance(high, dict | list)
+        and type(low) is not type(high)
+    ):
+        raise ConfigError(
+            f"{path}: a list and a mapping cannot be merged: {low!r} and {high!r}; make both "
+            "mappings, or both lists"
+        )
 
 
 def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -143,8 +160,13 @@ def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_omegaconf(config: DictConfig | Mapping[str, Any]) -> DictConfig:
-    """Return `config` itself, or a mapping as OmegaConf's."""
-    return config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    """Return `config` itself, or a mapping as OmegaConf's; ConfigError if that cannot hold it."""
+    if isinstance(config, DictConfig):
+        return config
+    try:
+        return OmegaConf.create(dict(config))
+    except OmegaConfBaseException as error:  # a tensor in it, or None as a key
+        raise ConfigError(f"the config holds what no config can: {error}") from error
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:

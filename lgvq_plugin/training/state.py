@@ -208,6 +208,9 @@ def _require_optimizer(state: Mapping[str, Any], optimizer: Optimizer, where: st
     require_like(state.get("param_groups"), list, at)
     for group in state["param_groups"]:
         _require_group(group, at)
+    require_like(state.get("state"), {}, f"{where}.state")
+    for key, moments in state["state"].items():
+        require_like(moments, {}, f"{where}.state[{key}]")
     for accept in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state = accept(optimizer, dict(state)) or state  # heads in other groups, or none
     groups, own = state["param_groups"], optimizer.param_groups
@@ -222,7 +225,6 @@ def _require_optimizer(state: Mapping[str, Any], optimizer: Optimizer, where: st
         kept |= {"step", *MOMENTS[:2]}
     for key, moments in state["state"].items():
         entry = f"{where}.state[{key}]"
-        require_like(moments, {}, entry)
         if missing := sorted(kept - moments.keys()):
             raise Unfit(f"{entry} has no {missing[0]}")
         parameter = shapes.get(key) if isinstance(key, int) else None
@@ -249,9 +251,12 @@ def _is_moment(name: str, value: Any, *, like: Tensor) -> bool:
         is_like = isinstance(value, Tensor) and value.shape == like.shape
         if not (is_like and value.is_floating_point() and value.layout == torch.strided):
             return False
+        if value.is_meta:  # a shape without numbers
+            return False
         return bool(all_finite([value]) and (not name.endswith("_sq") or value.ge(0).all()))
     if isinstance(value, Tensor):
-        return bool(name != "step" or (value.numel() == 1 and value.ge(0).all()))
+        is_step = value.numel() == 1 and not value.is_meta
+        return name != "step" or bool(is_step and value.ge(0).all())
     return isinstance(value, int | float) and (name != "step" or value >= 0)
 
 

@@ -20,7 +20,7 @@ EXTENDED = (pytest.mark.slow, pytest.mark.extended)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["taming", pytest.param("vqvae", marks=EXTENDED)])
+@pytest.mark.parametrize("name", ["vqvae", pytest.param("taming", marks=EXTENDED)])
 def test_only_adapters_and_heads_learn_and_the_export_is_the_trained_model(
     old, tmp_path, monkeypatch, name
 ):

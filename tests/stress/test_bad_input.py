@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bad_input
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended]
+pytestmark = pytest.mark.slow
 COUNTS = {  # by what a case costs
     "captions": 40,
     "ckpt": 50,

@@ -134,3 +134,26 @@ def test_a_start_that_fails_leaves_no_folder(run, tmp_path):
     assert code == 2
     assert ".png" in err
     assert not (tmp_path / "logs" / "a").exists()
+
+
+def test_a_list_over_a_mapping_is_named():
+    from lgvq_plugin.sockets import ConfigError
+    from lgvq_plugin.training.config import lay_over
+
+    below = OmegaConf.create({"training": {"max_steps": 2}, "data": {"a": [1]}})
+    for part, key in (({"training": [1]}, "training"), ({"data": {"a": {"b": 1}}}, r"data\.a")):
+        with pytest.raises(ConfigError, match=rf"^{key}: a list and a mapping cannot be merged"):
+            lay_over(below, part)
+    merged = lay_over(below, {"data": {"a": [2, 3]}, "training": {"max_steps": 5}})
+    assert merged == {"training": {"max_steps": 5}, "data": {"a": [2, 3]}}
+
+
+def test_a_config_that_holds_a_tensor_is_refused_in_one_message():
+    import torch
+
+    from lgvq_plugin.sockets import ConfigError
+    from lgvq_plugin.training.config import as_omegaconf
+
+    for bad in ({"a": torch.zeros(2)}, {"a": {None: 1}}):
+        with pytest.raises(ConfigError, match="the config holds what no config can"):
+            as_omegaconf(bad)

@@ -216,6 +216,7 @@ def test_a_plan_names_mistakes_before_it_trains(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_it_is_in_the_report_of_an_ablation(config, tmp_path):
     argv = ["ablate", "-b", plan_at(tmp_path, config), "-o", tmp_path / "out"]
     assert cli.main([*map(str, argv)]) == 0
