@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import require
-from ..datasets.captions import read_json
 from ..files import remove_parts, replacing, require_writable
 from ..sockets import ConfigError
 from ..training.config import read_config
@@ -184,6 +183,8 @@ def _numbers(file: Path) -> dict[str, Any] | None:
     found = next((path for path in results if path.is_file()), None)
     if found is None:
         return None
+    from ..datasets.captions import read_json  # imports torch
+
     content, numbers = read_json(found), {}
     require(isinstance(content, Mapping), str(found), "a mapping with `metrics`", content)
     metrics = content.get("metrics", {})
