@@ -20,7 +20,7 @@ from ..config import build, laid_over, require
 from ..files import remove_parts, require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve
 from ..training.build import with_shortcuts
-from ..training.config import data_mapping, lay_over, read_config, to_plain, with_sizes
+from ..training.config import MAX_WORKERS, data_mapping, lay_over, read_config, to_plain, with_sizes
 from .foreign import find_metric, label_of
 from .records import csv_text, text_table
 
@@ -209,6 +209,8 @@ class EvaluationConfig:
         for name, minimum in {**smallest, "attribute_words": 0}.items():
             value = getattr(self, name)
             require(value >= minimum, name, f"a whole number >= {minimum}", value)
+        expected, workers = f"at most {MAX_WORKERS} here", self.num_workers
+        require(workers <= MAX_WORKERS, "num_workers", expected, workers)
         is_known = self.tokenizer in ("words", "ptb")
         require(is_known, "tokenizer", "words or ptb", self.tokenizer)
         for name, options in self.options.items():

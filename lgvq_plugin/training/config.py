@@ -6,6 +6,7 @@ files, overrides --lay_over--> one config, still with interpolations --> Section
 import difflib
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ LOSS_KEYS = ("lossconfig", "loss")  # taming and nearly all; ViT-VQGAN
 MODEL_KEYS = ["base_learning_rate", "learning_rate", "target", "params"]
 RESOLUTION_KEYS = ("resolution", "image_size", "img_size")
 DATA_SETS = ("train", "validation", "test")
+MAX_WORKERS = max(64, 8 * (os.cpu_count() or 1))
+"""Processes that load samples; each takes hundreds of MiB, and more would only fill the memory."""
 DATA_KEYS = ["batch_size", "num_workers", "wrong_captions", *DATA_SETS]
 DATA_HINT = "; give it, or --data FOLDER (images with captions)"
 NAMED_WEIGHT = 0.05  # of `objectives: [masked_text]` and others that are off by default
@@ -507,6 +510,8 @@ def data_section(plain: Mapping[str, Any], notes: list[str] | None = None) -> Da
         value = given.get(key, minimum)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ConfigError(f"data.{key} must be a whole number >= {minimum}, got {value!r}")
+    workers = given.get("num_workers", 0)
+    require(workers <= MAX_WORKERS, "data.num_workers", f"at most {MAX_WORKERS} here", workers)
     is_wrong = given.get("wrong_captions", False)
     require(isinstance(is_wrong, bool), "data.wrong_captions", "true or false", is_wrong)
     for key in DATA_SETS:

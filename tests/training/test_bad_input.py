@@ -157,3 +157,10 @@ def test_a_config_that_holds_a_tensor_is_refused_in_one_message():
     for bad in ({"a": torch.zeros(2)}, {"a": {None: 1}}):
         with pytest.raises(ConfigError, match="the config holds what no config can"):
             as_omegaconf(bad)
+
+
+def test_more_workers_than_memory_are_refused(run):
+    code, error = run("data.num_workers=1000000")
+    assert code == 2
+    assert "data.num_workers: expected at most" in error
+    assert "got 1000000" in error
