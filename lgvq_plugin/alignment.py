@@ -381,22 +381,18 @@ class Schedule:
 
     def __init__(self, config: LGVQConfig) -> None:
         self.start, self.ramp = config.start, config.ramp
-        self.stop: float | None = None if config.stop == "auto" else config.stop
         fits = self.start == 0 or (is_share(self.start) and self.start < AUTO_STOP)
         self.is_auto = config.stop == "auto" and fits
+        self.stop = None if config.stop == "auto" else config.stop
+        given = [key for key in ("start", "ramp", "stop") if is_share(getattr(self, key))]
         if self.is_auto:
             self.stop = AUTO_STOP
-        keys = ("start", "ramp", "stop")
-        self.shares = {key: is_share(getattr(self, key)) for key in keys}
-        self.has_shares = any(self.shares.values())
-        self.needs_length = any(
-            is_one and not (self.is_auto and key == "stop") for key, is_one in self.shares.items()
-        )
+        self.shares = {key: is_share(getattr(self, key)) for key in ("start", "ramp", "stop")}
+        self.has_shares, self.needs_length = any(self.shares.values()), bool(given)
+        self._given = ", ".join(f"lgvq.{key}: {getattr(self, key)}" for key in given)
 
     def __str__(self) -> str:
-        is_given = {**self.shares, "stop": self.shares["stop"] and not self.is_auto}
-        keys = [key for key, is_one in is_given.items() if is_one]
-        return ", ".join(f"lgvq.{key}: {getattr(self, key)}" for key in keys)
+        return self._given
 
     def scale(self, step: int, share: float | None = None) -> float:
         """Return the factor of the weights, in [0, 1].

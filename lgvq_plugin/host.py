@@ -145,7 +145,8 @@ class Handle:
         now = self._step if step is None else step
         options: Any = {"step": now, "split": split, "balance": self._hook.balance}
         if self.heads.schedule.has_shares:
-            options["progress"] = progress_of(self.model, now, self.heads.config.total_steps)
+            total = self.heads.config.total_steps
+            options["progress"] = (now, total) if total else progress_of(self.model)
         result = self.heads(
             codes, captions, images=images, reconstructions=reconstructions, **options
         )
@@ -323,13 +324,11 @@ def build_alignment(
     )
 
 
-def progress_of(host: Any, step: int, total: int | None) -> tuple[int, int] | None:
-    """Return (steps done, steps in all): `step` of a known total, else as Lightning's trainer says.
+def progress_of(host: nn.Module | None) -> tuple[int, int] | None:
+    """Return (steps done, steps in all) that a host's Lightning trainer counts.
 
     None if the host has no trainer, or one of unknown length.
     """
-    if total is not None:
-        return step, total
     trainer: Any = getattr(host, "_trainer", None)  # `trainer` raises where there is none
     if trainer is None:
         return None

@@ -221,9 +221,7 @@ class LGVQLoss(BaseLossWrapper):
         total = self._config.total_steps or self.total_steps
         options: Any = {"step": int(step), "split": split, "balance": hook.balance}
         if heads.schedule.has_shares:
-            now = int(step)
-            is_known = total is not None
-            options["progress"] = (now, total) if is_known else progress_of(self._host, now, None)
+            options["progress"] = (int(step), total) if total else progress_of(self._host)
         images, reconstructions = call.get("inputs"), call.get("reconstructions")
         return heads(codes, captions, images=images, reconstructions=reconstructions, **options)
 

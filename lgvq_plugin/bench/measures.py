@@ -18,7 +18,7 @@ from .evaluation_context import Context, Encoded
 from .metrics import captions as scores
 from .metrics import codebook
 from .metrics.answers import wordnet_similarity, wups
-from .metrics.captions import tokenize_words
+from .metrics.captions import tokenize_words, word_sets
 from .metrics.clip_score import CLIPScorer
 from .metrics.codebook import STRONG
 from .metrics.frechet import MIN_IMAGES, FrechetDistance
@@ -276,17 +276,13 @@ class _WordsAndCodes:
 
 def _word_table(data: Encoded) -> tuple[list[str], Tensor]:
     """Return the words of enough images, and which image has which, (M, W) bool."""
-    sets = _word_sets(data)
+    sets = word_sets(data.captions)
     counts = Counter(word for found in sets for word in found)
     kept = [word for word, n in counts.items() if MIN_COUNT <= n <= len(sets) - MIN_COUNT]
     known = sorted(kept, key=lambda word: (-counts[word], word))[:MAX_WORDS]
     if not known:
         raise ConfigError(f"no word of the captions is at {MIN_COUNT} images; use more images")
     return known, _has_words(sets, known)
-
-
-def _word_sets(data: Encoded) -> list[set[str]]:
-    return [{w for text in texts for w in tokenize_words(text).split()} for texts in data.captions]
 
 
 def _has_words(sets: Sequence[set[str]], known: Sequence[str]) -> Tensor:
@@ -431,7 +427,7 @@ def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dic
         for number, word in enumerate(known)
         if shares[number] <= 0.5 and word not in FUNCTION_WORDS
     ][: context.config.attribute_words]
-    target = _has_words(_word_sets(test), [known[number] for number in kept])
+    target = _has_words(word_sets(test.captions), [known[number] for number in kept])
     return train, test, {"words": has_word[:, kept].long()}, {"words": target.long()}
 
 

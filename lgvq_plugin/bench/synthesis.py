@@ -9,21 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..datasets.base import ImageLayout
 from ..sockets import ConfigError
 from .evaluation_context import Context, Encoded
 from .measures import Rows, decode_indices, fit_probe, generated_rows, rows_of
-from .metrics.captions import tokenize_words
+from .metrics.captions import word_sets
 from .probes.attributes import stack_labels
 from .probes.synthesis import SynthesisProbe, label_vectors, map_vectors
-
-Conditions = Callable[[Encoded, list[ImageLayout]], Tensor]
 
 
 def unconditional(context: Context) -> Rows:
     """Bits per code without any condition; Frechet distance of generated images."""
-    probe, (_, test), settings = _fitted(context, "unconditional", lambda data: _nothing(data))
-    given = _nothing(test)
+    probe, settings = _fitted(context, "unconditional", _nothing)
+    test, given = context.test, _nothing(context.test)
     values = {"bits_per_code": probe.bits(test.codes, given)}
     rows = rows_of("unconditional", values, len(test.codes), unit="bits", settings=settings)
     return rows | _drawn(context, probe, test, given, "unconditional", settings, judged=())
@@ -31,12 +28,14 @@ def unconditional(context: Context) -> Rows:
 
 def completion(context: Context) -> Rows:
     """The lower half of each image, given the codes of the upper half; no other condition."""
-    probe, (_, test), settings = _fitted(context, "unconditional", lambda data: _nothing(data))
-    given, half = _nothing(test), test.codes.grid[0] // 2 * test.codes.grid[1]
+    probe, settings = _fitted(context, "unconditional", _nothing)
+    test, given = context.test, _nothing(context.test)
+    rows, columns = test.codes.grid
+    half = rows // 2 * columns or columns // 2  # of tokens in one row: the first half
     settings = {**settings, "given": f"the first {half} codes"}
     values = {"bits_per_code": probe.bits(test.codes, given, start=half)}
-    rows = rows_of("completion", values, len(test.codes), unit="bits", settings=settings)
-    return rows | _drawn(context, probe, test, given, "completion", settings, first=half)
+    found = rows_of("completion", values, len(test.codes), unit="bits", settings=settings)
+    return found | _drawn(context, probe, test, given, "completion", settings, first=half)
 
 
 def class_to_image(context: Context) -> Rows:
@@ -55,10 +54,9 @@ def class_to_image(context: Context) -> Rows:
 
 def semantic_to_image(context: Context) -> Rows:
     """Images from maps of what is where: bits per code, what a judge sees in them."""
-    layouts = {"train": context.layouts("train"), "test": context.layouts("test")}
     maps = {
-        which: [torch.as_tensor(each.semantic_map) for each in some]
-        for which, some in layouts.items()
+        which: [torch.as_tensor(each.semantic_map) for each in context.layouts(which)]
+        for which in ("train", "test")
     }
     classes = 1 + max(int(each.max()) for some in maps.values() for each in some)
     given = {
@@ -76,7 +74,7 @@ def grounding(context: Context) -> Rows:
     layouts = context.layouts("test")
     member, config = context.config.probe("grounding")
     train, test = context.train.captioned(), context.test
-    used = {w for some in train.captions for text in some for w in tokenize_words(text).split()}
+    used = set().union(*word_sets(train.captions))
     names = sorted({word for each in layouts for word in each.boxes} & used)
     probe = member(names, config, device=context.device)
     fit_probe(context, probe, train.codes, train.captions)
@@ -91,8 +89,8 @@ def grounding(context: Context) -> Rows:
 
 
 def _conditional(context: Context, name: str, conditions: Callable[[Encoded], Tensor]) -> Rows:
-    probe, (_, test), settings = _fitted(context, name, conditions)
-    given, codes = conditions(test), test.codes
+    probe, settings = _fitted(context, name, conditions)
+    given, codes = conditions(context.test), context.test.codes
     bits = probe.bits(codes, given)
     without = probe.bits(codes, given, given=False)
     shuffled = probe.bits(codes.shuffled(context.config.seed), given)
@@ -100,20 +98,20 @@ def _conditional(context: Context, name: str, conditions: Callable[[Encoded], Te
     values |= {"shuffled/bits_per_code": shuffled, "gain": without - bits}
     neutral = ["without_condition"]
     rows = rows_of(name, values, len(codes), unit="bits", settings=settings, neutral=neutral)
-    return rows | _drawn(context, probe, test, given, name, settings)
+    return rows | _drawn(context, probe, context.test, given, name, settings)
 
 
 def _fitted(
     context: Context, name: str, conditions: Callable[[Encoded], Tensor]
-) -> tuple[SynthesisProbe, tuple[Encoded, Encoded], dict[str, Any]]:
+) -> tuple[SynthesisProbe, dict[str, Any]]:
     _, config = context.config.probe(name)
-    train, test = context.train, context.test
+    train = context.train
     given = conditions(train)
     probe = SynthesisProbe(given.shape[2], config, device=context.device, name=name)
     fit_probe(context, probe, train.codes, given)
     settings: dict[str, Any] = {"train": len(train.codes)}
     settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
-    return probe, (train, test), settings
+    return probe, settings
 
 
 def _nothing(data: Encoded) -> Tensor:
@@ -139,5 +137,4 @@ def _drawn(
     drawn = probe.draw(list(given[:count]), **options)
     images = decode_indices(context, test, drawn)
     rows = generated_rows(context, images, prefix, settings)
-    kept = (*judged, "fd_judge", f"fd_{context.config.fd.net}")
-    return {name: row for name, row in rows.items() if name.endswith(kept)}
+    return {k: row for k, row in rows.items() if "judge/" not in k or k.endswith(judged)}

@@ -1,6 +1,5 @@
 """An image encoder of transformers as the image guide: DINOv2, ViT, CLIP, SigLIP; `[hf]`."""
 
-import logging
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from ..functional import seeded
 from ..sockets import ConfigError
 from ._hub import cache_folder, require_reachable
 from .images import AbstractImageTower, Tower, TowerOptions, require_layer, square
-
-logger = logging.getLogger(__name__)
 
 MOST_PREFIX = 16  # class token and registers
 
@@ -32,6 +29,8 @@ class HuggingFaceVision(AbstractImageTower):
         folder = given.checkpoint
         if folder is not None and not Path(folder).expanduser().is_dir():
             raise ConfigError(f"guides.vision.checkpoint: no folder {folder!r}")
+        if not given.pretrained:
+            self._warn_of_random_weights()
         network, processor = _load(given)
         own = getattr(network.config, "image_size", None)
         size = square(given.image_size or own or _side(processor.size))
@@ -104,7 +103,6 @@ def _load(given: TowerOptions) -> tuple[Any, Any]:
             if given.pretrained:
                 network = AutoModel.from_pretrained(model, **options)
             else:
-                logger.warning("guides.vision: %s has random weights; for tests only", model)
                 network = AutoModel.from_config(AutoConfig.from_pretrained(model, **options))
         processor = AutoImageProcessor.from_pretrained(model, **options)
     except Exception as error:  # a foreign folder can break in any way

@@ -106,6 +106,10 @@ class AbstractImageTower(AbstractImageGuide):
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the map of features (B, Dv, h, w), and the class token (B, Dv) if there is one."""
 
+    def _warn_of_random_weights(self) -> None:
+        message = "guides.vision: %s has random weights (pretrained: false); for tests only"
+        logger.warning(message, self._options.model)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> ImageFeatures:
         """Encode images (B, 3, H, W) in [-1, 1].

@@ -1,7 +1,6 @@
 """An image tower of timm as the image guide: DINOv2, SigLIP, ConvNeXt, ResNet and others."""
 
 import inspect
-import logging
 from typing import Any
 
 import timm
@@ -12,8 +11,6 @@ from ..functional import seeded
 from ..sockets import ConfigError, suggest
 from ._hub import cache_folder, require_reachable
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
-
-logger = logging.getLogger(__name__)
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -36,6 +33,8 @@ class TimmGuide(AbstractImageTower):
 
     def _load(self, given: TowerOptions) -> Tower:
         overlay = _overlay(given)
+        if overlay is None:
+            self._warn_of_random_weights()
         network: Any = _create(given, overlay)
         if not hasattr(network, "forward_intermediates"):
             raise ConfigError(
@@ -76,8 +75,6 @@ def _overlay(given: TowerOptions) -> dict[str, Any] | None:
     if given.checkpoint is not None:
         return {"file": str(require_file(given.checkpoint))}
     if not given.pretrained:
-        message = "guides.vision: %s has random weights (pretrained: false); for tests only"
-        logger.warning(message, model)
         return None
     try:
         facts = timm.get_pretrained_cfg(model)

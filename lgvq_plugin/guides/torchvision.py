@@ -1,17 +1,19 @@
 """A convolutional classifier of torchvision as the image guide: ResNet, ConvNeXt, VGG."""
 
-import logging
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 
 from ..checkpoints.read import read_raw
 from ..functional import seeded
 from ..sockets import ConfigError, suggest
+from ._hub import require_reachable
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
-
-logger = logging.getLogger(__name__)
 
 HEADS = ("classifier.", "fc.", "head.")  # of checkpoints; not read
 
@@ -21,7 +23,8 @@ class TorchvisionGuide(AbstractImageTower):
 
     Arguments as :class:`~.images.AbstractImageTower`. `layer` is a stage of the model: the four of
     a ResNet, or a module of its `features`. `checkpoint` is a file of a state dict, with or without
-    the classifier. The summary is the mean over the map, as these models have no class token.
+    the classifier; `pretrained` may name weights, such as IMAGENET1K_V1, and `cache_dir` replaces
+    torch's cache. The summary is the mean over the map, as these models have no class token.
 
     Example:
         >>> import torch
@@ -41,29 +44,48 @@ class TorchvisionGuide(AbstractImageTower):
                 f"guides.vision.model: no torchvision model {given.model!r}{hint}; "
                 "torchvision.models.list_models() lists all"
             )
-        facts: Any = models.get_model_weights(given.model).DEFAULT
+        facts = _weights(given)
         with seeded(given.seed):
-            try:
-                is_plain = given.checkpoint is not None or not given.pretrained
-                network = models.get_model(given.model, weights=None if is_plain else facts)
-            except OSError as error:  # no network, or no such place
-                raise ConfigError(
-                    f"guides.vision: cannot download the weights of {given.model!r} from "
-                    f"{facts.url}: {error}; give checkpoint: PATH"
-                ) from error
-        if given.checkpoint is not None:
-            _read_into(network, given)
-        elif not given.pretrained:
-            message = "guides.vision: %s has random weights (pretrained: false); for tests only"
-            logger.warning(message, given.model)
+            network = models.get_model(given.model)
         stages = _stages(network, given.model)
         depth = require_layer(given.layer, len(stages) - 1, given.model) + 1
+        if given.checkpoint is not None:
+            _load_into(network, read_raw(require_file(given.checkpoint))[0], given.checkpoint)
+        elif given.pretrained:
+            _load_into(network, _downloaded(facts, given), facts.url)
+        else:
+            self._warn_of_random_weights()
         prepare = facts.transforms()
         size = square(given.image_size or max(prepare.crop_size))
         return Tower(nn.Sequential(*stages[: depth + 1]), size, prepare.mean, prepare.std)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._network(images), None
+
+
+def _weights(given: TowerOptions) -> Any:
+    """Return the weights that `pretrained` names; true and false mean torchvision's default."""
+    known: Any = models.get_model_weights(given.model)
+    if not isinstance(given.pretrained, str):
+        return known.DEFAULT
+    names = [each.name for each in known]
+    if given.pretrained not in names:
+        raise ConfigError(
+            f"guides.vision.pretrained: no weights {given.pretrained!r} of {given.model!r}"
+            f"{suggest(given.pretrained, names)}"
+        )
+    return known[given.pretrained]
+
+
+def _downloaded(facts: Any, given: TowerOptions) -> Any:
+    """Return weights from torch's cache, or the network if it answers within seconds."""
+    folder = Path(given.cache_dir or f"{torch.hub.get_dir()}/checkpoints")
+    if not (folder / Path(facts.url).name).is_file():
+        require_reachable(facts.url, f"torchvision model {facts}", str(folder), "image")
+    try:
+        return facts.get_state_dict(model_dir=str(folder), check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError) as error:  # a broken or foreign file
+        raise ConfigError(f"guides.vision: cannot load {facts.url}: {error}") from error
 
 
 def _stages(network: Any, model: str) -> list[nn.Module]:
@@ -79,18 +101,18 @@ def _stages(network: Any, model: str) -> list[nn.Module]:
     )
 
 
-def _read_into(network: nn.Module, given: TowerOptions) -> None:
-    """Load the checkpoint of a model; its classifier may be missing."""
-    assert given.checkpoint is not None
-    raw, _ = read_raw(require_file(given.checkpoint))
-    found = {k: v for k, v in raw.items() if isinstance(v, Tensor)} if isinstance(raw, dict) else {}
-    wanted = {k for k in network.state_dict() if not k.startswith(HEADS)}
-    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    wrong = [k for k in sorted(wanted) if k not in found or tuple(found[k].shape) != shapes[k]]
+def _load_into(network: nn.Module, raw: Any, where: str) -> None:
+    """Load a state dict of a model; its classifier may be missing."""
+    found = raw if isinstance(raw, Mapping) else {}
+    own = {k: v for k, v in network.state_dict().items() if not k.startswith(HEADS)}
+    wrong = [key for key, value in own.items() if not _is_like(found.get(key), value)]
     if wrong:
         raise ConfigError(
-            f"guides.vision.checkpoint: {given.checkpoint} does not have the weights of "
-            f"{given.model!r}: missing or of another shape: {', '.join(wrong[:3])}"
-            f"{', ...' if len(wrong) > 3 else ''}"
+            f"guides.vision.checkpoint: {where} does not have the weights of this model: missing "
+            f"or of another shape: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
         )
-    network.load_state_dict({key: found[key] for key in wanted}, strict=False)
+    network.load_state_dict({key: found[key] for key in own}, strict=False)
+
+
+def _is_like(given: Any, own: Tensor) -> bool:
+    return isinstance(given, Tensor) and given.shape == own.shape

@@ -61,7 +61,7 @@ class TrainingCallback(pl.Callback):
 
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the EMA weights until the host is on its device, if they fit it."""
-        self._is_validation_due = bool(checkpoint.get("is_validation_due"))
+        self._is_validation_due = checkpoint.get("is_validation_due") is True
         self._saved = checkpoint.get("ema_state_dict")
         if self._saved is not None:
             with module.checking():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from lookalikes.llamagen import VQModel as Plain  # its methods
 from torch import nn
 
 WIDTH = 8
@@ -114,9 +116,9 @@ class VectorQuantizer(nn.Module):
         return (z + (found - z).detach()).movedim(-1, 1), losses, (None, None, index)
 
 
-class VQModel(nn.Module, PyTorchModelHubMixin):
+class VQModel(Plain, PyTorchModelHubMixin):
     def __init__(self, config):
-        super().__init__()
+        nn.Module.__init__(self)
         down = [WIDTH * m for m in config.encoder_ch_mult]
         up = [WIDTH * m for m in config.decoder_ch_mult][::-1]
         z, dim = config.z_channels, config.codebook_embed_dim
@@ -125,16 +127,6 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         self.decoder = Stack(up, z, 3, "upsample", 1)
         self.quantize = VectorQuantizer(config.codebook_size, dim)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, dim, 1), nn.Conv2d(dim, z, 1)
-
-    def encode(self, x):
-        return self.quantize(self.quant_conv(self.encoder(x)))
-
-    def decode(self, quant):
-        return self.decoder(self.post_quant_conv(quant))
-
-    def forward(self, x):
-        quant, diff, _ = self.encode(x)
-        return self.decode(quant), diff
 
 
 def VQ_8(**kwargs):
@@ -164,8 +156,9 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def checkout(tmp_path):
+def checkout(tmp_path, monkeypatch):
     """A folder with LlamaGen's module at its path; it is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "hosts"))
     inner = tmp_path / "LlamaGen" / "tokenizer" / "tokenizer_image"
     inner.mkdir(parents=True)
     (inner / "vq_model.py").write_text(LLAMAGEN)

@@ -241,6 +241,21 @@ def test_layers_of_torchvision(tmp_path, model, layer):
     assert torch.allclose(features.summary, states[0].mean(dim=(2, 3)), atol=1e-5)
 
 
+def test_named_weights_of_torchvision_come_from_the_cache(tmp_path):
+    """The file that torchvision would have downloaded, in `cache_dir`; nothing is unpickled."""
+    facts = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = torchvision.models.squeezenet1_1()
+    given = {**CONFIGS["torchvision"], "pretrained": facts.name, "cache_dir": str(tmp_path)}
+    torch.save(theirs.state_dict(), tmp_path / facts.url.rpartition("/")[2])
+    guide = build_image_guide(given)
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in _own(guide).items())
+    torch.save({"features": theirs}, tmp_path / facts.url.rpartition("/")[2])  # a module, pickled
+    with pytest.raises(ConfigError, match=r"cannot load https.*Weights only load failed"):
+        build_image_guide(given)
+
+
 def test_real_weights_of_torchvision(shared, tmp_path):
     """Photos of one scene at two contrasts are closer in its features than two scenes are."""
     found = np.load(shared / "lpips_squeeze_real" / "squeezenet1_1_features_fp32.npz")
@@ -338,6 +353,7 @@ def test_the_seed_of_random_weights(name):
 OFFLINE = [
     {"use": "timm"},
     {"use": "timm", "model": "resnet18"},
+    {"use": "torchvision"},
     {"use": "open_clip_vision"},
     {"use": "huggingface_vision"},
 ]
@@ -375,6 +391,10 @@ SQUEEZE = CONFIGS["torchvision"] | {"pretrained": False}
         ({**TINY, "checkpoint": "no.pt"}, "checkpoint: no file 'no.pt'"),
         ({**CONFIGS["timm"], "pretrained": False, "image_size": 8}, "cannot"),
         ({"use": "torchvision", "model": "resnet19"}, "no torchvision model 'resnet19'; did you"),
+        (
+            {**CONFIGS["torchvision"], "pretrained": "IMAGENET1K_V3"},
+            "no weights 'IMAGENET1K_V3' of 'squeezenet1_1'.*IMAGENET1K_V1",
+        ),
         ({**SQUEEZE, "layer": 13}, r"'squeezenet1_1' has 13 layers, so expected -13 to 12"),
         ({"use": "torchvision", "model": "vit_b_16", "pretrained": False}, "neither a ResNet nor"),
         ({"use": "open_clip_vision", "model": "ViT-S-31"}, "no open_clip model 'ViT-S-31'"),
@@ -391,7 +411,7 @@ def test_wrong_blocks(given, message):
 
 def test_a_checkpoint_of_another_model_of_torchvision(tmp_path):
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match=r"w\.pth does not have the weights of 'squeezenet1_1'"):
+    with pytest.raises(ConfigError, match=r"w\.pth does not have the weights of this model"):
         build_image_guide({**CONFIGS["torchvision"], "checkpoint": str(tmp_path / "w.pth")})
 
 

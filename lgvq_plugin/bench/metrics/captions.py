@@ -75,6 +75,16 @@ def tokenize_words(sentence: str) -> str:
     return " ".join(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", sentence.lower()))
 
 
+def word_sets(captions: Sequence[Sequence[str]]) -> list[set[str]]:
+    """Return the words of each image's captions.
+
+    Example:
+        >>> [sorted(words) for words in word_sets([["A dog.", "a hound"], []])]
+        [['a', 'dog', 'hound'], []]
+    """
+    return [{w for text in texts for w in tokenize_words(text).split()} for texts in captions]
+
+
 def tokenize_ptb(sentences: Sequence[str]) -> list[str]:
     """Tokenize as papers do, with the Penn Treebank tokenizer and without punctuation.
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...sockets import ConfigError
-from ..metrics.captions import tokenize_words
+from ..metrics.captions import word_sets
 from .features import FrozenCodes, require_captions
 from .trainer import LossFunction, NeuralProbe, ProbeConfig
 
@@ -60,8 +60,7 @@ class GroundingProbe(NeuralProbe[GroundingConfig, Any]):
         self, codes: FrozenCodes, target: Sequence[Sequence[str]]
     ) -> tuple[LossFunction, int, list[Any]]:
         require_captions(codes, target)
-        sets = [{w for text in texts for w in tokenize_words(text).split()} for texts in target]
-        has_word = torch.tensor([[word in found for word in self.words] for found in sets])
+        has_word = torch.tensor([[w in found for w in self.words] for found in word_sets(target)])
         missing = [w for w, n in zip(self.words, has_word.sum(dim=0), strict=True) if n == 0]
         if missing:
             raise ConfigError(f"grounding: no training caption has the word {missing[0]!r}")

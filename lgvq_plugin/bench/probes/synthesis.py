@@ -1,6 +1,5 @@
 """Synthesis of codes without text: unconditional, or from labels or a semantic map."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..metrics.perceptual import state_hash
 from .features import FrozenCodes
 from .text_to_image import Sampling, TextToImageConfig, TextToImageProbe
 
@@ -50,7 +50,7 @@ class SynthesisProbe(TextToImageProbe):
 
     def _build(self, codes: FrozenCodes, target: Any) -> Any:
         loss_of, count, _ = super()._build(codes, [[given] for given in target])
-        return loss_of, count, [target.shape, _digest(target)]
+        return loss_of, count, [state_hash({"conditions": target})]
 
     def bits(
         self,
@@ -117,7 +117,3 @@ def map_vectors(maps: Sequence[Tensor], classes: int, grid: tuple[int, int]) -> 
     ]
     flat = torch.stack(shares).flatten(2).mT
     return torch.cat([flat, place.expand(len(flat), -1, -1)], dim=2)
-
-
-def _digest(target: Tensor) -> str:
-    return hashlib.sha256(target.contiguous().numpy().data).hexdigest()

@@ -80,7 +80,7 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
     def _build(
         self, codes: FrozenCodes, target: Sequence[Sequence[str]]
     ) -> tuple[LossFunction, int, list[Any]]:
-        indices, table = _require_indices(codes)
+        indices, table = _require_indices(codes, self.name)
         require_captions(codes, target)
         config = self.config
         network = _CodePrior(config, self.guide.token_dim, len(table), indices.shape[1])
@@ -147,7 +147,7 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
                 memory, mask = (memory, mask) if with_text else (memory[:, :1], mask[:, :1])
             parts.append([])
             for codes in several:
-                seen = _require_indices(codes)[0][rows].to(self.device)
+                seen = _require_indices(codes, self.name)[0][rows].to(self.device)
                 logits = self.network(seen[:, :-1], memory, mask)
                 nats = F.cross_entropy(logits.mT, seen, reduction="none")
                 parts[-1].append(nats[:, start:].double().mean(dim=1).cpu() / math.log(2))
@@ -227,11 +227,11 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     return torch.multinomial(shares, 1, generator=generator)
 
 
-def _require_indices(codes: FrozenCodes) -> tuple[Tensor, Tensor]:
+def _require_indices(codes: FrozenCodes, name: str) -> tuple[Tensor, Tensor]:
     if codes.indices is None or codes.table is None:
         raise ConfigError(
-            "text to image: this host's quantizer has no code indices, so no transformer can "
-            "generate them; leave text_to_image out of --metrics"
+            f"{name}: this host's quantizer has no code indices, so no transformer can generate "
+            "them; leave it out of --metrics"
         )
     return codes.indices, codes.table
 
