@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..arguments import add_shortcuts, parse_words
-from ..config import laid_over, parse
+from ..config import laid_over, parse, require
 from ..files import require_writable, write_json, write_text
 from ..shipped import shipped
 from ..sockets import ConfigError, Problems, suggest
@@ -169,11 +169,12 @@ def _for_repository(given: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--repo: {given.preset} needs no checkout of other code")
     words = [] if given.repo is None else [f"model.params.path={Path(given.repo).resolve()}"]
     if OmegaConf.is_missing(section.params, "arguments"):
+        from ..datasets.captions import read_json  # imports torch
+
         file = find_checkpoint(given.ckpt).with_name("config.json")
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--preset {given.preset} reads {str(file)!r}: {error}") from error
+        saved = read_json(file)
+        expected = f"the arguments of a model, which --preset {given.preset} reads"
+        require(isinstance(saved, Mapping), str(file), expected, saved)
         arguments = {key: value for key, value in saved.items() if not key.startswith("_")}
         words.append(f"model.params.arguments={json.dumps(arguments)}")
     return words

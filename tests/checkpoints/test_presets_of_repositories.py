@@ -1,6 +1,7 @@
 """Presets whose classes live elsewhere: look-alikes of a checkout, and diffusers' own VQModel."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -295,3 +296,17 @@ def test_the_files_name_the_published_sizes():
         codes = {"count": 16384, "width": 8, "factor": factor, "unit_length": True}
         assert json.loads(json.dumps(OmegaConf.to_container(params.codes))) == codes
         assert params.image_size // factor == {16: 16, 8: 32}[factor]  # the grid
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[1]", r"config\.json: expected the arguments of a model, which --preset diffusers-vq reads"),
+    ("{", r"config\.json: not readable as JSON"),
+    (None, r"config\.json cannot be read: No such file"),
+])  # fmt: skip
+def test_a_folder_of_diffusers_without_its_config(tmp_path, capsys, text, message):
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    words = ["--ckpt", str(tmp_path), "-o", str(tmp_path / "run")]
+    assert cli.main(["retrofit", "--preset", "diffusers-vq", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
