@@ -172,7 +172,11 @@ def _for_repository(given: argparse.Namespace) -> list[str]:
         from ..datasets.captions import read_json  # imports torch
 
         file = find_checkpoint(given.ckpt).with_name("config.json")
-        saved = read_json(file)
+        try:
+            saved = read_json(file)
+        except ConfigError as error:
+            message = f"--preset {given.preset} reads the arguments of the saved model: {error}"
+            raise ConfigError(message) from error
         expected = f"the arguments of a model, which --preset {given.preset} reads"
         require(isinstance(saved, Mapping), str(file), expected, saved)
         arguments = {key: value for key, value in saved.items() if not key.startswith("_")}
