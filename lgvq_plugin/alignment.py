@@ -546,9 +546,9 @@ class CaptionEncoder:
         longest = int(lengths.max()) if len(rows) else 0
         of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
         return TextFeatures(
-            token_ids=tokens.token_ids[:, :longest].to(device),
-            attention_mask=tokens.attention_mask[:, :longest].to(device),
-            word_ids=tokens.word_ids[:, :longest].to(device),
+            token_ids=tokens.token_ids[:, :longest].to(device, non_blocking=True),
+            attention_mask=tokens.attention_mask[:, :longest].to(device, non_blocking=True),
+            word_ids=tokens.word_ids[:, :longest].to(device, non_blocking=True),
             tokens=of_tokens[:, :longest],
             sentence=torch.stack([row[0] for row in rows]),
             vocabulary=self._vocabulary,

@@ -170,8 +170,6 @@ def main(argv: list[str]) -> int:
         words = f"vocabulary {row['vocabulary']:,}"
         print(f"{row['varies']:<11}{1000 * row['seconds']:9.1f} ms  ({sizes}, {words})")
     print(f"\n{json.dumps(found['machine'])}")
-    if given.json is not None:
-        write_json(given.json, found)
     return 0
 
 
@@ -186,13 +184,21 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(given.threads)
     device = choose_device(given.device)
     chosen = [case for case in CASES if not given.cases or case.name in given.cases]
-    results = []
+    found: dict[str, Any] = {"machine": machine(device), "cases": []}
+
+    def add(**measured: Any) -> None:
+        """Save what is known so far: the next case may run out of memory."""
+        found.update(measured)
+        if given.json is not None:
+            write_json(given.json, found)
+
     with tqdm(total=len(chosen) * given.rounds, disable=given.no_progress, unit="round") as bar:
         for case in chosen:
             bar.set_postfix_str(case.name)
             result = measure(
                 case, device=device, rounds=given.rounds, steps=given.steps, progress=bar.update
             )
-            results.append(result.to_dict())
-    found: dict[str, Any] = {"machine": machine(device), "cases": results}
-    return {**found, "growth": growth(device)} if given.growth else found
+            add(cases=[*found["cases"], result.to_dict()])
+    if given.growth:
+        add(growth=growth(device))
+    return found

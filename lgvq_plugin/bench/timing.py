@@ -278,7 +278,7 @@ def _host(case: Case, guide: Mapping[str, Any] | None) -> nn.Module:
     """Build the bare host, or with a guide the one with LG-VQ."""
     files = shipped()
     config = read_config([files[case.config if guide is None else f"{case.config}_lgvq"]])
-    model = laid_over(to_plain(config)["model"], {"params": dict(case.params)})
+    model = laid_over(to_plain(config, "model")["model"], {"params": dict(case.params)})
     if guide is not None:
         block = laid_over({"guide": dict(guide)}, dict(case.lgvq))
         params = model["params"]["lossconfig"]["params"]

@@ -157,11 +157,11 @@ class CachedGuide(AbstractGuide):
             tokens[attention[:, : shape[1]]] = found
         sentence = facts.sentences.unpack(np.concatenate(sentences))
         return TextFeatures(
-            token_ids=text.token_ids[:, : shape[1]].to(self.device),
-            attention_mask=text.attention_mask[:, : shape[1]].to(self.device),
-            word_ids=text.word_ids[:, : shape[1]].to(self.device),
-            tokens=torch.from_numpy(tokens).to(self.device),
-            sentence=torch.from_numpy(sentence).to(self.device),
+            token_ids=text.token_ids[:, : shape[1]].to(self.device, non_blocking=True),
+            attention_mask=text.attention_mask[:, : shape[1]].to(self.device, non_blocking=True),
+            word_ids=text.word_ids[:, : shape[1]].to(self.device, non_blocking=True),
+            tokens=torch.from_numpy(tokens).to(self.device, non_blocking=True),
+            sentence=torch.from_numpy(sentence).to(self.device, non_blocking=True),
             vocabulary=self._vocabulary,
         )
 

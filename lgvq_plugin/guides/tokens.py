@@ -112,14 +112,13 @@ class AbstractTokenGuide(AbstractGuide):
         with torch.autocast(device.type, enabled=False):
             for rows in groups if len(lengths) else ():
                 length = int(lengths[rows].max())
-                ids, mask = seen[rows, :length], text.attention_mask[rows, :length]
-                found = self._forward(ids.to(device), mask.to(device))
-                where = rows.to(device)
-                tokens[where, :length], sentence[where] = found
+                batch = seen[rows, :length], text.attention_mask[rows, :length], rows
+                ids, mask, where = (each.to(device, non_blocking=True) for each in batch)
+                tokens[where, :length], sentence[where] = self._forward(ids, mask)
         return TextFeatures(
-            token_ids=text.token_ids[:, :longest].to(device),
-            attention_mask=text.attention_mask[:, :longest].to(device),
-            word_ids=text.word_ids[:, :longest].to(device),
+            token_ids=text.token_ids[:, :longest].to(device, non_blocking=True),
+            attention_mask=text.attention_mask[:, :longest].to(device, non_blocking=True),
+            word_ids=text.word_ids[:, :longest].to(device, non_blocking=True),
             tokens=tokens,
             sentence=sentence,
             vocabulary=self.vocabulary,

@@ -46,6 +46,27 @@ def test_the_bare_host_has_no_heads_and_the_other_one_has(small):
     }
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_host_of_each_case_can_be_built(case):
+    with torch.device("meta"):
+        assert any(True for _ in timing._host(case, None).parameters())
+
+
+def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
+    def measure(case, **options):
+        if case.name == "vqgan-256":
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        result = [0.2], [0.1], [0.2], {"host": 0.1}, {}
+        return timing.Result(case, 2, *result)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    out = str(tmp_path / "a.json")
+    assert cli.main(["bench", "vqvae", "vqgan-256", "--no-progress", "--json", out]) == 1
+    kept = json.loads((tmp_path / "a.json").read_text())
+    assert [case["case"] for case in kept["cases"]] == ["vqvae"]
+    assert kept["machine"]["cores"] >= 1
+
+
 def test_time_in_an_inner_part_does_not_count_for_the_outer(monkeypatch):
     parts, clock = timing.Parts(torch.device("cpu")), iter([0.0, 1.0, 4.0, 6.0])
     monkeypatch.setattr(parts, "_now", lambda: next(clock))

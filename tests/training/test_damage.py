@@ -127,7 +127,7 @@ def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A run of two steps of a tiny host that saved both."""
-    from conftest import CONFIG, SMALL_HOST
+    from small_runs import CONFIG, SMALL_HOST
 
     given = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist([*EVERY, "training.max_steps=2"]))
     given.model = SMALL_HOST

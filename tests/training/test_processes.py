@@ -13,13 +13,13 @@ import os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from omegaconf import OmegaConf
-import conftest
+from small_runs import CONFIG
 from lgvq_plugin.training.run import train
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 
-def run(name, *overrides, config=conftest.CONFIG, **given):
+def run(name, *overrides, config=CONFIG, **given):
     dots = ["training.devices=2", "training.val_every=2", "data.validation.params.length=4"]
     config = OmegaConf.merge(config, OmegaConf.from_dotlist([*dots, *overrides]))
     return train(config, name=name, logdir=root, progress=False, **given)
@@ -42,7 +42,7 @@ assert len(a["lgvq_training"]["generators"]) == 2
 assert a["lgvq_training"]["samples"] == b["lgvq_training"]["samples"] == 16
 assert (root / "whole/metrics.csv").read_text() == (root / "half/metrics.csv").read_text()
 
-toy = {**conftest.CONFIG, "model": {"target": "toy.ToyHost", "learning_rate": 0.1}}
+toy = {**CONFIG, "model": {"target": "toy.ToyHost", "learning_rate": 0.1}}
 toy["data"] = {"batch_size": 2, "train": {"target": "toy.Ones", "params": {"first": 3.0}},
                "validation": {"target": "toy.Ones", "params": {}}}
 # 8 samples = 2 processes x 2 samples x 2 batches: each step sees the whole set.
