@@ -122,6 +122,17 @@ def test_old_lightning_and_omegaconf_files(tmp_path, monkeypatch, old_format):
     assert (found.step, found.how, found.root) == (7, "allow_list", "state_dict")
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # Python 3.13 has the latter
+def test_a_path_of_any_python(tmp_path, monkeypatch, module):
+    path_class = gone_class(monkeypatch, module, "PosixPath")
+    path_class.__reduce__ = lambda self: (path_class, ("/", "data", "x"))
+    path_class.__new__ = lambda cls, *parts: object.__new__(cls)
+    path = saved(tmp_path, {"state_dict": WEIGHTS, "root": path_class()})
+    monkeypatch.undo()
+    raw, how = read_raw(path)
+    assert (raw["root"], how) == ("/data/x", "allow_list")
+
+
 @pytest.mark.parametrize(
     "value",
     [np.float64(-1.25e300), np.float32(0.1), np.int8(-7), np.uint64(2**64 - 1), np.bool_(False)],

@@ -221,7 +221,7 @@ STAND_INS: dict[str, Any] = {
     r"collections\.defaultdict": _InertDict,
     r"collections\.deque": _InertList,
     r"argparse\.Namespace": _Inert,
-    r"pathlib\.(Pure)?(Posix|Windows)?Path": _InertPath,
+    r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path": _InertPath,  # _local: Python 3.13
     r"omegaconf\.(dictconfig|listconfig|base|nodes)\.\w+": _Inert,
     r"numpy(\._?core)?\.dtype": _InertDtype,
     r"numpy\.(_core|core)\.multiarray\.scalar": _becoming(_number),
