@@ -149,10 +149,15 @@ class SavedHeads:
         return cls.from_state(tensors, block, str(place), defaults=defaults, grid=grid or None)
 
     def write(self, folder: str | Path) -> Path:
-        """Write them to a folder, which is created, and return it."""
+        """Write them to a folder, which is created, and return it.
+
+        Raises:
+            ConfigError: if a weight is not finite.
+        """
         from safetensors.torch import save
 
         folder = Path(folder)
+        _require_finite(self.tensors, self.where)
         state = {key: v.detach().cpu().clone().contiguous() for key, v in self.tensors.items()}
         write_bytes(folder / HEADS_WEIGHTS, save(state))  # save_file's files have mode 600
         grid = self.grid and [*self.grid]
@@ -205,6 +210,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"no heads at {path}; expected what save_pretrained wrote")
     tensors = read_safetensors(path)
-    if broken := [key for key, value in tensors.items() if not all_finite([value])]:
-        raise ConfigError(f"{path}: {broken[0]} holds NaN or inf: the run diverged")
+    _require_finite(tensors, str(path))
     return tensors
+
+
+def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    if broken := [key for key, value in tensors.items() if not all_finite([value])]:
+        raise ConfigError(f"{where}: {broken[0]} holds NaN or inf: the run diverged")

@@ -103,7 +103,7 @@ def save_pretrained(
 def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
     """Write the heads of an LG-VQ checkpoint alone, as `Handle.save_pretrained` does.
 
-    Raises ConfigError if it has none.
+    Raises ConfigError if it has none, or one of their weights is not finite.
     """
     saved = heads_of(checkpoint)
     if saved is None:
@@ -111,8 +111,10 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
         raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
     config = checkpoint.config or {}
     target = (config.get("model") or {}).get("target") or "a tokenizer"
-    write_text(Path(folder) / CARD, HEADS_CARD.format(target=target, width=saved.code_dim))
-    return saved.write(folder)
+    card = HEADS_CARD.format(target=target, width=saved.code_dim)
+    written = saved.write(folder)
+    write_text(written / CARD, card)
+    return written
 
 
 def heads_of(checkpoint: Checkpoint, *, averaged: bool = False) -> SavedHeads | None:

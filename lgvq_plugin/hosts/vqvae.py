@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MODES, FSQ = ("ema", "gradient"), "fsq"
 DOWNSAMPLES = {2**n: n for n in range(1, 6)}
+MAX_BLOCKS = 256
 GRACE = 2.0  # a restarted code has this many times the threshold: 70 steps to find users at .99
 EPSILON = 1e-5  # Laplace smoothing of the counts
 
@@ -161,6 +162,10 @@ class VQVAE(AbstractImageTokenizer):
             raise ConfigError(f"VQVAE: stem: {stem!r}{suggest(str(stem), stems)}")
         if channels < 2 or channels % 2:
             raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
+        if not 0 <= num_res_blocks <= MAX_BLOCKS:
+            raise ConfigError(
+                f"VQVAE: num_res_blocks must be >= 0 and <= {MAX_BLOCKS}, got {num_res_blocks!r}"
+            )
         _require_levels(quantizer, levels)
         embed_dim = embed_dim if levels is None else len(levels)
         self.image_key, self.downsample = image_key, downsample

@@ -170,6 +170,18 @@ def test_heads_alone_go_to_another_run(config, tmp_path):
     assert all(torch.equal(v, wanted[k]) for k, v in handle.heads.state_dict().items())
 
 
+@pytest.mark.slow
+def test_heads_of_a_diverged_run_are_not_written(config, tmp_path):
+    _, run = lgvq_run(config, tmp_path, "vqvae")
+    content = torch.load(run.checkpoint, weights_only=True)
+    content["state_dict"]["loss.lgvq.code_vit.cls"].fill_(torch.nan)
+    torch.save(content, tmp_path / "bad.ckpt")
+    out = tmp_path / "heads"
+    with pytest.raises(ConfigError, match=r"bad\.ckpt.*code_vit\.cls holds NaN or inf"):
+        export.main(["--ckpt", str(tmp_path / "bad.ckpt"), "--format", "heads", "-o", str(out)])
+    assert not list(out.glob("*"))
+
+
 def test_a_checkpoint_without_heads(old, tmp_path):
     _, _, path = old()
     with pytest.raises(ConfigError, match="no heads"):

@@ -138,7 +138,13 @@ def test_loss_equals_numpy(pixel, power):
 
 @pytest.mark.parametrize(
     ("knobs", "words"),
-    [({"downsample": 6}, "2, 4, 8"), ({"channels": 15}, "even"), ({"stem": "pach"}, "patch")],
+    [
+        ({"downsample": 6}, "2, 4, 8"),
+        ({"channels": 15}, "even"),
+        ({"stem": "pach"}, "patch"),
+        ({"num_res_blocks": 10**59}, "num_res_blocks must be >= 0 and <= 256"),
+        ({"num_res_blocks": -1}, "num_res_blocks must be >= 0"),
+    ],
 )
 def test_a_wrong_knob_is_reported(knobs, words):
     with pytest.raises(ConfigError, match=words):

@@ -105,7 +105,7 @@ def config(case: Case) -> dict[str, Any]:
         "training": {
             **{"max_steps": STEP + (MAX_SKIPPED + 5 if case.stays else 2), "accelerator": "cpu"},
             **{"val_every": None, "images_every": None, "log_every": 1, "ema_decay": 0.9},
-            "checkpoint_every": 5 if case.stays else 1,
+            "checkpoint_every": 1,
             "keep_checkpoints": None,
         },
     }

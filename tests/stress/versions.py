@@ -82,7 +82,10 @@ def main() -> int:
             code, output = run(
                 python, "-m", "pip_audit", "--skip-editable", "--progress-spinner=off"
             )
-        rows.append(["pip-audit", f"exit code {code}", output.strip()[-2000:]])
+        unknown = output.count("could not be audited")  # all of them without PyPI's JSON interface
+        verdict = f"exit code {code}, {unknown} packages could not be audited"
+        lines = [line for line in output.strip().splitlines() if "could not be audited" not in line]
+        rows.append(["pip-audit", verdict, "\n".join(lines)[-2000:]])
     for row in rows:
         print(" | ".join(row))
     return int(any("failed" in row[-1] or "not installed" in row for row in rows))
