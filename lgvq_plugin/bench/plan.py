@@ -33,6 +33,7 @@ PLAN_KEYS = [
 ]
 CONFIG_KEYS = ["model", "data", "training", "lgvq", "recipe", "objectives"]
 OWN_KEYS = ("note", "base", "other_batches")
+MAX_SEEDS = 1000
 VARIANT_KEYS = [*CONFIG_KEYS, *OWN_KEYS]
 
 
@@ -214,11 +215,13 @@ def _references(given: Mapping[str, Any], variants: list[str], path: Path) -> tu
 
 
 def _seeds(given: Any, path: Path) -> list[int]:
-    seeds = list(range(given)) if isinstance(given, int) else given
+    is_count = isinstance(given, int) and 0 < given <= MAX_SEEDS and given is not True
+    seeds = list(range(given)) if is_count else given
     is_list = isinstance(seeds, Sequence) and len(seeds) > 0
     is_valid = is_list and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
     if not is_valid or len({*seeds}) < len(seeds):
-        raise ConfigError(f"{path}: seeds: expected a number > 0 or a list of seeds, got {given!r}")
+        expected = f"a number >= 1 and <= {MAX_SEEDS:,} or a list of different seeds >= 0"
+        raise ConfigError(f"{path}: seeds: expected {expected}, got {given!r:.80}")
     return [*seeds]
 
 

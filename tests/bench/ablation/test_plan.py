@@ -128,6 +128,8 @@ def test_a_list_of_objectives_switches_the_others_off(write):
         ({"variants": {"a/b": {}}}, "a name may contain only"),
         ({"variants": {"a": {}}, "baseline": "b"}, "no variant 'b'"),
         ({"variants": {"a": {}}, "seeds": 0}, "seeds: expected"),
+        ({"variants": {"a": {}}, "seeds": 10**12}, "seeds: expected a number >= 1 and <= 1,000"),
+        ({"variants": {"a": {}}, "seeds": True}, "seeds: expected"),
         ({"variants": {"a": {}}, "seeds": [1, 1]}, "seeds: expected"),
         ({"variants": {"a": {"recipe": "papr"}}}, "plan.yaml: a: .*recipe"),
         ({"variants": {"a": {"lgvq": {"strat": 1}}}}, "did you mean 'start'"),
