@@ -1,6 +1,10 @@
 """`lgvq demo`: two configs one line apart, one run of both, a table and a page that hold up."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,26 @@ from lgvq_plugin.bench.demo import PLAN
 from lgvq_plugin.cli import main
 
 FOLDER = Path(PLAN).parent
+OFFLINE = Path(__file__).parents[2] / "stress" / "offline"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No connection but to this machine, in this process and those that it starts."""
+    paths = [str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+    def refuse(*arguments, **options):
+        raise OSError(f"offline: {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+def test_offline_is_offline(offline):
+    lookup = "import socket; socket.getaddrinfo('example.org', 80)"
+    done = subprocess.run([sys.executable, "-c", lookup], capture_output=True, text=True)
+    assert "OSError: offline: socket.getaddrinfo 'example.org'" in done.stderr
 
 
 def test_baseline_and_lgvq_differ_in_one_line():
@@ -30,6 +54,7 @@ def test_wrong_numbers_are_2(argv, capsys, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("offline")
 def test_the_demo_runs_and_its_table_is_the_results(tmp_path, capsys, monkeypatch):
     plan = tmp_path / "plan.yaml"
     text = Path(PLAN).read_text().replace("limit: 256", "limit: 24")
