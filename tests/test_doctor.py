@@ -128,12 +128,12 @@ def test_the_exit_code_says_whether_there_is_a_problem(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("version", "is_problem"), [("2.4.9", True), ("2.5.0", False), ("2.14.1+cpu", False)]
+    ("version", "is_problem"), [("2.5.1", True), ("2.6.0", False), ("2.14.1+cpu", False)]
 )
 def test_old_versions_and_what_mends_them(monkeypatch, version, is_problem):
     monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else "99.0")
     found = problems(doctor.stack())
-    assert [f.command for f in found] == (["pip install 'torch>=2.5'"] if is_problem else [])
+    assert [f.command for f in found] == (["pip install 'torch>=2.6'"] if is_problem else [])
 
 
 def test_missing_packages(monkeypatch):
