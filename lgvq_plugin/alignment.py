@@ -545,10 +545,13 @@ class CaptionEncoder:
         lengths = tokens.attention_mask.sum(dim=1)
         longest = int(lengths.max()) if len(rows) else 0
         of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
+        is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
+        parts = (tokens.token_ids, tokens.attention_mask, tokens.word_ids)
+        ids, attention, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
         return TextFeatures(
-            token_ids=tokens.token_ids[:, :longest].to(device, non_blocking=True),
-            attention_mask=tokens.attention_mask[:, :longest].to(device, non_blocking=True),
-            word_ids=tokens.word_ids[:, :longest].to(device, non_blocking=True),
+            token_ids=ids,
+            attention_mask=attention,
+            word_ids=words,
             tokens=of_tokens[:, :longest],
             sentence=torch.stack([row[0] for row in rows]),
             vocabulary=self._vocabulary,

@@ -172,9 +172,10 @@ class TextDecoder(nn.Module):
         real = (real | ~real.any(dim=1, keepdim=True)).to(mask.device)
         # Indices are made where the masks are, so that no GPU is waited for if that is the CPU.
         tokens = (real | mask).flatten().nonzero()[:, 0]
-        masked = mask.flatten()[tokens].nonzero()[:, 0].to(text.device, non_blocking=True)
-        tokens, mask, real = (
-            each.to(text.device, non_blocking=True) for each in (tokens, mask, real)
+        masked = mask.flatten()[tokens].nonzero()[:, 0]
+        is_cuda = text.device.type == "cuda"  # elsewhere such a copy may be a race
+        tokens, masked, mask, real = (
+            each.to(text.device, non_blocking=is_cuda) for each in (tokens, masked, mask, real)
         )
         states = torch.where(mask[..., None], self.mask_tokens[:, :length].to(text.dtype), text)
         states = states.flatten(0, 1)[tokens]

@@ -198,7 +198,11 @@ class Handle:
         return status(self.heads, self.path) | {"enabled": self._hook.enabled}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the heads alone with their config, as `lgvq export --format heads` does."""
+        """Write the heads alone with their config, as `lgvq export --format heads` does.
+
+        Raises:
+            ConfigError: if a weight is not finite; nothing is written.
+        """
         SavedHeads.of(self.heads).write(folder)
 
     def load_pretrained(self, folder: str | Path) -> None:

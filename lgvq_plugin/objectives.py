@@ -79,7 +79,8 @@ class Caption:
 
     def rows(self, device: torch.device) -> Tensor:
         """Index of the images with a caption, made on the CPU so that no GPU is waited for."""
-        return self.has_caption.nonzero()[:, 0].to(device, non_blocking=True)
+        rows = self.has_caption.nonzero()[:, 0]
+        return rows.to(device, non_blocking=device.type == "cuda")
 
 
 def without_text(
@@ -174,10 +175,11 @@ class GlobalSemantic(AbstractObjective):
 
     def forward(self, view: CodeView, caption: Caption) -> Term:
         """Return L_gsa over the images with a caption, on all ranks if `gather`."""
-        text, keep = caption.features, caption.rows(view.cls.device)
+        device = view.cls.device
+        text, keep = caption.features, caption.rows(device)
         image, sentence = self.embed(view)[keep].float(), text.sentence[keep].float()
         # Captions of the same tokens have the same features: they are no negatives of each other.
-        token_ids = caption.tokens.token_ids.to(view.cls.device, non_blocking=True)[keep]
+        token_ids = caption.tokens.token_ids.to(device, non_blocking=device.type == "cuda")[keep]
         if self.config.gather:
             # The whole loss on every rank: its mean gradient over ranks is that of one process
             # with all rows, and all ranks agree on whether the value is finite.
@@ -357,7 +359,8 @@ class MaskedText(AbstractObjective):
         memory = view.tokens
         if self.config.attend_cls:
             memory = torch.cat([view.cls[:, None], memory], dim=1)
-        masked = mask.flatten().nonzero()[:, 0].to(memory.device, non_blocking=True)
+        is_cuda = memory.device.type == "cuda"
+        masked = mask.flatten().nonzero()[:, 0].to(memory.device, non_blocking=is_cuda)
         targets = text.token_ids.flatten()[masked]
         choices = self._words_seen(caption.tokens, memory.device)
         is_real = caption.tokens.attention_mask[:, : mask.shape[1]].to(mask.device)
@@ -392,7 +395,7 @@ class MaskedText(AbstractObjective):
                 self.seen.copy_(is_seen)
             self._is_seen = is_seen
         choices = is_seen.nonzero()[:, 0] if is_seen.any() else torch.zeros(1, dtype=torch.int64)
-        return choices.to(device, non_blocking=True)
+        return choices.to(device, non_blocking=device.type == "cuda")
 
     def _mask_at_output(self, text: TextFeatures, generator: torch.Generator) -> Tensor:
         # Released code: a normal draw cut to the ratio's bounds, of which (0.1, 0.3) lie below

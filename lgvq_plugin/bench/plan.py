@@ -33,8 +33,8 @@ PLAN_KEYS = [
 ]
 CONFIG_KEYS = ["model", "data", "training", "lgvq", "recipe", "objectives"]
 OWN_KEYS = ("note", "base", "other_batches")
-MAX_SEEDS = 1000
 VARIANT_KEYS = [*CONFIG_KEYS, *OWN_KEYS]
+MAX_SEEDS = 1000  # given as a number
 
 
 def read_plan(

@@ -156,12 +156,21 @@ class CachedGuide(AbstractGuide):
             tokens = np.zeros((*shape, facts.token_dim), np.float32)
             tokens[attention[:, : shape[1]]] = found
         sentence = facts.sentences.unpack(np.concatenate(sentences))
+        device, length = self.device, shape[1]
+        is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
+        parts = (
+            *(each[:, :length] for each in (text.token_ids, text.attention_mask, text.word_ids)),
+            *(torch.from_numpy(each) for each in (tokens, sentence)),
+        )
+        ids, mask, words, of_tokens, of_sentence = (
+            each.to(device, non_blocking=is_cuda) for each in parts
+        )
         return TextFeatures(
-            token_ids=text.token_ids[:, : shape[1]].to(self.device, non_blocking=True),
-            attention_mask=text.attention_mask[:, : shape[1]].to(self.device, non_blocking=True),
-            word_ids=text.word_ids[:, : shape[1]].to(self.device, non_blocking=True),
-            tokens=torch.from_numpy(tokens).to(self.device, non_blocking=True),
-            sentence=torch.from_numpy(sentence).to(self.device, non_blocking=True),
+            token_ids=ids,
+            attention_mask=mask,
+            word_ids=words,
+            tokens=of_tokens,
+            sentence=of_sentence,
             vocabulary=self._vocabulary,
         )
 

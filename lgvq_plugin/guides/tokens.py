@@ -109,16 +109,19 @@ class AbstractTokenGuide(AbstractGuide):
         groups = lengths.argsort(stable=True).split(at_once)
         if device.type != "cpu":
             groups = (torch.arange(len(lengths)),)
+        is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
         with torch.autocast(device.type, enabled=False):
             for rows in groups if len(lengths) else ():
                 length = int(lengths[rows].max())
                 batch = seen[rows, :length], text.attention_mask[rows, :length], rows
-                ids, mask, where = (each.to(device, non_blocking=True) for each in batch)
+                ids, mask, where = (each.to(device, non_blocking=is_cuda) for each in batch)
                 tokens[where, :length], sentence[where] = self._forward(ids, mask)
+        parts = (text.token_ids, text.attention_mask, text.word_ids)
+        ids, mask, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
         return TextFeatures(
-            token_ids=text.token_ids[:, :longest].to(device, non_blocking=True),
-            attention_mask=text.attention_mask[:, :longest].to(device, non_blocking=True),
-            word_ids=text.word_ids[:, :longest].to(device, non_blocking=True),
+            token_ids=ids,
+            attention_mask=mask,
+            word_ids=words,
             tokens=tokens,
             sentence=sentence,
             vocabulary=self.vocabulary,

@@ -1,4 +1,4 @@
-"""A tiny taming VQGAN on a tiny data set; its perceptual weight is 0, so nothing is downloaded."""
+"""Functions that build the configs of `small_runs.py` with overrides."""
 
 import copy
 import sys

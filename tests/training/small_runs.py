@@ -1,4 +1,4 @@
-"""Configs of a tiny taming VQGAN, whose perceptual weight is 0, and of a smaller host."""
+"""Configs: a tiny taming VQGAN on a tiny data set, without downloads; and a smaller host."""
 
 CONFIG = {
     "model": {

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from small_runs import SMALL_HOST
 
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.build import build_host, with_shortcuts
@@ -9,14 +10,10 @@ from lgvq_plugin.training.run import main, train
 
 VQVAE = {
     "model": {
+        **SMALL_HOST,
         "learning_rate": 1e-2,
-        "target": "lgvq_plugin.hosts.vqvae.VQVAE",
         "params": {
-            "n_embed": 8,
-            "embed_dim": 4,
-            "channels": 8,
-            "num_res_blocks": 1,
-            "downsample": 4,
+            **SMALL_HOST["params"],
             "lossconfig": {
                 "target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss",
                 "params": {"lgvq": {"guide": {"use": "micro_clip"}}},

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from small_runs import SMALL_HOST
 
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run
@@ -229,14 +230,10 @@ def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkey
     loss = {"target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss"}
     lgvq = {"guide": {"use": "micro_clip"}, "stop": None}
     whole["model"] = {
+        **SMALL_HOST,
         "target": "toy.DecayedVQVAE",
-        "learning_rate": 1e-3,
         "params": {
-            "n_embed": 8,
-            "embed_dim": 4,
-            "channels": 8,
-            "num_res_blocks": 1,
-            "downsample": 4,
+            **SMALL_HOST["params"],
             "lossconfig": {**loss, "params": {"lgvq": lgvq}},
         },
     }
