@@ -92,6 +92,7 @@ def test_there_is_no_import_circle():
         visit(module)
 
 
+@pytest.mark.slow
 def test_the_chain_of_imports_in_the_core_is_short():
     edges = graph()
     core = {module for module in edges if module.count(".") == 1}

@@ -81,6 +81,7 @@ LIGHT_ERRORS = {  # arguments -> what the message names
 }
 
 
+@pytest.mark.slow
 def test_help_and_errors_in_arguments_and_configs_need_no_torch(tmp_path):
     """Importing torch and Lightning takes ten seconds of CPU; a typing error must not."""
     (tmp_path / "ok.yaml").write_text(HOST)
@@ -196,6 +197,7 @@ def test_every_command_can_be_called(name):
     assert callable(getattr(importlib.import_module(f"lgvq_plugin.{module}"), function))
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_is_resumed(tmp_path, monkeypatch, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text(

@@ -93,6 +93,7 @@ def trained(*, peeks):
     return host.state_dict(), torch.get_rng_state()
 
 
+@pytest.mark.slow
 def test_training_is_bit_identical_with_features_taken_at_any_moment():
     (alone, generator), (watched, same) = (trained(peeks=p) for p in (False, True))
     assert all(torch.equal(alone[key], watched[key]) for key in alone)
@@ -106,6 +107,7 @@ def test_features_do_not_depend_on_the_mode_nor_on_the_batch():
     torch.testing.assert_close(every[2:3], one)
 
 
+@pytest.mark.slow
 def test_loss_and_handle_give_the_same_features(tmp_path):
     host = host_with_loss()
     trained_heads = SavedHeads.of(host.loss.alignment)
@@ -128,6 +130,7 @@ def test_several_levels_have_features_too():
 # -- saved heads -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_no_square_comes_back(tmp_path):
     handle = attach(plain_host(), **MICRO, grid=[2, 8])
     handle.save_pretrained(tmp_path)
@@ -148,6 +151,7 @@ def first_version(tmp_path):
     return tmp_path, handle.encode_image(IMAGES)
 
 
+@pytest.mark.slow
 def test_heads_of_version_01_are_read_with_its_defaults(first_version):
     folder, features = first_version
     handle = Handle.from_pretrained(plain_host(), folder)
@@ -160,6 +164,7 @@ def test_heads_of_version_01_are_read_with_its_defaults(first_version):
     assert torch.equal(again.encode_image(IMAGES), features)
 
 
+@pytest.mark.slow
 def test_the_same_tensors_are_other_heads_under_the_new_defaults(first_version):
     folder, _ = first_version
     about = {"defaults": 2, "lgvq": {**MICRO}}
@@ -187,6 +192,7 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, change, message):
         Handle.from_pretrained(plain_host(), tmp_path)
 
 
+@pytest.mark.slow
 def test_heads_of_another_tokenizer_are_refused(tmp_path):
     attach(plain_host(), **MICRO).save_pretrained(tmp_path)
     host = plain_host(width=4)
@@ -206,6 +212,7 @@ def test_heads_of_another_tokenizer_are_refused(tmp_path):
 # -- mistakes --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_the_head_the_error_names_its_weight():
     off = {"global_semantic": {"weight": 0}}
     message = r"weight is 0 \(trained: relationship\); train with lgvq.objectives"

@@ -28,6 +28,7 @@ def change(path, **tensors):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["taming", "vqvae"])
 def test_a_loaded_host_is_the_saved_one_bit_identical(old, name):
     config, host, path = old(name)

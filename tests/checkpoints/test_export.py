@@ -26,6 +26,7 @@ def lgvq_run(config, tmp_path, name, block=None, **training):
     return whole, train(whole, name="run", logdir=tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.slow), "vqvae"])
 def test_the_bare_host_loads_strictly_and_computes_the_same(config, tmp_path, name):
     _, run = lgvq_run(config, tmp_path, name)
@@ -81,6 +82,7 @@ def test_a_foreign_file_gets_its_own_names_back(shared, tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("taming", marks=pytest.mark.slow), "vqvae"])
 def test_a_saved_folder_comes_back_without_its_loss(config, tmp_path, name):
     whole, run = lgvq_run(config, tmp_path, name)

@@ -255,6 +255,7 @@ def test_a_folder_of_diffusers(tmp_path, monkeypatch, pictures):
     assert not torch.equal(old.encoder.conv_in.weight, before)
 
 
+@pytest.mark.slow
 def test_a_missing_checkout_is_named(tmp_path, capsys):
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "a.pt")
     (tmp_path / "empty").mkdir()

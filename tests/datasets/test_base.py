@@ -55,6 +55,7 @@ def test_nothing_is_recognized_in_an_empty_folder(tmp_path):
         recognize(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_a_sample_keeps_the_contract(build):
     dataset = build()
     assert isinstance(dataset, CaptionedImages)

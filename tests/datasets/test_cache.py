@@ -84,12 +84,14 @@ def test_a_second_run_has_nothing_to_do_and_more_data_adds(config, tmp_path, cap
     assert len(list(out.glob("shard-*"))) == 2
 
 
+@pytest.mark.slow
 def test_the_config_that_trains_can_make_the_cache(config, tmp_path):
     guide = {"use": "cached", "folder": str(tmp_path / "c"), "guide": {"use": "micro_clip"}}
     assert main(["cache", "-b", config(guide=guide), "--no-progress"]) == 0
     assert build_guide(guide).max_length == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lgvq", "expected"),
     [
@@ -119,6 +121,7 @@ def test_padding_can_be_left_out(config, tmp_path):
     assert sizes[1] < 0.9 * sizes[0]
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_message(config, tmp_path, capsys):
     path = config()
     assert main(["cache", "-b", path, "--maskings", "-1"]) == 2
@@ -153,6 +156,7 @@ def test_the_estimate_is_near_what_is_written(config, tmp_path, caplog):
     assert 0.95 * written < estimate < 1.5 * written
 
 
+@pytest.mark.slow
 def test_captions_come_from_the_key_that_training_reads(config, tmp_path):
     path, out = config(caption_key="file"), tmp_path / "cache"
     assert main(["cache", "-b", path, "-o", str(out), "--no-progress"]) == 0

@@ -96,6 +96,7 @@ def test_the_report_is_json(broken_coco, tmp_path):
     assert report["splits"]["train"]["lengths"]["limit"] == 30
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_2_when_nothing_can_be_used(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = pictures(tmp_path / "set", 2)

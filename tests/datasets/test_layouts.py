@@ -266,6 +266,7 @@ def test_a_hugging_face_folder_may_lie_at_home(tmp_path, trees, monkeypatch):
     assert len(HuggingFaceImages("~/set")) == COUNT
 
 
+@pytest.mark.slow
 def test_a_column_that_is_not_there_is_captions_of(tmp_path, trees):
     params = trees["huggingface"](tmp_path)
     with pytest.raises(ConfigError, match=r"caption_column: 'txet'.*captions"):

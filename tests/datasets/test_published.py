@@ -187,6 +187,7 @@ def test_vqa2_keeps_ten_answers(tmp_path, trees):
     assert (question["answer"], question["type"]) == ("yes", "yes/no")
 
 
+@pytest.mark.slow
 def test_vqa2_real_questions(shared, tmp_path):
     for name, official in (
         ("vqa_questions_valid", "v2_OpenEnded_mscoco_val2014_questions.json"),

@@ -196,6 +196,7 @@ def test_every_caption_is_true_of_its_scene(samples):
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_the_judge_catches_lies(samples):
     """Captions of the next scene are mostly false of this one, else the test above is idle."""
     following = [samples[(i + 1) % len(samples)][1] for i in range(len(samples))]

@@ -62,6 +62,7 @@ def maskings(folder, captions):
     return torch.stack([torch.from_numpy(shard["masks"][row].copy()) for shard, row in places])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [MICRO, TOY], ids=["micro_clip", "toy"])
 @pytest.mark.parametrize("padding", [True, False])
 def test_features_are_the_guides_bit_identical(tmp_path, block, padding):
@@ -82,6 +83,7 @@ def test_features_are_the_guides_bit_identical(tmp_path, block, padding):
     assert torch.equal(cached.tokenize(captions).word_ids, guide.tokenize(captions).word_ids)
 
 
+@pytest.mark.slow
 def test_a_cut_caption_counts_once_as_in_the_guide(tmp_path):
     """A step asks for the tokens, the whole captions, and the masked ones."""
     batch = [CAPTIONS[0], LONG]
@@ -99,6 +101,7 @@ def test_a_cut_caption_counts_once_as_in_the_guide(tmp_path):
     assert counts == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [MICRO, TOY], ids=["micro_clip", "toy"])
 def test_a_caption_that_the_guide_has_just_seen_is_stored_as_cut(tmp_path, block):
     guide = fill(tmp_path, block, CAPTIONS[:1])
@@ -115,6 +118,7 @@ def test_a_folder_of_other_files_is_refused_whatever_their_names(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
 
+@pytest.mark.slow
 def test_order_and_repeats_change_no_bit(tmp_path):
     fill(tmp_path / "c", MICRO, [*CAPTIONS[:3]] * 2)
     cached = build_guide({"use": "cached", "folder": str(tmp_path / "c")})
@@ -455,6 +459,7 @@ def test_token_features_are_mapped_and_not_read(tmp_path):
 # Precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "token", "sentence"), [("int8", 1e-2, 1e-2), ("int4", 0.12, 1e-2)]
 )
@@ -512,6 +517,7 @@ def test_a_cache_keeps_its_precision_when_captions_are_added(tmp_path):
         fill(tmp_path / "new", TOY, CAPTIONS, precision="int5")
 
 
+@pytest.mark.slow
 def test_new_caches_take_a_small_part_of_the_exact_ones_disk(tmp_path):
     captions = [f"a red circle above {i} blue squares" for i in range(100)]
     sizes = {}

@@ -42,6 +42,7 @@ def same(a, b) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_shapes_and_types(guide):
     features = guide.encode(CAPTIONS)
     longest = int(guide.tokenize(CAPTIONS).attention_mask.sum(dim=1).max())
@@ -76,6 +77,7 @@ def test_same_text_same_bits(guide):
     assert same(guide.encode(CAPTIONS), guide.encode(list(CAPTIONS)))
 
 
+@pytest.mark.slow
 def test_global_random_stream_is_left_alone(config):
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -212,6 +214,7 @@ def test_pickle_rebuilds(guide):
     assert twin.fingerprint == guide.fingerprint
 
 
+@pytest.mark.slow
 def test_fingerprint(config, guide):
     assert len(guide.fingerprint) == 64
     assert int(guide.fingerprint, 16)

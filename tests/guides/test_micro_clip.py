@@ -66,6 +66,7 @@ def tokens_of(tokenizer, index: int) -> list[int]:
     return tokenizer(Scenes(length=40)[index]["captions"]).unique().tolist()
 
 
+@pytest.mark.slow
 def test_it_is_an_open_clip_model(guide, about, tmp_path):
     """open_clip itself, given the config and the weights, computes the same sentence."""
     network = open_clip.CustomTextCLIP(**about["config"]).eval()
@@ -125,6 +126,7 @@ def test_training_again_gives_the_same_file(tmp_path):
     assert text.token_embedding.weight.isfinite().all()
 
 
+@pytest.mark.slow
 def test_training_moves_only_the_rows_of_its_words(tmp_path, monkeypatch):
     kept = {}
     save = MicroCLIPGuide.save

@@ -121,6 +121,7 @@ def test_autocast_does_not_reach_it(guide):
     assert same(inside, guide.encode(images))
 
 
+@pytest.mark.slow
 @every
 def test_copies_share_it_and_pickles_build_it_again(guide, config):
     assert copy.deepcopy(guide) is guide
@@ -203,6 +204,7 @@ def test_layers_of_timm(layer):
     assert features.grid == (4, 4)
 
 
+@pytest.mark.slow
 def test_registers_are_no_patches():
     model = {"use": "timm", "model": "vit_small_patch14_reg4_dinov2", "image_size": 28}
     features = build_image_guide(model | {"pretrained": False}).encode(photo()[0])
@@ -215,6 +217,7 @@ def test_a_tower_without_class_token_gives_the_mean_patch():
     assert torch.allclose(features.summary, features.patches.mean(dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "layer"), [("squeezenet1_1", None), ("squeezenet1_1", 7), ("resnet18", 2)]
 )
@@ -306,6 +309,7 @@ def test_another_size_of_transformers(dinov2):
 # -- weights --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_timm_with_a_classifier(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -339,6 +343,7 @@ def test_a_checkpoint_of_transformers(dinov2):
     assert same(build_image_guide(given).encode(images), named.encode(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "open_clip"])
 def test_the_seed_of_random_weights(name):
     images = photo()[0]
@@ -376,6 +381,7 @@ TINY = CONFIGS["timm resnet"] | {"pretrained": False}
 SQUEEZE = CONFIGS["torchvision"] | {"pretrained": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -187,6 +187,7 @@ def first_vectors(output):
     return vectors
 
 
+@pytest.mark.slow
 def test_weights_of_zero_are_the_bare_host_bit_for_bit(case):
     if case.attached:
         pytest.skip("an attached host computes its loss itself; see the test of disabled()")
@@ -207,6 +208,7 @@ def test_weights_of_zero_are_the_bare_host_bit_for_bit(case):
     assert all(torch.equal(v, host.state_dict()[k]) for k, v in bare.state_dict().items())
 
 
+@pytest.mark.slow
 def test_disabled_is_the_bare_host_bit_for_bit(case):
     bare, _ = case.build()
     host, attached = case.build(LGVQ)

@@ -292,6 +292,7 @@ class OwnModule(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
 
 
+@pytest.mark.slow
 def test_a_lightning_module_of_ones_own_with_automatic_optimization(tmp_path):
     module = OwnModule()
     heads = snapshot(module.heads)

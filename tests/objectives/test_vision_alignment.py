@@ -232,6 +232,7 @@ def test_it_needs_no_code_vit_unless_that_is_the_source():
     assert handle.heads.code_vit.in_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_text_and_vision_together():
     """The terms and the heads of text are those of text alone."""
     model = tokenizer()

@@ -46,6 +46,7 @@ def run(config, tmp_path, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_nothing_wrong_is_0_and_lightning_is_quiet(run, caplog):
     code, err = run()
     assert code == 0
@@ -96,6 +97,7 @@ def test_a_missing_guide_checkpoint_says_what_does_without(run):
     assert "guide: {use: micro_clip}" in err
 
 
+@pytest.mark.slow
 def test_a_batch_with_no_captions_is_reported(run, monkeypatch):
     import lgvq_plugin.datasets.scenes as scenes
 
@@ -123,6 +125,7 @@ def test_a_corrupt_image_is_named_and_can_be_skipped(run, tmp_path):
     assert run("data.batch_size=4", train=data)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_no_folder(run, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

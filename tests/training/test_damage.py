@@ -51,6 +51,7 @@ def finite(path):
     return all(v.isfinite().all() for v in tensors if isinstance(v, torch.Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "message", "extra"),
     [
@@ -108,6 +109,7 @@ def test_a_head_that_is_nan_ends_the_run_also_when_terms_are_skipped(config, tmp
     assert not (tmp_path / "a/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch):
     from lgvq_plugin.training.driver import HostDriver
 
@@ -237,6 +239,7 @@ def test_what_a_kill_left_is_removed_on_resume(good, tmp_path):
     assert [row.partition(",")[0] for row in rows] == ["step", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(good, tmp_path, capsys):
     run = shutil.copytree(good, tmp_path / "a")
     size = (run / "checkpoints/last.ckpt").stat().st_size
@@ -297,6 +300,7 @@ def _weights(content, change):
     content["state_dict"][key] = change(content["state_dict"][key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tamper", "reason"),
     [

@@ -36,6 +36,7 @@ def test_processes_share_out_the_batches_of_one():
         assert sorted(left + right) == sorted(together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", [Scenes(size=8, length=6), Random(6)])
 def test_workers_change_nothing(dataset):
     def images(workers, start=0):

@@ -162,6 +162,7 @@ def test_schedules_of_the_host_are_stepped(config, tmp_path, interval, rates):
     assert [row["train/lr"] for row in rows(result)] == pytest.approx(rates)
 
 
+@pytest.mark.slow
 def test_bf16_runs_and_keeps_the_weights_in_float32(config, tmp_path):
     given = config("training.precision=bf16-mixed", "training.max_steps=2")
     result = train(given, name="a", logdir=tmp_path, progress=False)

@@ -51,6 +51,7 @@ def test_prepare_sees_the_host_before_the_first_step(tmp_path):
     assert moved(before, after, ("encoder.",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "still", "moves"),
     [
@@ -98,6 +99,7 @@ def test_at_first_the_discriminator_rests_too(config, tmp_path):
         assert moved(before, after.state_dict(), (prefix,)), prefix
 
 
+@pytest.mark.slow
 def test_with_a_frozen_decoder_the_adaptive_weight_is_still_there(config, tmp_path):
     section = config("training.max_steps=3", "training.freeze=[decoder]")
     section.model.params.lossconfig.params.disc_start = 0
@@ -153,6 +155,7 @@ def test_training_the_heads_alone_leaves_every_tensor_of_the_host(config, tmp_pa
         assert moved(before, after, ("loss.lgvq.code_vit.",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "still", "moves"),
     [
@@ -202,11 +205,13 @@ def test_heads_alone_need_heads(small, tmp_path):
         command(tmp_path, section, "--train", "heads")
 
 
+@pytest.mark.slow
 def test_a_stop_that_ends_the_training_of_the_heads_is_reported(tmp_path, caplog):
     command(tmp_path, TINY, "--train", "heads", "--max-steps", "2", "lgvq.stop=1")
     assert "lgvq.stop: 1 ends that early" in caplog.text
 
 
+@pytest.mark.slow
 def test_heads_alone_train_to_the_end_of_the_run(tmp_path):
     """`stop: auto` would end the only training there is."""
     training = {**TINY["training"], "freeze": ["host"], "checkpoint_every": 8}

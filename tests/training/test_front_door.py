@@ -157,6 +157,7 @@ def run(tmp_path, capsys, caplog, monkeypatch, ldm):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -27,6 +27,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     QUICK + [pytest.param(c, marks=(pytest.mark.slow, pytest.mark.extended)) for c in SLOW],

@@ -72,6 +72,7 @@ def test_new_columns_and_later_values_of_a_step_join_its_row(tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(config, tmp_path):
     extra = ["training.val_every=2", "training.images_every=4", "training.ema_decay=0.5"]
     run = train(config(*extra), name="a", logdir=tmp_path, progress=False)

@@ -84,6 +84,7 @@ def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
     assert_same_run(resumed, whole)
 
 
+@pytest.mark.slow
 def test_accumulation_and_clipping_resume_too(small, tmp_path):
     extra = ["training.accumulate_grad_batches=3", "training.gradient_clip_val=0.5"]
     whole = train(
@@ -101,6 +102,7 @@ def test_accumulation_and_clipping_resume_too(small, tmp_path):
     assert_same_run(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # place: while the loader is set up, and in the run
     ("number", "place"),
     [
@@ -128,6 +130,7 @@ def test_a_killed_run_is_saved_and_resumed(small, tmp_path, monkeypatch, number,
     assert_same_run(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_signal_at_a_step_with_validation_and_images_loses_neither(
     small, tmp_path, monkeypatch, when
@@ -158,6 +161,7 @@ def test_a_signal_at_a_step_with_validation_and_images_loses_neither(
     assert of_both[0] == of_both[1]
 
 
+@pytest.mark.slow
 def test_rows_after_the_checkpoint_are_written_again(small, tmp_path):
     first = train(small(), name="a", logdir=tmp_path, progress=False)
     with (first.folder / "metrics.csv").open("a") as file:
@@ -168,6 +172,7 @@ def test_rows_after_the_checkpoint_are_written_again(small, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_auto_starts_a_new_run_where_there_is_none(small, tmp_path):
     result = train(
         small("training.max_steps=1"), name="a", logdir=tmp_path, resume="auto", progress=False
@@ -175,6 +180,7 @@ def test_auto_starts_a_new_run_where_there_is_none(small, tmp_path):
     assert result.steps == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_unchanged(small, tmp_path):
     first = train(small(), name="a", logdir=tmp_path, progress=False)
     again = train(small(), name="a", logdir=tmp_path, resume="auto", progress=False)
@@ -200,6 +206,7 @@ def test_only_the_newest_checkpoints_stay(small, tmp_path):
     assert files == ["last.ckpt", "step=00000003.ckpt", "step=00000004.ckpt"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_is_reported(config, tmp_path):
     train(config("training.max_steps=1"), name="a", logdir=tmp_path, progress=False)
     other = config("training.max_steps=2")

@@ -41,6 +41,7 @@ def images(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_names_the_file_it_held(small, images, tmp_path):
     given = small("training.max_steps=9", "data.batch_size=1", "data.num_workers=2")
     params = {"root": str(images), "split": "all", "size": 16}
@@ -51,6 +52,7 @@ def test_a_worker_that_is_killed_names_the_file_it_held(small, images, tmp_path)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_broken_image_in_a_worker_is_named_in_one_line(small, images, tmp_path):
     path = images / "4.png"
     path.write_bytes(path.read_bytes()[:40])

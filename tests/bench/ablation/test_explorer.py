@@ -116,6 +116,7 @@ def test_a_word_finds_its_code_and_where_it_fires(page, browser, samples):
     assert browser.errors() == []
 
 
+@pytest.mark.slow
 def test_a_code_shows_its_words_and_its_patch(page, browser):
     browser.open(page)
     browser.run('document.querySelector(\'#galleries [data-panel="1"] [data-code="4"]\').click()')

@@ -52,6 +52,7 @@ def done(tmp_path_factory):
     return run_job(JOB, tmp_path / JOB.name, root=tmp_path), tmp_path
 
 
+@pytest.mark.slow
 def test_its_numbers_are_the_checkpoints(done):
     run, root = done
     host = load_host(CONFIG, root / "a/seed_0/checkpoints/last.ckpt")

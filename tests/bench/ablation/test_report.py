@@ -59,6 +59,7 @@ def test_nothing_is_outside_the_file(page):
     assert "@import" not in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_summary_is_made_of_the_numbers(page):
     text = re.sub(r"\s+", " ", "".join(Text(page.read_text()).words))
     # psnr is 0.4 dB up on every image of all; fid 4.00, 4.04, 4.08 down.
@@ -426,6 +427,7 @@ def test_one_seed_is_mentioned_first(results, tmp_path):
     assert "no interval for 2" in bullets[1]  # fid and usage have no values by image
 
 
+@pytest.mark.slow
 def test_controls_are_shown_when_asked_for(page, browser):
     browser.open(page)
     entropy = '#numbers thead [data-metric="codebook/entropy"]'
@@ -437,6 +439,7 @@ def test_controls_are_shown_when_asked_for(page, browser):
     assert len(browser.shown("#pairs tr[data-neutral]")) == 3
 
 
+@pytest.mark.slow
 def test_filters_of_the_differences(page, browser):
     browser.open(page)
     browser.one("#only-clear").click()
@@ -446,6 +449,7 @@ def test_filters_of_the_differences(page, browser):
     assert len(browser.shown("#pairs tbody tr")) < len(rows)
 
 
+@pytest.mark.slow
 def test_an_image_zooms_and_the_arrows_move_on(page, browser):
     browser.open(page)
     browser.one('.grid button[data-column="1"]').click()
@@ -471,6 +475,7 @@ def test_curves_follow_the_controls(page, browser):
     assert browser.errors() == []
 
 
+@pytest.mark.slow
 def test_two_data_sets_are_kept_apart(results, tmp_path, browser):
     other = tuple(replace(run, data="emoji") for run in results.runs)
     first = tuple(replace(run, data="scenes") for run in results.runs)

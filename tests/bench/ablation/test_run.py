@@ -73,6 +73,7 @@ def test_all_jobs_are_collected(tmp_path):
     assert results.variants["a"]["config"] == CONFIG
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_reported_and_the_others_continue(tmp_path):
     results = go(plan("a", "broken", "c", seeds=1), tmp_path)
     assert [run.status for run in results.runs] == ["done", "failed", "done"]
@@ -89,6 +90,7 @@ def test_a_guide_that_only_the_evaluation_needs_is_tried_before_the_first_job(tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_resume_runs_only_what_is_not_done(tmp_path):
     go(plan("a", "broken", seeds=1), tmp_path)
     (tmp_path / "broken/seed_0/fixed").touch()
@@ -112,6 +114,7 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path):
         go(plan("a", seeds=1, config=other), tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_jobs_run_in_parallel_and_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     results = go(plan("together_a", "together_b"), tmp_path, jobs=4)

@@ -92,6 +92,7 @@ def simulated(shares, seeds, images, count=2000):
     return tables, sum(shares) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize(("seeds", "images"), [(5, 512), (3, 64), (5, 64), (10, 64)])
 def test_one_comparison_in_twenty_is_marked_where_nothing_differs(regime, seeds, images):

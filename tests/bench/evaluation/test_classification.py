@@ -97,6 +97,7 @@ def test_trained_heads_know_the_classes_and_shuffled_codes_are_chance(palette, c
     assert found["zeroshot/accuracy"]["settings"]["classes"] == {name: name for name in COLORS}
 
 
+@pytest.mark.slow
 def test_zero_shot_follows_from_the_public_encoders(palette, config, root):
     """Of untrained heads, so that there are mistakes to agree on."""
     handle = trained_handle(palette, root, 0)
@@ -128,6 +129,7 @@ def test_other_heads_are_measured_again(palette, config, root, tmp_path):
     assert values[1] > values[0] + 0.2
 
 
+@pytest.mark.slow
 def test_a_baseline_has_probes_but_no_zero_shot(palette, config):
     result = evaluate(palette, config, metrics=NAMES, progress=False)
     assert "the tokenizer has no heads of LG-VQ" in result["skipped"]["zeroshot"]
@@ -135,6 +137,7 @@ def test_a_baseline_has_probes_but_no_zero_shot(palette, config):
     assert not any("head" in name for name in result["metrics"])
 
 
+@pytest.mark.slow
 def test_labels_of_the_scenes_are_tasks_of_their_own(palette):
     def part(split, length):
         return {"target": "scenes", "params": {"size": 32, "split": split, "length": length}}

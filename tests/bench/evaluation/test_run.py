@@ -40,6 +40,7 @@ def lgvq(folder, *argv):
     return cli.main(["eval", "-b", str(folder / "config.yaml"), "--no-progress", *map(str, argv)])
 
 
+@pytest.mark.slow
 def test_one_checkpoint(folder, capsys):
     out = folder / "out"
     argv = ["--ckpt", folder / "host0.ckpt", "--limit", 8, "--metrics", "psnr,usage"]
@@ -145,6 +146,7 @@ def test_the_best_of_several_is_marked():
     assert "b: w skipped: why" in table(results)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(folder, capsys, monkeypatch):
     from lgvq_plugin.bench import evaluation
 
@@ -170,6 +172,7 @@ def test_a_file_at_json_is_kept_without_force(folder, capsys):
     assert (folder / "mine.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_written_to_is_evaluated(folder, monkeypatch, tmp_path_factory):
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
@@ -192,6 +195,7 @@ def test_helper_keys_of_the_config_are_resolved(folder):
     assert lgvq(folder, *argv) == 0
 
 
+@pytest.mark.slow
 def test_too_few_training_images_skip_the_probes_alone(folder, capsys):
     argv = ["--ckpt", folder / "host0.ckpt", "--limit", 2, "--metrics", "psnr,retrieval"]
     assert lgvq(folder, *argv, "-o", folder / "o") == 0

@@ -103,6 +103,7 @@ def test_wordnet_gives_the_documented_similarity():
     assert similarity("qqq", "cat") == 0
 
 
+@pytest.mark.slow
 def test_a_missing_wordnet_is_told(monkeypatch, tmp_path):
     nltk = pytest.importorskip("nltk", reason="nltk is in the extra [eval]")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])

@@ -64,6 +64,7 @@ def test_logistic_regression_is_scikit_learns(width, penalty):
     np.testing.assert_allclose(shown, model.predict_proba(x.double().numpy()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_linear_probe_finds_classes_whatever_the_scale_of_a_feature():
     x, labels = clusters(120, noise=0.5, seed=1)
     seen, target = clusters(80, noise=0.5, seed=2)

@@ -25,6 +25,7 @@ def world(count, seed):
     return FrozenCodes((6, 6), indices.flatten(1), table), captions, boxes
 
 
+@pytest.mark.slow
 def test_words_are_found_where_their_codes_are():
     codes, captions, _ = world(200, 0)
     seen, _, boxes = world(60, 1)
@@ -64,6 +65,7 @@ def test_overlap_equals_torchvision():
             assert iou(tuple(one), tuple(other)) == pytest.approx(float(theirs[i, j]), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_words_that_cannot_be_learned_are_named():
     codes, captions, boxes = world(20, 0)
     with pytest.raises(ConfigError, match="no training caption has the word 'yellow'"):

@@ -64,6 +64,7 @@ def test_draws_have_the_asked_distribution():
     assert close(shares(temperature=2.0), (hot / hot.sum()).tolist())
 
 
+@pytest.mark.slow
 def test_guidance_sharpens_towards_the_text(train, captions):
     """With guidance g the logits are free + g (given - free): g = 1 is the plain network."""
     config = TextToImageConfig(
