@@ -19,7 +19,7 @@ from .finite import MAX_SKIPPED
 from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide, AbstractImageGuide, build_guide, build_image_guide
 from .heads import CodeViT
-from .objectives import Caption, complete_old_heads, without_text
+from .objectives import Caption, MaskedText, complete_old_heads, without_text
 from .quantizer_hook import GradientBalance
 from .sockets import ConfigError, resolve
 from .types import Codes, CodeView, Term, TextFeatures, TextTokens
@@ -105,6 +105,11 @@ class Alignment(nn.Module):
         members: list[Any] = [*self.objectives.values()]
         if members and not any(each.needs_view for each in members):
             self.code_vit = None
+        if config.compile:
+            decoders = [each.decoder for each in members if isinstance(each, MaskedText)]
+            for network in (self.code_vit, *decoders):
+                if network is not None:
+                    network.compile()  # in place: the names of its weights stay
         self.needs_captions = any(each.needs_captions for each in members)
         self.works_without_captions = not all(each.needs_captions for each in members)
         needs_tokens = any(each.needs_tokens for each in members)
@@ -327,9 +332,8 @@ class Alignment(nn.Module):
         self._draws[split] = (step, count)
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if is_distributed else 0
-        seed = torch.tensor([self.config.seed, step, count, rank], dtype=torch.int64)
-        primes = torch.tensor([998_244_353, 1_000_003, 7_919, 104_729], dtype=torch.int64)
-        return torch.Generator().manual_seed(int((seed * primes).sum()) & (2**63 - 1))
+        seed = 998_244_353 * self.config.seed + 1_000_003 * step + 7_919 * count + 104_729 * rank
+        return torch.Generator().manual_seed(seed & (2**63 - 1))
 
     def _handle_nonfinite(self, terms: dict[str, Term], step: int, split: str) -> list[str]:
         """Raise, or warn and return the names of terms to leave out; one read from the device."""
@@ -489,6 +493,10 @@ class CaptionEncoder:
 
     def __init__(self, *, tokens: bool, megabytes: int) -> None:
         self.tokens, self.megabytes = tokens, megabytes
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all features."""
         self._kept: dict[str, Row] = {}
         self._bytes = 0
         self._source: tuple[AbstractGuide, torch.device] | None = None
@@ -510,10 +518,12 @@ class CaptionEncoder:
             masks: tokens to mask, each (B, max_length) bool on the CPU.
             device: the guide's.
         """
-        if self.megabytes == 0 or guide.keeps_features or torch.is_inference_mode_enabled():
+        is_kept = guide.keeps_features and (self.tokens or bool(masks))
+        if self.megabytes == 0 or is_kept or torch.is_inference_mode_enabled():
             return _encode(guide, strings, strings, masks)
         if self._source != (guide, device):
-            self._kept, self._bytes, self._source = {}, 0, (guide, device)
+            self.forget()
+            self._source = guide, device
             self._vocabulary = guide.vocabulary
         new = [text for text in dict.fromkeys(strings) if text not in self._kept]
         fresh: dict[str, Row] = {}
@@ -544,7 +554,10 @@ class CaptionEncoder:
     def _join(self, rows: Sequence[Row], tokens: TextTokens, device: torch.device) -> TextFeatures:
         lengths = tokens.attention_mask.sum(dim=1)
         longest = int(lengths.max()) if len(rows) else 0
-        of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
+        sentence = torch.stack([row[0] for row in rows])
+        of_tokens = sentence.new_zeros(len(rows), 0, rows[0][1].shape[1])
+        if self.tokens:
+            of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
         is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
         parts = (tokens.token_ids, tokens.attention_mask, tokens.word_ids)
         ids, attention, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
@@ -553,7 +566,7 @@ class CaptionEncoder:
             attention_mask=attention,
             word_ids=words,
             tokens=of_tokens[:, :longest],
-            sentence=torch.stack([row[0] for row in rows]),
+            sentence=sentence,
             vocabulary=self._vocabulary,
         )
 

@@ -74,12 +74,12 @@ def contrast(
     """Cross-entropy of scores (B, B + M) with the targets on the diagonal; `same` is excluded."""
     logits = scores / temperature
     count = len(logits)
-    excluded = torch.zeros_like(logits, dtype=torch.bool)
-    if same is not None:
-        excluded[:, :count] = same & ~torch.eye(count, dtype=torch.bool, device=logits.device)
+    excluded = same.clone().fill_diagonal_(False) if same is not None else None
     if past_same is not None:
-        excluded[:, count:] = past_same
-    logits = logits.masked_fill(excluded, float("-inf"))
+        own = logits.new_zeros((count, count), dtype=torch.bool) if excluded is None else excluded
+        excluded = torch.cat([own, past_same], dim=1)
+    if excluded is not None:
+        logits = logits.masked_fill(excluded, float("-inf"))
     return F.cross_entropy(logits, torch.arange(count, device=logits.device))
 
 
@@ -179,7 +179,8 @@ def cosines(rows: Tensor, columns: Tensor) -> Tensor:
         >>> cosines(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
         tensor([[1., 0.]])
     """
-    return _matmul(_unit(rows.float()), _unit(columns.float()).mT)
+    unit = _unit(rows.float())
+    return _matmul(unit, (unit if columns is rows else _unit(columns.float())).mT)
 
 
 def _unit(vectors: Tensor) -> Tensor:
@@ -358,10 +359,10 @@ def caption_relationship_loss(sentences: Tensor, codes: Tensor) -> Tensor:
         >>> round(float(caption_relationship_loss(eye, torch.ones(2, 1, 3))), 4)  # cosines 0 and 1
         1.0
     """
-    means = codes.float().mean(dim=1)
-    gap = cosines(means, means) - cosines(sentences.detach(), sentences.detach())
-    is_pair = ~torch.eye(len(gap), dtype=torch.bool, device=gap.device)
-    return gap.square().masked_fill(~is_pair, 0.0).sum() / is_pair.sum().clamp(min=1)
+    means, sentences = codes.float().mean(dim=1), sentences.detach()
+    gap = cosines(means, means) - cosines(sentences, sentences)
+    count = len(gap)
+    return gap.square().fill_diagonal_(0.0).sum() / max(1, count * (count - 1))
 
 
 def pool_phrases(words: Tensor, is_word: Tensor, span: int) -> tuple[Tensor, Tensor]:

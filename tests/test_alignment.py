@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from lgvq_plugin import attach
 from lgvq_plugin.alignment import Alignment, CaptionEncoder
 from lgvq_plugin.config import parse
 from lgvq_plugin.guides.base import build_guide
+from lgvq_plugin.guides.cached import CachedGuide
 from lgvq_plugin.hosts.vqvae import VectorQuantizer
 from lgvq_plugin.objectives import rename_old_heads
 from lgvq_plugin.quantizer_hook import GradientBalance
@@ -63,6 +65,7 @@ def test_shares_are_of_the_run():
     assert scales == pytest.approx([0, 0, 0, 0.5, 1, 1, 0, 0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_by_default_the_last_part_of_the_run_is_without_alignment():
     assert shares_of({}, 1000, [0, 699, 700, 999]) == [1, 1, 0, 0]
     assert shares_of({"start": 0.2}, 1000, [199, 200, 699, 700]) == [0, 1, 1, 0]
@@ -272,6 +275,7 @@ def test_features_of_a_caption_do_not_depend_on_when_it_was_encoded(guide):
     assert torch.equal(one.sentence, other.sentence)
 
 
+@pytest.mark.slow
 def test_memory_for_features_is_bounded(guide, monkeypatch):
     captions = [f"circle {number}" for number in range(5000)]  # 256 bytes each, room for 4,096
     encoder = CaptionEncoder(tokens=False, megabytes=1)
@@ -301,3 +305,41 @@ def test_copies_and_files_hold_no_features(guide):
     encoder.encode(guide, BATCH, guide.tokenize(BATCH), [], CPU)
     assert copy.deepcopy(encoder) is encoder
     assert len(pickle.dumps(encoder)) < 2000
+
+
+@pytest.mark.parametrize(("tokens", "lookups"), [(False, 1), (True, 2)])
+def test_features_from_disk_are_read_once_if_no_objective_reads_tokens(
+    guide, monkeypatch, tmp_path, tokens, lookups
+):
+    block = {"use": "micro_clip"}
+    _, steps = CachedGuide.write(tmp_path, guide, BATCH, block=block, precision="float32")
+    list(steps)
+    cached, expected, found = CachedGuide(str(tmp_path)), guide.encode(BATCH), []
+    texts, find = cached.tokenize(BATCH), cached._shards.find
+    monkeypatch.setattr(cached._shards, "find", lambda given: found.append(1) or find(given))
+    encoder = CaptionEncoder(tokens=tokens, megabytes=1)
+    for _ in range(2):
+        cached._last = None
+        (features,) = encoder.encode(cached, BATCH, texts, [], CPU)
+        assert torch.allclose(features.sentence, expected.sentence, atol=1e-5)
+    assert len(found) == lookups
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_heads_compute_the_same_under_the_same_names(guide):
+    objectives = {"masked_text": {"weight": 0.05}}
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4, 16, 32, generator=generator)
+    found = []
+    for is_compiled in (False, True):
+        config = parse({"objectives": objectives, "compile": is_compiled})
+        heads = Alignment(config, guide, code_dim=32)
+        codes = Codes(vectors.clone().requires_grad_(), None, (4, 4))
+        total, _ = heads(codes, BATCH, step=0)
+        total.backward()
+        gradients = {name: p.grad for name, p in heads.named_parameters() if p.grad is not None}
+        found.append({"total": total.detach(), "codes": codes.codes.grad, **gradients})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert torch.allclose(found[1][name], expected, rtol=1e-3, atol=1e-6), name

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Case:
         params: changes of `model.params`.
         lgvq: changes of the `lgvq:` block.
         two_forward: whether the bare host's step has taming's second forward pass.
+        new_captions: whether no caption was encoded before, as in a first epoch.
         target: what the ratio should not exceed.
     """
 
@@ -38,6 +39,7 @@ class Case:
     params: Mapping[str, Any] = field(default_factory=dict)
     lgvq: Mapping[str, Any] = field(default_factory=dict)
     two_forward: bool = False
+    new_captions: bool = False
     target: float
 
 
@@ -57,7 +59,7 @@ CASES = (
         config="vqgan_scenes_64",
         guide="live",
         batch_sizes=_BATCH,
-        lgvq={"feature_cache": 0},
+        new_captions=True,
         target=1.25,
     ),
     Case(
@@ -145,6 +147,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="per turn (default: 3)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
     parser.add_argument("--device", help="default: cuda if available")
+    parser.add_argument("--compile", action="store_true", help="with lgvq.compile: true")
+    parser.add_argument(
+        "--dtype", default="float32", metavar="NAME", help="of a live text tower (default: float32)"
+    )
     parser.add_argument(
         "--growth", action="store_true", help="also time the heads at other sizes of batch, grid, "
         "caption, codebook and vocabulary"
@@ -178,13 +184,15 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from ..device import choose_device
-    from .timing import growth, machine, measure
+    from .timing import CLIP, growth, machine, measure
 
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     device = choose_device(given.device)
     chosen = [case for case in CASES if not given.cases or case.name in given.cases]
-    found: dict[str, Any] = {"machine": machine(device), "cases": []}
+    chosen = [replace(case, lgvq={**case.lgvq, "compile": given.compile}) for case in chosen]
+    setting = {"compile": given.compile, "dtype": given.dtype}
+    found: dict[str, Any] = {"machine": machine(device), "setting": setting, "cases": []}
 
     def add(**measured: Any) -> None:
         """Save what is known so far: the next case may run out of memory."""
@@ -196,7 +204,12 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
         for case in chosen:
             bar.set_postfix_str(case.name)
             result = measure(
-                case, device=device, rounds=given.rounds, steps=given.steps, progress=bar.update
+                case,
+                device=device,
+                rounds=given.rounds,
+                steps=given.steps,
+                clip={**CLIP, "dtype": given.dtype},
+                progress=bar.update,
             )
             add(cases=[*found["cases"], result.to_dict()])
     if given.growth:

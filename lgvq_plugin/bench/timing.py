@@ -82,16 +82,27 @@ class Step:
         host: the host, moved to `device`.
         device: where it trains.
         two_forward: a second forward pass for the discriminator, as in taming.
+        new_captions: forget the captions of earlier steps.
     """
 
-    def __init__(self, host: Any, device: torch.device, *, two_forward: bool = False):
+    def __init__(
+        self,
+        host: Any,
+        device: torch.device,
+        *,
+        two_forward: bool = False,
+        new_captions: bool = False,
+    ):
         self.host, self.device, self.two_forward = host.to(device).train(), device, two_forward
+        self.new_captions = new_captions
         host.learning_rate = 1e-5
         made = host.configure_optimizers()
         self.optimizers = list(made[0] if isinstance(made, tuple) else made)
 
     def __call__(self, batch: Mapping[str, Any], parts: "Parts") -> None:
         """Update all weights on one batch."""
+        if self.new_captions:
+            self.host.loss.alignment.texts.forget()
         x = self.host.get_input(batch, self.host.image_key)
         with parts("host"):
             output = self.host(x)
@@ -178,7 +189,13 @@ class _NoParts(Parts):
 
 
 def measure(
-    case: Case, *, device: torch.device, rounds: int = 5, steps: int = 3, progress: Any = None
+    case: Case,
+    *,
+    device: torch.device,
+    rounds: int = 5,
+    steps: int = 3,
+    clip: Mapping[str, Any] = CLIP,
+    progress: Any = None,
 ) -> Result:
     """Time a case.
 
@@ -187,12 +204,13 @@ def measure(
         device: CPU or CUDA.
         rounds: in each, both take `steps` steps, in alternating order.
         steps: steps per turn, of which the mean is taken.
+        clip: guide block of the text tower, of cases that have it.
         progress: called after every round.
     """
     batch_size = case.batch_sizes[device.type]
     captions = _captions(BATCHES * batch_size)
     with TemporaryDirectory() as folder:
-        guide = _guide(case, captions, Path(folder), device)
+        guide = _guide(case, captions, Path(folder), device, clip)
         size = case.size
         batches = [
             {
@@ -203,11 +221,11 @@ def measure(
         ]
         step_of = {
             "bare": Step(_host(case, None), device, two_forward=case.two_forward),
-            "lgvq": Step(_host(case, guide), device),
+            "lgvq": Step(_host(case, guide), device, new_captions=case.new_captions),
         }
         silent = _NoParts(device)
         heads = step_of["lgvq"].host.loss.alignment
-        for batch in batches:  # as in later epochs, unless the case switches the cache off
+        for batch in batches:  # as in later epochs
             texts = batch["caption"]
             heads.texts.encode(heads.guide, texts, heads.guide.tokenize(texts), [], device)
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
@@ -259,7 +277,8 @@ def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str
     parts = Parts(device)
     heads: Alignment | None = getattr(step.host.loss, "alignment", None)
     if heads is not None:
-        parts.wrap(heads.guide, "encode", "text encoder")
+        for method in ("encode", "encode_apart"):
+            parts.wrap(heads.guide, method, "text encoder")
         parts.wrap(heads.guide, "tokenize", "tokenizer")
         parts.wrap(heads.code_vit, "forward", "code-ViT")
         for name, objective in heads.objectives.items():
@@ -293,16 +312,20 @@ def _captions(count: int) -> list[str]:
 
 
 def _guide(
-    case: Case, captions: Sequence[str], folder: Path, device: torch.device
+    case: Case,
+    captions: Sequence[str],
+    folder: Path,
+    device: torch.device,
+    clip: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the guide block of a case; cached features are written to `folder`."""
     if case.guide == "micro_clip":
         return {"use": "micro_clip"}
     if case.guide == "live":
-        return CLIP
-    source = build_guide(CLIP)
+        return dict(clip)
+    source = build_guide(clip)
     source.to(device)
-    _, written = CachedGuide.write(folder, source, captions, block={**CLIP, **source.config})
+    _, written = CachedGuide.write(folder, source, captions, block={**clip, **source.config})
     for _ in written:
         pass
     return {"use": "cached", "folder": str(folder)}

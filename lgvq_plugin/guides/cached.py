@@ -174,6 +174,12 @@ class CachedGuide(AbstractGuide):
             vocabulary=self._vocabulary,
         )
 
+    def encode_apart(self, captions: Sequence[str]) -> TextFeatures:
+        """Look B captions up; those that are missing are encoded apart."""
+        if self._find(captions) is None:
+            return self._ask_guide(lambda guide: guide.encode_apart(captions))
+        return self.encode(captions)
+
     def draw_mask(
         self,
         captions: Sequence[str],

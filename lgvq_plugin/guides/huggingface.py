@@ -17,7 +17,7 @@ SENTENCES = ("mean", "first", "pooled")
 
 
 class HuggingFaceGuide(AbstractTokenGuide):
-    """A text encoder of transformers, frozen, in float32.
+    """A text encoder of transformers, frozen.
 
     Masked words become the tokenizer's mask token. If it has none, they become an additional row of
     the vocabulary, the mean of all. Either way they are replaced before the first layer.
@@ -29,6 +29,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
             ([CLS]), or the output of the model's own pooler.
         device: device of the encoder; the CPU by default.
         cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
+        dtype: float32, or bfloat16 for speed; features are float32 in either case.
 
     Raises:
         ConfigError: if transformers is missing, if the model cannot be found or loaded, or if it
@@ -42,6 +43,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
         sentence: Literal["mean", "first", "pooled"] = "mean",
         device: torch.device | str | None = None,
         cache_dir: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         if sentence not in SENTENCES:
             raise ConfigError(f"guide.sentence: expected {'|'.join(SENTENCES)}, got {sentence!r}")
@@ -59,6 +61,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
             self._mask_id = self._words
             network.set_input_embeddings(with_mean_row(network.get_input_embeddings()))
         self._network = network.float().eval().requires_grad_(False)
+        self._set_dtype(dtype)
         self._embedding = network.get_input_embeddings()
         self.token_dim = self.sentence_dim = self.vocabulary.shape[1]
         self.to("cpu" if device is None else device)
@@ -78,7 +81,7 @@ class HuggingFaceGuide(AbstractTokenGuide):
 
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         result = self._network(input_ids=ids, attention_mask=attention_mask)
-        tokens = result.last_hidden_state
+        tokens = result.last_hidden_state.float()
         if self._pooling == "pooled":
             return tokens, result.pooler_output
         if self._pooling == "first":

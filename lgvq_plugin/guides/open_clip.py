@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class OpenCLIPText(AbstractTokenGuide):
-    """A text tower of open_clip, frozen, in float32, with an additional token for masked words.
+    """A text tower of open_clip, frozen, with an additional token for masked words.
 
     CLIP has no mask token, so the embedding of that token is the mean of all: an average word of
     usual size, the same for every masked word. Words are replaced before the first layer, so no
@@ -122,6 +122,7 @@ class OpenCLIPGuide(OpenCLIPText):
         device: device of the tower; the CPU by default.
         cache_dir: folder of downloaded weights; Hugging Face's own cache by default.
         seed: seed of random weights.
+        dtype: float32, or bfloat16 for speed; features are float32 in either case.
 
     Raises:
         ConfigError: if the model or its weights cannot be found; the message lists the places
@@ -141,6 +142,7 @@ class OpenCLIPGuide(OpenCLIPText):
         device: torch.device | str | None = None,
         cache_dir: str | None = None,
         seed: int = 0,
+        dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         if not isinstance(model, str) or not isinstance(pretrained, str | None):
             raise ConfigError(f"guide: expected names, got {model!r} and {pretrained!r}")
@@ -152,6 +154,7 @@ class OpenCLIPGuide(OpenCLIPText):
         }
         tower, tokenizer = load_text(model, pretrained, cache_dir=cache_dir, seed=seed)
         super().__init__(tower, tokenizer, max_length=max_length, device=device)
+        self._set_dtype(dtype)
 
 
 def load_text(

@@ -12,6 +12,7 @@ from ..types import TextFeatures, TextTokens
 from .base import AbstractGuide
 
 MAX_KNOWN = 100_000  # captions whose tokens are kept
+DTYPES = ("float32", "bfloat16")
 CPU_ROWS = 8  # captions per forward pass on a CPU
 
 Row = tuple[Sequence[int], Sequence[int]]
@@ -40,8 +41,22 @@ class AbstractTokenGuide(AbstractGuide):
 
     @property
     def vocabulary(self) -> Tensor:
-        """Token embedding, (V, Dt), on :attr:`device`."""
-        return self._embedding.weight[: self._words]
+        """Token embedding, (V, Dt) float32, on :attr:`device`."""
+        weight = self._embedding.weight[: self._words]
+        if weight.dtype == torch.float32:
+            return weight
+        kept: Tensor | None = self.__dict__.get("_float_vocabulary")
+        if kept is None or kept.device != weight.device:
+            kept = self.__dict__["_float_vocabulary"] = weight.float()
+        return kept
+
+    def _set_dtype(self, dtype: str) -> None:
+        """Cast the network, whose weights are float32 so far; features stay float32."""
+        if dtype not in DTYPES:
+            raise ConfigError(f"guide.dtype: expected {'|'.join(DTYPES)}, got {dtype!r}")
+        if dtype != DTYPES[0]:  # the configs of older caches do not have the key
+            self._source = {**self._source, "dtype": dtype}
+            self._network.to(getattr(torch, dtype))
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +130,8 @@ class AbstractTokenGuide(AbstractGuide):
                 length = int(lengths[rows].max())
                 batch = seen[rows, :length], text.attention_mask[rows, :length], rows
                 ids, mask, where = (each.to(device, non_blocking=is_cuda) for each in batch)
-                tokens[where, :length], sentence[where] = self._forward(ids, mask)
+                of_tokens, of_sentence = self._forward(ids, mask)
+                tokens[where, :length], sentence[where] = of_tokens.float(), of_sentence.float()
         parts = (text.token_ids, text.attention_mask, text.word_ids)
         ids, mask, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
         return TextFeatures(
@@ -145,17 +161,22 @@ def assemble(rows: Sequence[Row], length: int, pad: int) -> TextTokens:
         >>> tokens.token_ids.tolist(), tokens.word_ids.tolist(), tokens.cut
         ([[7, 5, 9], [7, 9, 0]], [[-1, 0, -1], [-1, -1, -1]], 1)
     """
-    token_ids = torch.full((len(rows), length), pad)
-    word_ids = torch.full((len(rows), length), -1)
-    attention_mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row, (ids, words) in enumerate(rows):
-        if len(ids) > length:
-            ids, words = [*ids[: length - 1], ids[-1]], [*words[: length - 1], words[-1]]
-        token_ids[row, : len(ids)] = torch.tensor(ids)
-        word_ids[row, : len(words)] = torch.tensor(words)
-        attention_mask[row, : len(ids)] = True
-    cut = sum(len(ids) > length for ids, _ in rows)
-    return TextTokens(token_ids, attention_mask, word_ids, cut)
+    kept = [(_cut(ids, length), _cut(words, length)) for ids, words in rows]
+    gaps = [length - len(ids) for ids, _ in kept]
+    token_ids = [[*ids, *[pad] * gap] for (ids, _), gap in zip(kept, gaps, strict=True)]
+    word_ids = [[*words, *[-1] * gap] for (_, words), gap in zip(kept, gaps, strict=True)]
+    used = torch.tensor([[len(ids)] for ids, _ in kept], dtype=torch.int64).reshape(-1, 1)
+    return TextTokens(
+        torch.tensor(token_ids, dtype=torch.int64).reshape(-1, length),
+        torch.arange(length) < used,
+        torch.tensor(word_ids, dtype=torch.int64).reshape(-1, length),
+        sum(len(ids) > length for ids, _ in rows),
+    )
+
+
+def _cut(numbers: Sequence[int], length: int) -> Sequence[int]:
+    """Return at most `length` numbers, the last one among them."""
+    return numbers if len(numbers) <= length else [*numbers[: length - 1], numbers[-1]]
 
 
 def require_length(max_length: int, limit: int) -> int:

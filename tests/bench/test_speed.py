@@ -37,6 +37,25 @@ def test_a_case_is_measured_in_turns(small):
     assert parts_table([shown]).splitlines()[0].split()[-1] == "vqvae"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("new_captions", "calls"), [(False, 1), (True, 3)])
+def test_captions_of_a_first_epoch_are_encoded_in_each_step(
+    small, monkeypatch, new_captions, calls
+):
+    host = timing._host(small, {"use": "micro_clip"})
+    step = timing.Step(host, torch.device("cpu"), new_captions=new_captions)
+    heads, encoded = host.loss.alignment, []
+    apart = heads.guide.encode_apart
+    monkeypatch.setattr(
+        heads.guide, "encode_apart", lambda texts: encoded.append(texts) or apart(texts)
+    )
+    batch = {"image": torch.rand(2, 16, 16, 3), "caption": ["a red circle", "two blue stars"]}
+    for _ in range(3):
+        step(batch, timing._NoParts(torch.device("cpu")))
+    assert encoded == [batch["caption"]] * calls
+
+
+@pytest.mark.slow
 def test_the_bare_host_has_no_heads_and_the_other_one_has(small):
     bare = timing._host(small, None)
     guided = timing._host(small, {"use": "micro_clip"})

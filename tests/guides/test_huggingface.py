@@ -70,7 +70,20 @@ def test_offline_it_is_reported_soon(tmp_path, monkeypatch):
         HuggingFaceGuide("someone/bert", cache_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("sentence", ["mean", "first", "pooled"])
+def test_bfloat16_changes_features_by_its_rounding(bert, sentence):
+    half = HuggingFaceGuide(str(bert), sentence=sentence, dtype="bfloat16").encode(CAPTIONS)
+    whole = HuggingFaceGuide(str(bert), sentence=sentence).encode(CAPTIONS)
+    for name in ("sentence", "vocabulary"):
+        got, wanted = getattr(half, name), getattr(whole, name)
+        assert got.dtype == torch.float32
+        gap = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-9)
+        assert 0 < gap.max() < 0.03
+
+
 def test_wrong_input(bert, tmp_path):
+    with pytest.raises(ConfigError, match=r"float32\|bfloat16"):
+        HuggingFaceGuide(str(bert), dtype="half")
     with pytest.raises(ConfigError, match=r"mean\|first\|pooled"):
         HuggingFaceGuide(str(bert), sentence="last")
     with pytest.raises(ConfigError, match="expected 3 to 64"):
@@ -79,6 +92,7 @@ def test_wrong_input(bert, tmp_path):
         HuggingFaceGuide(str(tmp_path))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_real_sentence_encoder_understands():
     """all-MiniLM-L6-v2, where the package that holds it is installed."""

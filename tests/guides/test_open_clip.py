@@ -1,6 +1,7 @@
 """`OpenCLIPGuide` against open_clip's own text path, its sources, and what it says offline."""
 
 import json
+import pickle
 
 import open_clip
 import pytest
@@ -80,6 +81,7 @@ def test_features_are_open_clips_own(network, weights, max_length):
     assert torch.equal(features.vocabulary, network.token_embedding.weight)
 
 
+@pytest.mark.slow
 def test_end_state_projected_is_the_sentence(network, loaded):
     features = loaded.encode(CAPTIONS)
     last = features.attention_mask.sum(dim=1) - 1
@@ -228,6 +230,29 @@ def test_missing_weights_offline(offline, tmp_path, monkeypatch, model, pretrain
     assert (pretrained or "someone/something") in message
 
 
+@pytest.mark.slow
+def test_bfloat16_changes_features_by_its_rounding(weights, loaded):
+    half = OpenCLIPGuide(MODEL, weights, dtype="bfloat16")
+    text = half.tokenize(CAPTIONS)
+    features, expected = (
+        half.encode(CAPTIONS, text.word_ids == 1),
+        loaded.encode(CAPTIONS, text.word_ids == 1),
+    )
+    words = expected.attention_mask
+    for got, wanted in (
+        (features.sentence, expected.sentence),
+        (features.tokens[words], expected.tokens[words]),
+        (features.vocabulary, expected.vocabulary),
+    ):
+        assert got.dtype == torch.float32
+        cosine = torch.cosine_similarity(got, wanted, dim=-1)
+        assert 0.999 < cosine.min() < 1 - 1e-7
+    again = pickle.loads(pickle.dumps(half))
+    assert again.fingerprint == half.fingerprint != loaded.fingerprint
+    assert "dtype" not in loaded.config  # caches of earlier versions do not name it
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -242,6 +267,7 @@ def test_missing_weights_offline(offline, tmp_path, monkeypatch, model, pretrain
             marks=[pytest.mark.slow, pytest.mark.extended],
         ),
         ({"model": MODEL, "pretrained": None, "max_length": 78}, "3 to 77, the model's context"),
+        ({"model": MODEL, "pretrained": None, "dtype": "float16"}, r"float32\|bfloat16.*'float16'"),
     ],
 )
 def test_wrong_input(offline, knobs, message):
@@ -249,6 +275,7 @@ def test_wrong_input(offline, knobs, message):
         OpenCLIPGuide(**knobs)
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_reported(tmp_path):
     file = tmp_path / "weights.pt"
     file.write_bytes(b"no weights")
