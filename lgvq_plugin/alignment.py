@@ -327,7 +327,7 @@ class Alignment(nn.Module):
             )
 
     def _generator(self, step: int, split: str = "train") -> torch.Generator:
-        last, count = self._draws.get(split, (-1, 0))
+        step, (last, count) = int(step), self._draws.get(split, (-1, 0))
         count = count + 1 if step == last else 0
         self._draws[split] = (step, count)
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -518,8 +518,9 @@ class CaptionEncoder:
             masks: tokens to mask, each (B, max_length) bool on the CPU.
             device: the guide's.
         """
-        is_kept = guide.keeps_features and (self.tokens or bool(masks))
-        if self.megabytes == 0 or is_kept or torch.is_inference_mode_enabled():
+        skip = guide.keeps_features and (self.tokens or bool(masks) or guide.depends_on_batch)
+        skip = skip or self.megabytes == 0 or len(strings) == 0
+        if skip or torch.is_inference_mode_enabled():
             return _encode(guide, strings, strings, masks)
         if self._source != (guide, device):
             self.forget()

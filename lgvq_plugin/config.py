@@ -471,7 +471,8 @@ class LGVQConfig(Block):
     feature_cache: Annotated[int, AT_LEAST_0] = 256
     """MiB of memory for the text features of captions that were encoded before; 0: none."""
     compile: bool = False
-    """Compile the code-ViT and the text decoder with torch.compile, at the first step."""
+    """Compile the code-ViT and the text decoder with torch.compile, at the first step. Results
+    differ by rounding; copies of the heads, as in an EMA, are not compiled."""
     start: Annotated[int | float, STEPS] = 0
     """First step with the objectives; like `ramp` and `stop` a number of steps, or a share (0.35)
     of the steps from the heads' first one to the end of the run."""

@@ -79,6 +79,7 @@ def contrast(
         own = logits.new_zeros((count, count), dtype=torch.bool) if excluded is None else excluded
         excluded = torch.cat([own, past_same], dim=1)
     if excluded is not None:
+        excluded = F.pad(excluded, (0, logits.shape[1] - excluded.shape[1]))
         logits = logits.masked_fill(excluded, float("-inf"))
     return F.cross_entropy(logits, torch.arange(count, device=logits.device))
 

@@ -325,6 +325,32 @@ def test_features_from_disk_are_read_once_if_no_objective_reads_tokens(
     assert len(found) == lookups
 
 
+def test_a_caption_that_the_cache_lacks_changes_no_later_batch(guide, tmp_path):
+    """Its batch goes to the live encoder, whose features are not those on disk."""
+    block = {"use": "micro_clip"}
+    _, steps = CachedGuide.write(tmp_path, guide, ["a red circle", "two stars"], block=block)
+    list(steps)
+    cached = CachedGuide(str(tmp_path), missing="encode")
+    last, whole, resumed = (
+        ["a red circle", "a cat"],
+        *(CaptionEncoder(tokens=False, megabytes=1) for _ in range(2)),
+    )
+    encode = [(whole, ["a red circle", "two stars"]), (whole, last), (resumed, last)]
+    features = [e.encode(cached, t, cached.tokenize(t), [], CPU)[0].sentence for e, t in encode]
+    assert torch.equal(features[1], features[2])
+
+
+@pytest.mark.parametrize("source", ["micro_clip", "cached"])
+def test_a_batch_without_images_encodes_nothing(guide, tmp_path, source):
+    if source == "cached":
+        _, steps = CachedGuide.write(tmp_path, guide, BATCH, block={"use": "micro_clip"})
+        list(steps)
+        guide = CachedGuide(str(tmp_path))
+    encoder = CaptionEncoder(tokens=False, megabytes=1)
+    (features,) = encoder.encode(guide, [], guide.tokenize([]), [], CPU)
+    assert features.sentence.shape == (0, guide.sentence_dim)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_heads_compute_the_same_under_the_same_names(guide):

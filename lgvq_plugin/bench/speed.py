@@ -149,7 +149,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", help="default: cuda if available")
     parser.add_argument("--compile", action="store_true", help="with lgvq.compile: true")
     parser.add_argument(
-        "--dtype", default="float32", metavar="NAME", help="of a live text tower (default: float32)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of CLIP's text tower (default: float32)",
     )
     parser.add_argument(
         "--growth", action="store_true", help="also time the heads at other sizes of batch, grid, "
@@ -213,5 +216,5 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
             )
             add(cases=[*found["cases"], result.to_dict()])
     if given.growth:
-        add(growth=growth(device))
+        add(growth=growth(device, block={"compile": given.compile}))
     return found

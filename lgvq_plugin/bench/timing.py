@@ -280,7 +280,8 @@ def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str
         for method in ("encode", "encode_apart"):
             parts.wrap(heads.guide, method, "text encoder")
         parts.wrap(heads.guide, "tokenize", "tokenizer")
-        parts.wrap(heads.code_vit, "forward", "code-ViT")
+        is_compiled = getattr(heads.code_vit, "_compiled_call_impl", None) is not None
+        parts.wrap(heads.code_vit, "_compiled_call_impl" if is_compiled else "forward", "code-ViT")
         for name, objective in heads.objectives.items():
             parts.wrap(objective, "forward", name)
     collected: dict[str, list[float]] = defaultdict(list)
@@ -413,8 +414,15 @@ GROWTH = {
 }
 
 
-def growth(device: torch.device, *, repeats: int = 5) -> list[dict[str, Any]]:
+def growth(
+    device: torch.device, *, repeats: int = 5, block: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Time forward and backward pass of all heads while one size changes.
+
+    Args:
+        device: CPU or CUDA.
+        repeats: of each size.
+        block: the `lgvq:` block; default: the default recipe.
 
     Returns:
         Rows of {"varies", **sizes, "seconds"}: the median over `repeats`.
@@ -423,13 +431,17 @@ def growth(device: torch.device, *, repeats: int = 5) -> list[dict[str, Any]]:
     for name, values in GROWTH.items():
         for value in values:
             size = Size(**{name: value})
-            rows.append({"varies": name, **asdict(size), "seconds": _heads(size, device, repeats)})
+            rows.append(
+                {"varies": name, **asdict(size), "seconds": _heads(size, device, repeats, block)}
+            )
     return rows
 
 
-def _heads(size: Size, device: torch.device, repeats: int) -> float:
+def _heads(
+    size: Size, device: torch.device, repeats: int, block: Mapping[str, Any] | None
+) -> float:
     guide = RandomGuide(size.text, size.vocabulary).to(device)
-    heads = Alignment(parse({}), guide, code_dim=256).to(device)
+    heads = Alignment(parse(block), guide, code_dim=256).to(device)
     side = int(size.tokens**0.5)
     codebook = torch.randn(size.codes, 256, device=device)
     taken = []

@@ -104,6 +104,7 @@ class AbstractGuide(AbstractFrozenModel):
         pad_id: token id of padding.
         truncated: number of different captions cut since the guide was built.
         keeps_features: features are in memory or on disk already.
+        depends_on_batch: so do the features of a caption, beyond rounding.
     """
 
     max_length: int
@@ -112,6 +113,7 @@ class AbstractGuide(AbstractFrozenModel):
     pad_id: int = 0
     truncated: int = 0
     keeps_features: bool = False
+    depends_on_batch: bool = False
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> TextTokens:

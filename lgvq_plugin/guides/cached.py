@@ -69,6 +69,11 @@ class CachedGuide(AbstractGuide):
 
     keeps_features = True
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a caption that is missing sends its whole batch to the text encoder."""
+        return self._missing == "encode"
+
     def __init__(
         self,
         folder: str,
@@ -174,12 +179,6 @@ class CachedGuide(AbstractGuide):
             vocabulary=self._vocabulary,
         )
 
-    def encode_apart(self, captions: Sequence[str]) -> TextFeatures:
-        """Look B captions up; those that are missing are encoded apart."""
-        if self._find(captions) is None:
-            return self._ask_guide(lambda guide: guide.encode_apart(captions))
-        return self.encode(captions)
-
     def draw_mask(
         self,
         captions: Sequence[str],
@@ -249,7 +248,8 @@ class CachedGuide(AbstractGuide):
             fingerprint = build_guide(given).fingerprint
             is_same, wanted = fingerprint == self.fingerprint, f", fingerprint {fingerprint[:12]}"
         else:
-            known, wanted = {"use": "open_clip", **self.facts.guide}, ""
+            default = {"use": "open_clip", "dtype": "float32"}
+            known, given, wanted = default | {**self.facts.guide}, default | given, ""
             is_same = all(known.get(key) == given[key] for key in given.keys() - {*PLACES})
         if not is_same:
             raise ConfigError(

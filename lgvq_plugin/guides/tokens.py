@@ -47,7 +47,8 @@ class AbstractTokenGuide(AbstractGuide):
             return weight
         kept: Tensor | None = self.__dict__.get("_float_vocabulary")
         if kept is None or kept.device != weight.device:
-            kept = self.__dict__["_float_vocabulary"] = weight.float()
+            with torch.inference_mode(False):  # training may need it later
+                kept = self.__dict__["_float_vocabulary"] = weight.float()
         return kept
 
     def _set_dtype(self, dtype: str) -> None:

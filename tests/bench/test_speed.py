@@ -104,3 +104,9 @@ def test_time_in_an_inner_part_does_not_count_for_the_outer(monkeypatch):
 def test_wrong_input(argv, message, capsys):
     assert cli.main(["bench", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_unknown_dtype_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "vqvae", "--dtype", "float99"])
+    assert "invalid choice: 'float99'" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A text cache gives the guide's bits, refuses what is not its own, and survives a kill."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -614,3 +615,21 @@ def test_a_guide_that_cuts_its_batches_can_be_cached(tmp_path, monkeypatch):
     masks = maskings(tmp_path / "whole", CAPTIONS)[:, 0]
     for mask in (None, masks):
         assert_same(one.encode(CAPTIONS, token_mask=mask), other.encode(CAPTIONS, token_mask=mask))
+
+
+@pytest.mark.slow
+def test_the_dtype_of_the_text_encoder_is_compared_without_its_weights(tmp_path):
+    block = {"use": "open_clip", "model": "ViT-S-32-alt", "pretrained": None}
+    fill(tmp_path / "float", block, CAPTIONS[:2])
+    fill(tmp_path / "bfloat", {**block, "dtype": "bfloat16"}, CAPTIONS[:2])
+    for folder, dtype, fits in [
+        ("float", "float32", True),
+        ("float", "bfloat16", False),
+        ("bfloat", "bfloat16", True),
+        ("bfloat", None, False),
+    ]:
+        given = block | ({"dtype": dtype} if dtype else {})
+        with (
+            contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="another guide")
+        ):
+            CachedGuide(str(tmp_path / folder), guide=given, verify=False)
