@@ -465,7 +465,7 @@ class LGVQConfig(Block):
     """Key of the captions in a batch; null: `caption`, `captions`, `text` or `txt`."""
     codebook_gradient: bool = False
     """Let the objectives train the codebook: z_q + (e_k - sg(e_k))."""
-    gradient_ratio: Annotated[float | None, RATIO] = 2.0
+    gradient_ratio: Annotated[float | None, RATIO] = 1.0
     """Length of our gradient at the codes relative to the host's; the weights then only divide it
     among the objectives. null: the weights decide (released code)."""
     feature_cache: Annotated[int, AT_LEAST_0] = 256

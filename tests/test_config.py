@@ -43,7 +43,7 @@ def test_nothing_given_is_the_corrected_recipe():
     assert config.objectives.masked_text.mask_at == "input"
     assert config.objectives.global_semantic.temperature == 0.03
     assert [own.weight for _, own in config.objectives.items()] == [0.05, 0.0, 0.05, 0.0]
-    assert (config.gradient_ratio, config.stop, config.code_vit.min_width) == (2.0, "auto", 128)
+    assert (config.gradient_ratio, config.stop, config.code_vit.min_width) == (1.0, "auto", 128)
 
 
 def test_the_first_corrected_recipe_keeps_its_defaults():
