@@ -69,11 +69,6 @@ class CachedGuide(AbstractGuide):
 
     keeps_features = True
 
-    @property
-    def depends_on_batch(self) -> bool:
-        """Whether a caption that is missing sends its whole batch to the text encoder."""
-        return self._missing == "encode"
-
     def __init__(
         self,
         folder: str,
@@ -90,6 +85,7 @@ class CachedGuide(AbstractGuide):
         self._folder = Path(folder).expanduser()
         self._given = {**rest, **guide} if guide is not None else None
         self._missing, self._verify = missing, verify
+        self.depends_on_batch = missing == "encode"  # a batch with a new caption is encoded anew
         self.facts = CacheFacts.read(self._folder)
         self._source: AbstractGuide | None = None
         self._last: tuple[tuple[str, ...], list[Place]] | None = None
