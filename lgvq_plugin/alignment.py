@@ -554,7 +554,7 @@ class CaptionEncoder:
 
     def _join(self, rows: Sequence[Row], tokens: TextTokens, device: torch.device) -> TextFeatures:
         lengths = tokens.attention_mask.sum(dim=1)
-        longest = int(lengths.max()) if len(rows) else 0
+        longest = int(lengths.max())
         sentence = torch.stack([row[0] for row in rows])
         of_tokens = sentence.new_zeros(len(rows), 0, rows[0][1].shape[1])
         if self.tokens:

@@ -62,5 +62,5 @@ def test_a_step_waits_for_the_gpu_once(block):
             heads(codes, CAPTIONS, step=3)[0].backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    told = [w for w in waits if "called a synchronizing CUDA operation" in str(w.message)]
-    assert len(told) == 1, [f"{w.filename}:{w.lineno}" for w in told]
+    syncs = [w for w in waits if "called a synchronizing CUDA operation" in str(w.message)]
+    assert len(syncs) == 1, [f"{w.filename}:{w.lineno}" for w in syncs]

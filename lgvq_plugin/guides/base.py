@@ -104,7 +104,7 @@ class AbstractGuide(AbstractFrozenModel):
         pad_id: token id of padding.
         truncated: number of different captions cut since the guide was built.
         keeps_features: features are in memory or on disk already.
-        depends_on_batch: so do the features of a caption, beyond rounding.
+        depends_on_batch: features of a caption depend on the rest of its batch, beyond rounding.
     """
 
     max_length: int

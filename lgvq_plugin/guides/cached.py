@@ -245,8 +245,8 @@ class CachedGuide(AbstractGuide):
             is_same, wanted = fingerprint == self.fingerprint, f", fingerprint {fingerprint[:12]}"
         else:
             default = {"use": "open_clip", "dtype": "float32"}
-            known, given, wanted = default | {**self.facts.guide}, default | given, ""
-            is_same = all(known.get(key) == given[key] for key in given.keys() - {*PLACES})
+            known, asked, wanted = {**default, **self.facts.guide}, default | given, ""
+            is_same = all(known.get(key) == asked[key] for key in asked.keys() - {*PLACES})
         if not is_same:
             raise ConfigError(
                 f"the text cache {self._folder} was made by another guide or other weights: "
