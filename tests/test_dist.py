@@ -124,10 +124,89 @@ print("done")
 """
 
 
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+import lgvq_plugin
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+CAPTIONS = ["a red square", "two blue circles", "a green ring", "a star"]
+
+
+class Quantizer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+
+    def forward(self, z):
+        distance = (z.movedim(1, -1)[..., None, :] - self.embedding.weight).square().sum(-1)
+        indices = distance.argmin(-1)
+        codes = self.embedding(indices).movedim(-1, 1)
+        commit = (z - codes.detach()).square().mean() + (z.detach() - codes).square().mean()
+        return z + (codes - z).detach(), indices, commit
+
+
+class Tokenizer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 8, 4, 4), nn.ConvTranspose2d(8, 3, 4, 4)
+        self.quantize = Quantizer()
+
+    def forward(self, x):
+        quantized, _, commit = self.quantize(self.encoder(x))
+        return (self.decoder(quantized) - x).square().mean() + commit
+
+
+def train(rows, sharded):
+    torch.manual_seed(0)
+    model = Tokenizer()
+    objectives = {"global_semantic": {"weight": 0.5}, "relationship": {"weight": 0}}
+    handle = lgvq_plugin.attach(
+        model, guide={"use": "micro_clip"}, objectives=objectives, gradient_ratio=None)
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+    optimizer = torch.optim.SGD([*model.parameters(), *handle.parameters()], lr=0.1)
+    for _ in range(3):
+        (model(IMAGES[rows]) + handle.loss(CAPTIONS[rows])[0]).backward()
+        for p in handle.parameters() if sharded else []:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= 2
+        optimizer.step()
+        optimizer.zero_grad()
+    named = [*model.named_parameters(), *handle.heads.named_parameters()]
+    return {name: p.full_tensor() if sharded and isinstance(p, DTensor) else p for name, p in named}
+
+
+expected = train(slice(None), False)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+result = train(slice(2 * rank, 2 * rank + 2), True)
+assert result.keys() == expected.keys()
+torch.manual_seed(0)
+start = dict(Tokenizer().named_parameters())
+for name, value in expected.items():
+    torch.testing.assert_close(result[name], value, rtol=0, atol=1e-6, msg=lambda m: f"{name}: {m}")
+for name in ("encoder.weight", "quantize.embedding.weight"):
+    assert (start[name] - expected[name]).abs().max() > 1e-3, name
+dist.barrier()
+dist.destroy_process_group()
+print("done")
+"""
+
+
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+@pytest.mark.parametrize("source", [SCRIPT, SHARDED], ids=["gathered", "fsdp"])
+def test_two_processes(tmp_path, source):
     script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
+    script.write_text(source)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
