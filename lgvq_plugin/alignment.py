@@ -51,6 +51,10 @@ class Alignment(nn.Module):
     Attributes:
         expects_captions: raise if none of the first training batches has a caption; set to False
             by the first caption, or where the data set is known to have some.
+        acted: the objectives had a weight in a batch since the last update, after which
+            `lgvq train` sets this to False; if not, it drops the zero gradients that DDP needs.
+        batches: training batches so far, of which each `config.every`-th is aligned; in no
+            checkpoint: `lgvq train` sets it on resume.
         first_step: step at which the heads began to train, int64 scalar, -1 before; shares of the
             run are counted from there, so that a retrofit of a half-trained host is aligned.
     """
@@ -74,6 +78,7 @@ class Alignment(nn.Module):
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
         self._warned: set[str] = set()
         self.schedule = Schedule(config)
+        self.acted, self.batches = False, 0
         self.register_buffer("first_step", torch.tensor(-1))
         self._first: int | None = None  # `first_step` on the CPU
         self.register_load_state_dict_pre_hook(_set_first_step)
@@ -152,8 +157,15 @@ class Alignment(nn.Module):
         strings = [_draw(caption, generator) for caption in captions]
         self._count_batches_without(any(strings))
         log = _codebook_log(codes, split)
-        share = self.scale(step, self._share_of(progress))
-        scale = share if split == "train" else 1.0  # validation ignores the schedule
+        share = scale = self.scale(step, self._share_of(progress))
+        strength = 1
+        if split == "train":
+            strength = self._strength(only_heads=not codes.codes.requires_grad)
+            share *= strength
+            scale = share if balance is None else scale * min(strength, 1)
+            self.acted = self.acted or scale > 0
+        else:  # validation ignores the schedule
+            scale = 1.0
         has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
             view = replace(self.view(codes), images=images, reconstructions=reconstructions)
@@ -164,6 +176,8 @@ class Alignment(nn.Module):
             total = zero_of(self)
         else:
             total = codes.codes.new_zeros(())
+            if strength == 0 and torch.is_grad_enabled():  # a loop may call its backward
+                total = total.requires_grad_() * 1
         if balance is not None:
             balance.scale = share
             if balance.measured is not None and split == "train":
@@ -252,6 +266,18 @@ class Alignment(nn.Module):
     def scale(self, step: int, share: float | None = None) -> float:
         """Return the schedule's factor of the weights, in [0, 1]; see :class:`Schedule`."""
         return self.schedule.scale(step, share)
+
+    def _strength(self, *, only_heads: bool) -> int:
+        """Return `every` in each `every`-th training batch, else 0; 1 where only the heads train.
+
+        The first batch is aligned too, once as strong, so that what is wrong shows at once. Batches
+        are counted here: hosts' steps may skip numbers, as Lightning's do with two optimizers, or
+        repeat them, as with accumulated gradients.
+        """
+        self.batches += 1
+        if self.batches % self.config.every == 0 and not only_heads:
+            return self.config.every
+        return int(only_heads or self.batches == 1)
 
     def _share_of(self, progress: tuple[int, int] | None) -> float | None:
         """Return the share of the run since the heads began to train; None if no key needs it."""

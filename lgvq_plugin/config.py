@@ -466,8 +466,13 @@ class LGVQConfig(Block):
     codebook_gradient: bool = False
     """Let the objectives train the codebook: z_q + (e_k - sg(e_k))."""
     gradient_ratio: Annotated[float | None, RATIO] = 1.0
-    """Length of our gradient at the codes relative to the host's; the weights then only divide it
-    among the objectives. null: the weights decide (released code)."""
+    """Length of our gradient at the codes relative to the host's, on average over the batches (see
+    `every`); the weights then only divide it among the objectives. null: the weights decide
+    (released code)."""
+    every: Annotated[int, AT_LEAST_1] = 5
+    """Compute the objectives in the first training batch, and then only in every n-th, n times as
+    strong: the same pull on average at a fraction of the cost (lazy regularization,
+    arXiv:1912.04958). 1: in each batch, which is also so where only the heads train."""
     feature_cache: Annotated[int, AT_LEAST_0] = 256
     """MiB of memory for the text features of captions that were encoded before; 0: none."""
     compile: bool = False
@@ -552,6 +557,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "code_vit": {"min_width": 1, "depth": 2},
         "gradient_ratio": None,
+        "every": 1,
         "stop": None,
     },
     "corrected_v1": {
@@ -562,6 +568,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "code_vit": {"min_width": 1, "depth": 2},
         "gradient_ratio": None,
+        "every": 1,
         "stop": None,
     },
 }

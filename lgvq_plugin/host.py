@@ -354,6 +354,7 @@ def status(heads: Alignment, path: str | list[str]) -> dict[str, Any]:
         "recipe": heads.config.recipe,
         "objectives": {name: heads.weight(name) for name in heads.objectives},
         "gradient_ratio": heads.config.gradient_ratio,
+        "every": heads.config.every,
         "guide": _described(heads.guide),
         "vision_guide": _described(heads.vision),
         "parameters": sum(p.numel() for p in heads.parameters()),

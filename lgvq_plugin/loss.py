@@ -443,14 +443,15 @@ def is_on(config: LGVQConfig) -> bool:
 def in_words(status: Mapping[str, Any]) -> str:
     """Return `LGVQLoss.status()` as one line.
 
-    >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15000,
-    ...           "gradient_ratio": 4.0, "guide": {"use": "MicroCLIP"}})
-    'masked_text x 0.01, gradient ratio 4, recipe paper, guide MicroCLIP, 15,000 parameters'
+    >>> in_words({"recipe": "paper", "objectives": {"masked_text": 0.01}, "parameters": 15,
+    ...           "gradient_ratio": 4.0, "every": 5, "guide": {"use": "CLIP"}})
+    'masked_text x 0.01, gradient ratio 4, every 5 batches, recipe paper, guide CLIP, 15 parameters'
     """
     ratio = status["gradient_ratio"]
     return ", ".join([
         *(f"{name} x {weight:g}" for name, weight in status["objectives"].items()),
         *([] if ratio is None else [f"gradient ratio {ratio:g}"]),
+        *([f"every {status['every']} batches"] if status["every"] > 1 else []),
         f"recipe {status['recipe']}",
         *(f"{words} {guide['use']}" for key, words in GUIDES.items() if (guide := status.get(key))),
         f"{status['parameters']:,} parameters",

@@ -134,6 +134,7 @@ def test_a_ratio_follows_the_schedule_and_is_told():
         guide={"use": "micro_clip"},
         objectives={**ONLY, "relationship": {"weight": 0}},
         gradient_ratio=2.0,
+        every=1,
         ramp=3,
     )
     model.eval()  # the codebook stays as it is
@@ -151,6 +152,67 @@ def test_a_ratio_follows_the_schedule_and_is_told():
     z = start.clone().requires_grad_()
     (model(z)[0] * pull).sum().backward()  # a pass without our loss: the host's gradient alone
     assert torch.equal(z.grad, pull)
+
+
+def every_nth(n, steps, *, ratio=2.0, only_heads=False):
+    """Length of our gradient in units of the host's in batches at `steps`, and what is logged."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), VectorQuantizer(16, 8))
+    objectives = {**ONLY, "relationship": {"weight": 0}}
+    handle = attach(
+        model,
+        "1",
+        guide={"use": "micro_clip"},
+        objectives=objectives,
+        gradient_ratio=ratio,
+        every=n,
+    )
+    model.eval()  # the codebook stays as it is
+    start = torch.randn(2, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    pull = torch.randn(2, 8, 2, 2, generator=torch.Generator().manual_seed(1))
+    lengths, logged = [], []
+    for step in steps:
+        z = start.clone().requires_grad_(not only_heads)
+        output, quantizer_loss, _ = model(z)
+        loss, log = handle.loss(CAPTIONS, step=step)
+        logged.append("train/lgvq/global_semantic" in log)
+        if only_heads:
+            lengths.append(loss.item())
+            continue
+        ((output * pull).sum() + 0 * quantizer_loss + loss).backward()
+        lengths.append(float((z.grad - pull).norm() / pull.norm()))
+    return lengths, logged
+
+
+def test_every_nth_batch_pulls_n_times_as_hard():
+    lengths, logged = every_nth(3, range(7))
+    assert lengths == pytest.approx([2, 0, 6, 0, 0, 6, 0], rel=1e-4)  # the first: once as hard
+    assert logged == [True, False, True, False, False, True, False]
+    # Without a ratio the weight is n times as large, and the mean over n batches is the same.
+    one, _ = every_nth(1, range(6), ratio=None)
+    three, _ = every_nth(3, range(6), ratio=None)
+    assert [*three[:3], three[5]] == pytest.approx([one[0], 0, 3 * one[2], 3 * one[5]], rel=1e-4)
+
+
+def test_batches_are_counted_whatever_the_steps_are_called():
+    expected = [True, False, True, False, False, True]
+    # Two optimizers: Lightning counts two steps a batch, from 0 or from 1.
+    assert every_nth(3, range(0, 12, 2))[1] == every_nth(3, range(1, 13, 2))[1] == expected
+    # Accumulated gradients, and a host that always gives the same number.
+    assert every_nth(3, [0, 0, 1, 1, 2, 2])[1] == every_nth(3, [5] * 6)[1] == expected
+
+
+def test_heads_that_train_alone_train_in_every_batch():
+    every, logged = every_nth(4, [0, 1, 2, 3, 4], only_heads=True)
+    one, _ = every_nth(1, [0, 1, 2, 3, 4], only_heads=True)
+    assert all(logged)
+    assert every == pytest.approx(one)
+
+
+def test_every_is_a_whole_number_from_1():
+    for wrong in (0, -1, 1.5, "2x"):
+        with pytest.raises(ConfigError, match=r"lgvq\.every: expected"):
+            parse({"every": wrong})
 
 
 def test_a_ratio_beside_a_codebook_gradient_is_refused():
@@ -359,7 +421,7 @@ def test_compiled_heads_compute_the_same_under_the_same_names(guide):
     vectors = torch.randn(4, 16, 32, generator=generator)
     found = []
     for is_compiled in (False, True):
-        config = parse({"objectives": objectives, "compile": is_compiled})
+        config = parse({"objectives": objectives, "compile": is_compiled, "every": 1})
         heads = Alignment(config, guide, code_dim=32)
         codes = Codes(vectors.clone().requires_grad_(), None, (4, 4))
         total, _ = heads(codes, BATCH, step=0)

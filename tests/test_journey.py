@@ -27,6 +27,7 @@ CONFIG = {
                     "lgvq": {
                         "guide": {"use": "micro_clip"},
                         "objectives": {"masked_text": {"weight": 0.01}},  # off by default
+                        "every": 1,  # by default the first and every fifth batch are aligned
                     }
                 },
             },

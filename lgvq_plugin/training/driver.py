@@ -111,6 +111,7 @@ class HostDriver(pl.LightningModule):
                 self.manual_backward(loss / self.settings.accumulate_grad_batches)
                 if self.has_stepped:
                     self.frozen.drop_gradients(step)
+                    self._drop_idle_gradients(which)
                 self._require_finite(loss, log, optimizer, which, step)
                 if self.has_stepped:
                     self._update(optimizer, step)
@@ -202,6 +203,16 @@ class HostDriver(pl.LightningModule):
         if self._scaler is None:  # GradScaler skips the update by itself, and lowers its scale
             logger.warning("%s; this update is skipped", found)
             optimizer.zero_grad(set_to_none=True)
+
+    def _drop_idle_gradients(self, which: int) -> None:
+        """Drop the zeros that DDP leaves in heads without a term, as without DDP there are none."""
+        heads = getattr(self.host.loss, "alignment", None)
+        if heads is None or which > 0:
+            return
+        if not heads.acted:
+            for parameter in heads.parameters():
+                parameter.grad = None
+        heads.acted = False
 
     def _update(self, optimizer: Any, step: int) -> None:
         limit = self.settings.gradient_clip_val
@@ -341,6 +352,8 @@ class HostDriver(pl.LightningModule):
         ratio = self._resumed[state.STATE].get(state.RATIO)
         if isinstance(ratio, Tensor) and hasattr(self.host.loss, "measured_ratio"):
             self.host.loss.measured_ratio = ratio.to(self.device)
+        if heads := getattr(self.host.loss, "alignment", None):
+            heads.batches = self.global_step * self.settings.accumulate_grad_batches
         self._resumed = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -26,7 +26,7 @@ from lgvq_plugin.types import Codes, CodeView, ImageFeatures
 OFF = {name: {"weight": 0} for name in ("global_semantic", "masked_text", "relationship")}
 TIMM = {"use": "timm", "model": "resnet10t", "pretrained": False, "image_size": 32}
 BLOCK = {"guides": {"vision": TIMM}, "gradient_ratio": None, "stop": None}
-ALONE = BLOCK | {"objectives": {**OFF, "vision_alignment": {"weight": 1}}}
+ALONE = BLOCK | {"objectives": {**OFF, "vision_alignment": {"weight": 1}}, "every": 1}
 BOTH = BLOCK | {"guide": {"use": "micro_clip"}, "objectives": {"vision_alignment": {"weight": 1}}}
 
 

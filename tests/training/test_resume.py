@@ -103,6 +103,30 @@ def test_accumulation_and_clipping_resume_too(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("accumulated", "expected"), [(1, [1, 3, 6]), (2, [3, 6])])
+def test_a_run_resumed_between_aligned_batches_is_the_whole(
+    config, tmp_path, accumulated, expected
+):
+    extra = [*LGVQ, "model.params.lossconfig.params.lgvq.every=3"]
+    extra.append(f"training.accumulate_grad_batches={accumulated}")
+    whole = train(
+        config(*extra, "training.max_steps=8"), name="whole", logdir=tmp_path, progress=False
+    )
+    train(config(*extra, "training.max_steps=4"), name="half", logdir=tmp_path, progress=False)
+    resumed = train(
+        config(*extra, "training.max_steps=8"),
+        name="half",
+        logdir=tmp_path,
+        resume="auto",
+        progress=False,
+    )
+    assert_same_run(resumed, whole)
+    lines = list(csv.DictReader((tmp_path / "whole/metrics.csv").open()))
+    aligned = [int(x["step"]) for x in lines if x.get("train/lgvq/global_semantic")]
+    assert aligned == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(  # place: while the loader is set up, and in the run
     ("number", "place"),
     [

@@ -17,6 +17,7 @@ WEIGHTS = {"global_semantic": 0.3, "masked_text": 0.2, "relationship": 0.5}
 LGVQ = {
     "guide": GUIDE,
     "objectives": {name: {"weight": weight} for name, weight in WEIGHTS.items()},
+    "every": 1,  # by default the first and every fifth batch are aligned
 }
 OFF = {"guide": GUIDE, "objectives": {name: {"weight": 0} for name in WEIGHTS}}
 CAPTIONS = ["a red circle on grey", "two small green squares", "one blue star"]
