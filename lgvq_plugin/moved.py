@@ -31,6 +31,8 @@ MOVED = {
     "evaluation.base": "bench.evaluation",
     "evaluation.run": "bench.evaluate",
     "grains": "functional",
+    "guides.huggingface_vision": "guides.huggingface",
+    "guides.open_clip_vision": "guides.open_clip",
     "heads.code_vit": "heads",
     "heads.text_decoder": "heads",
     "hosts.base": "host",

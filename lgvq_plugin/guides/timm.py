@@ -4,12 +4,11 @@ import inspect
 from typing import Any
 
 import timm
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from ..functional import seeded
+from ..hub import find_cached, require_hub
 from ..sockets import ConfigError, suggest
-from ._hub import cache_folder, require_reachable
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -88,11 +87,9 @@ def _overlay(given: TowerOptions) -> dict[str, Any] | None:
         )
     if facts.hf_hub_id:
         files = (facts.hf_hub_filename,) if facts.hf_hub_filename else FILES
-        found = (try_to_load_from_cache(facts.hf_hub_id, f, cache_dir=cache_dir) for f in files)
-        if not any(isinstance(each, str) for each in found):
+        if not find_cached(facts.hf_hub_id, files, cache_dir):
             sought = f"timm model {model!r} (hub repository {facts.hf_hub_id})"
-            place = cache_folder(facts.hf_hub_id, cache_dir)
-            require_reachable(constants.ENDPOINT, sought, place, "image")
+            require_hub(facts.hf_hub_id, sought, cache_dir, "image")
     return {}
 
 

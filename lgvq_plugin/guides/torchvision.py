@@ -11,8 +11,8 @@ from torchvision import models
 
 from ..checkpoints.read import read_raw
 from ..functional import seeded
+from ..hub import require_reachable
 from ..sockets import ConfigError, suggest
-from ._hub import require_reachable
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 HEADS = ("classifier.", "fc.", "head.")  # of checkpoints; not read
