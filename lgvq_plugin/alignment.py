@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LGVQConfig, is_share
-from .finite import MAX_SKIPPED
-from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
+from .functional import MAX_SKIPPED, all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide, AbstractImageGuide, build_guide, build_image_guide
 from .heads import CodeViT
 from .objectives import Caption, MaskedText, complete_old_heads, without_text

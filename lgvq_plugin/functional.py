@@ -9,7 +9,7 @@ more) and by 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Any, Literal
@@ -17,13 +17,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from .types import Codes, PastPairs
 
 NORM_EPSILON = 1e-6
 """Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
+
+MAX_SKIPPED = 25
+"""Updates in a row that may be left out: by then fp16's scale has fallen from 2^16 to 2^-9."""
+
+LARGEST_GRADIENT = 1e19
+"""Beyond 1.8e19 the squares that Adam keeps are infinite in float32."""
 
 
 def global_semantic_loss(
@@ -404,6 +410,37 @@ def all_finite(tensors: Sequence[Tensor], *, limit: float = math.inf) -> Tensor:
     floating = [t for t in dense if t.is_floating_point() and t.numel()]
     largest = get_total_norm(floating, norm_type=float("inf"))
     return largest.isfinite() & (largest <= limit)
+
+
+def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
+    """Say which of the parameters `among` those of `module` have a bad gradient, by part."""
+    held = {id(p) for p in among}
+    bad = {
+        name: p.grad
+        for name, p in module.named_parameters()
+        if id(p) in held and p.grad is not None and not all_finite([p.grad], limit=LARGEST_GRADIENT)
+    }
+    if not bad:
+        return "not finite on another process"
+    what = f"above {LARGEST_GRADIENT:.0e}" if all_finite([*bad.values()]) else "not finite"
+    return f"{what} in {in_groups([*bad])}"
+
+
+def in_groups(names: Sequence[str]) -> str:
+    """Summarize parameters' names by the part of the host that they belong to.
+
+    >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])
+    'encoder (encoder.a and 1 more), heads (loss.lgvq.c), discriminator (loss.discriminator.d)'
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        label = parts[1] if parts[0] == "loss" and len(parts) > 2 else parts[0]
+        groups.setdefault("heads" if label == "lgvq" else label, []).append(name)
+    return ", ".join(
+        f"{label} ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''})"
+        for label, found in groups.items()
+    )
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
 from .encoder import encode_text
-from .finite import LARGEST_GRADIENT, MAX_SKIPPED, nonfinite_gradients
-from .functional import all_finite, world_size
+from .functional import LARGEST_GRADIENT, MAX_SKIPPED, all_finite, nonfinite_gradients, world_size
 from .host import (
     HostMethods,
     add_heads,

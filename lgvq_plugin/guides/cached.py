@@ -34,6 +34,7 @@ from .shards import (
     encode_batch,
     read_vocabulary,
 )
+from .tokens import features_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,23 +158,11 @@ class CachedGuide(AbstractGuide):
             tokens = np.zeros((*shape, facts.token_dim), np.float32)
             tokens[attention[:, : shape[1]]] = found
         sentence = facts.sentences.unpack(np.concatenate(sentences))
-        device, length = self.device, shape[1]
-        is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
-        parts = (
-            *(each[:, :length] for each in (text.token_ids, text.attention_mask, text.word_ids)),
-            *(torch.from_numpy(each) for each in (tokens, sentence)),
+        of_tokens, of_sentence = (
+            torch.from_numpy(each).to(self.device, non_blocking=self.device.type == "cuda")
+            for each in (tokens, sentence)
         )
-        ids, mask, words, of_tokens, of_sentence = (
-            each.to(device, non_blocking=is_cuda) for each in parts
-        )
-        return TextFeatures(
-            token_ids=ids,
-            attention_mask=mask,
-            word_ids=words,
-            tokens=of_tokens,
-            sentence=of_sentence,
-            vocabulary=self._vocabulary,
-        )
+        return features_of(text, of_tokens, of_sentence, self._vocabulary)
 
     def draw_mask(
         self,

@@ -133,16 +133,18 @@ class AbstractTokenGuide(AbstractGuide):
                 ids, mask, where = (each.to(device, non_blocking=is_cuda) for each in batch)
                 of_tokens, of_sentence = self._forward(ids, mask)
                 tokens[where, :length], sentence[where] = of_tokens.float(), of_sentence.float()
-        parts = (text.token_ids, text.attention_mask, text.word_ids)
-        ids, mask, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
-        return TextFeatures(
-            token_ids=ids,
-            attention_mask=mask,
-            word_ids=words,
-            tokens=tokens,
-            sentence=sentence,
-            vocabulary=self.vocabulary,
-        )
+        return features_of(text, tokens, sentence, self.vocabulary)
+
+
+def features_of(
+    text: TextTokens, tokens: Tensor, sentence: Tensor, vocabulary: Tensor
+) -> TextFeatures:
+    """Return features of captions with their tokens, trimmed as `tokens` are, on their device."""
+    is_cuda = tokens.device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
+    parts = (text.token_ids, text.attention_mask, text.word_ids)
+    cut = (each[:, : tokens.shape[1]] for each in parts)
+    ids, mask, words = (each.to(tokens.device, non_blocking=is_cuda) for each in cut)
+    return TextFeatures(ids, mask, words, tokens, sentence, vocabulary)
 
 
 def assemble(rows: Sequence[Row], length: int, pad: int) -> TextTokens:

@@ -22,8 +22,7 @@ from ..arguments import KEY
 from ..config import OBJECTIVES, laid_over, parse, require, with_text_guide
 from ..datasets import MEMBERS
 from ..sockets import ConfigError, MissingError, Problems, path_of, suggest
-from .loggers import require_installed
-from .settings import TrainingConfig
+from .settings import TrainingConfig, require_installed
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """The `training:` section of a config, checked."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
 from ..sockets import ConfigError, MissingError, suggest
@@ -150,6 +151,22 @@ def _is_positive(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(type(v) is str for v in value)
+
+
+def require_installed(names: Sequence[str] | None) -> None:
+    """Raise ConfigError if a package that `training.logger` needs is missing."""
+    for name in names or ():
+        if not is_installed(name):
+            raise ConfigError(
+                f"training.logger: {name} is not installed: pip install "
+                f"'lgvq_plugin[{LOGGERS[name]}]', or choose among {', '.join(LOGGERS)}"
+            )
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package of a logger is there."""
+    modules = {"csv": ["csv"], "tensorboard": ["tensorboard", "tensorboardX"]}.get(name, [name])
+    return any(find_spec(module) for module in modules)
 
 
 LORA_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [

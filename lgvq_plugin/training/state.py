@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 from ..checkpoints.read import read_raw
 from ..config import FIRST_RECIPE, differing, laid_over, of_first_version
 from ..files import replacing
-from ..finite import all_finite
+from ..functional import all_finite
 from ..objectives import complete_old_heads
 from ..sockets import ConfigError
 from .config import OURS, lgvq_block, loss_key, loss_section
