@@ -54,8 +54,6 @@ class Alignment(nn.Module):
             run are counted from there, so that a retrofit of a half-trained host is aligned.
     """
 
-    first_step: Tensor
-
     def __init__(
         self,
         config: LGVQConfig,
@@ -73,7 +71,7 @@ class Alignment(nn.Module):
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
         self._warned: set[str] = set()
         self.schedule = Schedule(config)
-        self.register_buffer("first_step", torch.tensor(-1))
+        self.first_step = nn.Buffer(torch.tensor(-1))
         self._first: int | None = None  # `first_step` on the CPU
         self.register_load_state_dict_pre_hook(_set_first_step)
         view_dim = code_dim if vision is None else vision.feature_dim
@@ -540,8 +538,7 @@ class CaptionEncoder:
     def _keep(self, texts: Sequence[str], features: TextFeatures) -> dict[str, Row]:
         """Return the rows by caption, kept as long as there is room."""
         sentences = features.sentence.clone()  # not a view of a batch with masked captions
-        tokens = features.tokens if self.tokens else features.tokens[:, :0]
-        tokens = tokens.clone()
+        tokens = (features.tokens if self.tokens else features.tokens[:, :0]).clone()
         rows = {text: (sentences[i], tokens[i]) for i, text in enumerate(texts)}
         for text, row in rows.items():
             size = sum(part.nbytes for part in row)
@@ -552,23 +549,14 @@ class CaptionEncoder:
         return rows
 
     def _join(self, rows: Sequence[Row], tokens: TextTokens, device: torch.device) -> TextFeatures:
-        lengths = tokens.attention_mask.sum(dim=1)
-        longest = int(lengths.max())
+        longest = int(tokens.attention_mask.sum(dim=1).max())
         sentence = torch.stack([row[0] for row in rows])
-        of_tokens = sentence.new_zeros(len(rows), 0, rows[0][1].shape[1])
-        if self.tokens:
-            of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
+        of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
         is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
         parts = (tokens.token_ids, tokens.attention_mask, tokens.word_ids)
-        ids, attention, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
-        return TextFeatures(
-            token_ids=ids,
-            attention_mask=attention,
-            word_ids=words,
-            tokens=of_tokens[:, :longest],
-            sentence=sentence,
-            vocabulary=self._vocabulary,
-        )
+        ids, mask, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
+        of_tokens = of_tokens[:, :longest]
+        return TextFeatures(ids, mask, words, of_tokens, sentence, self._vocabulary)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CaptionEncoder":
         return self

@@ -60,8 +60,6 @@ def encode_text(heads: "Alignment", texts: Sequence[str]) -> Tensor:
     guide, device = heads.guide, next(heads.parameters()).device
     if guide.device != device:
         guide.to(device)
-    if not len(texts):
-        return torch.zeros(0, guide.sentence_dim, device=device)
     return F.normalize(guide.encode(list(texts)).sentence.float(), dim=-1)
 
 

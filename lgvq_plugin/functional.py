@@ -80,13 +80,12 @@ def contrast(
     """Cross-entropy of scores (B, B + M) with the targets on the diagonal; `same` is excluded."""
     logits = scores / temperature
     count = len(logits)
-    excluded = same.clone().fill_diagonal_(False) if same is not None else None
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    if same is not None:
+        excluded[:, :count] = same
     if past_same is not None:
-        own = logits.new_zeros((count, count), dtype=torch.bool) if excluded is None else excluded
-        excluded = torch.cat([own, past_same], dim=1)
-    if excluded is not None:
-        excluded = F.pad(excluded, (0, logits.shape[1] - excluded.shape[1]))
-        logits = logits.masked_fill(excluded, float("-inf"))
+        excluded[:, count:] = past_same
+    logits = logits.masked_fill(excluded.fill_diagonal_(False), float("-inf"))
     return F.cross_entropy(logits, torch.arange(count, device=logits.device))
 
 
@@ -160,13 +159,13 @@ def relationship_loss(
         raise ValueError(f"matching must be 'soft' or 'straight_through', got {matching!r}")
     words, codes = words.detach(), codes.float()
     similarity = cosines(words, tokens)  # (B, T, N)
+    pair = word_mask[:, :, None] & word_mask[:, None, :]
     if variant == "paper":
         best, match = similarity.max(dim=-1, keepdim=True)
         # The released code scales by the cosine, which the normalization reduces to its sign (so
         # the tokens get no gradient), and divides by zero at a cosine of 0.
         matched = codes.take_along_dim(match, dim=1) * best.detach().sign()
-        cell = word_mask[:, :, None] & word_mask[:, None, :]
-        gap = (cosines(matched, matched) - cosines(words, words)).masked_fill(~cell, 0.0)
+        gap = (cosines(matched, matched) - cosines(words, words)).masked_fill(~pair, 0.0)
         return gap.square().mean() if gap.numel() else codes.sum()
     share = (similarity / temperature).softmax(dim=-1)
     if matching == "straight_through":
@@ -174,7 +173,6 @@ def relationship_loss(
         share = best + (share - share.detach())
     matched = _matmul(share, codes)
     gap = cosines(matched, matched) - cosines(words, words)
-    pair = word_mask[:, :, None] & word_mask[:, None, :]
     pair = pair & ~torch.eye(pair.shape[-1], dtype=torch.bool, device=pair.device)
     return gap.square().masked_fill(~pair, 0.0).sum() / pair.sum().clamp(min=1)
 

@@ -290,8 +290,7 @@ def attach_saved(
         block["code_dim"] = saved.code_dim
     block["grid"] = options.get("grid") or saved.grid_on(grid_of(model))
     block.pop("quantizer", None)
-    path = [*quantizers] if len(quantizers) > 1 else next(iter(quantizers))
-    handle = attach(model, path, **block)
+    handle = attach(model, [*quantizers], **block)
     try:
         saved.load_into(handle.heads)
     except ConfigError:

@@ -92,6 +92,20 @@ def suggest(name: object, known: Iterable[object]) -> str:
     return f"{hint} Known: {', '.join(names)}"
 
 
+def require_known(names: Iterable[object], known: Iterable[object], problem: str) -> None:
+    """Raise ConfigError with a problem such as "no key {!r}" for the first name not known.
+
+    >>> require_known(["weight", "wieght"], ["weight", "start"], "no key {!r}")
+    Traceback (most recent call last):
+    ...
+    lgvq_plugin.sockets.ConfigError: no key 'wieght'; did you mean 'weight'? Known: start, weight
+    """
+    names, known = [*names], [*known]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{problem.format(name)}{suggest(name, known)}")
+
+
 def import_target(path: str) -> Any:
     """Return the object at "package.module.Class" or "package.module:Class".
 

@@ -138,7 +138,7 @@ def test_instantiate_refuses(config, told):
     [
         (
             "lgvq_plugin.guides.tokens.Assemble",
-            {"AbstractTokenGuide", "assemble", "require_length", "with_mean_row"},
+            {"AbstractTokenGuide", "assemble", "features_of", "require_length", "with_mean_row"},
         ),
         (
             "lgvq_plugin.arguments.choose",

@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -58,18 +59,12 @@ class AbstractFrozenModel(ABC):
     def weights(self) -> Mapping[str, Tensor]:
         """Return all tensors that features are computed from."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Sha256 of weights and config; guides with equal fingerprints give equal features.
 
         It is computed once, from all weights. A cache of features is keyed by it.
         """
-        known = self.__dict__.get("_fingerprint")
-        if known is None:
-            known = self._fingerprint = self._digest()
-        return known
-
-    def _digest(self) -> str:
         config = {key: value for key, value in self.config.items() if key not in PLACES}
         facts = {"class": type(self).__qualname__, **self._facts(), "config": config}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

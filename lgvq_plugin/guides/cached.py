@@ -10,6 +10,7 @@ Shards are memory-mapped and never change, so any number of processes can read w
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..config import differing
 from ..files import remove_parts, write_bytes, write_json
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError, require_known
 from ..types import TextFeatures, TextTokens
 from .base import PLACES, AbstractGuide, UnknownWords, build_guide
 from .shards import (
@@ -79,8 +80,7 @@ class CachedGuide(AbstractGuide):
         device: torch.device | str | None = None,
         **rest: Any,
     ) -> None:
-        if missing not in MISSING:
-            raise ConfigError(f"guide.missing: {missing!r}{suggest(str(missing), list(MISSING))}")
+        require_known([missing], MISSING, "guide.missing: {!r}")
         if rest and guide is None:
             raise ConfigError(f"guide cached: no key {next(iter(rest))!r}; put it under `guide:`")
         self._folder = Path(folder).expanduser()
@@ -222,7 +222,7 @@ class CachedGuide(AbstractGuide):
             "device": str(self.device),
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the guide that the features come from."""
         return self.facts.fingerprint

@@ -15,6 +15,10 @@ from .images import AbstractImageTower, Tower, TowerOptions, require_layer, squa
 from .tokens import AbstractTokenGuide, Row, require_length, with_mean_row
 
 SENTENCES = ("mean", "first", "pooled")
+MEMBERS = {  # name of the guide, and what prepares its input
+    "text": ("huggingface", "AutoTokenizer"),
+    "image": ("huggingface_vision", "AutoImageProcessor"),
+}
 MOST_PREFIX = 16  # class token and registers of an image encoder
 
 
@@ -160,7 +164,7 @@ def _side(size: Any) -> int:
 
 def _load_text(model: str, cache_dir: str | None) -> tuple[Any, Any]:
     """Return encoder and tokenizer."""
-    network, tokenizer = _load(model, "AutoTokenizer", "text", cache_dir=cache_dir, seed=0)
+    network, tokenizer = _load("text", model, cache_dir)
     if network.config.is_encoder_decoder:
         network = network.get_encoder()
     if not tokenizer.is_fast or _row(tokenizer, "")[1][-1:] != [-1]:
@@ -178,10 +182,8 @@ def _load_text(model: str, cache_dir: str | None) -> tuple[Any, Any]:
 
 def _load_image(given: TowerOptions) -> tuple[Any, Any]:
     """Return encoder and image processor."""
-    model, more = given.checkpoint or given.model, {"pretrained": bool(given.pretrained)}
-    network, processor = _load(
-        model, "AutoImageProcessor", "image", cache_dir=given.cache_dir, seed=given.seed, **more
-    )
+    model, options = given.checkpoint or given.model, {"is_trained": bool(given.pretrained)}
+    network, processor = _load("image", model, given.cache_dir, seed=given.seed, **options)
     network = getattr(network, "vision_model", network)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise ConfigError(
@@ -191,20 +193,14 @@ def _load_image(given: TowerOptions) -> tuple[Any, Any]:
 
 
 def _load(
-    model: str,
-    preparation: str,
-    kind: Kind,
-    *,
-    cache_dir: str | None,
-    seed: int,
-    pretrained: bool = True,
+    kind: Kind, model: str, cache_dir: str | None, *, seed: int = 0, is_trained: bool = True
 ) -> tuple[Any, Any]:
-    """Return encoder and its `preparation`, from a folder, the cache, or the hub if it answers."""
+    """Return encoder and tokenizer or processor, from a folder, the cache, or the hub."""
+    member, preparation = MEMBERS[kind]
     try:
         import transformers
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
-        member = {"text": "huggingface", "image": "huggingface_vision"}[kind]
         raise ConfigError(
             f"guide {member} needs transformers: pip install 'lgvq_plugin[hf]'"
         ) from error
@@ -218,7 +214,7 @@ def _load(
             require_hub(model, f"folder or hub repository {model!r}", cache_dir, kind)
     try:
         with seeded(seed):
-            if pretrained:
+            if is_trained:
                 network = AutoModel.from_pretrained(model, **options)
             else:
                 network = AutoModel.from_config(AutoConfig.from_pretrained(model, **options))

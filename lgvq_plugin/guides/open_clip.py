@@ -66,8 +66,7 @@ class OpenCLIPText(AbstractTokenGuide):
                 f"{type(tokenizer).__name__}; expected open_clip's TextTransformer with its "
                 "SimpleTokenizer. guide: {use: huggingface, model: ...} takes other encoders"
             )
-        context = tower.context_length
-        self.max_length = require_length(max_length, context)
+        self.max_length = require_length(max_length, tower.context_length)
         self._tokenizer, self.pad_id = tokenizer, tower.pad_id
         is_causal = tower.attn_mask is not None and tower.cls_emb is None
         self._is_trimmed = is_causal and tower.pool_type in ("argmax", "eos")
@@ -147,13 +146,16 @@ class OpenCLIPGuide(OpenCLIPText):
     ) -> None:
         if not isinstance(model, str) or not isinstance(pretrained, str | None):
             raise ConfigError(f"guide: expected names, got {model!r} and {pretrained!r}")
-        self._source = {
-            "model": model,
-            "pretrained": pretrained,
-            "cache_dir": cache_dir,
-            "seed": seed,
-        }
-        tower, tokenizer = load_text(model, pretrained, cache_dir=cache_dir, seed=seed)
+        places = {"cache_dir": cache_dir, "seed": seed}
+        self._source = {"model": model, "pretrained": pretrained, **places}
+        tower, name = load_tower(model, pretrained, kind="text", **places)
+        with _quiet():
+            try:
+                tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+            except Exception as error:  # a foreign file can break in any way
+                raise ConfigError(
+                    f"guide: open_clip has no tokenizer for model {model!r}: {error}"
+                ) from error
         super().__init__(tower, tokenizer, max_length=max_length, device=device)
         self._set_dtype(dtype)
 
@@ -233,20 +235,6 @@ def _depth(tower: Any) -> int:
     return 5 if transformer is None else len(transformer.resblocks)  # type: ignore[arg-type]
 
 
-def load_text(
-    model: str, pretrained: str | None, *, cache_dir: str | None, seed: int
-) -> tuple[nn.Module, Any]:
-    """Return text tower and tokenizer of an open_clip model; see :func:`load_tower`."""
-    tower, name = load_tower(model, pretrained, kind="text", cache_dir=cache_dir, seed=seed)
-    with _quiet():
-        try:
-            return tower, open_clip.get_tokenizer(name, cache_dir=cache_dir)
-        except Exception as error:  # a foreign file can break in any way
-            raise ConfigError(
-                f"guide: open_clip has no tokenizer for model {model!r}: {error}"
-            ) from error
-
-
 def load_tower(
     model: str,
     pretrained: str | None,
@@ -308,8 +296,8 @@ def load_tower(
 
 
 def _load_archive(tower: nn.Module, archive: str, kind: Kind) -> None:
-    state = torch.jit.load(archive, map_location="cpu").state_dict()
-    state = convert_to_custom_text_state_dict(state)
+    whole = torch.jit.load(archive, map_location="cpu").state_dict()
+    state = convert_to_custom_text_state_dict(whole)
     prefix = {"text": "text.", "image": "visual."}[kind]
     own = {key: value for key, value in state.items() if key.startswith(prefix)}
     tower.load_state_dict({key.removeprefix(prefix): value for key, value in own.items()})

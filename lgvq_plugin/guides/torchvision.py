@@ -12,7 +12,7 @@ from torchvision import models
 from ..checkpoints.read import read_raw
 from ..functional import seeded
 from ..hub import require_reachable
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError, require_known, suggest
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 HEADS = ("classifier.", "fc.", "head.")  # of checkpoints; not read
@@ -68,12 +68,8 @@ def _weights(given: TowerOptions) -> Any:
     known: Any = models.get_model_weights(given.model)
     if not isinstance(given.pretrained, str):
         return known.DEFAULT
-    names = [each.name for each in known]
-    if given.pretrained not in names:
-        raise ConfigError(
-            f"guides.vision.pretrained: no weights {given.pretrained!r} of {given.model!r}"
-            f"{suggest(given.pretrained, names)}"
-        )
+    problem = f"guides.vision.pretrained: no weights {{!r}} of {given.model!r}"
+    require_known([given.pretrained], [each.name for each in known], problem)
     return known[given.pretrained]
 
 

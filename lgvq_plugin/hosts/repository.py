@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..host import encode
 from ..quantizer_hook import codebook_of, require_quantizer
-from ..sockets import ConfigError, check_call, import_target, instantiate
+from ..sockets import ConfigError, check_call, import_target, instantiate, require_known
 from .vqvae import AbstractImageTokenizer, to_plain
 
 CODES = ("count", "width", "factor", "unit_length")
@@ -121,8 +121,7 @@ class TamingProtocol:
 
 def _check_codes(host: nn.Module, wanted: Mapping[str, Any]) -> None:
     """Compare the codes of a small image with what is published; ConfigError if they differ."""
-    if unknown := [key for key in wanted if key not in CODES]:
-        raise ConfigError(f"model.params.codes: no key {unknown[0]!r}. Known: {', '.join(CODES)}")
+    require_known(wanted, CODES, "model.params.codes: no key {!r}")
     side = 2 * wanted.get("factor", 16)
     like = next(host.parameters())
     image = torch.linspace(-1, 1, 3 * side * side, dtype=like.dtype).view(1, 3, side, side)

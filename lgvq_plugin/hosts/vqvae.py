@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.read import read_raw
-from ..config import to_plain
+from ..config import require, to_plain
 from ..functional import batch_perplexity
-from ..sockets import ConfigError, instantiate, suggest
+from ..sockets import ConfigError, instantiate, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +154,10 @@ class VQVAE(AbstractImageTokenizer):
     ):
         super().__init__()
         self.scheduler_config = None if scheduler_config is None else to_plain(scheduler_config)
-        if downsample not in DOWNSAMPLES:
-            known = ", ".join(map(str, DOWNSAMPLES))
-            raise ConfigError(f"VQVAE: downsample must be one of {known}, got {downsample!r}")
+        known = f"one of {', '.join(map(str, DOWNSAMPLES))}"
+        require(downsample in DOWNSAMPLES, "VQVAE: downsample", known, downsample)
         stems = {"strided": (Encoder, Decoder), "patch": (PatchEncoder, PatchDecoder)}
-        if stem not in stems:
-            raise ConfigError(f"VQVAE: stem: {stem!r}{suggest(str(stem), stems)}")
+        require_known([stem], stems, "VQVAE: stem: {!r}")
         if channels < 2 or channels % 2:
             raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
         if not 0 <= num_res_blocks <= MAX_BLOCKS:
@@ -218,10 +216,7 @@ class VQVAE(AbstractImageTokenizer):
 
 def _require_levels(quantizer: str, levels: Sequence[int] | None) -> None:
     """Raise ConfigError for an unknown quantizer, or levels without FSQ, or FSQ without levels."""
-    if quantizer not in (*MODES, FSQ):
-        raise ConfigError(
-            f"quantizer: no mode {quantizer!r}{suggest(str(quantizer), [*MODES, FSQ])}"
-        )
+    require_known([quantizer], [*MODES, FSQ], "quantizer: no mode {!r}")
     if (quantizer == FSQ) != (levels is not None):
         raise ConfigError(
             f"VQVAE: levels are for quantizer 'fsq', for instance [8, 5, 5, 5]; got quantizer "
@@ -241,8 +236,7 @@ class VQVAELoss(nn.Module):
 
     def __init__(self, codebook_weight: float = 1.0, pixel: Literal["l2", "l1"] = "l2"):
         super().__init__()
-        if pixel not in ("l2", "l1"):
-            raise ConfigError(f"VQVAELoss: pixel must be 'l2' or 'l1', got {pixel!r}")
+        require(pixel in ("l2", "l1"), "VQVAELoss: pixel", "'l2' or 'l1'", pixel)
         self.codebook_weight, self.pixel = codebook_weight, pixel
 
     def forward(
@@ -291,9 +285,6 @@ class VectorQuantizer(nn.Module):
     """
 
     layout = "channels_first"  # of input and output, (B, C, h, w)
-    cluster_size: Tensor
-    embed_avg: Tensor
-    steps: Tensor
 
     def __init__(
         self,
@@ -308,21 +299,19 @@ class VectorQuantizer(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        if mode not in MODES:
-            raise ConfigError(f"quantizer: no mode {mode!r}{suggest(mode, list(MODES))}")
+        require_known([mode], MODES, "quantizer: no mode {!r}")
         for name, value in (("decay", decay), ("dead_threshold", dead_threshold)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"quantizer: {name} must be in [0, 1), got {value!r}")
+            require(0 <= value < 1, f"quantizer: {name}", "a number in [0, 1)", value)
         self.n_embed, self.embed_dim = n_embed, embed_dim
         self.mode, self.decay, self.commitment = mode, decay, commitment
         self.restart_dead, self.dead_threshold, self.seed = restart_dead, dead_threshold, seed
         self.embedding = nn.Embedding(n_embed, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
-        self.register_buffer("cluster_size", torch.ones(n_embed))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.cluster_size = nn.Buffer(torch.ones(n_embed))
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.int64))
         if mode == "ema":
             self.embedding.weight.requires_grad_(False)
-            self.register_buffer("embed_avg", self.embedding.weight.detach().clone())
+            self.embed_avg = nn.Buffer(self.embedding.weight.detach().clone())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         """Quantize (B, C, H, W).
@@ -401,8 +390,6 @@ class FiniteScalarQuantizer(nn.Module):
     """
 
     layout = "channels_first"
-    levels: Tensor
-    basis: Tensor
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
@@ -410,8 +397,8 @@ class FiniteScalarQuantizer(nn.Module):
         if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
             raise ConfigError(f"quantizer: levels must be whole numbers >= 2, got {levels!r}")
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+        self.levels = nn.Buffer(torch.tensor(levels), persistent=False)
+        self.basis = nn.Buffer(torch.tensor(basis), persistent=False)
         self.n_embed, self.embed_dim = math.prod(levels), len(levels)
         numbers = torch.arange(self.n_embed)[:, None] // self.basis % self.levels
         codes = (numbers - self.levels // 2) / (self.levels // 2)

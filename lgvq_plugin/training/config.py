@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from ..arguments import KEY
 from ..config import OBJECTIVES, laid_over, parse, require, with_text_guide
 from ..datasets import MEMBERS
-from ..sockets import ConfigError, MissingError, Problems, path_of, suggest
+from ..sockets import ConfigError, MissingError, Problems, path_of, require_known, suggest
 from .settings import TrainingConfig, require_installed
 
 logger = logging.getLogger(__name__)
@@ -118,12 +118,12 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
     low, high = _in_our_layout(config), _in_our_layout(part)
     _place_short_forms(low, high)
     for key in DATA_SETS:
-        old, new = _mapping(low, "data", key), _mapping(high, "data", key).get("target")
+        old, new = mapping_at(low, "data", key), mapping_at(high, "data", key).get("target")
         if new and old.get("target") not in (None, new) and (lost := old.pop("params", None)):
             message = "data.%s: %s replaces %s, whose params are dropped (%s)"
             logger.info(message, key, new, old["target"], ", ".join(map(str, lost)))
     for path, default in ((("guide",), "open_clip"), (("guides", "vision"), None)):
-        old, new = (_mapping(_block_in(node), *path) for node in (low, high))
+        old, new = (mapping_at(_block_in(node), *path) for node in (low, high))
         if new.get("use") not in (None, old.get("use", default)):
             old.clear()
     _require_mergeable(low, high)
@@ -136,11 +136,7 @@ def _require_mergeable(low: Any, high: Any, path: str = "") -> None:
     if isinstance(low, dict) and isinstance(high, dict):
         for key in low.keys() & high.keys():
             _require_mergeable(low[key], high[key], f"{path}.{key}".lstrip("."))
-    elif (
-        isinstance(low, dict | list)
-        and isinstance(high, dict | list)
-        and type(low) is not type(high)
-    ):
+    elif {type(low), type(high)} == {dict, list}:
         raise ConfigError(
             f"{path}: a list and a mapping cannot be merged: {low!r} and {high!r}; make both "
             "mappings, or both lists"
@@ -153,9 +149,9 @@ def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     plain = {str(key): value for key, value in renamed.items()}
     if "dataset" in plain and "data" not in plain:
         plain["data"] = plain.pop("dataset")
-    if isinstance(_mapping(plain, "data").get("params"), dict):
+    if isinstance(mapping_at(plain, "data").get("params"), dict):
         plain["data"] = _flat(plain["data"])
-    for node in (plain, _mapping(plain, "model", "params", loss_key(plain), "params")):
+    for node in (plain, mapping_at(plain, "model", "params", loss_key(plain), "params")):
         if isinstance(node.get("lgvq"), dict):
             node["lgvq"] = with_text_guide(node["lgvq"])
     return plain
@@ -190,7 +186,7 @@ def _renamed(node: Any) -> Any:
     return {CLI_KEYS.get(k, k) if is_cli else k: _renamed(value) for k, value in node.items()}
 
 
-def _mapping(node: Any, *keys: str | None) -> Any:
+def mapping_at(node: Any, *keys: str | None) -> Any:
     """Return the mapping at a path; an empty one, not attached, where there is none."""
     for key in keys:
         node = node.get(key) if isinstance(node, Mapping) else None
@@ -199,7 +195,7 @@ def _mapping(node: Any, *keys: str | None) -> Any:
 
 def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
     key = loss_key(high) or loss_key(low)
-    targets = [_mapping(node, "model", "params", key).get("target") for node in (high, low)]
+    targets = [mapping_at(node, "model", "params", key).get("target") for node in (high, low)]
     is_ours = str(targets[0] or targets[1]).startswith(OURS)
     if "lgvq" in high and high["lgvq"] is None and (_block_in(low) or _block_in(high)):
         raise ConfigError(
@@ -209,7 +205,7 @@ def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
     for node in (low, high):
         if block := _pop_short_forms(node):
             for name in ("model", "params", key, "params") if key and is_ours else ():
-                node[name] = _mapping(node, name)
+                node[name] = mapping_at(node, name)
                 node = node[name]
             node["lgvq"] = laid_over(node.get("lgvq") or {}, block)
 
@@ -226,9 +222,7 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
             names = [given] if isinstance(given, str) else given
             expected = f"some of {', '.join(OBJECTIVES)}, or a mapping of them"
             require(isinstance(names, list), "objectives", expected, given)
-            for name in names:
-                if name not in OBJECTIVES:
-                    raise ConfigError(f"objectives: {name!r}{suggest(name, OBJECTIVES)}")
+            require_known(names, OBJECTIVES, "objectives: {!r}")
             given = {name: {"weight": 0.0} for name in OBJECTIVES if name not in names}
             defaults = parse({"recipe": block.get("recipe") or "corrected"}).objectives
             for name in (n for n in names if not getattr(defaults, n).weight):
@@ -239,8 +233,8 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
 
 def _block_in(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `lgvq:` block of one part of a config, in the loss or at the root."""
-    inner = _mapping(node, "model", "params", loss_key(node), "params", "lgvq")
-    return inner or _mapping(node, "lgvq")
+    inner = mapping_at(node, "model", "params", loss_key(node), "params", "lgvq")
+    return inner or mapping_at(node, "lgvq")
 
 
 @dataclass(frozen=True)
@@ -382,7 +376,7 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
                 key: value[key]
                 for key, kind in TRAINER_KEYS.items()
                 if isinstance(value.get(key), kind)
-                and key not in _mapping(own)
+                and key not in mapping_at(own)
                 and value[key] != -1  # Lightning's word for no limit
             }
             if used:
@@ -392,7 +386,7 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
         elif name not in helpers:
             _refuse_near("no section {!r} in a config", [name[:60]], SECTIONS)
             ignored.append(name)
-    scale_lr = _mapping(plain, "model").get("scale_lr")  # taming's flag; some keep it here
+    scale_lr = mapping_at(plain, "model").get("scale_lr")  # taming's flag; some keep it here
     taken |= {"scale_lr": scale_lr} if isinstance(scale_lr, bool) else {}
     if taken and (own is None or isinstance(own, dict)):  # another value is reported later
         plain["training"] = {**taken, **(own or {})}
@@ -528,13 +522,13 @@ def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """
 
     def search(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        inner = _mapping(node)
+        inner = mapping_at(node)
         yield from ((f"{path}.{key}", inner[key]) for key in RESOLUTION_KEYS if key in inner)
         for key, value in inner.items():
             if key not in LOSS_KEYS:
                 yield from search(value, f"{path}.{key}")
 
-    for key, value in search(_mapping(model, "params"), "model.params"):
+    for key, value in search(mapping_at(model, "params"), "model.params"):
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
             return key, sides[0] if sides[0] == sides[1] else sides
@@ -556,7 +550,7 @@ def with_sizes(
     folder = f"{__package__.partition('.')[0]}.datasets."
     ours = {*MEMBERS, *(f"{folder}{path}" for path in MEMBERS.values())}  # these all take `size`
     for name in DATA_SETS:
-        section = _mapping(data, name)
+        section = mapping_at(data, name)
         if str(section.get("target")).replace(":", ".") not in ours:
             continue
         params = {"size": size, **(section.get("params") or {})}
@@ -574,7 +568,7 @@ def with_sizes(
 
 def loss_key(config: Mapping[str, Any]) -> str | None:
     """Return where `model.params` holds the host's loss: lossconfig, or loss; None for neither."""
-    params = _mapping(config, "model", "params")
+    params = mapping_at(config, "model", "params")
     return next((key for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
 
 

@@ -4,7 +4,7 @@ position in the stream -> (epoch, index) -> worker: set_epoch(epoch), dataset[in
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -140,14 +140,7 @@ def train_loader(
     dataset: Any, stream: Stream, *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Return the endless loader of one training process; draws nothing from global generators."""
-    return DataLoader(
-        Watched(AtEpoch(dataset, stream.seed), num_workers),
-        batch_sampler=stream,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(stream.seed),
-    )
+    return _loader(dataset, stream, stream.seed, num_workers, pin_memory=pin_memory)
 
 
 def validation_loader(
@@ -170,10 +163,18 @@ def validation_loader(
         raise ConfigError(f"{len(dataset)} validation samples for {world_size} processes")
     count = each if max_batches is None else min(each, max_batches * batch_size)
     draws = [(0, rank + i * world_size) for i in range(count)]
+    batches = [draws[i : i + batch_size] for i in range(0, count, batch_size)]
+    return _loader(dataset, batches, seed, num_workers)
+
+
+def _loader(
+    dataset: Any, batches: Iterable[list[Draw]], seed: int, num_workers: int, **options: Any
+) -> DataLoader:
     return DataLoader(
         Watched(AtEpoch(dataset, seed), num_workers),
-        batch_sampler=[draws[i : i + batch_size] for i in range(0, count, batch_size)],
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator().manual_seed(seed),
+        **options,
     )

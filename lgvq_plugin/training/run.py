@@ -41,6 +41,7 @@ RUN_NAME = "LGVQ_RUN_NAME"  # passes the name to the processes that Lightning st
 RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")  # of Lightning and of torchrun
 # `lightning` and `pytorch_lightning` share one variable for their logger: the last import sets it.
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+MACHINE = ("devices", "num_nodes", "accelerator", "strategy", "precision")  # Lightning's too
 TOO_EARLY = "stopped before the first step; nothing new to save"
 AT_ONCE = (
     "stopped at once, without saving; resume from the newest checkpoint, if there is one: "
@@ -283,13 +284,7 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
     from .state import AtomicCheckpointIO
 
     settings = sections.training
-    machine: dict[str, Any] = {
-        "devices": settings.devices,
-        "num_nodes": settings.num_nodes,
-        "accelerator": settings.accelerator,
-        "strategy": settings.strategy,
-        "precision": settings.precision,
-    }
+    machine: dict[str, Any] = {key: getattr(settings, key) for key in MACHINE}
     if settings.strategy in ("auto", "ddp") and (settings.devices, settings.num_nodes) != (1, 1):
         # Two losses reach two sets of parameters, so each backward pass leaves some unused.
         machine["strategy"] = "ddp_find_unused_parameters_true"

@@ -249,9 +249,8 @@ def _is_moment(name: str, value: Any, *, like: Tensor) -> bool:
         return True
     if name in MOMENTS:
         is_like = isinstance(value, Tensor) and value.shape == like.shape
-        if not (is_like and value.is_floating_point() and value.layout == torch.strided):
-            return False
-        if value.is_meta:  # a shape without numbers
+        is_dense = is_like and value.layout == torch.strided and not value.is_meta
+        if not (is_dense and value.is_floating_point()):
             return False
         return bool(all_finite([value]) and (not name.endswith("_sq") or value.ge(0).all()))
     if isinstance(value, Tensor):
@@ -307,8 +306,7 @@ def first_recipe(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> di
     is_default = now.get("recipe") in (None, "corrected")
     if not (is_ours and is_default and then.get("recipe") == FIRST_RECIPE):
         return {}
-    block = {"params": {"lgvq": {"recipe": FIRST_RECIPE}}}
-    above = {"model": {"params": {key: block}}}
+    above = {"model": {"params": {key: {"params": {"lgvq": {"recipe": FIRST_RECIPE}}}}}}
     kept["config"] = laid_over(before, above)
     return above
 
