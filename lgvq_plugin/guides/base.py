@@ -50,6 +50,10 @@ class AbstractFrozenModel(ABC):
     def device(self) -> torch.device:
         """Device of the network."""
 
+    @abstractmethod
+    def to(self: G, device: torch.device | str) -> G:
+        """Move the network; returns self."""
+
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -161,10 +165,6 @@ class AbstractGuide(AbstractFrozenModel):
     def vocabulary(self) -> Tensor:
         """Token embedding, (V, Dt), on :attr:`device`."""
 
-    @abstractmethod
-    def to(self, device: torch.device | str) -> "AbstractGuide":
-        """Move the network; returns self."""
-
     def count_truncated(self, captions: Iterable[str]) -> None:
         """Count captions that were cut, each once; the first one is logged."""
         known: set[str] = self.__dict__.setdefault("_truncated", set())
@@ -205,10 +205,6 @@ class AbstractImageGuide(AbstractFrozenModel):
 
         Resizing and normalization are the guide's own.
         """
-
-    @abstractmethod
-    def to(self, device: torch.device | str) -> "AbstractImageGuide":
-        """Move the network; returns self."""
 
 
 def build_guide(config: Mapping[str, Any]) -> AbstractGuide:

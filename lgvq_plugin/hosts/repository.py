@@ -98,6 +98,7 @@ class TamingProtocol:
     scheduler_config = None
     get_input = AbstractImageTokenizer.get_input
     configure_optimizers = AbstractImageTokenizer.configure_optimizers
+    get_last_layer = AbstractImageTokenizer.get_last_layer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction of x (B, 3, H, W) and the sum of the quantizer's losses."""
@@ -108,10 +109,6 @@ class TamingProtocol:
         terms = losses if isinstance(losses, tuple | list) else [losses]
         zero = images.new_zeros(())  # in evaluation mode LlamaGen's are None
         return images, sum((t.mean() for t in terms if isinstance(t, Tensor)), zero)
-
-    def get_last_layer(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.weight  # type: ignore[attr-defined]
 
     def foreign_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the tokenizer's own class."""

@@ -6,7 +6,6 @@ image (3, H, W) --Encoder--> (channels, H/f, W/f) --quant_conv--> (embed_dim, H/
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -32,7 +31,7 @@ GRACE = 2.0  # a restarted code has this many times the threshold: 70 steps to f
 EPSILON = 1e-5  # Laplace smoothing of the counts
 
 
-class AbstractImageTokenizer(nn.Module, ABC):
+class AbstractImageTokenizer(nn.Module):
     """A tokenizer with the interface of taming's VQModel; subclasses build the parts.
 
     Attributes:
@@ -56,9 +55,9 @@ class AbstractImageTokenizer(nn.Module, ABC):
     post_quant_conv: nn.Module
     scheduler_config: Mapping[str, Any] | None = None
 
-    @abstractmethod
     def get_last_layer(self) -> Tensor:
         """Return the weight of the decoder's last convolution."""
+        return self.decoder.conv_out.weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
@@ -189,10 +188,6 @@ class VQVAE(AbstractImageTokenizer):
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
-
-    def get_last_layer(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.weight
 
     def init_from_ckpt(self, path: str) -> None:
         """Load weights; ConfigError unless the file is there and all but the loss's fit."""
