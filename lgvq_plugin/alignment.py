@@ -156,7 +156,8 @@ class Alignment(nn.Module):
             view = replace(self.view(codes), images=images, reconstructions=reconstructions)
             if self.vision is not None:
                 view = self._with_vision(view, self.vision)
-            total = self._weighted_sum(view, strings, generator, scale, step, split, log)
+            terms = self._terms(view, strings, generator)
+            total = self._weighted_sum(terms, scale, step, split, log)
         elif world_size() > 1:  # DDP waits for a gradient of every parameter
             total = zero_of(self)
         else:
@@ -167,24 +168,22 @@ class Alignment(nn.Module):
                 log[f"{split}/lgvq/gradient_ratio"] = balance.measured
         return total, log
 
-    def _weighted_sum(
-        self,
-        view: CodeView,
-        strings: list[str],
-        generator: torch.Generator,
-        scale: float,
-        step: int,
-        split: str,
-        log: dict[str, Tensor],
-    ) -> Tensor:
-        device = view.cls.device
-        caption, masked = self._read(strings, generator, device)
+    def _terms(
+        self, view: CodeView, strings: list[str], generator: torch.Generator
+    ) -> dict[str, Term]:
+        """Return what each objective makes of a batch."""
+        caption, masked = self._read(strings, generator, view.cls.device)
         terms: dict[str, Term] = {}
         for name, objective in self.objectives.items():
             mask, features = masked.get(name, (None, None))
             terms[name] = objective(view, replace(caption, mask=mask, masked=features))
+        return terms
+
+    def _weighted_sum(
+        self, terms: dict[str, Term], scale: float, step: int, split: str, log: dict[str, Tensor]
+    ) -> Tensor:
         bad = self._handle_nonfinite(terms, step, split)
-        total: Tensor = torch.zeros((), device=device)
+        total: Tensor = torch.zeros((), device=self.first_step.device)
         for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
             log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}

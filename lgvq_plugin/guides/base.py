@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..functional import sample_word_mask
-from ..sockets import ConfigError, resolve, suggest
+from ..sockets import ConfigError, as_config_error, require_known, resolve
 from ..types import ImageFeatures, TextFeatures, TextTokens
 
 logger = logging.getLogger(__name__)
@@ -237,15 +237,11 @@ def _build(
         raise ConfigError(f"{path}.use: name a guide, such as {{use: {example}}}; got {params}")
     member = resolve("guides", name)
     _require_kind(member, kind, f"{path}.use: {name!r}")
-    try:
+    with as_config_error(f"{path}.use: {name!r} is no guide", TypeError, ValueError):
         known = inspect.signature(member).parameters
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}.use: {name!r} is no guide: {error}") from error
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for key in params:
-        if key not in known and not takes_all:
-            hint = suggest(key, ["use", *known])
-            raise ConfigError(f"unknown key {path}.{key} of guide {name!r}{hint}")
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        problem = f"unknown key {path}.{{}} of guide {name!r}"
+        require_known(params, ["use", *known], problem)
     for key, parameter in known.items():
         is_variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if parameter.default is parameter.empty and not is_variable and key not in params:

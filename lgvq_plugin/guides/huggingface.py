@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..functional import seeded
 from ..hub import KEYS, Kind, find_cached, require_hub
-from ..sockets import ConfigError
+from ..sockets import ConfigError, as_config_error
 from .images import AbstractImageTower, Tower, TowerOptions, require_layer, square
 from .tokens import AbstractTokenGuide, Row, require_length, with_mean_row
 
@@ -212,12 +212,9 @@ def _load(
         options["local_files_only"] = find_cached(model, ["config.json"], cache_dir) is not None
         if not options["local_files_only"]:
             require_hub(model, f"folder or hub repository {model!r}", cache_dir, kind)
-    try:
-        with seeded(seed):
-            if is_trained:
-                network = AutoModel.from_pretrained(model, **options)
-            else:
-                network = AutoModel.from_config(AutoConfig.from_pretrained(model, **options))
+    with as_config_error(f"{KEYS[kind]}: transformers cannot load {model!r}"), seeded(seed):
+        if is_trained:
+            network = AutoModel.from_pretrained(model, **options)
+        else:
+            network = AutoModel.from_config(AutoConfig.from_pretrained(model, **options))
         return network, getattr(transformers, preparation).from_pretrained(model, **options)
-    except Exception as error:  # a foreign folder can break in any way
-        raise ConfigError(f"{KEYS[kind]}: transformers cannot load {model!r}: {error}") from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..functional import seeded
 from ..hub import DEMO_ONLY, KEYS, Kind, find_cached, require_hub, require_reachable
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError, as_config_error, suggest
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 from .tokens import AbstractTokenGuide, Row, require_length, with_mean_row
 
@@ -149,13 +149,8 @@ class OpenCLIPGuide(OpenCLIPText):
         places = {"cache_dir": cache_dir, "seed": seed}
         self._source = {"model": model, "pretrained": pretrained, **places}
         tower, name = load_tower(model, pretrained, kind="text", **places)
-        with _quiet():
-            try:
-                tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
-            except Exception as error:  # a foreign file can break in any way
-                raise ConfigError(
-                    f"guide: open_clip has no tokenizer for model {model!r}: {error}"
-                ) from error
+        with _quiet(), as_config_error(f"guide: open_clip has no tokenizer for model {model!r}"):
+            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
         super().__init__(tower, tokenizer, max_length=max_length, device=device)
         self._set_dtype(dtype)
 
@@ -279,19 +274,14 @@ def load_tower(
         if _is_torchscript(pretrained):
             options["force_quick_gelu"] = True
             archive, pretrained = pretrained, None
-    with seeded(seed), _quiet():
-        try:
-            network = open_clip.create_model(
-                name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
-            )
-            tower = network.get_submodule({"text": "text", "image": "visual"}[kind])
-            if archive is not None:
-                _load_archive(tower, archive, kind)
-        except Exception as error:  # a foreign file can break in any way
-            raise ConfigError(
-                f"{key}: open_clip cannot load model {model!r}, pretrained "
-                f"{archive or pretrained!r}: {error}"
-            ) from error
+    failed = f"{key}: open_clip cannot load model {model!r}, pretrained {archive or pretrained!r}"
+    with seeded(seed), _quiet(), as_config_error(failed):
+        network = open_clip.create_model(
+            name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
+        )
+        tower = network.get_submodule({"text": "text", "image": "visual"}[kind])
+        if archive is not None:
+            _load_archive(tower, archive, kind)
     return tower, name
 
 

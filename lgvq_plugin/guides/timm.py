@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import seeded
 from ..hub import find_cached, require_hub
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError, as_config_error, suggest
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -97,14 +97,11 @@ def _create(given: TowerOptions, overlay: dict[str, Any] | None) -> nn.Module:
     model, image_size = given.model, given.image_size
     options: dict[str, Any] = {"num_classes": 0, "cache_dir": given.cache_dir}
     options |= {"pretrained": overlay is not None, "pretrained_cfg_overlay": overlay or None}
-    try:
-        with seeded(given.seed):
-            if image_size is not None:
-                try:  # transformers need it to build their position embeddings
-                    return timm.create_model(model, img_size=image_size, **options)
-                except TypeError as error:
-                    if "img_size" not in str(error):  # else one for images of any size
-                        raise
-            return timm.create_model(model, **options)
-    except Exception as error:  # a foreign file can break in any way
-        raise ConfigError(f"guides.vision: timm cannot load {model!r}: {error}") from error
+    with as_config_error(f"guides.vision: timm cannot load {model!r}"), seeded(given.seed):
+        if image_size is not None:
+            try:  # transformers need it to build their position embeddings
+                return timm.create_model(model, img_size=image_size, **options)
+            except TypeError as error:
+                if "img_size" not in str(error):  # else one for images of any size
+                    raise
+        return timm.create_model(model, **options)

@@ -12,7 +12,7 @@ from torchvision import models
 from ..checkpoints.read import read_raw
 from ..functional import seeded
 from ..hub import require_reachable
-from ..sockets import ConfigError, require_known, suggest
+from ..sockets import ConfigError, as_config_error, require_known, suggest
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 HEADS = ("classifier.", "fc.", "head.")  # of checkpoints; not read
@@ -78,10 +78,9 @@ def _downloaded(facts: Any, given: TowerOptions) -> Any:
     folder = Path(given.cache_dir or f"{torch.hub.get_dir()}/checkpoints")
     if not (folder / Path(facts.url).name).is_file():
         require_reachable(facts.url, f"torchvision model {facts}", str(folder), "image")
-    try:
+    failed = f"guides.vision: cannot load {facts.url}"  # a broken or foreign file
+    with as_config_error(failed, OSError, RuntimeError, UnpicklingError):
         return facts.get_state_dict(model_dir=str(folder), check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError) as error:  # a broken or foreign file
-        raise ConfigError(f"guides.vision: cannot load {facts.url}: {error}") from error
 
 
 def _stages(network: Any, model: str) -> list[nn.Module]:

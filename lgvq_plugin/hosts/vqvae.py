@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoints.read import read_raw
 from ..config import require, to_plain
 from ..functional import batch_perplexity
-from ..sockets import ConfigError, instantiate, require_known
+from ..sockets import ConfigError, as_config_error, instantiate, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -197,10 +197,8 @@ class VQVAE(AbstractImageTokenizer):
         state = raw.get("state_dict", raw) if isinstance(raw, Mapping) else raw
         if not isinstance(state, Mapping) or not state:
             raise ConfigError(f"ckpt_path: {path!r} holds no state dict")
-        try:
+        with as_config_error(f"ckpt_path: {path!r} has other sizes", RuntimeError):
             missing, unexpected = self.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise ConfigError(f"ckpt_path: {path!r} has other sizes: {error}") from error
         strange = [key for key in (*missing, *unexpected) if not key.startswith("loss.")]
         if strange:
             raise ConfigError(

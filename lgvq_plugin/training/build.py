@@ -23,6 +23,7 @@ from ..config import LGVQConfig, parse, require, require_finite_weights
 from ..sockets import (
     ConfigError,
     Problems,
+    as_config_error,
     building,
     check_call,
     check_numbers,
@@ -378,10 +379,9 @@ def _with_folder(config: DictConfig, folder: Path, overrides: Sequence[str]) -> 
         raise ConfigError(f"{folder} does not exist; expected a folder of images or a table")
     words = [word for word in overrides if word.startswith(("data.", "dataset."))]
     over = lay_over(DictConfig({}), OmegaConf.from_dotlist(words))
-    try:  # what refers to the data section is resolved before it goes
+    with as_config_error("config", OmegaConfBaseException):
+        # What refers to the data section is resolved before it goes.
         plain: Any = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {error}") from error
     old = plain.pop("data", None)
     merged: Any = OmegaConf.merge(plain, over)
     given = to_plain(merged, "data").get("data") or {}

@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from ..arguments import KEY
 from ..config import OBJECTIVES, laid_over, parse, require, with_text_guide
 from ..datasets import MEMBERS
-from ..sockets import ConfigError, MissingError, Problems, path_of, require_known, suggest
+from ..sockets import ConfigError, MissingError, Problems, as_config_error, path_of, suggest
 from .settings import TrainingConfig, require_installed
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,9 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
     known = {*SECTIONS, *SHORT_FORMS, *FOREIGN, *(str(key) for part in parts for key in part)}
     for override in overrides:
         _check_override(override, known)
-    try:
+    kinds = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
+    with as_config_error("the configs and overrides do not fit together", *kinds):
         return reduce(lay_over, [*parts, OmegaConf.from_dotlist([*overrides])], DictConfig({}))
-    except ConfigError:
-        raise
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"the configs and overrides do not fit together: {error}") from error
 
 
 def _read_file(path: Path) -> DictConfig:
@@ -161,10 +158,9 @@ def as_omegaconf(config: DictConfig | Mapping[str, Any]) -> DictConfig:
     """Return `config` itself, or a mapping as OmegaConf's; ConfigError if that cannot hold it."""
     if isinstance(config, DictConfig):
         return config
-    try:
+    # A tensor in it, or None as a key.
+    with as_config_error("the config holds what no config can", OmegaConfBaseException):
         return OmegaConf.create(dict(config))
-    except OmegaConfBaseException as error:  # a tensor in it, or None as a key
-        raise ConfigError(f"the config holds what no config can: {error}") from error
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +218,9 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
             names = [given] if isinstance(given, str) else given
             expected = f"some of {', '.join(OBJECTIVES)}, or a mapping of them"
             require(isinstance(names, list), "objectives", expected, given)
-            require_known(names, OBJECTIVES, "objectives: {!r}")
+            for name in names:
+                if name not in OBJECTIVES:
+                    raise ConfigError(f"objectives: {name!r}{suggest(name, OBJECTIVES)}")
             given = {name: {"weight": 0.0} for name in OBJECTIVES if name not in names}
             defaults = parse({"recipe": block.get("recipe") or "corrected"}).objectives
             for name in (n for n in names if not getattr(defaults, n).weight):
@@ -440,10 +438,9 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     target = model.get("target")
     if not isinstance(target, str):
         raise ConfigError("model.target is missing: the dotted path of the host's class")
-    try:  # what reads the section later, and a run's own config, name the class
+    with as_config_error("model.target", ConfigError):
+        # What reads the section later, and a run's own config, name the class.
         model["target"] = path_of("hosts", target)
-    except ConfigError as error:
-        raise ConfigError(f"model.target: {error}") from error
     params = model.get("params")
     require(params is None or isinstance(params, dict), "model.params", "a mapping", params)
     if model.get("learning_rate") is None and model.get("base_learning_rate") is None:

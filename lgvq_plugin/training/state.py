@@ -185,8 +185,7 @@ def require_optimizers(
     states, saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     require_like(states, [{"state": {}}] * len(optimizers), "optimizer_states")
     counts = checkpoint[STATE].get("moments") or []  # older files have none
-    pairs = enumerate(zip(states, optimizers, strict=True))
-    for i, (state, optimizer) in pairs:
+    for i, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
         where, found = f"optimizer_states[{i}]", len(state["state"])
         wanted = counts[i] if i < len(counts) else None
         if wanted is None and i == 0 and isinstance(optimizer, Adam) and not found:
