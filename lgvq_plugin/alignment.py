@@ -599,8 +599,7 @@ def zero_of(module: nn.Module) -> Tensor:
 
 def _require_list_of_captions(captions: Any) -> None:
     def is_several(entry: Any) -> bool:
-        others = str | bytes | Mapping | Tensor
-        return hasattr(entry, "__len__") and not isinstance(entry, others)
+        return hasattr(entry, "__len__") and not isinstance(entry, str | bytes | Mapping | Tensor)
 
     is_list = hasattr(captions, "__len__") and not isinstance(captions, str | bytes | Mapping)
     entries = captions if is_list else ()

@@ -146,7 +146,7 @@ class OpenCLIPGuide(OpenCLIPText):
     ) -> None:
         if not isinstance(model, str) or not isinstance(pretrained, str | None):
             raise ConfigError(f"guide: expected names, got {model!r} and {pretrained!r}")
-        places = {"cache_dir": cache_dir, "seed": seed}
+        places: dict[str, Any] = {"cache_dir": cache_dir, "seed": seed}
         self._source = {"model": model, "pretrained": pretrained, **places}
         tower, name = load_tower(model, pretrained, kind="text", **places)
         with _quiet(), as_config_error(f"guide: open_clip has no tokenizer for model {model!r}"):

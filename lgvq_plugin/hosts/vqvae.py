@@ -347,7 +347,7 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.copy_(self.embed_avg / smooth[:, None])
         if self.restart_dead:
             self._restart(vectors, finite[:, 0], counts)
-        self.steps += 1
+        self.steps.add_(1)
 
     def _restart(self, vectors: Tensor, finite: Tensor, counts: Tensor) -> None:
         """Move dead codes to vectors of this batch, without synchronizing with a GPU."""
@@ -458,12 +458,9 @@ class Encoder(nn.Sequential):
         widths = [3, channels // 2, *[channels] * (num_halvings - 1)]
         for before, after in pairwise(widths):
             down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-        parts = {
-            "down": nn.Sequential(*down),
-            "conv_out": nn.Conv2d(widths[-1], channels, 3, padding=1),
-            "blocks": nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU()),
-        }
-        super().__init__(OrderedDict(parts))
+        conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        blocks = nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU())
+        super().__init__(OrderedDict(down=nn.Sequential(*down), conv_out=conv_out, blocks=blocks))
 
 
 class Decoder(nn.Sequential):
