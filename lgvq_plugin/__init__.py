@@ -30,17 +30,7 @@ _LAZY = {
     "attach": "host",
 }
 
-__all__ = [
-    "AbstractGuide",
-    "AbstractObjective",
-    "CodeViT",
-    "Handle",
-    "LGVQLoss",
-    "TextDecoder",
-    "__version__",
-    "attach",
-    "functional",
-]
+__all__ = ["__version__", "functional", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

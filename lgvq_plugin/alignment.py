@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LGVQConfig, is_share
-from .finite import MAX_SKIPPED
-from .functional import all_finite, batch_perplexity, join_levels, seeded, world_size
+from .functional import MAX_SKIPPED, all_finite, batch_perplexity, join_levels, seeded, world_size
 from .guides.base import AbstractGuide, AbstractImageGuide, build_guide, build_image_guide
 from .heads import CodeViT
 from .objectives import Caption, MaskedText, complete_old_heads, without_text
@@ -59,8 +58,6 @@ class Alignment(nn.Module):
             run are counted from there, so that a retrofit of a half-trained host is aligned.
     """
 
-    first_step: Tensor
-
     def __init__(
         self,
         config: LGVQConfig,
@@ -79,7 +76,7 @@ class Alignment(nn.Module):
         self._warned: set[str] = set()
         self.schedule = Schedule(config)
         self.acted, self.batches = False, 0
-        self.register_buffer("first_step", torch.tensor(-1))
+        self.first_step = nn.Buffer(torch.tensor(-1))
         self._first: int | None = None  # `first_step` on the CPU
         self.register_load_state_dict_pre_hook(_set_first_step)
         view_dim = code_dim if vision is None else vision.feature_dim
@@ -171,7 +168,8 @@ class Alignment(nn.Module):
             view = replace(self.view(codes), images=images, reconstructions=reconstructions)
             if self.vision is not None:
                 view = self._with_vision(view, self.vision)
-            total = self._weighted_sum(view, strings, generator, scale, step, split, log)
+            terms = self._terms(view, strings, generator)
+            total = self._weighted_sum(terms, scale, step, split, log)
         elif world_size() > 1:  # DDP waits for a gradient of every parameter
             total = zero_of(self)
         else:
@@ -184,24 +182,22 @@ class Alignment(nn.Module):
                 log[f"{split}/lgvq/gradient_ratio"] = balance.measured
         return total, log
 
-    def _weighted_sum(
-        self,
-        view: CodeView,
-        strings: list[str],
-        generator: torch.Generator,
-        scale: float,
-        step: int,
-        split: str,
-        log: dict[str, Tensor],
-    ) -> Tensor:
-        device = view.cls.device
-        caption, masked = self._read(strings, generator, device)
+    def _terms(
+        self, view: CodeView, strings: list[str], generator: torch.Generator
+    ) -> dict[str, Term]:
+        """Return what each objective makes of a batch."""
+        caption, masked = self._read(strings, generator, view.cls.device)
         terms: dict[str, Term] = {}
         for name, objective in self.objectives.items():
             mask, features = masked.get(name, (None, None))
             terms[name] = objective(view, replace(caption, mask=mask, masked=features))
+        return terms
+
+    def _weighted_sum(
+        self, terms: dict[str, Term], scale: float, step: int, split: str, log: dict[str, Tensor]
+    ) -> Tensor:
         bad = self._handle_nonfinite(terms, step, split)
-        total: Tensor = torch.zeros((), device=device)
+        total: Tensor = torch.zeros((), device=self.first_step.device)
         for name, term in terms.items():
             log[f"{split}/lgvq/{name}"] = term.value.detach()
             log |= {f"{split}/lgvq/{key}": value for key, value in term.log.items()}
@@ -567,8 +563,7 @@ class CaptionEncoder:
     def _keep(self, texts: Sequence[str], features: TextFeatures) -> dict[str, Row]:
         """Return the rows by caption, kept as long as there is room."""
         sentences = features.sentence.clone()  # not a view of a batch with masked captions
-        tokens = features.tokens if self.tokens else features.tokens[:, :0]
-        tokens = tokens.clone()
+        tokens = (features.tokens if self.tokens else features.tokens[:, :0]).clone()
         rows = {text: (sentences[i], tokens[i]) for i, text in enumerate(texts)}
         for text, row in rows.items():
             size = sum(part.nbytes for part in row)
@@ -579,23 +574,14 @@ class CaptionEncoder:
         return rows
 
     def _join(self, rows: Sequence[Row], tokens: TextTokens, device: torch.device) -> TextFeatures:
-        lengths = tokens.attention_mask.sum(dim=1)
-        longest = int(lengths.max())
+        longest = int(tokens.attention_mask.sum(dim=1).max())
         sentence = torch.stack([row[0] for row in rows])
-        of_tokens = sentence.new_zeros(len(rows), 0, rows[0][1].shape[1])
-        if self.tokens:
-            of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
+        of_tokens = nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True)
         is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
         parts = (tokens.token_ids, tokens.attention_mask, tokens.word_ids)
-        ids, attention, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
-        return TextFeatures(
-            token_ids=ids,
-            attention_mask=attention,
-            word_ids=words,
-            tokens=of_tokens[:, :longest],
-            sentence=sentence,
-            vocabulary=self._vocabulary,
-        )
+        ids, mask, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
+        of_tokens = of_tokens[:, :longest]
+        return TextFeatures(ids, mask, words, of_tokens, sentence, self._vocabulary)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CaptionEncoder":
         return self
@@ -639,8 +625,7 @@ def zero_of(module: nn.Module) -> Tensor:
 
 def _require_list_of_captions(captions: Any) -> None:
     def is_several(entry: Any) -> bool:
-        others = str | bytes | Mapping | Tensor
-        return hasattr(entry, "__len__") and not isinstance(entry, others)
+        return hasattr(entry, "__len__") and not isinstance(entry, str | bytes | Mapping | Tensor)
 
     is_list = hasattr(captions, "__len__") and not isinstance(captions, str | bytes | Mapping)
     entries = captions if is_list else ()

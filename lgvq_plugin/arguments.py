@@ -1,9 +1,15 @@
-"""What commands that take configs and overrides share."""
+"""What commands share: configs, overrides, and the device."""
 
 import argparse
 import os
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .sockets import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 HEADS = (
     *("model", "data", "training", "lightning", "evaluation"),
@@ -86,6 +92,29 @@ def parse_words(
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     last = {word: at for at, word in enumerate(argv)}  # the later of two equal keys wins
     return given, sorted(overrides + rest, key=last.__getitem__)
+
+
+def choose_device(name: str | None = None) -> "torch.device":
+    """Return the device of `--device`; None: a GPU if there is one.
+
+    Raises:
+        ConfigError: if torch knows no such device, or this machine has none.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name!r}: {cause}; `--device cpu` works everywhere") from error
+    return device
 
 
 def _head(key: str) -> str:

@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import traceback
-from importlib import metadata
 from types import ModuleType
 
+from .compat import version_of
 from .sockets import ConfigError
 
 COMMANDS = {  # name: ("module:function of argv", what it does)
@@ -134,10 +134,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     rest = [word for word in argv[own:] if word != "--debug"]
     options = parser.parse_args(argv[:own] + ["--debug"] * ("--debug" in argv[own:]))
     if options.version:
-        try:
-            version = metadata.version("lgvq_plugin")
-        except metadata.PackageNotFoundError:
-            version = "(not installed: run from a checkout)"
+        version = version_of("lgvq_plugin") or "(not installed: run from a checkout)"
         print(f"lgvq {version}")
         parser.exit()
     if options.command is None:

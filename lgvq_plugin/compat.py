@@ -106,10 +106,9 @@ class _CloneFirst(MetaPathFinder):
         folder = _clone() if name == "taming" else None
         if folder is None:
             return None
-        if wheel := _taming_wheel():
-            logger.info(
-                "taming: the clone in %s is used, not the installed %s", folder.parent, wheel
-            )
+        if wheels := taming_wheels():
+            message = "taming: the clone in %s is used, not the installed %s"
+            logger.info(message, folder.parent, wheels[0])
         if (init := folder / "__init__.py").is_file():
             return spec_from_file_location(name, init, submodule_search_locations=[str(folder)])
         spec = ModuleSpec(name, None, is_package=True)
@@ -126,14 +125,17 @@ def _clone() -> Path | None:
     return None
 
 
-def _taming_wheel() -> str | None:
-    """Return name and version of the installed distribution of taming, or None."""
-    for name in TAMING_WHEELS:
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def taming_wheels() -> list[str]:
+    """Return name and version of the installed distributions of taming."""
+    return [f"{name} {version}" for name in TAMING_WHEELS if (version := version_of(name))]
 
 
 def explain_import(error: BaseException | None) -> str:

@@ -18,7 +18,7 @@ from typing import (
     is_typeddict,
 )
 
-from .sockets import FLOAT32, ConfigError, resolve, suggest
+from .sockets import FLOAT32, ConfigError, require_known, resolve, suggest
 
 T = TypeVar("T")
 LARGEST = {float: FLOAT32, int: 2**31 - 1}  # what float32 tensors and sizes can hold
@@ -618,8 +618,7 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
     """
     block = with_text_guide(_mapping(to_plain(given), "lgvq", "{recipe: paper}"))
     recipe = block.get("recipe", "corrected")
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise ConfigError(f"lgvq.recipe: no recipe {recipe!r}{suggest(recipe, RECIPES)}")
+    require_known([recipe], RECIPES, "lgvq.recipe: no recipe {!r}")
     example = "{masked_text: {weight: 0.01}}"
     objectives = _mapping(block.get("objectives"), "lgvq.objectives", example)
     own = {name: {} if keys is None else keys for name, keys in objectives.items()}
@@ -639,9 +638,8 @@ def parse(given: Mapping[str, Any] | None) -> LGVQConfig:
 
 def _guides(given: Any) -> dict[str, Any]:
     guides = _mapping(given, "lgvq.guides", "{vision: {use: timm}}")
+    require_known(guides, GUIDES, "unknown key lgvq.guides.{}")
     for name, guide in guides.items():
-        if name not in GUIDES:
-            raise ConfigError(f"unknown key lgvq.guides.{name}{suggest(name, GUIDES)}")
         _mapping(guide, f"lgvq.guides.{name}", "{use: timm}")
     return {name: guide for name, guide in guides.items() if guide is not None}
 

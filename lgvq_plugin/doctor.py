@@ -95,12 +95,12 @@ def stack() -> list[Finding]:
     found = [Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")]
     for wish in required():
         name, _, oldest = wish.partition(">=")
-        version = _version(name)
+        version = compat.version_of(name)
         is_new = version is not None and _numbers(version) >= _numbers(oldest)
         text, command = f"{version or 'not installed'}, needed: {wish}", f"pip install '{wish}'"
         found.append(_either(is_new, name, str(version), text, command, level="problem"))
     for name, purpose in EXTRAS.items():
-        version, text = _version(name), f"not installed: {purpose}"
+        version, text = compat.version_of(name), f"not installed: {purpose}"
         is_here = version is not None
         found.append(_either(is_here, name, f"{version} ({purpose})", text, f"pip install {name}"))
     return found
@@ -114,7 +114,7 @@ def _either(
 
 def taming() -> list[Finding]:
     """Report which `taming` an import would give, and whether it can be imported."""
-    installed = [f"{name} {_version(name)}" for name in compat.TAMING_WHEELS if _version(name)]
+    installed = compat.taming_wheels()
     spec = importlib.util.find_spec("taming")
     if spec is None and installed:
         text = f"{installed[0]} is installed without its files (a clone with no __init__.py)"
@@ -181,7 +181,7 @@ def supplied() -> list[Finding]:
     found = []
     for module in compat.SUPPLIED:
         owner = module.split(".")[0].replace("_", "-")
-        if _version(owner):
+        if compat.version_of(owner):
             file = metadata.distribution(owner).locate_file(f"{module.replace('.', '/')}.py")
             if not Path(str(file)).is_file():
                 text = f"supplies {module} after `import lgvq_plugin`"
@@ -297,13 +297,6 @@ def main(argv: Sequence[str]) -> int:
     found = examine(full=given.full)
     print(json.dumps([asdict(f) for f in found], indent=2) if given.json else report(found))
     return int(any(finding.level == "problem" for finding in found))
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from .files import read_safetensors, write_bytes, write_json
 from .functional import all_finite
 from .hub import download
 from .objectives import GlobalSemantic, rename_old_heads
-from .sockets import ConfigError
+from .sockets import ConfigError, as_config_error
 from .types import Codes, CodeView
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ def encode_text(heads: "Alignment", texts: Sequence[str]) -> Tensor:
     guide, device = heads.guide, next(heads.parameters()).device
     if guide.device != device:
         guide.to(device)
-    if not len(texts):
-        return torch.zeros(0, guide.sentence_dim, device=device)
     return F.normalize(guide.encode(list(texts)).sentence.float(), dim=-1)
 
 
@@ -132,14 +130,12 @@ class SavedHeads:
         place = Path(folder)
         place = place if place.is_dir() else download(str(folder))
         tensors, file = _read_weights(place), place / HEADS_CONFIG
-        try:
+        kinds = (OSError, ValueError, TypeError, AttributeError)
+        hint = "; expected what save_pretrained wrote"
+        with as_config_error(f"{file}: cannot be read", *kinds, hint=hint):
             content = json.loads(file.read_text(encoding="utf-8"))
             defaults = int(content.get("defaults", 1))
             grid = tuple(map(int, content.get("grid") or ()))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{file}: cannot be read ({error}); expected what save_pretrained wrote"
-            ) from error
         if defaults > DEFAULTS:
             raise ConfigError(
                 f"{file}: defaults {defaults} are of a newer version; update lgvq_plugin"
@@ -194,10 +190,8 @@ class SavedHeads:
 
     def load_into(self, heads: "Alignment") -> None:
         """Load the tensors into heads; ConfigError if these are others."""
-        try:
+        with as_config_error(f"{self.where} holds other heads than these", RuntimeError):
             heads.load_state_dict(dict(self.tensors))
-        except RuntimeError as error:
-            raise ConfigError(f"{self.where} holds other heads than these: {error}") from error
 
 
 def load_heads(heads: "Alignment", folder: Path) -> None:

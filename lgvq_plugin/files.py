@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .sockets import ConfigError
+from .sockets import ConfigError, as_config_error
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Error numbers of an open file that cannot grow."""
@@ -108,10 +108,9 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    kinds = (SafetensorError, OSError, ValueError, RuntimeError, KeyError)
+    with as_config_error(f"{str(path)!r} is no valid safetensors file", *kinds):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"{str(path)!r} is no valid safetensors file: {error}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

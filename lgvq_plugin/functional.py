@@ -9,7 +9,7 @@ more) and by 5e-6 of the value (L_mtp, one masked word; less for more).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Any, Literal
@@ -17,13 +17,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from .types import Codes, PastPairs
 
 NORM_EPSILON = 1e-6
 """Added, squared, to squared norms: cosines of vectors longer than 3e-4 are exact to 1e-5."""
+
+MAX_SKIPPED = 25
+"""Updates in a row that may be left out: by then fp16's scale has fallen from 2^16 to 2^-9."""
+
+LARGEST_GRADIENT = 1e19
+"""Beyond 1.8e19 the squares that Adam keeps are infinite in float32."""
 
 
 def global_semantic_loss(
@@ -74,13 +80,12 @@ def contrast(
     """Cross-entropy of scores (B, B + M) with the targets on the diagonal; `same` is excluded."""
     logits = scores / temperature
     count = len(logits)
-    excluded = same.clone().fill_diagonal_(False) if same is not None else None
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    if same is not None:
+        excluded[:, :count] = same
     if past_same is not None:
-        own = logits.new_zeros((count, count), dtype=torch.bool) if excluded is None else excluded
-        excluded = torch.cat([own, past_same], dim=1)
-    if excluded is not None:
-        excluded = F.pad(excluded, (0, logits.shape[1] - excluded.shape[1]))
-        logits = logits.masked_fill(excluded, float("-inf"))
+        excluded[:, count:] = past_same
+    logits = logits.masked_fill(excluded.fill_diagonal_(False), float("-inf"))
     return F.cross_entropy(logits, torch.arange(count, device=logits.device))
 
 
@@ -154,13 +159,13 @@ def relationship_loss(
         raise ValueError(f"matching must be 'soft' or 'straight_through', got {matching!r}")
     words, codes = words.detach(), codes.float()
     similarity = cosines(words, tokens)  # (B, T, N)
+    pair = word_mask[:, :, None] & word_mask[:, None, :]
     if variant == "paper":
         best, match = similarity.max(dim=-1, keepdim=True)
         # The released code scales by the cosine, which the normalization reduces to its sign (so
         # the tokens get no gradient), and divides by zero at a cosine of 0.
         matched = codes.take_along_dim(match, dim=1) * best.detach().sign()
-        cell = word_mask[:, :, None] & word_mask[:, None, :]
-        gap = (cosines(matched, matched) - cosines(words, words)).masked_fill(~cell, 0.0)
+        gap = (cosines(matched, matched) - cosines(words, words)).masked_fill(~pair, 0.0)
         return gap.square().mean() if gap.numel() else codes.sum()
     share = (similarity / temperature).softmax(dim=-1)
     if matching == "straight_through":
@@ -168,7 +173,6 @@ def relationship_loss(
         share = best + (share - share.detach())
     matched = _matmul(share, codes)
     gap = cosines(matched, matched) - cosines(words, words)
-    pair = word_mask[:, :, None] & word_mask[:, None, :]
     pair = pair & ~torch.eye(pair.shape[-1], dtype=torch.bool, device=pair.device)
     return gap.square().masked_fill(~pair, 0.0).sum() / pair.sum().clamp(min=1)
 
@@ -404,6 +408,37 @@ def all_finite(tensors: Sequence[Tensor], *, limit: float = math.inf) -> Tensor:
     floating = [t for t in dense if t.is_floating_point() and t.numel()]
     largest = get_total_norm(floating, norm_type=float("inf"))
     return largest.isfinite() & (largest <= limit)
+
+
+def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
+    """Say which of the parameters `among` those of `module` have a bad gradient, by part."""
+    held = {id(p) for p in among}
+    bad = {
+        name: p.grad
+        for name, p in module.named_parameters()
+        if id(p) in held and p.grad is not None and not all_finite([p.grad], limit=LARGEST_GRADIENT)
+    }
+    if not bad:
+        return "not finite on another process"
+    what = f"above {LARGEST_GRADIENT:.0e}" if all_finite([*bad.values()]) else "not finite"
+    return f"{what} in {in_groups([*bad])}"
+
+
+def in_groups(names: Sequence[str]) -> str:
+    """Summarize parameters' names by the part of the host that they belong to.
+
+    >>> in_groups(["encoder.a", "encoder.b", "loss.lgvq.c", "loss.discriminator.d"])
+    'encoder (encoder.a and 1 more), heads (loss.lgvq.c), discriminator (loss.discriminator.d)'
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        label = parts[1] if parts[0] == "loss" and len(parts) > 2 else parts[0]
+        groups.setdefault("heads" if label == "lgvq" else label, []).append(name)
+    return ", ".join(
+        f"{label} ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''})"
+        for label, found in groups.items()
+    )
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from .sockets import ConfigError
 
+Rows = tuple[Tensor, Tensor]
+"""States (R, D) of tokens, and their places in the flattened (B, T)."""
+
 
 class CodeViT(nn.Module):
     """A small vision transformer over quantized codes (paper section 3.2, Eq. 4).
@@ -230,7 +233,7 @@ class DecoderBlock(nn.TransformerDecoderLayer):
         keys, at = states, tokens
         if wanted is not None:
             states, at = states[wanted], tokens[wanted]
-        own = _self_attention(self.self_attn, states, at, keys, tokens, real)
+        own = _self_attention(self.self_attn, (states, at), (keys, tokens), real)
         states = self.norm1(states + self.dropout1(own))
         query = _spread(states, at, real.shape)
         seen = cross_attention(self.multihead_attn, query, memory).flatten(0, 1)[at]
@@ -246,14 +249,10 @@ def _spread(rows: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _self_attention(
-    attention: nn.MultiheadAttention,
-    states: Tensor,
-    at: Tensor,
-    keys: Tensor,
-    tokens: Tensor,
-    real: Tensor,
+    attention: nn.MultiheadAttention, wanted: Rows, known: Rows, real: Tensor
 ) -> Tensor:
-    """Return `attention` of the rows `states` over the rows `keys` of the same caption."""
+    """Return `attention` of the `wanted` rows over the `known` rows of the same caption."""
+    (states, at), (keys, tokens) = wanted, known
     width = attention.embed_dim
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     query = F.linear(states, weight[:width], bias[:width])

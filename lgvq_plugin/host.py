@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,7 @@ def attach_saved(
         block["code_dim"] = saved.code_dim
     block["grid"] = options.get("grid") or saved.grid_on(grid_of(model))
     block.pop("quantizer", None)
-    path = [*quantizers] if len(quantizers) > 1 else next(iter(quantizers))
-    handle = attach(model, path, **block)
+    handle = attach(model, [*quantizers], **block)
     try:
         saved.load_into(handle.heads)
     except ConfigError:
@@ -512,20 +512,11 @@ def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 LIGHTNING_STEPS = ("training_step", "validation_step", "test_step")
 
 
-def _stand_in(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that calls `run` with the name of the method that it stands in for."""
-
-    def method(self: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self, name, first, *args, **kwargs)
-
-    method.__name__ = name  # by which a bound method is pickled
-    return method
-
-
 class HostMethods:
     """Stand-ins for methods of the host, through which batches and optimizers pass.
 
-    They are bound methods as attributes of the instance: these survive copy.deepcopy and pickle.
+    They are partials of bound methods, as attributes of the instance: these survive copy.deepcopy
+    and pickle.
     """
 
     def __init__(self, host: nn.Module, loss: Any):
@@ -533,7 +524,8 @@ class HostMethods:
         names = ("get_input",) if hasattr(host, "get_input") else LIGHTNING_STEPS
         self.names = [n for n in (*names, "configure_optimizers") if hasattr(host, n)]
         for name in self.names:
-            setattr(host, name, getattr(self, name))
+            own = self._with_heads if name == "configure_optimizers" else self._with_batch
+            setattr(host, name, partial(own, name))
         self.emas: list[HostEMA] = []
         # The host may build its EMA after its loss, so it is looked for whenever keys matter.
         self._hooks: list[Any] = [
@@ -548,7 +540,8 @@ class HostMethods:
             part.remove()
         self.emas = []
         for name in self.names:
-            if getattr(vars(self.host).get(name), "__self__", None) is self:
+            own = getattr(vars(self.host).get(name), "func", None)
+            if getattr(own, "__self__", None) is self:
                 delattr(self.host, name)
 
     def find_emas(self, *unused: Any) -> None:
@@ -572,16 +565,9 @@ class HostMethods:
         own = getattr(type(self.host), name).__get__(self.host)
         return _call_as_declared(own, batch, *args, **kwargs)
 
-    get_input = _stand_in("get_input", _with_batch)  # of taming and its descendants
-    training_step = _stand_in("training_step", _with_batch)
-    validation_step = _stand_in("validation_step", _with_batch)
-    test_step = _stand_in("test_step", _with_batch)
-
-    def configure_optimizers(self) -> Any:
-        """Stand in for Lightning's and taming's method; adds the heads."""
+    def _with_heads(self, name: str) -> Any:
         self.find_emas()
-        host: Any = type(self.host)
-        return self.loss.add_heads(host.configure_optimizers(self.host))
+        return self.loss.add_heads(getattr(type(self.host), name)(self.host))
 
 
 def _call_as_declared(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -627,7 +613,7 @@ class HostEMA:
                 module._buffers.pop(names.pop(name), None)
         for name in self.METHODS:
             if hasattr(type(module), name):
-                setattr(module, name, getattr(self, name))
+                setattr(module, name, partial(self._without_heads, name))
 
     def remove(self) -> None:
         """Restore the EMA's own methods."""
@@ -643,9 +629,6 @@ class HostEMA:
         finally:
             modules.clear()
             modules.update(kept)
-
-    forward = _stand_in("forward", _without_heads)
-    copy_to = _stand_in("copy_to", _without_heads)
 
 
 # -- the heads' parameter group ------------------------------------------------------------------

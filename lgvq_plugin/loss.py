@@ -20,8 +20,7 @@ from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
 from .encoder import encode_text
-from .finite import LARGEST_GRADIENT, MAX_SKIPPED, nonfinite_gradients
-from .functional import all_finite, world_size
+from .functional import LARGEST_GRADIENT, MAX_SKIPPED, all_finite, nonfinite_gradients, world_size
 from .host import (
     HostMethods,
     add_heads,
@@ -202,8 +201,7 @@ class LGVQLoss(BaseLossWrapper):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         split = str(call.get("split", "train" if self.training else "val"))
         captions, self._captions = self._captions, None
-        has_terms = captions is not None or heads.works_without_captions
-        needs_gradient = is_training and has_terms
+        needs_gradient = is_training and (captions is not None or heads.works_without_captions)
         codes = hook.take(host=self._host if needs_gradient else None)
         step = call.get("global_step")
         if step is None:
@@ -215,8 +213,7 @@ class LGVQLoss(BaseLossWrapper):
                 self._optimizer_check = OptimizerCheck(heads, self._host_parameters)
             self._optimizer_check.raise_if_failed()
             if self.checks_gradients and self._gradient_check is None:
-                how = self._config.on_nonfinite
-                self._gradient_check = GradientCheck(heads, self._host, how)
+                self._gradient_check = GradientCheck(heads, self._host, self.on_nonfinite)
         captions = [None] * len(codes.codes) if captions is None else captions
         total = self._config.total_steps or self.total_steps
         options: Any = {"step": int(step), "split": split, "balance": hook.balance}

@@ -27,10 +27,14 @@ MOVED = {
     "datasets.vqa2": "datasets.coco",
     "demo": "bench.demo",
     "dist": "functional",
+    "device": "arguments",
     "evaluation": "bench.evaluation",
     "evaluation.base": "bench.evaluation",
     "evaluation.run": "bench.evaluate",
+    "finite": "functional",
     "grains": "functional",
+    "guides.huggingface_vision": "guides.huggingface",
+    "guides.open_clip_vision": "guides.open_clip",
     "heads.code_vit": "heads",
     "heads.text_decoder": "heads",
     "hosts.base": "host",
@@ -44,9 +48,14 @@ MOVED = {
     "probes.base": "bench.probes.features",
     "probes.questions": "bench.probes.vqa",
     "training.base": "training.build",
+    "training.loggers": "training.callbacks",
+    "training.misfit": "training.driver",
 }
 """Old module: new one, both relative to this package."""
-SPLIT = {"training.base": ("training.config", "training.settings")}
+SPLIT = {
+    "training.base": ("training.config", "training.settings"),
+    "training.loggers": ("training.settings",),
+}
 """Old modules whose names are now in further ones."""
 
 

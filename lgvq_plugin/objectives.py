@@ -11,28 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import functional
 from .config import (
     GlobalSemanticConfig,
     MaskedTextConfig,
     ObjectiveConfig,
     RelationshipConfig,
     VisionAlignmentConfig,
-)
-from .functional import (
-    caption_relationship_loss,
-    cosine_margin_loss,
-    distance_matrix_loss,
-    gather_rows,
-    global_semantic_loss,
-    masked_text_loss,
-    paired_cosines,
-    pool_phrases,
-    pool_words,
-    relationship_loss,
-    resize_features,
-    sample_token_mask,
-    sample_truncated_ratio,
-    word_semantic_loss,
 )
 from .guides.base import AbstractGuide, AbstractImageGuide
 from .heads import CodeViT, TextDecoder, accept_old_names
@@ -87,17 +72,10 @@ def without_text(
     strings: Sequence[str], generator: torch.Generator, device: torch.device
 ) -> Caption:
     """Return a batch of captions that no guide reads: no tokens (T = 0), no guide."""
-    nothing = torch.zeros(len(strings), 0, dtype=torch.int64)
-    tokens = TextTokens(nothing, nothing.bool(), nothing)
-    empty = torch.zeros(len(strings), 0, device=device)
-    features = TextFeatures(
-        token_ids=nothing.to(device),
-        attention_mask=nothing.bool().to(device),
-        word_ids=nothing.to(device),
-        tokens=empty[..., None],
-        sentence=empty,
-        vocabulary=empty[:0],
-    )
+    ids, nothing = torch.zeros(len(strings), 0, dtype=torch.int64), torch.zeros(len(strings), 0)
+    tokens = TextTokens(ids, ids.bool(), ids)
+    ids, nothing = ids.to(device), nothing.to(device)
+    features = TextFeatures(ids, ids.bool(), ids, nothing[..., None], nothing, nothing[:0])
     return Caption(strings, tokens, features, None, generator)  # type: ignore[arg-type]
 
 
@@ -183,14 +161,14 @@ class GlobalSemantic(AbstractObjective):
         if self.config.gather:
             # The whole loss on every rank: its mean gradient over ranks is that of one process
             # with all rows, and all ranks agree on whether the value is finite.
-            image, sentence, token_ids = gather_rows(image, sentence, token_ids)
+            image, sentence, token_ids = functional.gather_rows(image, sentence, token_ids)
         same = _same(token_ids, token_ids)
         temperature = self._temperature()
         past = None
         if self.queue is not None and self.training:
             past = self.queue.recall(token_ids)
             self.queue.add(image, sentence, token_ids)
-        value = global_semantic_loss(
+        value = functional.global_semantic_loss(
             image,
             sentence,
             temperature=temperature,
@@ -211,10 +189,10 @@ class GlobalSemantic(AbstractObjective):
     def _words(self, view: CodeView, caption: Caption, temperature: Tensor) -> Tensor:
         """Contrast words with patches, on this rank alone: all ranks' patches are too many."""
         text, keep = caption.features, caption.rows(view.cls.device)
-        words, is_word = pool_words(text.tokens[keep], text.word_ids[keep])
-        words, is_word = pool_phrases(words, is_word, self.config.words_span)
+        words, is_word = functional.pool_words(text.tokens[keep], text.word_ids[keep])
+        words, is_word = functional.pool_phrases(words, is_word, self.config.words_span)
         token_ids = text.token_ids[keep]
-        return word_semantic_loss(
+        return functional.word_semantic_loss(
             view.tokens[keep],
             words,
             is_word,
@@ -243,19 +221,13 @@ class NegativeQueue(nn.Module):
         length: T, tokens of a caption.
     """
 
-    image: Tensor
-    text: Tensor
-    token_ids: Tensor
-    is_filled: Tensor
-    place: Tensor
-
     def __init__(self, size: int, *, width: int, length: int) -> None:
         super().__init__()
-        self.register_buffer("image", torch.zeros(size, width))
-        self.register_buffer("text", torch.zeros(size, width))
-        self.register_buffer("token_ids", torch.zeros(size, length, dtype=torch.int64))
-        self.register_buffer("is_filled", torch.zeros(size, dtype=torch.bool))
-        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+        self.image = nn.Buffer(torch.zeros(size, width))
+        self.text = nn.Buffer(torch.zeros(size, width))
+        self.token_ids = nn.Buffer(torch.zeros(size, length, dtype=torch.int64))
+        self.is_filled = nn.Buffer(torch.zeros(size, dtype=torch.bool))
+        self.place = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_post_hook(_drop_nonfinite_pairs)
 
     def recall(self, token_ids: Tensor) -> PastPairs:
@@ -312,7 +284,6 @@ class MaskedText(AbstractObjective):
     """
 
     config_class = MaskedTextConfig
-    seen: Tensor
 
     def __init__(self, config: MaskedTextConfig, *, guide: AbstractGuide, code_dim: int) -> None:
         super().__init__()
@@ -331,7 +302,7 @@ class MaskedText(AbstractObjective):
         )
         self._is_seen: Tensor | None = None  # `seen` on the CPU
         if config.vocabulary == "seen":
-            self.register_buffer("seen", torch.zeros(size, dtype=torch.bool))
+            self.seen = nn.Buffer(torch.zeros(size, dtype=torch.bool))
         self.register_load_state_dict_pre_hook(_fit_seen_words)
 
     def draw_mask(
@@ -374,7 +345,9 @@ class MaskedText(AbstractObjective):
         )
         if choices is not None:
             targets = torch.searchsorted(choices, targets)
-        value = masked_text_loss(logits, targets, label_smoothing=self.config.label_smoothing)
+        value = functional.masked_text_loss(
+            logits, targets, label_smoothing=self.config.label_smoothing
+        )
         hits = (logits.detach().argmax(dim=-1) == targets).float()
         return Term(value, {"word_recall": hits.sum() / max(len(hits), 1)})
 
@@ -401,11 +374,13 @@ class MaskedText(AbstractObjective):
         # Released code: a normal draw cut to the ratio's bounds, of which (0.1, 0.3) lie below
         # its mean, so that most draws are close to the upper one.
         low, high = self.config.ratio
-        ratio = sample_truncated_ratio(
+        ratio = functional.sample_truncated_ratio(
             mean=0.5, deviation=0.1, low=low, high=high, generator=generator
         )
         is_word = self._is_not_padding(text)
-        return sample_token_mask(is_word, text.word_ids, ratio=ratio, generator=generator)
+        return functional.sample_token_mask(
+            is_word, text.word_ids, ratio=ratio, generator=generator
+        )
 
     def _is_not_padding(self, text: TextFeatures) -> Tensor:
         if self.config.mask_at == "input":
@@ -445,14 +420,14 @@ class Relationship(AbstractObjective):
         text, keep = caption.features, caption.rows(view.cls.device)
         codes = self.project(view.codes.codes)[keep]
         if self.config.between == "captions":
-            return Term(caption_relationship_loss(text.sentence[keep], codes))
+            return Term(functional.caption_relationship_loss(text.sentence[keep], codes))
         if self.config.variant == "paper":
             # Released code: start and end count as words, and a word piece of id 0 as padding.
             text = text.padded(caption.guide.max_length, caption.guide.pad_id)
             words, mask = text.tokens, text.attention_mask & (text.token_ids != 0)
         else:
-            words, mask = pool_words(text.tokens, text.word_ids)
-        value = relationship_loss(
+            words, mask = functional.pool_words(text.tokens, text.word_ids)
+        value = functional.relationship_loss(
             words[keep],
             mask[keep],
             view.tokens[keep],
@@ -495,15 +470,19 @@ class VisionAlignment(AbstractObjective):
             raise RuntimeError("vision_alignment got a batch without features of its images")
         codes = self.project(view.tokens if self.needs_view else view.codes.codes)
         if config.target == "patch":
-            target = resize_features(features.patches, features.grid, view.codes.grid)
+            target = functional.resize_features(features.patches, features.grid, view.codes.grid)
         else:  # the images of a batch take the place of the positions of an image
             codes, target = codes.mean(dim=1)[None], features.summary[None]
         value = codes.new_zeros((), dtype=torch.float32)
         if config.form != "distance":
-            value = value + cosine_margin_loss(codes, target, margin=config.cosine_margin)
+            value = value + functional.cosine_margin_loss(
+                codes, target, margin=config.cosine_margin
+            )
         if config.form != "cosine_margin":
-            value = value + distance_matrix_loss(codes, target, margin=config.distance_margin)
-        cosine = paired_cosines(codes.detach(), target)
+            value = value + functional.distance_matrix_loss(
+                codes, target, margin=config.distance_margin
+            )
+        cosine = functional.paired_cosines(codes.detach(), target)
         return Term(value, {"vision_cosine": cosine.sum() / max(1, cosine.numel())})
 
 

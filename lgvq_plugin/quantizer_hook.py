@@ -63,8 +63,7 @@ def require_quantizer(model: nn.Module, path: str | None = None) -> tuple[str, n
         modules = dict(model.named_modules(remove_duplicate=False))
         if path in modules:
             return path, modules[path]
-        near = [name for name, _ in model.named_modules() if name]
-        near = [name for name in near if name.count(".") <= path.count(".")]
+        near = [name for name in modules if name and name.count(".") <= path.count(".")]
         raise ConfigError(
             f"lgvq.quantizer: {type(model).__name__} has no {path!r}{suggest(path, near)}"
         )
@@ -202,8 +201,7 @@ class QuantizerHook:
             self._install(path, module, (widths or {}).get(path))
 
     def _install(self, path: str, module: nn.Module, width: int | None) -> None:
-        handle = module.register_forward_hook(self.record)
-        self._records[path] = _Record(module, width, handle)
+        self._records[path] = _Record(module, width, module.register_forward_hook(self.record))
 
     def follow(self, host: nn.Module) -> None:
         """Move to the quantizers that `host` has at the same paths now."""

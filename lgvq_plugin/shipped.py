@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from .sockets import ConfigError, suggest
+from .sockets import ConfigError, require_known
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -35,10 +35,8 @@ def copy(names: list[str], folder: Path, *, force: bool = False) -> list[Path]:
     Raises ConfigError for an unknown name, or a file that exists already (unless `force`).
     """
     known = shipped()
-    for name in names:
-        if name.removesuffix(".yaml") not in known:
-            raise ConfigError(f"no config {name!r}{suggest(name, known)}")
     chosen = [name.removesuffix(".yaml") for name in names] or [*known]
+    require_known(chosen, known, "no config {!r}")
     targets = {folder / f"{name}.yaml": known[name] for name in chosen}
     existing = [str(target) for target in targets if target.exists()]
     if existing and not force:

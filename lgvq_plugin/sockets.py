@@ -92,6 +92,41 @@ def suggest(name: object, known: Iterable[object]) -> str:
     return f"{hint} Known: {', '.join(names)}"
 
 
+def require_known(names: Iterable[object], known: Iterable[object], problem: str) -> None:
+    """Raise ConfigError with a problem such as "no key {!r}" for the first name not known.
+
+    >>> require_known(["weight", "wieght"], ["weight", "start"], "no key {!r}")
+    Traceback (most recent call last):
+    ...
+    lgvq_plugin.sockets.ConfigError: no key 'wieght'; did you mean 'weight'? Known: start, weight
+    """
+    names, known = [*names], [*known]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{problem.format(name)}{suggest(name, known)}")
+
+
+@contextmanager
+def as_config_error(problem: str, *kinds: type[Exception], hint: str = "") -> Iterator[None]:
+    """Turn exceptions of some kinds, any by default, into a ConfigError about a `problem`.
+
+    A ConfigError passes as it is, unless it is among the kinds.
+
+    >>> with as_config_error("data.size", ValueError, hint="; give a number"):
+    ...     int("large")
+    Traceback (most recent call last):
+    ...
+    lgvq_plugin.sockets.ConfigError: data.size: invalid literal for int()...; give a number
+    """
+    try:
+        yield
+    except Exception as error:
+        is_told = isinstance(error, ConfigError) and ConfigError not in kinds
+        if is_told or not isinstance(error, kinds or Exception):
+            raise
+        raise ConfigError(f"{problem}: {error}{hint}") from error
+
+
 def import_target(path: str) -> Any:
     """Return the object at "package.module.Class" or "package.module:Class".
 
@@ -234,10 +269,8 @@ def check_call(
             f"{name}: unexpected keyword argument {unknown}{suggest(strange[0], names)}; "
             f"given params: {sorted(params)}{hint}"
         )
-    try:
+    with as_config_error(name, TypeError, hint=f"; given params: {sorted(params)}"):
         signature.bind(*args, **params)
-    except TypeError as error:
-        raise ConfigError(f"{name}: {error}; given params: {sorted(params)}") from error
 
 
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD

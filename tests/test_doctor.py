@@ -32,7 +32,7 @@ def only_path(monkeypatch):
         for name in [n for n in sys.modules if n.split(".")[0] == "taming"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(sys, "path", [str(folder) for folder in folders])
-        monkeypatch.setattr(doctor, "_version", lambda name: None)
+        monkeypatch.setattr(compat, "version_of", lambda name: None)
 
     return set_path
 
@@ -61,7 +61,7 @@ def test_no_taming(only_path, tmp_path):
 def test_a_clone_that_pip_installed_without_its_files(only_path, tmp_path, monkeypatch):
     only_path(tmp_path)
     monkeypatch.setattr(
-        doctor, "_version", lambda name: "0.0.1" if name == "taming-transformers" else None
+        compat, "version_of", lambda name: "0.0.1" if name == "taming-transformers" else None
     )
     (finding,) = problems(doctor.taming())
     assert "without its files" in finding.told
@@ -88,7 +88,7 @@ def test_a_clone_is_used_before_the_wheel_wherever_it_is_on_the_path(
     own = clone(tmp_path / "clone")
     only_path(wheel, own)
     monkeypatch.setattr(
-        doctor, "_version", lambda name: "0.0.1" if name == "taming-transformers" else None
+        compat, "version_of", lambda name: "0.0.1" if name == "taming-transformers" else None
     )
     (finding,) = doctor.taming()
     assert finding.level == "ok"
@@ -131,13 +131,13 @@ def test_the_exit_code_says_whether_there_is_a_problem(monkeypatch, capsys):
     ("version", "is_problem"), [("2.5.1", True), ("2.6.0", False), ("2.14.1+cpu", False)]
 )
 def test_old_versions_and_what_mends_them(monkeypatch, version, is_problem):
-    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else "99.0")
+    monkeypatch.setattr(compat, "version_of", lambda name: version if name == "torch" else "99.0")
     found = problems(doctor.stack())
     assert [f.command for f in found] == (["pip install 'torch>=2.6'"] if is_problem else [])
 
 
 def test_missing_packages(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(compat, "version_of", lambda name: None)
     found = doctor.stack()
     assert {f.what for f in problems(found)} == {w.partition(">=")[0] for w in doctor.required()}
     assert {f.what for f in found if f.level == "note"} == set(doctor.EXTRAS)

@@ -138,9 +138,12 @@ def test_instantiate_refuses(config, told):
     [
         (
             "lgvq_plugin.guides.tokens.Assemble",
-            {"AbstractTokenGuide", "assemble", "require_length", "with_mean_row"},
+            {"AbstractTokenGuide", "assemble", "features_of", "require_length", "with_mean_row"},
         ),
-        ("lgvq_plugin.device.choose", {"choose_device"}),
+        (
+            "lgvq_plugin.arguments.choose",
+            {"add_shortcuts", "choose_device", "is_override", "parse_words"},
+        ),
     ],
 )
 def test_known_names_are_those_that_the_module_defines(path, known):

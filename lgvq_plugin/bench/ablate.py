@@ -135,8 +135,8 @@ def inspect(argv: list[str]) -> int:
     for path in args.ckpt:
         find_checkpoint(path)
     config = read_config(args.base) if args.base else None
+    from ..arguments import choose_device
     from ..checkpoints.load import load_checkpoint, load_host
-    from ..device import choose_device
     from ..guides.base import build_guide
     from .explorer import read_samples, write_explorer
 

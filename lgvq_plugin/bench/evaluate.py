@@ -265,9 +265,9 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
     for path in given.ckpt:
         find_checkpoint(path)
     given_config = read_config(given.base, overrides)
+    from ..arguments import choose_device
     from ..checkpoints.load import load_checkpoint, load_host
     from ..checkpoints.pretrained import heads_of
-    from ..device import choose_device
     from . import evaluation
 
     checkpoints = [load_checkpoint(path) for path in given.ckpt]

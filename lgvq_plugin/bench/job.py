@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..arguments import choose_device
 from ..checkpoints.load import load_checkpoint, load_host
 from ..checkpoints.pretrained import heads_of
-from ..device import choose_device
 from ..files import write_json
 from ..host import reconstruct
 from ..training.run import train

@@ -186,7 +186,7 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from ..device import choose_device
+    from ..arguments import choose_device
     from .timing import CLIP, growth, machine, measure
 
     if given.threads is not None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..config import require
-from ..finite import all_finite, in_groups
+from ..functional import all_finite, in_groups
 from ..objectives import rename_old_heads
 from ..sockets import ConfigError, params_of
 from ..training.build import build_host

@@ -80,7 +80,7 @@ def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
     TrainingConfig.from_dict({"max_steps": 1, **(plain.get("training") or {})})
     from tqdm import tqdm
 
-    from ..device import choose_device
+    from ..arguments import choose_device
     from ..guides.base import build_guide
 
     block, folder = dict(config.guide), given.out

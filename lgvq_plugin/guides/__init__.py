@@ -8,8 +8,8 @@ MEMBERS = {
     "huggingface": "huggingface.HuggingFaceGuide",
     "cached": "cached.CachedGuide",
     "bag_of_words": "bag_of_words.BagOfWords",
-    "open_clip_vision": "open_clip_vision.OpenCLIPVision",
+    "open_clip_vision": "open_clip.OpenCLIPVision",
     "timm": "timm.TimmGuide",
     "torchvision": "torchvision.TorchvisionGuide",
-    "huggingface_vision": "huggingface_vision.HuggingFaceVision",
+    "huggingface_vision": "huggingface.HuggingFaceVision",
 }

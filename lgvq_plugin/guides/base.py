@@ -7,13 +7,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..functional import sample_word_mask
-from ..sockets import ConfigError, resolve, suggest
+from ..sockets import ConfigError, as_config_error, require_known, resolve
 from ..types import ImageFeatures, TextFeatures, TextTokens
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class AbstractFrozenModel(ABC):
     def device(self) -> torch.device:
         """Device of the network."""
 
+    @abstractmethod
+    def to(self: G, device: torch.device | str) -> G:
+        """Move the network; returns self."""
+
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -58,18 +63,12 @@ class AbstractFrozenModel(ABC):
     def weights(self) -> Mapping[str, Tensor]:
         """Return all tensors that features are computed from."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Sha256 of weights and config; guides with equal fingerprints give equal features.
 
         It is computed once, from all weights. A cache of features is keyed by it.
         """
-        known = self.__dict__.get("_fingerprint")
-        if known is None:
-            known = self._fingerprint = self._digest()
-        return known
-
-    def _digest(self) -> str:
         config = {key: value for key, value in self.config.items() if key not in PLACES}
         facts = {"class": type(self).__qualname__, **self._facts(), "config": config}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -166,10 +165,6 @@ class AbstractGuide(AbstractFrozenModel):
     def vocabulary(self) -> Tensor:
         """Token embedding, (V, Dt), on :attr:`device`."""
 
-    @abstractmethod
-    def to(self, device: torch.device | str) -> "AbstractGuide":
-        """Move the network; returns self."""
-
     def count_truncated(self, captions: Iterable[str]) -> None:
         """Count captions that were cut, each once; the first one is logged."""
         known: set[str] = self.__dict__.setdefault("_truncated", set())
@@ -211,10 +206,6 @@ class AbstractImageGuide(AbstractFrozenModel):
         Resizing and normalization are the guide's own.
         """
 
-    @abstractmethod
-    def to(self, device: torch.device | str) -> "AbstractImageGuide":
-        """Move the network; returns self."""
-
 
 def build_guide(config: Mapping[str, Any]) -> AbstractGuide:
     """Build a text guide of `{"use": name or dotted path, ...}`.
@@ -246,15 +237,11 @@ def _build(
         raise ConfigError(f"{path}.use: name a guide, such as {{use: {example}}}; got {params}")
     member = resolve("guides", name)
     _require_kind(member, kind, f"{path}.use: {name!r}")
-    try:
+    with as_config_error(f"{path}.use: {name!r} is no guide", TypeError, ValueError):
         known = inspect.signature(member).parameters
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}.use: {name!r} is no guide: {error}") from error
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for key in params:
-        if key not in known and not takes_all:
-            hint = suggest(key, ["use", *known])
-            raise ConfigError(f"unknown key {path}.{key} of guide {name!r}{hint}")
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        problem = f"unknown key {path}.{{}} of guide {name!r}"
+        require_known(params, ["use", *known], problem)
     for key, parameter in known.items():
         is_variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if parameter.default is parameter.empty and not is_variable and key not in params:

@@ -10,6 +10,7 @@ Shards are memory-mapped and never change, so any number of processes can read w
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..config import differing
 from ..files import remove_parts, write_bytes, write_json
-from ..sockets import ConfigError, suggest
+from ..sockets import ConfigError, require_known
 from ..types import TextFeatures, TextTokens
 from .base import PLACES, AbstractGuide, UnknownWords, build_guide
 from .shards import (
@@ -34,6 +35,7 @@ from .shards import (
     encode_batch,
     read_vocabulary,
 )
+from .tokens import features_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,7 @@ class CachedGuide(AbstractGuide):
         device: torch.device | str | None = None,
         **rest: Any,
     ) -> None:
-        if missing not in MISSING:
-            raise ConfigError(f"guide.missing: {missing!r}{suggest(str(missing), list(MISSING))}")
+        require_known([missing], MISSING, "guide.missing: {!r}")
         if rest and guide is None:
             raise ConfigError(f"guide cached: no key {next(iter(rest))!r}; put it under `guide:`")
         self._folder = Path(folder).expanduser()
@@ -157,23 +158,11 @@ class CachedGuide(AbstractGuide):
             tokens = np.zeros((*shape, facts.token_dim), np.float32)
             tokens[attention[:, : shape[1]]] = found
         sentence = facts.sentences.unpack(np.concatenate(sentences))
-        device, length = self.device, shape[1]
-        is_cuda = device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
-        parts = (
-            *(each[:, :length] for each in (text.token_ids, text.attention_mask, text.word_ids)),
-            *(torch.from_numpy(each) for each in (tokens, sentence)),
+        of_tokens, of_sentence = (
+            torch.from_numpy(each).to(self.device, non_blocking=self.device.type == "cuda")
+            for each in (tokens, sentence)
         )
-        ids, mask, words, of_tokens, of_sentence = (
-            each.to(device, non_blocking=is_cuda) for each in parts
-        )
-        return TextFeatures(
-            token_ids=ids,
-            attention_mask=mask,
-            word_ids=words,
-            tokens=of_tokens,
-            sentence=of_sentence,
-            vocabulary=self._vocabulary,
-        )
+        return features_of(text, of_tokens, of_sentence, self._vocabulary)
 
     def draw_mask(
         self,
@@ -233,7 +222,7 @@ class CachedGuide(AbstractGuide):
             "device": str(self.device),
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the guide that the features come from."""
         return self.facts.fingerprint

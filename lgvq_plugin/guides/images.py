@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sockets import ConfigError
+from ..sockets import ConfigError, as_config_error
 from ..types import ImageFeatures
 from .base import AbstractImageGuide
 
@@ -88,14 +88,10 @@ class AbstractImageTower(AbstractImageGuide):
         self._mean, self._std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
         self._is_checked = False  # whether a first batch was in [-1, 1]
         self.to("cpu" if device is None else device)
-        with torch.no_grad():
-            try:
-                found, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
-            except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"guides.vision: {model!r} cannot read an image of "
-                    f"{size[0]} x {size[1]} pixels: {error}"
-                ) from error
+        failed = f"guides.vision: {model!r} cannot read an image of {size[0]} x {size[1]} pixels"
+        kinds = (AssertionError, IndexError, RuntimeError, ValueError)
+        with torch.no_grad(), as_config_error(failed, *kinds):
+            found, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
         self.feature_dim = found.shape[1]
 
     @abstractmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import write_bytes, write_json
 from ..functional import seeded
-from ..sockets import ConfigError
+from ..sockets import ConfigError, as_config_error
 from .base import UnknownWords
 from .open_clip import OpenCLIPText
 
@@ -147,11 +147,10 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
     Raises:
         ConfigError: if a file is missing, or is not the one that was trained.
     """
-    try:
+    hint = "; install lgvq_plugin again"
+    with as_config_error("guide micro_clip", OSError, ValueError, hint=hint):
         about = json.loads((folder / "about.json").read_text())
         weights = (folder / "weights.safetensors").read_bytes()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"guide micro_clip: {error}; install lgvq_plugin again") from error
     if hashlib.sha256(weights).hexdigest() != about["sha256"]:
         raise ConfigError(
             f"guide micro_clip: {folder / 'weights.safetensors'} is not the trained file (sha256 "

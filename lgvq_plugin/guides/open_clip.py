@@ -1,4 +1,4 @@
-"""A text tower of open_clip as the guide; by default that of CLIP ViT-B/32, as in the paper."""
+"""The text or image tower of an open_clip model as a guide; by default of CLIP ViT-B/32."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer
@@ -18,8 +18,9 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ..functional import seeded
-from ..sockets import ConfigError, suggest
-from ._hub import DEMO_ONLY, cache_folder, require_reachable
+from ..hub import DEMO_ONLY, KEYS, Kind, find_cached, require_hub, require_reachable
+from ..sockets import ConfigError, as_config_error, suggest
+from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 from .tokens import AbstractTokenGuide, Row, require_length, with_mean_row
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ class OpenCLIPText(AbstractTokenGuide):
                 f"{type(tokenizer).__name__}; expected open_clip's TextTransformer with its "
                 "SimpleTokenizer. guide: {use: huggingface, model: ...} takes other encoders"
             )
-        context = tower.context_length
-        self.max_length = require_length(max_length, context)
+        self.max_length = require_length(max_length, tower.context_length)
         self._tokenizer, self.pad_id = tokenizer, tower.pad_id
         is_causal = tower.attn_mask is not None and tower.cls_emb is None
         self._is_trimmed = is_causal and tower.pool_type in ("argmax", "eos")
@@ -146,36 +146,95 @@ class OpenCLIPGuide(OpenCLIPText):
     ) -> None:
         if not isinstance(model, str) or not isinstance(pretrained, str | None):
             raise ConfigError(f"guide: expected names, got {model!r} and {pretrained!r}")
-        self._source = {
-            "model": model,
-            "pretrained": pretrained,
-            "cache_dir": cache_dir,
-            "seed": seed,
-        }
-        tower, tokenizer = load_text(model, pretrained, cache_dir=cache_dir, seed=seed)
+        places: dict[str, Any] = {"cache_dir": cache_dir, "seed": seed}
+        self._source = {"model": model, "pretrained": pretrained, **places}
+        tower, name = load_tower(model, pretrained, kind="text", **places)
+        with _quiet(), as_config_error(f"guide: open_clip has no tokenizer for model {model!r}"):
+            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
         super().__init__(tower, tokenizer, max_length=max_length, device=device)
         self._set_dtype(dtype)
 
 
-def load_text(
-    model: str, pretrained: str | None, *, cache_dir: str | None, seed: int
-) -> tuple[nn.Module, Any]:
-    """Return text tower and tokenizer of an open_clip model; see :func:`load_tower`."""
-    tower, name = load_tower(model, pretrained, kind="text", cache_dir=cache_dir, seed=seed)
-    with _quiet():
-        try:
-            return tower, open_clip.get_tokenizer(name, cache_dir=cache_dir)
-        except Exception as error:  # a foreign file can break in any way
-            raise ConfigError(
-                f"guide: open_clip has no tokenizer for model {model!r}: {error}"
-            ) from error
+class OpenCLIPVision(AbstractImageTower):
+    """An image tower of open_clip, by default CLIP's ViT-B/32.
+
+    Features are those of a layer, after the tower's final norm, not of the projection to the text.
+    Arguments as :class:`~.images.AbstractImageTower`: `model` is a name, `hf-hub:org/name` or
+    `local-dir:/path`; `pretrained` is a tag of the model, true for the tag `openai`, or the only
+    one there is; `checkpoint` is a file.
+
+    Example:
+        >>> import torch
+        >>> guide = OpenCLIPVision("ViT-S-32-alt", pretrained=False)
+        >>> guide.encode(torch.rand(2, 3, 64, 64) * 2 - 1).patches.shape
+        torch.Size([2, 49, 384])
+    """
+
+    default_model = "ViT-B-32"
+
+    def _load(self, given: TowerOptions) -> Tower:
+        weights = _image_weights(given)
+        options: dict[str, Any] = {"cache_dir": given.cache_dir, "seed": given.seed}
+        if given.image_size is not None:
+            options["force_image_size"] = given.image_size
+        tower: Any
+        tower, _ = load_tower(given.model, weights, kind="image", **options)
+        self._layer = require_layer(given.layer, _depth(tower), given.model)
+        facts = tower.preprocess_cfg
+        return Tower(tower, square(facts["size"]), facts["mean"], facts["std"])
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        network: Any = self._network
+        trunk = getattr(network, "trunk", None)  # of timm: perhaps without a class token
+        has_class = trunk is None or getattr(trunk, "cls_token", None) is not None
+        result = network.forward_intermediates(
+            images,
+            indices=[self._layer],
+            stop_early=True,
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_extra_tokens=has_class,
+        )
+        prefix = result.get("image_intermediates_prefix")
+        return result["image_intermediates"][0], None if prefix is None else prefix[0][:, 0]
+
+
+def _image_weights(given: TowerOptions) -> str | None:
+    """Return the tag or file of weights, None for random ones or a model that has its own."""
+    model, pretrained = given.model, given.pretrained
+    if not isinstance(model, str):
+        raise ConfigError(f"guides.vision.model: expected a name, got {model!r}")
+    if given.checkpoint is not None:
+        return str(require_file(given.checkpoint))
+    if pretrained is not True:
+        return pretrained or None
+    name = model.replace("/", "-")
+    if ":" in name or open_clip.get_model_config(name) is None:  # load_tower reports the latter
+        return None
+    tags = list_pretrained_tags_by_model(name)
+    if "openai" in tags:
+        return "openai"
+    if len(tags) != 1:
+        known = ", ".join(tags) or "none, so give checkpoint: PATH"
+        raise ConfigError(
+            f"guides.vision.pretrained: name the weights of {model!r} by their tag: {known}"
+        )
+    return tags[0]
+
+
+def _depth(tower: Any) -> int:
+    """Return the number of layers of an open_clip image tower: a ViT, one of timm, or a ResNet."""
+    if hasattr(tower, "trunk"):
+        return len(tower.trunk.feature_info)
+    transformer: nn.Module | None = getattr(tower, "transformer", None)
+    return 5 if transformer is None else len(transformer.resblocks)  # type: ignore[arg-type]
 
 
 def load_tower(
     model: str,
     pretrained: str | None,
     *,
-    kind: Literal["text", "image"],
+    kind: Kind,
     cache_dir: str | None,
     seed: int,
     **options: Any,
@@ -188,7 +247,7 @@ def load_tower(
         ConfigError: if the model, the tag or a file does not exist, or if its weights are neither
             cached nor available from the network within seconds.
     """
-    key = {"text": "guide", "image": "guides.vision"}[kind]
+    key = KEYS[kind]
     name = model.replace("/", "-") if ":" not in model else model
     archive = None
     if name.startswith("local-dir:"):
@@ -215,25 +274,20 @@ def load_tower(
         if _is_torchscript(pretrained):
             options["force_quick_gelu"] = True
             archive, pretrained = pretrained, None
-    with seeded(seed), _quiet():
-        try:
-            network = open_clip.create_model(
-                name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
-            )
-            tower = network.get_submodule({"text": "text", "image": "visual"}[kind])
-            if archive is not None:
-                _load_archive(tower, archive, kind)
-        except Exception as error:  # a foreign file can break in any way
-            raise ConfigError(
-                f"{key}: open_clip cannot load model {model!r}, pretrained "
-                f"{archive or pretrained!r}: {error}"
-            ) from error
+    failed = f"{key}: open_clip cannot load model {model!r}, pretrained {archive or pretrained!r}"
+    with seeded(seed), _quiet(), as_config_error(failed):
+        network = open_clip.create_model(
+            name, pretrained, force_custom_text=True, cache_dir=cache_dir, **options
+        )
+        tower = network.get_submodule({"text": "text", "image": "visual"}[kind])
+        if archive is not None:
+            _load_archive(tower, archive, kind)
     return tower, name
 
 
-def _load_archive(tower: nn.Module, archive: str, kind: Literal["text", "image"]) -> None:
-    state = torch.jit.load(archive, map_location="cpu").state_dict()
-    state = convert_to_custom_text_state_dict(state)
+def _load_archive(tower: nn.Module, archive: str, kind: Kind) -> None:
+    whole = torch.jit.load(archive, map_location="cpu").state_dict()
+    state = convert_to_custom_text_state_dict(whole)
     prefix = {"text": "text.", "image": "visual."}[kind]
     own = {key: value for key, value in state.items() if key.startswith(prefix)}
     tower.load_state_dict({key.removeprefix(prefix): value for key, value in own.items()})
@@ -244,7 +298,7 @@ def _weights_file(
     pretrained: str,
     tag: dict[str, Any],
     cache_dir: str | None,
-    kind: Literal["text", "image"],
+    kind: Kind,
 ) -> str:
     """Return a local file, or the tag itself if open_clip can download it."""
     if not tag:
@@ -274,12 +328,9 @@ def _weights_file(
     safe = [f"{Path(file).stem}.safetensors"]
     if file == "open_clip_pytorch_model.bin":
         safe.insert(0, "open_clip_model.safetensors")
-    for candidate in (*safe, file):
-        cached = try_to_load_from_cache(repository, candidate, cache_dir=cache_dir)
-        if isinstance(cached, str):
-            return cached
-    sought += f" (hub repository {repository})"
-    require_reachable(constants.ENDPOINT, sought, cache_folder(repository, cache_dir), kind)
+    if cached := find_cached(repository, (*safe, file), cache_dir):
+        return str(cached)
+    require_hub(repository, f"{sought} (hub repository {repository})", cache_dir, kind)
     return pretrained
 
 
@@ -291,14 +342,13 @@ def _is_torchscript(file: str) -> bool:
         return any(name.endswith("/constants.pkl") for name in content.namelist())
 
 
-def _hub_folder(name: str, cache_dir: str | None, kind: Literal["text", "image"]) -> str:
+def _hub_folder(name: str, cache_dir: str | None, kind: Kind) -> str:
     """Return `local-dir:` of a cached snapshot, or the name itself if it can be downloaded."""
     repository = name.removeprefix("hf-hub:")
-    cached = try_to_load_from_cache(repository, "open_clip_config.json", cache_dir=cache_dir)
-    if isinstance(cached, str) and _has_weights(Path(cached).parent):
-        return f"local-dir:{Path(cached).parent}"
-    place = cache_folder(repository, cache_dir)
-    require_reachable(constants.ENDPOINT, f"hub repository {repository}", place, kind)
+    cached = find_cached(repository, ["open_clip_config.json"], cache_dir)
+    if cached and _has_weights(cached.parent):
+        return f"local-dir:{cached.parent}"
+    require_hub(repository, f"hub repository {repository}", cache_dir, kind)
     return name
 
 

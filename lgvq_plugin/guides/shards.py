@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import build, require
 from ..functional import sample_word_mask
-from ..sockets import ConfigError
+from ..sockets import ConfigError, as_config_error
 from .base import AbstractGuide
 
 INDEX, VOCABULARY = "cache.json", "vocabulary.safetensors"
@@ -23,6 +23,7 @@ FORMATS = (1, 2)  # without and with packed features
 BITS = {"int4": 4, "int8": 8, "float32": 32}  # of a number of a token's features, by precision
 GROUP = 32  # numbers that share a scale
 KEY_BYTES = 16
+AGAIN = "; create the cache again"
 
 Arrays = dict[str, np.ndarray]
 Place = tuple[Arrays, int]
@@ -165,23 +166,19 @@ class CacheFacts:
         is_ours = isinstance(given, Mapping) and given.get("format") in FORMATS
         if not is_ours or not names <= given.keys():
             raise ConfigError(f"{path}: not of format {FORMATS[-1]}; create the cache again")
-        try:
+        with as_config_error(str(folder), ConfigError, hint=AGAIN):
             return build(cls, {name: given[name] for name in names}, INDEX)
-        except ConfigError as error:
-            raise ConfigError(f"{folder}: {error}; create the cache again") from error
 
 
 def read_vocabulary(folder: Path, facts: CacheFacts) -> np.ndarray:
     """Return the token embedding, (V, token_dim) float32."""
     empty = facts.vocabulary.empty
-    try:
+    with as_config_error(str(folder / VOCABULARY), hint=AGAIN):
         found = load_file(folder / VOCABULARY)["vocabulary"]
         if found.dtype != empty.dtype or found.shape[1:] != empty.shape[1:]:
             expected = f"(V, {empty.shape[1]}) {empty.dtype}"
             raise ValueError(f"expected {expected}, got {found.shape} {found.dtype}")
         return facts.vocabulary.unpack(found)
-    except Exception as error:  # safetensors has an exception of its own
-        raise ConfigError(f"{folder / VOCABULARY}: {error}; create the cache again") from error
 
 
 def caption_key(caption: str) -> bytes:
@@ -241,15 +238,11 @@ def open_shard(path: Path, facts: CacheFacts) -> Arrays:
     Raises:
         ConfigError: if the file is broken, or its shapes do not fit `facts`.
     """
-    try:
+    with as_config_error(f"{path} is broken", hint="; delete it and run `lgvq cache` again"):
         with safe_open(path, framework="pt") as file:  # its tensors are views of the memory map
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         _check_arrays(arrays, facts)
         return arrays
-    except Exception as error:  # of safetensors, torch or the system
-        raise ConfigError(
-            f"{path} is broken ({error}); delete it and run `lgvq cache` again"
-        ) from error
 
 
 def _check_arrays(arrays: Arrays, facts: CacheFacts) -> None:

@@ -4,12 +4,11 @@ import inspect
 from typing import Any
 
 import timm
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from ..functional import seeded
-from ..sockets import ConfigError, suggest
-from ._hub import cache_folder, require_reachable
+from ..hub import find_cached, require_hub
+from ..sockets import ConfigError, as_config_error, suggest
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -88,11 +87,9 @@ def _overlay(given: TowerOptions) -> dict[str, Any] | None:
         )
     if facts.hf_hub_id:
         files = (facts.hf_hub_filename,) if facts.hf_hub_filename else FILES
-        found = (try_to_load_from_cache(facts.hf_hub_id, f, cache_dir=cache_dir) for f in files)
-        if not any(isinstance(each, str) for each in found):
+        if not find_cached(facts.hf_hub_id, files, cache_dir):
             sought = f"timm model {model!r} (hub repository {facts.hf_hub_id})"
-            place = cache_folder(facts.hf_hub_id, cache_dir)
-            require_reachable(constants.ENDPOINT, sought, place, "image")
+            require_hub(facts.hf_hub_id, sought, cache_dir, "image")
     return {}
 
 
@@ -100,14 +97,11 @@ def _create(given: TowerOptions, overlay: dict[str, Any] | None) -> nn.Module:
     model, image_size = given.model, given.image_size
     options: dict[str, Any] = {"num_classes": 0, "cache_dir": given.cache_dir}
     options |= {"pretrained": overlay is not None, "pretrained_cfg_overlay": overlay or None}
-    try:
-        with seeded(given.seed):
-            if image_size is not None:
-                try:  # transformers need it to build their position embeddings
-                    return timm.create_model(model, img_size=image_size, **options)
-                except TypeError as error:
-                    if "img_size" not in str(error):  # else one for images of any size
-                        raise
-            return timm.create_model(model, **options)
-    except Exception as error:  # a foreign file can break in any way
-        raise ConfigError(f"guides.vision: timm cannot load {model!r}: {error}") from error
+    with as_config_error(f"guides.vision: timm cannot load {model!r}"), seeded(given.seed):
+        if image_size is not None:
+            try:  # transformers need it to build their position embeddings
+                return timm.create_model(model, img_size=image_size, **options)
+            except TypeError as error:
+                if "img_size" not in str(error):  # else one for images of any size
+                    raise
+        return timm.create_model(model, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sockets import ConfigError
+from ..config import require
 from ..types import TextFeatures, TextTokens
 from .base import AbstractGuide
 
@@ -53,8 +53,7 @@ class AbstractTokenGuide(AbstractGuide):
 
     def _set_dtype(self, dtype: str) -> None:
         """Cast the network, whose weights are float32 so far; features stay float32."""
-        if dtype not in DTYPES:
-            raise ConfigError(f"guide.dtype: expected {'|'.join(DTYPES)}, got {dtype!r}")
+        require(dtype in DTYPES, "guide.dtype", "|".join(DTYPES), dtype)
         if dtype != DTYPES[0]:  # the configs of older caches do not have the key
             self._source = {**self._source, "dtype": dtype}
             self._network.to(getattr(torch, dtype))
@@ -133,16 +132,18 @@ class AbstractTokenGuide(AbstractGuide):
                 ids, mask, where = (each.to(device, non_blocking=is_cuda) for each in batch)
                 of_tokens, of_sentence = self._forward(ids, mask)
                 tokens[where, :length], sentence[where] = of_tokens.float(), of_sentence.float()
-        parts = (text.token_ids, text.attention_mask, text.word_ids)
-        ids, mask, words = (p[:, :longest].to(device, non_blocking=is_cuda) for p in parts)
-        return TextFeatures(
-            token_ids=ids,
-            attention_mask=mask,
-            word_ids=words,
-            tokens=tokens,
-            sentence=sentence,
-            vocabulary=self.vocabulary,
-        )
+        return features_of(text, tokens, sentence, self.vocabulary)
+
+
+def features_of(
+    text: TextTokens, tokens: Tensor, sentence: Tensor, vocabulary: Tensor
+) -> TextFeatures:
+    """Return features of captions with their tokens, trimmed as `tokens` are, on their device."""
+    is_cuda = tokens.device.type == "cuda"  # elsewhere a copy that is not waited for may be a race
+    parts = (text.token_ids, text.attention_mask, text.word_ids)
+    cut = (each[:, : tokens.shape[1]] for each in parts)
+    ids, mask, words = (each.to(tokens.device, non_blocking=is_cuda) for each in cut)
+    return TextFeatures(ids, mask, words, tokens, sentence, vocabulary)
 
 
 def assemble(rows: Sequence[Row], length: int, pad: int) -> TextTokens:
@@ -182,12 +183,10 @@ def _cut(numbers: Sequence[int], length: int) -> Sequence[int]:
 
 def require_length(max_length: int, limit: int) -> int:
     """Return `max_length`; raise ConfigError unless it is an int from 3 to `limit`."""
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise ConfigError(f"guide.max_length: expected an int, got {max_length!r}")
-    if not 3 <= max_length <= limit:
-        raise ConfigError(
-            f"guide.max_length: expected 3 to {limit}, the model's context; got {max_length}"
-        )
+    is_int = isinstance(max_length, int) and not isinstance(max_length, bool)
+    require(is_int, "guide.max_length", "an int", max_length)
+    expected = f"3 to {limit}, the model's context"
+    require(3 <= max_length <= limit, "guide.max_length", expected, max_length)
     return max_length
 
 

@@ -11,8 +11,8 @@ from torchvision import models
 
 from ..checkpoints.read import read_raw
 from ..functional import seeded
-from ..sockets import ConfigError, suggest
-from ._hub import require_reachable
+from ..hub import require_reachable
+from ..sockets import ConfigError, as_config_error, require_known, suggest
 from .images import AbstractImageTower, Tower, TowerOptions, require_file, require_layer, square
 
 HEADS = ("classifier.", "fc.", "head.")  # of checkpoints; not read
@@ -68,12 +68,8 @@ def _weights(given: TowerOptions) -> Any:
     known: Any = models.get_model_weights(given.model)
     if not isinstance(given.pretrained, str):
         return known.DEFAULT
-    names = [each.name for each in known]
-    if given.pretrained not in names:
-        raise ConfigError(
-            f"guides.vision.pretrained: no weights {given.pretrained!r} of {given.model!r}"
-            f"{suggest(given.pretrained, names)}"
-        )
+    problem = f"guides.vision.pretrained: no weights {{!r}} of {given.model!r}"
+    require_known([given.pretrained], [each.name for each in known], problem)
     return known[given.pretrained]
 
 
@@ -82,10 +78,9 @@ def _downloaded(facts: Any, given: TowerOptions) -> Any:
     folder = Path(given.cache_dir or f"{torch.hub.get_dir()}/checkpoints")
     if not (folder / Path(facts.url).name).is_file():
         require_reachable(facts.url, f"torchvision model {facts}", str(folder), "image")
-    try:
+    failed = f"guides.vision: cannot load {facts.url}"  # a broken or foreign file
+    with as_config_error(failed, OSError, RuntimeError, UnpicklingError):
         return facts.get_state_dict(model_dir=str(folder), check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError) as error:  # a broken or foreign file
-        raise ConfigError(f"guides.vision: cannot load {facts.url}: {error}") from error
 
 
 def _stages(network: Any, model: str) -> list[nn.Module]:

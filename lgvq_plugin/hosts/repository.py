@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..host import encode
 from ..quantizer_hook import codebook_of, require_quantizer
-from ..sockets import ConfigError, check_call, import_target, instantiate
+from ..sockets import ConfigError, check_call, import_target, instantiate, require_known
 from .vqvae import AbstractImageTokenizer, to_plain
 
 CODES = ("count", "width", "factor", "unit_length")
@@ -98,6 +98,7 @@ class TamingProtocol:
     scheduler_config = None
     get_input = AbstractImageTokenizer.get_input
     configure_optimizers = AbstractImageTokenizer.configure_optimizers
+    get_last_layer = AbstractImageTokenizer.get_last_layer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction of x (B, 3, H, W) and the sum of the quantizer's losses."""
@@ -109,10 +110,6 @@ class TamingProtocol:
         zero = images.new_zeros(())  # in evaluation mode LlamaGen's are None
         return images, sum((t.mean() for t in terms if isinstance(t, Tensor)), zero)
 
-    def get_last_layer(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.weight  # type: ignore[attr-defined]
-
     def foreign_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the tokenizer's own class."""
         state = self.state_dict()  # type: ignore[attr-defined]
@@ -121,8 +118,7 @@ class TamingProtocol:
 
 def _check_codes(host: nn.Module, wanted: Mapping[str, Any]) -> None:
     """Compare the codes of a small image with what is published; ConfigError if they differ."""
-    if unknown := [key for key in wanted if key not in CODES]:
-        raise ConfigError(f"model.params.codes: no key {unknown[0]!r}. Known: {', '.join(CODES)}")
+    require_known(wanted, CODES, "model.params.codes: no key {!r}")
     side = 2 * wanted.get("factor", 16)
     like = next(host.parameters())
     image = torch.linspace(-1, 1, 3 * side * side, dtype=like.dtype).view(1, 3, side, side)

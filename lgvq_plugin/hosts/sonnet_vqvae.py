@@ -104,12 +104,9 @@ class SonnetVQVAE(AbstractImageTokenizer):
 
     def foreign_state_dict(self) -> dict[str, Tensor]:
         """Return the tokenizer's tensors under the foreign file's names, without the loss."""
-        has_averages = self.quantize.mode == "ema"
-        left_out = (
-            "loss.",
-            "quantize.steps",
-            *(() if has_averages else ("quantize.cluster_size",)),
-        )
+        left_out: tuple[str, ...] = ("loss.", "quantize.steps")
+        if self.quantize.mode != "ema":
+            left_out += ("quantize.cluster_size",)
         own = {k: value for k, value in self.state_dict().items() if not k.startswith(left_out)}
         return {_renamed(key, FOREIGN_NAMES): value for key, value in own.items()}
 

@@ -6,7 +6,6 @@ image (3, H, W) --Encoder--> (channels, H/f, W/f) --quant_conv--> (embed_dim, H/
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.read import read_raw
-from ..config import to_plain
+from ..config import require, to_plain
 from ..functional import batch_perplexity
-from ..sockets import ConfigError, instantiate, suggest
+from ..sockets import ConfigError, as_config_error, instantiate, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ GRACE = 2.0  # a restarted code has this many times the threshold: 70 steps to f
 EPSILON = 1e-5  # Laplace smoothing of the counts
 
 
-class AbstractImageTokenizer(nn.Module, ABC):
+class AbstractImageTokenizer(nn.Module):
     """A tokenizer with the interface of taming's VQModel; subclasses build the parts.
 
     Attributes:
@@ -56,9 +55,9 @@ class AbstractImageTokenizer(nn.Module, ABC):
     post_quant_conv: nn.Module
     scheduler_config: Mapping[str, Any] | None = None
 
-    @abstractmethod
     def get_last_layer(self) -> Tensor:
         """Return the weight of the decoder's last convolution."""
+        return self.decoder.conv_out.weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction of x (B, 3, H, W) and the quantizer's loss."""
@@ -154,12 +153,10 @@ class VQVAE(AbstractImageTokenizer):
     ):
         super().__init__()
         self.scheduler_config = None if scheduler_config is None else to_plain(scheduler_config)
-        if downsample not in DOWNSAMPLES:
-            known = ", ".join(map(str, DOWNSAMPLES))
-            raise ConfigError(f"VQVAE: downsample must be one of {known}, got {downsample!r}")
+        known = f"one of {', '.join(map(str, DOWNSAMPLES))}"
+        require(downsample in DOWNSAMPLES, "VQVAE: downsample", known, downsample)
         stems = {"strided": (Encoder, Decoder), "patch": (PatchEncoder, PatchDecoder)}
-        if stem not in stems:
-            raise ConfigError(f"VQVAE: stem: {stem!r}{suggest(str(stem), stems)}")
+        require_known([stem], stems, "VQVAE: stem: {!r}")
         if channels < 2 or channels % 2:
             raise ConfigError(f"VQVAE: channels must be even and positive, got {channels!r}")
         if not 0 <= num_res_blocks <= MAX_BLOCKS:
@@ -192,10 +189,6 @@ class VQVAE(AbstractImageTokenizer):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
 
-    def get_last_layer(self) -> Tensor:
-        """Return the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.weight
-
     def init_from_ckpt(self, path: str) -> None:
         """Load weights; ConfigError unless the file is there and all but the loss's fit."""
         if not Path(path).is_file():
@@ -204,10 +197,8 @@ class VQVAE(AbstractImageTokenizer):
         state = raw.get("state_dict", raw) if isinstance(raw, Mapping) else raw
         if not isinstance(state, Mapping) or not state:
             raise ConfigError(f"ckpt_path: {path!r} holds no state dict")
-        try:
+        with as_config_error(f"ckpt_path: {path!r} has other sizes", RuntimeError):
             missing, unexpected = self.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise ConfigError(f"ckpt_path: {path!r} has other sizes: {error}") from error
         strange = [key for key in (*missing, *unexpected) if not key.startswith("loss.")]
         if strange:
             raise ConfigError(
@@ -218,10 +209,7 @@ class VQVAE(AbstractImageTokenizer):
 
 def _require_levels(quantizer: str, levels: Sequence[int] | None) -> None:
     """Raise ConfigError for an unknown quantizer, or levels without FSQ, or FSQ without levels."""
-    if quantizer not in (*MODES, FSQ):
-        raise ConfigError(
-            f"quantizer: no mode {quantizer!r}{suggest(str(quantizer), [*MODES, FSQ])}"
-        )
+    require_known([quantizer], [*MODES, FSQ], "quantizer: no mode {!r}")
     if (quantizer == FSQ) != (levels is not None):
         raise ConfigError(
             f"VQVAE: levels are for quantizer 'fsq', for instance [8, 5, 5, 5]; got quantizer "
@@ -241,8 +229,7 @@ class VQVAELoss(nn.Module):
 
     def __init__(self, codebook_weight: float = 1.0, pixel: Literal["l2", "l1"] = "l2"):
         super().__init__()
-        if pixel not in ("l2", "l1"):
-            raise ConfigError(f"VQVAELoss: pixel must be 'l2' or 'l1', got {pixel!r}")
+        require(pixel in ("l2", "l1"), "VQVAELoss: pixel", "'l2' or 'l1'", pixel)
         self.codebook_weight, self.pixel = codebook_weight, pixel
 
     def forward(
@@ -291,9 +278,6 @@ class VectorQuantizer(nn.Module):
     """
 
     layout = "channels_first"  # of input and output, (B, C, h, w)
-    cluster_size: Tensor
-    embed_avg: Tensor
-    steps: Tensor
 
     def __init__(
         self,
@@ -308,21 +292,19 @@ class VectorQuantizer(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        if mode not in MODES:
-            raise ConfigError(f"quantizer: no mode {mode!r}{suggest(mode, list(MODES))}")
+        require_known([mode], MODES, "quantizer: no mode {!r}")
         for name, value in (("decay", decay), ("dead_threshold", dead_threshold)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"quantizer: {name} must be in [0, 1), got {value!r}")
+            require(0 <= value < 1, f"quantizer: {name}", "a number in [0, 1)", value)
         self.n_embed, self.embed_dim = n_embed, embed_dim
         self.mode, self.decay, self.commitment = mode, decay, commitment
         self.restart_dead, self.dead_threshold, self.seed = restart_dead, dead_threshold, seed
         self.embedding = nn.Embedding(n_embed, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
-        self.register_buffer("cluster_size", torch.ones(n_embed))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.cluster_size = nn.Buffer(torch.ones(n_embed))
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.int64))
         if mode == "ema":
             self.embedding.weight.requires_grad_(False)
-            self.register_buffer("embed_avg", self.embedding.weight.detach().clone())
+            self.embed_avg = nn.Buffer(self.embedding.weight.detach().clone())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         """Quantize (B, C, H, W).
@@ -365,7 +347,7 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.copy_(self.embed_avg / smooth[:, None])
         if self.restart_dead:
             self._restart(vectors, finite[:, 0], counts)
-        self.steps += 1
+        self.steps.add_(1)
 
     def _restart(self, vectors: Tensor, finite: Tensor, counts: Tensor) -> None:
         """Move dead codes to vectors of this batch, without synchronizing with a GPU."""
@@ -401,8 +383,6 @@ class FiniteScalarQuantizer(nn.Module):
     """
 
     layout = "channels_first"
-    levels: Tensor
-    basis: Tensor
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
@@ -410,8 +390,8 @@ class FiniteScalarQuantizer(nn.Module):
         if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
             raise ConfigError(f"quantizer: levels must be whole numbers >= 2, got {levels!r}")
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+        self.levels = nn.Buffer(torch.tensor(levels), persistent=False)
+        self.basis = nn.Buffer(torch.tensor(basis), persistent=False)
         self.n_embed, self.embed_dim = math.prod(levels), len(levels)
         numbers = torch.arange(self.n_embed)[:, None] // self.basis % self.levels
         codes = (numbers - self.levels // 2) / (self.levels // 2)
@@ -478,12 +458,9 @@ class Encoder(nn.Sequential):
         widths = [3, channels // 2, *[channels] * (num_halvings - 1)]
         for before, after in pairwise(widths):
             down += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-        parts = {
-            "down": nn.Sequential(*down),
-            "conv_out": nn.Conv2d(widths[-1], channels, 3, padding=1),
-            "blocks": nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU()),
-        }
-        super().__init__(OrderedDict(parts))
+        conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        blocks = nn.Sequential(*_blocks(channels, num_res_blocks), nn.ReLU())
+        super().__init__(OrderedDict(down=nn.Sequential(*down), conv_out=conv_out, blocks=blocks))
 
 
 class Decoder(nn.Sequential):

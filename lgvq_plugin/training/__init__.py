@@ -1,1 +1,1 @@
-"""`lgvq train`: any host under Lightning 2; begin with base.py, then run.py and _driver.py."""
+"""`lgvq train`: any host under Lightning 2; begin with run.py, then driver.py."""

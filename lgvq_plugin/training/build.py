@@ -23,6 +23,7 @@ from ..config import LGVQConfig, parse, require, require_finite_weights
 from ..sockets import (
     ConfigError,
     Problems,
+    as_config_error,
     building,
     check_call,
     check_numbers,
@@ -41,6 +42,7 @@ from .config import (
     lgvq_block,
     loss_key,
     loss_section,
+    mapping_at,
     model_section,
     to_plain,
 )
@@ -99,11 +101,8 @@ def build_host(config: DictConfig | Mapping[str, Any]) -> nn.Module:
 def _check_targets(node: Any, where: str) -> None:
     """Check what can be checked of a tree of `{target, params}` before anything is built."""
     if not isinstance(node, Mapping):
-        is_loss = where.endswith(".lossconfig")
-        is_wrong = is_loss or (isinstance(node, float) and math.isnan(node))
-        require(
-            not is_wrong, where, f"a {'mapping with a `target:`' if is_loss else 'number'}", node
-        )
+        require(not where.endswith(".lossconfig"), where, "a mapping with a `target:`", node)
+        require(not (isinstance(node, float) and math.isnan(node)), where, "a number", node)
         return
     if isinstance(node.get("target"), str):
         try:
@@ -316,7 +315,7 @@ def _files_of(dataset: Any) -> list[str] | None:
 
 def _images_of(section: Mapping[str, Any]) -> Any:
     """Return target and params of a data set, without those that leave its images the same."""
-    params = {k: v for k, v in _params_in(section).items() if k not in READING}
+    params = {k: v for k, v in mapping_at(section, "params").items() if k not in READING}
     return section.get("target"), params
 
 
@@ -380,10 +379,9 @@ def _with_folder(config: DictConfig, folder: Path, overrides: Sequence[str]) -> 
         raise ConfigError(f"{folder} does not exist; expected a folder of images or a table")
     words = [word for word in overrides if word.startswith(("data.", "dataset."))]
     over = lay_over(DictConfig({}), OmegaConf.from_dotlist(words))
-    try:  # what refers to the data section is resolved before it goes
+    with as_config_error("config", OmegaConfBaseException):
+        # What refers to the data section is resolved before it goes.
         plain: Any = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {error}") from error
     old = plain.pop("data", None)
     merged: Any = OmegaConf.merge(plain, over)
     given = to_plain(merged, "data").get("data") or {}
@@ -396,7 +394,7 @@ def _with_folder(config: DictConfig, folder: Path, overrides: Sequence[str]) -> 
 def _data_of(
     folder: Path, old: Mapping[str, Any], over: Mapping[str, Any], optional: bool
 ) -> dict[str, Any]:
-    given = {**_params_in(old), **old}
+    given = {**mapping_at(old, "params"), **old}
     batch_size, workers = given.get("batch_size"), given.get("num_workers")
     if batch_size is None:
         batch_size = 8
@@ -432,7 +430,7 @@ def _sets_of(folder: Path, over: Mapping[str, Any], optional: bool) -> dict[str,
         splits.setdefault("train", whole)
     if "train" in splits and ("crop" in known or takes_all):
         splits["train"].setdefault("crop", "random")
-    own = {name: _params_in(over.get(name)) for name in DATA_SETS}
+    own = {name: mapping_at(over.get(name), "params") for name in DATA_SETS}
     shared = {key: value for key, value in own["train"].items() if key not in TRAINING_ONLY}
     sets: dict[str, dict[str, Any]] = {}
     for name in [name for name in DATA_SETS if name in splits]:
@@ -450,8 +448,3 @@ def _sets_of(folder: Path, over: Mapping[str, Any], optional: bool) -> dict[str,
     elif "validation" not in sets:
         logger.warning("--data %s: no validation images; only training metrics are logged", folder)
     return sets
-
-
-def _params_in(section: Any) -> dict[str, Any]:
-    params = section.get("params") if isinstance(section, Mapping) else None
-    return dict(params) if isinstance(params, Mapping) else {}

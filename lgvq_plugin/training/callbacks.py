@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ..files import remove_parts, replacing, write_text, writing
-from ..finite import all_finite, in_groups
+from ..functional import all_finite, in_groups
 from . import rng, state
 from .data import validation_loader
 from .driver import HostDriver
-from .loggers import open_loggers
+from .settings import is_installed
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BAR_SECONDS = 3.0
 """Time between updates of the losses on the progress bar: each one waits for the device."""
+PROJECT = "lgvq"
+"""Of Weights & Biases, unless WANDB_PROJECT names another one."""
 ON_BAR = ("train/rec_loss", "train/aeloss", "train/discloss", "train/lgvq/total")
 
 
@@ -332,6 +334,54 @@ class Signals:
             raise KeyboardInterrupt
         # print() may be interrupted by this very signal, and is not reentrant.
         os.write(2, b"\nlgvq: stopping after this step; signal again to stop at once\n")
+
+
+def open_loggers(
+    names: Sequence[str] | None, folder: Path, *, resumed_at: int, config: Mapping[str, Any]
+) -> list[Any]:
+    """Return Lightning's loggers of a run; `names` None: TensorBoard's if it is installed.
+
+    Rows of an interrupted run after step `resumed_at` are dropped by TensorBoard; Weights & Biases
+    continues the same run.
+    """
+    if names is None:
+        names = ["tensorboard"] if is_installed("tensorboard") else []
+    loggers: list[Any] = []
+    if "tensorboard" in names:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        purge: Any = {"purge_step": resumed_at + 1} if resumed_at else {}
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
+    if "wandb" in names:
+        loggers.append(_wandb(folder, resumed_at, config))
+    return loggers
+
+
+def _wandb(folder: Path, resumed_at: int, config: Mapping[str, Any]) -> Any:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    class Wandb(WandbLogger):
+        """Ends its run with the training, so that another one can follow in the same process."""
+
+        def finalize(self, status: str) -> None:
+            super().finalize(status)
+            if is_ours:
+                self.experiment.finish()
+
+    is_ours = wandb.run is None  # else a sweep, or the user's own script, began one
+    earlier = sorted(folder.glob("wandb/*run-*-*"), key=os.path.getmtime) if resumed_at else []
+    id: Any = {"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"} if earlier else {}
+    with rng.preserved():  # the id of a new run is drawn
+        made = Wandb(
+            name=folder.name,
+            save_dir=folder,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            config=dict(config),
+            **id,
+        )
+        made.experiment  # noqa: B018 - begins the run
+    return made
 
 
 class MetricsFile:

@@ -21,9 +21,8 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from ..arguments import KEY
 from ..config import OBJECTIVES, laid_over, parse, require, with_text_guide
 from ..datasets import MEMBERS
-from ..sockets import ConfigError, MissingError, Problems, path_of, suggest
-from .loggers import require_installed
-from .settings import TrainingConfig
+from ..sockets import ConfigError, MissingError, Problems, as_config_error, path_of, suggest
+from .settings import TrainingConfig, require_installed
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +63,9 @@ def read_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> D
     known = {*SECTIONS, *SHORT_FORMS, *FOREIGN, *(str(key) for part in parts for key in part)}
     for override in overrides:
         _check_override(override, known)
-    try:
+    kinds = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
+    with as_config_error("the configs and overrides do not fit together", *kinds):
         return reduce(lay_over, [*parts, OmegaConf.from_dotlist([*overrides])], DictConfig({}))
-    except ConfigError:
-        raise
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"the configs and overrides do not fit together: {error}") from error
 
 
 def _read_file(path: Path) -> DictConfig:
@@ -119,12 +115,12 @@ def lay_over(config: DictConfig, part: DictConfig | Mapping[str, Any]) -> DictCo
     low, high = _in_our_layout(config), _in_our_layout(part)
     _place_short_forms(low, high)
     for key in DATA_SETS:
-        old, new = _mapping(low, "data", key), _mapping(high, "data", key).get("target")
+        old, new = mapping_at(low, "data", key), mapping_at(high, "data", key).get("target")
         if new and old.get("target") not in (None, new) and (lost := old.pop("params", None)):
             message = "data.%s: %s replaces %s, whose params are dropped (%s)"
             logger.info(message, key, new, old["target"], ", ".join(map(str, lost)))
     for path, default in ((("guide",), "open_clip"), (("guides", "vision"), None)):
-        old, new = (_mapping(_block_in(node), *path) for node in (low, high))
+        old, new = (mapping_at(_block_in(node), *path) for node in (low, high))
         if new.get("use") not in (None, old.get("use", default)):
             old.clear()
     _require_mergeable(low, high)
@@ -137,11 +133,7 @@ def _require_mergeable(low: Any, high: Any, path: str = "") -> None:
     if isinstance(low, dict) and isinstance(high, dict):
         for key in low.keys() & high.keys():
             _require_mergeable(low[key], high[key], f"{path}.{key}".lstrip("."))
-    elif (
-        isinstance(low, dict | list)
-        and isinstance(high, dict | list)
-        and type(low) is not type(high)
-    ):
+    elif {type(low), type(high)} == {dict, list}:
         raise ConfigError(
             f"{path}: a list and a mapping cannot be merged: {low!r} and {high!r}; make both "
             "mappings, or both lists"
@@ -154,9 +146,9 @@ def _in_our_layout(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     plain = {str(key): value for key, value in renamed.items()}
     if "dataset" in plain and "data" not in plain:
         plain["data"] = plain.pop("dataset")
-    if isinstance(_mapping(plain, "data").get("params"), dict):
+    if isinstance(mapping_at(plain, "data").get("params"), dict):
         plain["data"] = _flat(plain["data"])
-    for node in (plain, _mapping(plain, "model", "params", loss_key(plain), "params")):
+    for node in (plain, mapping_at(plain, "model", "params", loss_key(plain), "params")):
         if isinstance(node.get("lgvq"), dict):
             node["lgvq"] = with_text_guide(node["lgvq"])
     return plain
@@ -166,10 +158,9 @@ def as_omegaconf(config: DictConfig | Mapping[str, Any]) -> DictConfig:
     """Return `config` itself, or a mapping as OmegaConf's; ConfigError if that cannot hold it."""
     if isinstance(config, DictConfig):
         return config
-    try:
+    # A tensor in it, or None as a key.
+    with as_config_error("the config holds what no config can", OmegaConfBaseException):
         return OmegaConf.create(dict(config))
-    except OmegaConfBaseException as error:  # a tensor in it, or None as a key
-        raise ConfigError(f"the config holds what no config can: {error}") from error
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +182,7 @@ def _renamed(node: Any) -> Any:
     return {CLI_KEYS.get(k, k) if is_cli else k: _renamed(value) for k, value in node.items()}
 
 
-def _mapping(node: Any, *keys: str | None) -> Any:
+def mapping_at(node: Any, *keys: str | None) -> Any:
     """Return the mapping at a path; an empty one, not attached, where there is none."""
     for key in keys:
         node = node.get(key) if isinstance(node, Mapping) else None
@@ -200,7 +191,7 @@ def _mapping(node: Any, *keys: str | None) -> Any:
 
 def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
     key = loss_key(high) or loss_key(low)
-    targets = [_mapping(node, "model", "params", key).get("target") for node in (high, low)]
+    targets = [mapping_at(node, "model", "params", key).get("target") for node in (high, low)]
     is_ours = str(targets[0] or targets[1]).startswith(OURS)
     if "lgvq" in high and high["lgvq"] is None and (_block_in(low) or _block_in(high)):
         raise ConfigError(
@@ -210,7 +201,7 @@ def _place_short_forms(low: dict[str, Any], high: dict[str, Any]) -> None:
     for node in (low, high):
         if block := _pop_short_forms(node):
             for name in ("model", "params", key, "params") if key and is_ours else ():
-                node[name] = _mapping(node, name)
+                node[name] = mapping_at(node, name)
                 node = node[name]
             node["lgvq"] = laid_over(node.get("lgvq") or {}, block)
 
@@ -240,8 +231,8 @@ def _pop_short_forms(node: dict[str, Any]) -> dict[str, Any]:
 
 def _block_in(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `lgvq:` block of one part of a config, in the loss or at the root."""
-    inner = _mapping(node, "model", "params", loss_key(node), "params", "lgvq")
-    return inner or _mapping(node, "lgvq")
+    inner = mapping_at(node, "model", "params", loss_key(node), "params", "lgvq")
+    return inner or mapping_at(node, "lgvq")
 
 
 @dataclass(frozen=True)
@@ -383,7 +374,7 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
                 key: value[key]
                 for key, kind in TRAINER_KEYS.items()
                 if isinstance(value.get(key), kind)
-                and key not in _mapping(own)
+                and key not in mapping_at(own)
                 and value[key] != -1  # Lightning's word for no limit
             }
             if used:
@@ -393,7 +384,7 @@ def _settle_root(plain: dict[str, Any], helpers: set[str]) -> list[str]:
         elif name not in helpers:
             _refuse_near("no section {!r} in a config", [name[:60]], SECTIONS)
             ignored.append(name)
-    scale_lr = _mapping(plain, "model").get("scale_lr")  # taming's flag; some keep it here
+    scale_lr = mapping_at(plain, "model").get("scale_lr")  # taming's flag; some keep it here
     taken |= {"scale_lr": scale_lr} if isinstance(scale_lr, bool) else {}
     if taken and (own is None or isinstance(own, dict)):  # another value is reported later
         plain["training"] = {**taken, **(own or {})}
@@ -447,10 +438,9 @@ def model_section(plain: Mapping[str, Any]) -> dict[str, Any]:
     target = model.get("target")
     if not isinstance(target, str):
         raise ConfigError("model.target is missing: the dotted path of the host's class")
-    try:  # what reads the section later, and a run's own config, name the class
+    with as_config_error("model.target", ConfigError):
+        # What reads the section later, and a run's own config, name the class.
         model["target"] = path_of("hosts", target)
-    except ConfigError as error:
-        raise ConfigError(f"model.target: {error}") from error
     params = model.get("params")
     require(params is None or isinstance(params, dict), "model.params", "a mapping", params)
     if model.get("learning_rate") is None and model.get("base_learning_rate") is None:
@@ -529,13 +519,13 @@ def resolution_of(model: Any) -> tuple[str, int | list[int]] | None:
     """
 
     def search(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        inner = _mapping(node)
+        inner = mapping_at(node)
         yield from ((f"{path}.{key}", inner[key]) for key in RESOLUTION_KEYS if key in inner)
         for key, value in inner.items():
             if key not in LOSS_KEYS:
                 yield from search(value, f"{path}.{key}")
 
-    for key, value in search(_mapping(model, "params"), "model.params"):
+    for key, value in search(mapping_at(model, "params"), "model.params"):
         sides = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
             return key, sides[0] if sides[0] == sides[1] else sides
@@ -557,7 +547,7 @@ def with_sizes(
     folder = f"{__package__.partition('.')[0]}.datasets."
     ours = {*MEMBERS, *(f"{folder}{path}" for path in MEMBERS.values())}  # these all take `size`
     for name in DATA_SETS:
-        section = _mapping(data, name)
+        section = mapping_at(data, name)
         if str(section.get("target")).replace(":", ".") not in ours:
             continue
         params = {"size": size, **(section.get("params") or {})}
@@ -575,7 +565,7 @@ def with_sizes(
 
 def loss_key(config: Mapping[str, Any]) -> str | None:
     """Return where `model.params` holds the host's loss: lossconfig, or loss; None for neither."""
-    params = _mapping(config, "model", "params")
+    params = mapping_at(config, "model", "params")
     return next((key for key in LOSS_KEYS if isinstance(params.get(key), Mapping)), None)
 
 

@@ -4,7 +4,8 @@ position in the stream -> (epoch, index) -> worker: set_epoch(epoch), dataset[in
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ CAPTION_KEYS = ("captions", "caption", "text", "txt")
 Draw = tuple[int, int]
 
 
+@dataclass(eq=False, kw_only=True)
 class Stream(Sampler[list[Draw]]):
     """Endless batches of (epoch, index), in the order given by (seed, epoch).
 
@@ -31,23 +33,20 @@ class Stream(Sampler[list[Draw]]):
     [[0, 0], [0, 0], [1, 1]]
     """
 
-    def __init__(
-        self,
-        *,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.length, self.seed, self.start, self.rank = length, seed, start, rank
-        self.world_size, self.step = world_size, batch_size * world_size
-        self.per_epoch = length // self.step * self.step  # of all processes; the rest is dropped
+    length: int
+    batch_size: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.step = self.batch_size * self.world_size
+        self.per_epoch = self.length // self.step * self.step  # of all; the rest is dropped
         if self.per_epoch == 0:
             raise ConfigError(
-                f"the data set has {length} samples, fewer than a batch of {batch_size} "
-                f"on {world_size} process(es); lower data.batch_size"
+                f"the data set has {self.length} samples, fewer than a batch of {self.batch_size} "
+                f"on {self.world_size} process(es); lower data.batch_size"
             )
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -140,14 +139,7 @@ def train_loader(
     dataset: Any, stream: Stream, *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Return the endless loader of one training process; draws nothing from global generators."""
-    return DataLoader(
-        Watched(AtEpoch(dataset, stream.seed), num_workers),
-        batch_sampler=stream,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(stream.seed),
-    )
+    return _loader(dataset, stream, stream.seed, num_workers, pin_memory=pin_memory)
 
 
 def validation_loader(
@@ -170,10 +162,18 @@ def validation_loader(
         raise ConfigError(f"{len(dataset)} validation samples for {world_size} processes")
     count = each if max_batches is None else min(each, max_batches * batch_size)
     draws = [(0, rank + i * world_size) for i in range(count)]
+    batches = [draws[i : i + batch_size] for i in range(0, count, batch_size)]
+    return _loader(dataset, batches, seed, num_workers)
+
+
+def _loader(
+    dataset: Any, batches: Iterable[list[Draw]], seed: int, num_workers: int, **options: Any
+) -> DataLoader:
     return DataLoader(
         Watched(AtEpoch(dataset, seed), num_workers),
-        batch_sampler=[draws[i : i + batch_size] for i in range(0, count, batch_size)],
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator().manual_seed(seed),
+        **options,
     )

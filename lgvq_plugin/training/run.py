@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from ..arguments import add_shortcuts, parse_words
 from ..files import remove_parts, require_writable
-from ..sockets import ConfigError, Problems
+from ..sockets import ConfigError, Problems, as_config_error
 from .build import build_parts, check_data, with_shortcuts
 from .config import Sections, lay_over, read_config
 from .settings import TRAINED
@@ -41,6 +41,7 @@ RUN_NAME = "LGVQ_RUN_NAME"  # passes the name to the processes that Lightning st
 RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")  # of Lightning and of torchrun
 # `lightning` and `pytorch_lightning` share one variable for their logger: the last import sets it.
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+MACHINE = ("devices", "num_nodes", "accelerator", "strategy", "precision")  # Lightning's too
 TOO_EARLY = "stopped before the first step; nothing new to save"
 AT_ONCE = (
     "stopped at once, without saving; resume from the newest checkpoint, if there is one: "
@@ -283,17 +284,13 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
     from .state import AtomicCheckpointIO
 
     settings = sections.training
-    machine: dict[str, Any] = {
-        "devices": settings.devices,
-        "num_nodes": settings.num_nodes,
-        "accelerator": settings.accelerator,
-        "strategy": settings.strategy,
-        "precision": settings.precision,
-    }
+    machine: dict[str, Any] = {key: getattr(settings, key) for key in MACHINE}
     if settings.strategy in ("auto", "ddp") and (settings.devices, settings.num_nodes) != (1, 1):
         # Two losses reach two sets of parameters, so each backward pass leaves some unused.
         machine["strategy"] = "ddp_find_unused_parameters_true"
-    try:
+    wanted = ", ".join(f"{key}: {value}" for key, value in machine.items())
+    failed = f"training ({wanted}) is not available here"
+    with as_config_error(failed, MisconfigurationException, ValueError):
         return pl.Trainer(
             **machine,
             max_steps=settings.max_steps,
@@ -308,9 +305,6 @@ def _trainer(sections: Sections, folder: Path) -> pl.Trainer:
             use_distributed_sampler=False,  # Stream distributes the samples itself
             default_root_dir=folder,
         )
-    except (MisconfigurationException, ValueError) as error:
-        wanted = ", ".join(f"{key}: {value}" for key, value in machine.items())
-        raise ConfigError(f"training ({wanted}) is not available here: {error}") from error
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,12 @@
 """The `training:` section of a config, checked."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
-from ..sockets import ConfigError, MissingError, suggest
+from ..sockets import ConfigError, MissingError, require_known
 
 FROZEN = ("encoder", "decoder", "codebook", "host")
 TRAINED: dict[str, tuple[str, ...]] = {
@@ -16,6 +17,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "lora": (),  # `training.lora` says what it freezes
 }
 """What `--train` freezes."""
+ADAPTED = {"encoder", "decoder"}
 LORA: dict[str, Any] = {"rank": 8, "alpha": 16, "parts": ["encoder", "decoder"], "targets": None}
 """Keys of `training.lora` with their defaults."""
 LOGGERS = {"csv": None, "tensorboard": "train", "wandb": "wandb"}
@@ -87,9 +89,7 @@ class TrainingConfig:
                     raise ConfigError(f"training.{name} must be {expected}, got {value!r}")
         if self.lora is not None:
             _check_lora(self.lora)
-        for name in self.loggers or ():
-            if name not in LOGGERS:
-                raise ConfigError(f"training.logger: no {name!r}{suggest(name, LOGGERS)}")
+        require_known(self.loggers or (), LOGGERS, "training.logger: no {!r}")
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -110,10 +110,7 @@ class TrainingConfig:
         >>> TrainingConfig.from_dict({"max_steps": 10}).precision
         '32-true'
         """
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                raise ConfigError(f"training: no key {key!r}{suggest(key, known)}")
+        require_known(given, [field.name for field in fields(cls)], "training: no key {!r}")
         if given.get("max_steps") is None:
             raise MissingError(
                 "training.max_steps is missing, the number of steps to train for: give "
@@ -123,9 +120,7 @@ class TrainingConfig:
 
 
 def _check_lora(given: Mapping[str, Any]) -> None:
-    for key in given:
-        if key not in LORA:
-            raise ConfigError(f"training.lora: no key {key!r}{suggest(key, LORA)}")
+    require_known(given, LORA, "training.lora: no key {!r}")
     lora = {**LORA, **given}
     for key, is_valid, expected in LORA_CHECKS:
         if not is_valid(lora[key]):
@@ -152,14 +147,26 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(type(v) is str for v in value)
 
 
+def require_installed(names: Sequence[str] | None) -> None:
+    """Raise ConfigError if a package that `training.logger` needs is missing."""
+    for name in names or ():
+        if not is_installed(name):
+            raise ConfigError(
+                f"training.logger: {name} is not installed: pip install "
+                f"'lgvq_plugin[{LOGGERS[name]}]', or choose among {', '.join(LOGGERS)}"
+            )
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package of a logger is there."""
+    modules = {"csv": ["csv"], "tensorboard": ["tensorboard", "tensorboardX"]}.get(name, [name])
+    return any(find_spec(module) for module in modules)
+
+
 LORA_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("rank", _is_count, "a whole number > 0"),
     ("alpha", _is_positive, "> 0"),
-    (
-        "parts",
-        lambda v: _is_names(v) and {*v} <= {"encoder", "decoder"},
-        "a list of encoder, decoder",
-    ),
+    ("parts", lambda v: _is_names(v) and {*v} <= ADAPTED, "a list of encoder, decoder"),
     ("targets", lambda v: v is None or _is_names(v), "a list of names of layers, or null"),
 ]
 CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [

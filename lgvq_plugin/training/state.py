@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 from ..checkpoints.read import read_raw
 from ..config import FIRST_RECIPE, differing, laid_over, of_first_version
 from ..files import replacing
-from ..finite import all_finite
+from ..functional import all_finite
 from ..objectives import complete_old_heads
 from ..sockets import ConfigError
 from .config import OURS, lgvq_block, loss_key, loss_section
@@ -185,8 +185,7 @@ def require_optimizers(
     states, saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     require_like(states, [{"state": {}}] * len(optimizers), "optimizer_states")
     counts = checkpoint[STATE].get("moments") or []  # older files have none
-    pairs = enumerate(zip(states, optimizers, strict=True))
-    for i, (state, optimizer) in pairs:
+    for i, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
         where, found = f"optimizer_states[{i}]", len(state["state"])
         wanted = counts[i] if i < len(counts) else None
         if wanted is None and i == 0 and isinstance(optimizer, Adam) and not found:
@@ -249,9 +248,8 @@ def _is_moment(name: str, value: Any, *, like: Tensor) -> bool:
         return True
     if name in MOMENTS:
         is_like = isinstance(value, Tensor) and value.shape == like.shape
-        if not (is_like and value.is_floating_point() and value.layout == torch.strided):
-            return False
-        if value.is_meta:  # a shape without numbers
+        is_dense = is_like and value.layout == torch.strided and not value.is_meta
+        if not (is_dense and value.is_floating_point()):
             return False
         return bool(all_finite([value]) and (not name.endswith("_sq") or value.ge(0).all()))
     if isinstance(value, Tensor):
@@ -307,8 +305,7 @@ def first_recipe(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> di
     is_default = now.get("recipe") in (None, "corrected")
     if not (is_ours and is_default and then.get("recipe") == FIRST_RECIPE):
         return {}
-    block = {"params": {"lgvq": {"recipe": FIRST_RECIPE}}}
-    above = {"model": {"params": {key: block}}}
+    above = {"model": {"params": {key: {"params": {"lgvq": {"recipe": FIRST_RECIPE}}}}}}
     kept["config"] = laid_over(before, above)
     return above
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
-from lgvq_plugin.guides import _hub
 from lgvq_plugin.sockets import ConfigError
 
 transformers = pytest.importorskip("transformers", reason="extra [hf] is not installed")
@@ -64,8 +64,8 @@ def test_offline_it_is_reported_soon(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(_hub.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lgvq_plugin.hub.urllib.request.urlopen", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigError, match=r"someone/bert.*no network in tests.*micro_clip"):
         HuggingFaceGuide("someone/bert", cache_dir=str(tmp_path))
 

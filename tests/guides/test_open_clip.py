@@ -6,9 +6,9 @@ import pickle
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from open_clip.pretrained import get_pretrained_cfg
 
-from lgvq_plugin.guides import _hub
 from lgvq_plugin.guides import open_clip as ours
 from lgvq_plugin.guides.open_clip import OpenCLIPGuide
 from lgvq_plugin.sockets import ConfigError
@@ -49,8 +49,8 @@ def offline(monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(_hub.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lgvq_plugin.hub.urllib.request.urlopen", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from huggingface_hub import constants
 from PIL import Image
 from torch import nn
 
-from lgvq_plugin.guides import _hub
 from lgvq_plugin.guides.base import AbstractImageGuide, build_guide, build_image_guide
 from lgvq_plugin.sockets import ConfigError
 
@@ -366,7 +366,7 @@ OFFLINE = [
 
 @pytest.mark.parametrize("given", OFFLINE, ids=str)
 def test_weights_that_cannot_be_downloaded(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError) as raised:
         build_image_guide(given | {"cache_dir": str(tmp_path)})
     message = str(raised.value)

@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "hosts"))  # last: it has a conf
 from lookalikes import toy_guide
 
 from lgvq_plugin import objectives
-from lgvq_plugin.finite import MAX_SKIPPED
+from lgvq_plugin.functional import MAX_SKIPPED
 from lgvq_plugin.hosts.vqvae import VQVAELoss
 from lgvq_plugin.training import driver, state
 from lgvq_plugin.training.run import train

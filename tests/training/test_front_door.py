@@ -204,7 +204,7 @@ def test_what_is_missing_is_said_at_once(run, monkeypatch, tmp_path):
     config["model"]["params"]["lossconfig"]["params"]["lgvq"] = {
         "guide": {"cache_dir": str(tmp_path / "hub")}
     }
-    monkeypatch.setattr("lgvq_plugin.guides._hub.urllib.request.urlopen", unreachable)
+    monkeypatch.setattr("lgvq_plugin.hub.urllib.request.urlopen", unreachable)
     code, said = run(config)
     assert code == 2, said
     for part in (

@@ -45,7 +45,7 @@ def test_a_wrong_name_is_refused(small, tmp_path, chosen, message):
 def test_a_missing_package_is_reported_with_its_extra_before_training(
     small, tmp_path, monkeypatch, name, extra
 ):
-    monkeypatch.setattr("lgvq_plugin.training.loggers.find_spec", lambda module: None)
+    monkeypatch.setattr("lgvq_plugin.training.settings.find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=rf"{name} is not installed: .*lgvq_plugin\[{extra}\]"):
         run(small(f"training.logger={name}"), tmp_path)
     assert not (tmp_path / "run").exists()
