@@ -22,8 +22,7 @@ from ..training.build import build_host
 from ..training.config import LOSS_KEYS, read_config, to_plain
 from ..training.lora import merge
 from . import find_checkpoint
-from .layout import Layout, sort_tensors, unflatten
-from .read import How, plain, read_raw
+from .read import How, Layout, plain, read_raw, sort_tensors, unflatten
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from ..files import write_bytes, write_json, write_text
 from ..hub import download, hub_errors
 from ..sockets import ConfigError
 from ..training.config import lgvq_block, loss_section
-from .layout import split, unflatten
 from .load import HEADS, Checkpoint, load_host, sizes_of
+from .read import split, unflatten
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 CARD_TEXT = """---

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lgvq_plugin.cli import main
 from lgvq_plugin.datasets.base import recognize
-from lgvq_plugin.datasets.convert import Settings, convert
+from lgvq_plugin.datasets.commands import Settings, convert
 from lgvq_plugin.datasets.folder import CaptionedFolder
 from lgvq_plugin.datasets.webdataset import WebDataset
 from lgvq_plugin.sockets import ConfigError
