@@ -57,6 +57,11 @@ RATES = ("model.learning_rate=", "model.base_learning_rate=")
 PSNR_DROP = 0.5  # dB; a larger drop is reported
 CHECKED_IMAGES = 4  # images on which old and new must be bit-identical
 SHOWN = ("reconstruction/psnr", "reconstruction/ssim", "codebook/usage", "codebook/perplexity")
+GAPS = {
+    "new - old": ("difference", "half_width", "old"),
+    "new - control": ("gain", "gain_half_width", "control"),
+}
+"""Title in the table: keys of the difference and half its interval, and the host compared with."""
 MIN_CAPTIONED = 20  # captioned images in each split for the retrieval probe
 
 
@@ -145,8 +150,8 @@ def _check_arguments(given: argparse.Namespace) -> None:
 
 def presets() -> dict[str, Path]:
     """Return name -> config of the published tokenizers that `--preset` knows."""
-    found = ((name.partition("/"), path) for name, path in shipped().items())
-    return {name: path for (folder, _, name), path in found if folder == "presets"}
+    found = {name.partition("/"): path for name, path in shipped().items()}
+    return {name: path for (folder, _, name), path in found.items() if folder == "presets"}
 
 
 def preset(name: str) -> Path:
@@ -238,7 +243,7 @@ def retrofit(
     the new host's reconstructions are not bit-identical to the old one's.
     """
     from ..alignment import guides_read
-    from .load import load_host
+    from .load import load_host, load_into
 
     folder = Path(folder)
     require_writable(folder)
@@ -258,15 +263,19 @@ def retrofit(
     data = {"train": sections.data.train, "test": sections.data.validation or sections.data.train}
     reports: list[LoadReport] = []
 
-    def start(host: nn.Module, *, heads: str | Path | None = None) -> None:
-        reports.append(load_old(host, checkpoint, new, averaged=averaged, heads=heads))
+    def start(host: Any, *, heads: str | Path | None = None) -> None:
+        params = new["model"]["params"]
+        reports.append(load_into(host, checkpoint, params=params, averaged=averaged))
+        logger.info("old weights: %s", reports[-1])
+        if heads is not None:
+            _load_heads(host.loss, Path(heads))
         require_same(old, host, _first_images(data["test"], CHECKED_IMAGES))
 
     options: dict[str, Any] = {"resume": resume, "progress": progress, "prepare": start}
     with_heads = options | {"prepare": partial(start, heads=heads)}
     run = train(new, name=folder.name, logdir=folder.parent, **with_heads)
     hosts = {"old": old, "new": run.host}
-    loaded = reports[0] if reports else None
+    loaded = next(iter(reports), None)
     if control:
         plain["training"].pop("heads_first", None)
         hosts["control"] = train(plain, name="control", logdir=folder, **options).host
@@ -379,25 +388,12 @@ def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
         params["disc_start"] = shifted
 
 
-def load_old(
-    host: Any,
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    *,
-    averaged: bool,
-    heads: str | Path | None,
-) -> LoadReport:
-    """Load the old weights, and perhaps another run's heads, into a host before its first step."""
+def _load_heads(loss: Any, folder: Path) -> None:
     from ..encoder import load_heads
-    from .load import load_into
 
-    report = load_into(host, checkpoint, params=config["model"]["params"], averaged=averaged)
-    logger.info("old weights: %s", report)
-    if heads is not None:
-        if getattr(host.loss, "alignment", None) is None:
-            raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
-        load_heads(host.loss.alignment, Path(heads))
-    return report
+    if getattr(loss, "alignment", None) is None:
+        raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
+    load_heads(loss.alignment, folder)
 
 
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
@@ -466,25 +462,21 @@ def compare_hosts(
     compared: dict[str, Any] = {}
     for metric in found["old"]["metrics"]:
         rows = {name: result["metrics"].get(metric) for name, result in found.items()}
-        if all(rows.values()) and (metric in SHOWN or _is_recall(metric, rows["old"])):
-            compared[metric] = _differences(rows)
+        if not all(rows.values()) or not _is_shown(metric, rows["old"]):
+            continue
+        row = compared[metric] = {name: own["value"] for name, own in rows.items()}
+        row |= {"n": rows["old"]["n"], "unit": rows["old"]["unit"]}
+        for gap, width, before in GAPS.values():
+            if before in rows:
+                row[gap] = row["new"] - row[before]
+                row[width] = _half_width(rows["new"], rows[before])
     return compared
 
 
-def _is_recall(metric: str, row: Mapping[str, Any]) -> bool:
-    is_recall = metric.startswith("retrieval/") and "recall" in metric
-    return is_recall and min(row["n"], row["settings"]["train_images"]) >= MIN_CAPTIONED
-
-
-def _differences(rows: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: row["value"] for name, row in rows.items()}
-    made = {**values, "difference": values["new"] - values["old"]}
-    made |= {"n": rows["old"]["n"], "unit": rows["old"]["unit"]}
-    made["half_width"] = _half_width(rows["new"], rows["old"])
-    if "control" in rows:
-        made["gain"] = values["new"] - values["control"]
-        made["gain_half_width"] = _half_width(rows["new"], rows["control"])
-    return made
+def _is_shown(metric: str, row: Mapping[str, Any]) -> bool:
+    if metric.startswith("retrieval/") and "recall" in metric:
+        return min(row["n"], row["settings"]["train_images"]) >= MIN_CAPTIONED
+    return metric in SHOWN
 
 
 def _half_width(after: Mapping[str, Any], before: Mapping[str, Any]) -> float | None:
@@ -507,15 +499,14 @@ def as_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
     """
     has_control = any("control" in row for row in rows.values())
-    names = ["old", *(["control"] if has_control else []), "new"]
-    gaps = [("new - old", "difference", "half_width")]
-    gaps += [("new - control", "gain", "gain_half_width")] if has_control else []
-    header = ["metric", *names, *(title for title, _, _ in gaps), "n"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    names = ["old", "control", "new"] if has_control else ["old", "new"]
+    gaps = {title: keys for title, keys in GAPS.items() if keys[2] in names}
+    lines = [f"| {' | '.join(['metric', *names, *gaps, 'n'])} |"]
+    lines.append("|---" * (len(names) + len(gaps) + 2) + "|")
     for metric, row in rows.items():
         cells = [f"{metric} ({row['unit']})" if row["unit"] else metric]
         cells += [f"{row[name]:.3f}" for name in names]
-        for _, gap, width in gaps:
+        for gap, width, _ in gaps.values():
             half = "" if row[width] is None else f" ± {row[width]:.3f}"
             cells.append(f"{row[gap]:+.3f}{half}")
         lines.append(f"| {' | '.join([*cells, str(row['n'])])} |")
