@@ -29,6 +29,7 @@ MOVED = {
     "datasets.tables": "datasets.folder",
     "datasets.textcaps": "datasets.pickled",
     "datasets.vqa2": "datasets.coco",
+    "datasets.workers": "datasets.base",
     "demo": "bench.demo",
     "dist": "functional",
     "evaluation": "bench.evaluation",

@@ -156,12 +156,10 @@ def _lengths(
     if not captions:
         return None
     counts, cut = [], 0
-    with tqdm(total=len(captions), desc=f"{name}: captions", disable=not progress) as bar:
-        for first in range(0, len(captions), BATCH):
-            tokens = guide.tokenize(captions[first : first + BATCH])
-            counts += tokens.attention_mask.sum(dim=1).tolist()
-            cut += tokens.cut
-            bar.update(len(tokens.attention_mask))
+    for first in tqdm(range(0, len(captions), BATCH), f"{name}: captions", disable=not progress):
+        tokens = guide.tokenize(captions[first : first + BATCH])
+        counts += tokens.attention_mask.sum(dim=1).tolist()
+        cut += tokens.cut
     counts.sort()
     most = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
     return Lengths(median_high(counts), most, counts[-1], cut, guide.max_length)

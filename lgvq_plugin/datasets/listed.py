@@ -90,7 +90,7 @@ class ImageOptions:
             raise ConfigError(f"image_key must be {expected}, got {self.image_key!r}")
         HashedDraws(self.seed)  # refuses a negative seed here and not in a worker
 
-    def load(self, source: Source, draws: images.AbstractDraws) -> np.ndarray:
+    def load(self, source: Source, draws: images.Draws) -> np.ndarray:
         """Return the image as :func:`.images.to_array` does; for errors see `open_image`."""
         image = images.fit(images.open_image(source, self.channels), self.size, self.crop, draws)
         if self.flip and draws.chance(0.5):
@@ -109,6 +109,8 @@ class ListedImages(CaptionedImages):
 
     where: Path
     """What errors call the data set: its table, list or folder."""
+    label_names: Mapping[str, tuple[str, ...]] = {}
+    """The classes, or columns, of each label in `attributes` of a sample."""
 
     def __init_subclass__(cls) -> None:
         """Build the signature of the class from that of `_read`."""
@@ -131,7 +133,7 @@ class ListedImages(CaptionedImages):
         self.records, self.seed = records, options.seed
         self.skipped: dict[str, str] = {}
         self._check_texts()
-        lost = [] if options.skip_corrupt else [r for r in records if not r.path.is_file()]
+        lost = [] if options.skip_corrupt else [r for r in records if images.is_missing(r.path)]
         if lost:
             raise ConfigError(
                 f"{self.where}: {len(lost)} of {len(records)} images do not exist, first: "
@@ -173,6 +175,10 @@ class ListedImages(CaptionedImages):
     def origin(self, index: int) -> str:
         """Return the path of a sample's image, quoted."""
         return repr(str(self.records[index].path))
+
+    def attribute_names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the classes, or columns, of each label; {} without labels."""
+        return {label: names for label, names in self.label_names.items() if names}
 
     def broken_texts(self) -> list[tuple[str, str]]:
         """Return (file, caption) of captions with U+FFFD: their bytes were of another encoding."""

@@ -57,17 +57,14 @@ class CelebAHQ(ListedImages):
             names = sorted(stems, key=lambda s: (int(s) if s.isdigit() else -1, s))
         else:
             names = read_name_pickle(root / split / "filenames.pickle")
-        self.face_names, labels = _face_attributes(root)
+        columns, labels = _face_attributes(root)
+        self.label_names = {"face": columns}
         encoding, records = self.options.encoding, []
         for name in names:
             extra = {"attributes": {"face": labels[name]}} if name in labels else {}
             captions = read_captions(texts / f"{name}.txt", encoding)
             records.append(Record(f"{name}.jpg", images / f"{name}.jpg", captions, extra))
         return records
-
-    def attribute_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the 40 columns; {} without the attribute file."""
-        return {"face": self.face_names} if self.face_names else {}
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -105,7 +102,7 @@ class CUB200(ListedImages):
         texts = _bird_texts(root, home)
         names, labels = _column(home / "images.txt"), _column(home / "image_class_labels.txt")
         wanted = _wanted_birds(root, home, names, split, split_by)
-        self.species_names = tuple(_column(home / "classes.txt").values())
+        self.label_names = {"species": tuple(_column(home / "classes.txt").values())}
         records = []
         for number, file in names.items():
             if number not in wanted:
@@ -121,10 +118,6 @@ class CUB200(ListedImages):
             counts = (len(self.unmatched), len(records), self.unmatched[0])
             logger.info("%s: %d of %d images have no caption, first: %s", home, *counts)
         return records
-
-    def attribute_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the species."""
-        return {"species": self.species_names}
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -252,7 +245,7 @@ def _textcaps_list(root: Path, split: str) -> Path | None:
 def _textcaps_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """Return image id -> captions; the file has one record per caption."""
     found: dict[str, dict[str, None]] = {}
-    for entry in entries(read_json(path), "data", ("image_id",), path):
+    for entry in entries(read_json(path), "data", {"image_id": object}, path):
         own = found.setdefault(str(entry["image_id"]), {})
         where = f"{path}: a caption of {entry['image_id']}"
         for key in ("reference_strs", "caption_str"):

@@ -5,11 +5,12 @@ resumed exactly. Local files can: every header is read once, then members are re
 """
 
 import logging
+import math
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 TEXTS = ("txt", "caption", "text")
 MAX_SHARDS = 100_000
-RANGES = f"expected {{first..last}} with at most {MAX_SHARDS:,} numbers, like {{000..012}}"
+RANGES = f"expected {{first..last}} with at most {MAX_SHARDS:,} shards, like {{000..012}}"
 
 
 class WebDataset(ListedImages):
@@ -156,32 +157,25 @@ def expand(pattern: str) -> list[Path]:
     """Return the shards a pattern names: `{000..012}` counts, `::` joins.
 
     Raises:
-        ConfigError: for a range that counts down, or more than 100,000 shards.
+        ConfigError: for a range that counts down, or more than 100,000 shards in a pattern.
 
     Example:
         >>> [str(path) for path in expand("a_{08..10}.tar::b.tar")]
         ['a_08.tar', 'a_09.tar', 'a_10.tar', 'b.tar']
     """
-    parts = pattern.split("::")
-    if len(parts) > 1:
-        return [path for part in parts for path in expand(part)]
-    found = [*islice(_expanded(pattern), MAX_SHARDS + 1)]
-    if len(found) > MAX_SHARDS:
-        raise ConfigError(f"root: {pattern:.200}: more than {MAX_SHARDS:,} shards; {RANGES}")
-    return [Path(name).expanduser() for name in found]
-
-
-def _expanded(pattern: str) -> Iterator[str]:
-    found = re.search(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    low, high = found.groups()
-    if not int(low) <= int(high) < int(low) + MAX_SHARDS:
-        raise ConfigError(f"root: {pattern:.200}: no such range: {found[0]}; {RANGES}")
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    for number in range(int(low), int(high) + 1):
-        yield from _expanded(f"{head}{number:0{len(low)}d}{tail}")
+    found = []
+    for part in pattern.split("::"):
+        first, *rest = re.split(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", part)
+        lows, highs, texts = rest[::3], rest[1::3], rest[2::3]
+        ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
+        if not 1 <= math.prod(map(len, ranges)) <= MAX_SHARDS:
+            raise ConfigError(f"root: {part:.200}: counts down, or to too many; {RANGES}")
+        for numbers in product(*ranges):
+            name = first
+            for number, low, text in zip(numbers, lows, texts, strict=True):
+                name += f"{number:0{len(low)}d}{text}"
+            found.append(Path(name).expanduser())
+    return found
 
 
 def _shards(root: Path, split: str) -> list[Path]:
@@ -216,10 +210,6 @@ class TarMember:
         if len(content) < self.length:
             raise OSError(f"{self.tar} ends inside {self.name}: it was cut off")
         return content
-
-    def is_file(self) -> bool:
-        """Return True: it was seen when the shard was listed."""
-        return True
 
     def __str__(self) -> str:
         return f"{self.tar}:{self.name}"
