@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import require
+from ..datasets.splits import first_file
 from ..files import remove_parts, replacing, require_writable
 from ..sockets import ConfigError
 from ..training.config import read_config
@@ -49,9 +50,14 @@ PATTERNS = (  # applied in this order to the names of encoder and decoder
 def main(argv: Sequence[str]) -> int:
     """Run `lgvq export --ckpt C --format FORMAT -o F [-b CONFIG...]`; returns 0."""
     given = _parser().parse_args(argv)
-    output = Path(given.output)
-    _check_output(output, given.format, given.force)
-    if given.push and given.format == "host":
+    output, is_file = Path(given.output), given.format == "host"
+    require_writable(output.parent if is_file else output)
+    remove_parts(output, inside=False)
+    if is_file and output.is_dir():
+        raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
+    if not given.force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise ConfigError(f"-o {str(output)!r} exists already; --force overwrites it")
+    if given.push and is_file:
         raise ConfigError("--push uploads folders: --format safetensors, diffusers or heads")
     find_checkpoint(given.ckpt)
     given_config = read_config(given.base) if given.base else None
@@ -100,17 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_output(output: Path, form: str, force: bool) -> None:
-    """Refuse a path that cannot be written, or that exists already."""
-    is_file = form == "host"
-    require_writable(output.parent if is_file else output)
-    remove_parts(output, inside=False)
-    if is_file and output.is_dir():
-        raise ConfigError(f"-o {str(output)!r} is a folder; --format host writes a file")
-    if not force and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
-        raise ConfigError(f"-o {str(output)!r} exists already; --force overwrites it")
-
-
 def host_state_dict(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None = None, *, averaged: bool = False
 ) -> dict[str, Tensor]:
@@ -151,8 +146,8 @@ def export_host(
     if path.suffix == ".safetensors":
         write_safetensors(tensors, path)
         return path
-    own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-    content = {"state_dict": own} | ({} if step is None else {"global_step": step})
+    content: dict[str, Any] = {} if step is None else {"global_step": step}
+    content["state_dict"] = {key: v.detach().cpu().clone() for key, v in tensors.items()}
     with replacing(path) as part:
         torch.save(content, part)
     return path
@@ -195,17 +190,15 @@ def build_diffusers(state_dict: Mapping[str, Tensor], resolution: int) -> Any:
     try:
         from diffusers import VQModel
     except ImportError as error:
-        raise ConfigError(
-            "--format diffusers needs diffusers: pip install 'lgvq_plugin[diffusers]'"
-        ) from error
+        needed = "diffusers: pip install 'lgvq_plugin[diffusers]'"
+        raise ConfigError(f"--format diffusers needs {needed}") from error
     model: Any = VQModel(**arguments)
     model.eval()
     shapes = [{k: v.shape for k, v in each.items()} for each in (model.state_dict(), renamed)]
     strange = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
     if strange:
-        raise ConfigError(
-            f"--format diffusers: VQModel has other tensors than this host: {strange[:5]}"
-        )
+        differ = f"VQModel has other tensors than this host: {strange[:5]}"
+        raise ConfigError(f"--format diffusers: {differ}")
     model.load_state_dict(renamed)
     return model
 
@@ -296,9 +289,8 @@ def round_trip(host: nn.Module, model: Any, images: Tensor) -> dict[str, float]:
 
 def _numbers(file: Path) -> dict[str, Any] | None:
     """Return what `lgvq eval` or `lgvq retrofit` wrote beside the checkpoint, if anything."""
-    places = [file.parent, file.parent.parent]
-    results = [at / name for at in places for name in ("results.json", "retrofit.json")]
-    found = next((path for path in results if path.is_file()), None)
+    names = ("results.json", "retrofit.json")
+    found = first_file(at / name for at in (file.parent, file.parent.parent) for name in names)
     if found is None:
         return None
     from ..datasets.captions import read_json  # imports torch

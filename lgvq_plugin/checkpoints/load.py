@@ -6,6 +6,7 @@ file --read_raw--> content --sort_tensors--> Checkpoint --compare--> LoadReport 
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,7 @@ def load_into(
     if not set(given) & set(wanted):  # perhaps a flattened average alone
         given = unflatten(given, wanted) or given
     given |= {key: value for key, value in checkpoint.aside.items() if key in wanted}
-    translate = getattr(host, "translate", None)  # of a host that reads foreign key names
-    given = translate(given) if translate is not None else given
+    given = getattr(host, "translate", dict)(given)  # of a host that reads foreign key names
     report = compare(wanted, given, params)
     keys = (*report.missing, *report.unexpected, *(key for key, _, _ in report.mismatched))
     name, kind = f"checkpoint {str(checkpoint.path)!r}", type(host).__name__
@@ -314,10 +314,9 @@ def _config_beside(file: Path) -> dict[str, Any] | None:
     for run in (file.parent, file.parent.parent):
         projects = sorted(run.glob("configs/*-project.yaml"), reverse=True)
         for path in (run / "config.json", run / "configs" / "merged.yaml", *projects):
-            try:
-                config = read_config([path]) if path.is_file() else DictConfig({})
-            except ConfigError:  # of another program
-                continue
+            config = DictConfig({})
+            with suppress(ConfigError):  # of another program
+                config = read_config([path]) if path.is_file() else config
             if "model" in config:
                 return plain_or_model(config)
     return None

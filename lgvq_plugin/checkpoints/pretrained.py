@@ -98,8 +98,7 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
     if saved is None:
         lacks = f"has no heads ({HEADS}*): it is not of an LG-VQ run"
         raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
-    config = checkpoint.config or {}
-    target = (config.get("model") or {}).get("target") or "a tokenizer"
+    target = ((checkpoint.config or {}).get("model") or {}).get("target") or "a tokenizer"
     card = HEADS_CARD.format(target=target, width=saved.code_dim)
     written = saved.write(folder)
     write_text(written / CARD, CARD_HEAD + card + LICENSE)

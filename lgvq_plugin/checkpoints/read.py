@@ -10,13 +10,14 @@ import io
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,13 +44,10 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         return read_safetensors(path), "safetensors"
     damaged = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
-    except Exception as error:  # garbage can make the unpickler fail anywhere
-        if not isinstance(error, pickle.UnpicklingError):
-            raise ConfigError(f"{damaged}: {_first_line(error)}") from error
-    try:
+        with suppress(pickle.UnpicklingError):  # it names classes
+            return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
         names = named_globals(path)
-    except Exception as error:  # of an archive whose parts are damaged
+    except Exception as error:  # garbage can make the unpickler fail anywhere
         raise ConfigError(f"{damaged}: {_first_line(error)}") from error
     stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
     try:
@@ -104,10 +102,8 @@ def _read_pickle(path: Path) -> Any:
     try:
         raw = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be unpickled: {type(error).__name__}: {error}; "
-            "a class that it names may have to be importable"
-        ) from error
+        failed = f"checkpoint {str(path)!r} cannot be unpickled: {type(error).__name__}: {error}"
+        raise ConfigError(f"{failed}; a class that it names may have to be importable") from error
     return raw.state_dict() if isinstance(raw, nn.Module) else raw
 
 
@@ -130,23 +126,21 @@ def _first_line(error: Exception) -> str:
 
 
 def plain(node: Any, depth: int = 0) -> Any:
-    """Convert stand-ins to dicts, lists and scalars, OmegaConf's nodes to their values."""
+    """Convert stand-ins to dicts, lists and scalars, OmegaConf's nodes to their values.
+
+    Classes become their names: Lightning's callbacks are keys of a dict in old files.
+    """
     if depth > 100:
         return None
     if isinstance(node, _Inert):
         state = {key: value for key, value in vars(node).items() if key != "args"}
         return plain(state.get("_content", state.get("_val", state)), depth + 1)
     if isinstance(node, dict):
-        return {_plain_key(key): plain(value, depth + 1) for key, value in node.items()}
+        keys = [key if isinstance(key, tuple) else plain(key, depth + 1) for key in node]
+        return dict(zip(keys, (plain(value, depth + 1) for value in node.values()), strict=True))
     if isinstance(node, list | tuple):
         return [plain(value, depth + 1) for value in node]
-    return _plain_key(node) if isinstance(node, type) and issubclass(node, _Inert) else node
-
-
-def _plain_key(key: Any) -> Any:
-    if isinstance(key, type):
-        return f"{key.__module__}.{key.__qualname__}"
-    return plain(key) if isinstance(key, _Inert) else key
+    return f"{node.__module__}.{node.__qualname__}" if isinstance(node, type) else node
 
 
 def stand_in(name: str) -> "type[_Inert] | None":
@@ -193,21 +187,19 @@ class _InertDtype(_Inert):
             self.order = ">"
 
 
-NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
-           "u8": "Q", "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
-"""numpy's types: struct's letters."""
+NUMBER = re.compile(r"b1|[iu][1248]|f[248]")
+"""NumPy's types of numbers."""
 
 
 def _number(dtype: Any = None, raw: Any = None, *rest: Any) -> Any:
     """Return numpy's scalar of (dtype, bytes) as Python's number, or None if it is no number."""
     if rest or not isinstance(dtype, _InertDtype) or not dtype.args:
         return None
-    letter = NUMBERS.get(str(dtype.args[0]))
+    kind = str(dtype.args[0])
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    layout = f"{dtype.order}{letter}"
-    if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(layout):
+    if not NUMBER.fullmatch(kind) or not isinstance(raw, bytes) or len(raw) != int(kind[1]):
         return None
-    return struct.unpack(layout, raw)[0]
+    return np.frombuffer(raw, dtype.order + kind)[0].item()
 
 
 def _becoming(make: Callable[..., Any]) -> Any:
@@ -317,10 +309,9 @@ def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
     for name, node in [*((name, raw.get(name)) for name in ROOTS), ("", raw)]:
         if tensors := _tensors(node):
             return name, tensors
-    raise ConfigError(
-        f"no tensors in the checkpoint; expected a state dict, alone or at one of "
-        f"{', '.join(ROOTS)}; it has {sorted(map(str, raw))[:10]}"
-    )
+    expected = f"expected a state dict, alone or at one of {', '.join(ROOTS)}"
+    keys = sorted(map(str, raw))[:10]
+    raise ConfigError(f"no tensors in the checkpoint; {expected}; it has {keys}")
 
 
 def _tensors(node: Any) -> dict[str, Tensor]:

@@ -68,7 +68,14 @@ MIN_CAPTIONED = 20  # captioned images in each split for the retrieval probe
 def main(argv: Sequence[str]) -> int:
     """Run `lgvq retrofit -b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`; returns 0."""
     given, overrides = parse_words(_parser(), argv, "base")
-    _check_arguments(given)
+    if given.images < 1:
+        raise ConfigError(f"--images must be >= 1, got {given.images}")
+    parts = [part.strip() for part in (given.freeze or "").split(",") if part.strip()]
+    if not set(parts) <= set(FROZEN):
+        known = f"training.freeze must be a list of some of {', '.join(FROZEN)}, got {parts}"
+        raise ConfigError(f"--freeze: {known}")
+    if given.heads is not None:
+        require_heads(Path(given.heads))
     if given.heads_first is not None:
         overrides.append(f"training.heads_first={given.heads_first}")
     if given.freeze:
@@ -135,19 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_arguments(given: argparse.Namespace) -> None:
-    """Refuse wrong arguments before anything is loaded or built."""
-    if given.images < 1:
-        raise ConfigError(f"--images must be >= 1, got {given.images}")
-    parts = [part.strip() for part in (given.freeze or "").split(",") if part.strip()]
-    if not set(parts) <= set(FROZEN):
-        raise ConfigError(
-            f"--freeze: training.freeze must be a list of some of {', '.join(FROZEN)}, got {parts}"
-        )
-    if given.heads is not None:
-        require_heads(Path(given.heads))
-
-
 def presets() -> dict[str, Path]:
     """Return name -> config of the published tokenizers that `--preset` knows."""
     found = {name.partition("/"): path for name, path in shipped().items()}
@@ -194,10 +188,8 @@ def _for_repository(given: argparse.Namespace) -> list[str]:
 def require_heads(folder: Path) -> None:
     """Raise ConfigError if `folder` cannot be one of exported heads; it is not read."""
     if not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"--heads: no heads at {str(folder)!r}; expected a folder written by "
-            "`lgvq export --format heads` or save_pretrained"
-        )
+        expected = "a folder written by `lgvq export --format heads` or save_pretrained"
+        raise ConfigError(f"--heads: no heads at {str(folder)!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -330,9 +322,8 @@ def heads_alone(
     Raises ConfigError for a control: the host would be the old one in both.
     """
     if control:
-        raise ConfigError(
-            "--control continues with the old loss, but the host is frozen: leave it out"
-        )
+        frozen = "but the host is frozen: leave it out"
+        raise ConfigError(f"--control continues with the old loss, {frozen}")
     has_block = str(loss_section({"model": model}).get("target")).startswith(OURS)
     return {**({} if has_block else {"stop": None}), **(lgvq or {})}
 
@@ -346,8 +337,7 @@ def gently(training: Any) -> Any:
     >>> gently({"max_steps": 5000, "warmup_steps": 0})
     {'max_learning_rate': 0.0001, 'warmup_steps': 0, 'max_steps': 5000}
     """
-    if not isinstance(training, Mapping):
-        return training
+    require(isinstance(training, Mapping), "training", "a mapping", training)
     return {**GENTLE, **training}
 
 
@@ -378,14 +368,12 @@ def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
     key = loss_key({"model": model})
     params = model["params"][key].get("params") or {} if key else {}
     has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
-    if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):
-        return
-    shifted = max(0, params["disc_start"] - checkpoint.step)
-    if shifted != params["disc_start"]:
+    start = params.get("disc_start")
+    if has_one and checkpoint.step and isinstance(start, int) and start > 0:
+        params["disc_start"] = max(0, start - checkpoint.step)
         message = "disc_start: %d in the new run, as the old one made %d of its %d steps and its "
         message += "discriminator is loaded"
-        logger.info(message, shifted, checkpoint.step, params["disc_start"])
-        params["disc_start"] = shifted
+        logger.info(message, params["disc_start"], checkpoint.step, start)
 
 
 def _load_heads(loss: Any, folder: Path) -> None:
@@ -419,13 +407,12 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
 
 def _first_images(section: Mapping[str, Any], count: int) -> Tensor:
     """Return the first images of a data set, (count or fewer, C, H, W)."""
-    import torch
+    from ..bench.probes.features import channels_first
+    from ..datasets.base import collate
 
     dataset = build_dataset(section)
-    samples = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
-    images = torch.stack([torch.as_tensor(image).float() for image in samples])
-    is_channel_last = images.shape[-1] < images.shape[1]  # of 1, 3 or 4 channels
-    return images.movedim(-1, 1).contiguous() if is_channel_last else images
+    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    return channels_first(collate(samples)["image"])
 
 
 def compare_hosts(
@@ -526,9 +513,8 @@ def _write_report(
         "metrics": result.rows,
     }
     if (loaded := result.loaded) is not None:
-        report["loaded"] = {"tensors": len(loaded.loaded)} | {
-            kind: getattr(loaded, kind) for kind in ("missing", "unexpected", "mismatched")
-        }
+        others = {kind: getattr(loaded, kind) for kind in ("missing", "unexpected", "mismatched")}
+        report["loaded"] = {"tensors": len(loaded.loaded), **others}
     paragraphs = [
         f"# {checkpoint.path.name}, and after {result.run.steps} steps of LG-VQ",
         f"On the images of {report['images']}; ± is half the 95 % interval over images.",

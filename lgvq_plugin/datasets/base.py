@@ -164,8 +164,7 @@ def _name(dataset: Any, index: int) -> str:
     while hasattr(dataset, "dataset"):  # a data set around another one
         order = getattr(dataset, "indices", None)  # torch's Subset
         dataset, index = dataset.dataset, index if order is None else order[index]
-    is_known = isinstance(dataset, CaptionedImages)
-    return dataset.origin(index) if is_known else f"sample {index}"
+    return dataset.origin(index) if isinstance(dataset, CaptionedImages) else f"sample {index}"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`lgvq data check`: what a path holds, what of it cannot be used, and how it looks."""
 
-import io
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..files import remove_parts, require_writable, write_bytes, write_json, write_text
+from ..files import remove_parts, replacing, require_writable, write_json, write_text
 from ..guides.base import AbstractGuide, UnknownWords, build_guide
 from .base import recognize
 from .captions import EXPECTED
@@ -308,6 +307,5 @@ def _write_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
         for row, text in enumerate([name, *lines]):
             color = "black" if row else "#777777"
             pen.text((left, top + SIDE + 2 + row * line), text, fill=color, font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    with replacing(path) as part:
+        sheet.save(part, "PNG")

@@ -65,8 +65,7 @@ class Coco(ListedImages):
         instances: bool = False,
     ) -> list[Record]:
         if karpathy is None:
-            part = SPLITS[choose_split(split, SPLITS)]
-            self.where = path = _captions_file(root, part, year)
+            self.where = path = _captions_file(root, SPLITS[choose_split(split, SPLITS)], year)
             records = _official_records(root, path)
             return self._with_objects(records, path) if instances else records
         listed = first_file([root / karpathy, Path(karpathy)])
@@ -141,9 +140,8 @@ class CocoQA(ListedImages):
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for img_ids.txt beside questions.txt."""
         home, files = cls._home(root), [f"{name}.txt" for name in QA_COLUMNS]
-        return splits_at(
-            root, (s for s in QA_SPLITS if all((home / s / f).is_file() for f in files))
-        )
+        is_there = (s for s in QA_SPLITS if all((home / s / file).is_file() for file in files))
+        return splits_at(root, is_there)
 
     @staticmethod
     def _home(root: Path) -> Path:
@@ -220,13 +218,10 @@ def _captions_file(root: Path, part: str, year: int | None) -> Path:
 def _official_records(root: Path, path: Path) -> list[Record]:
     content = read_json(path)
     captions, images = _captions_by_image(content, path), CocoImages(root)
-    records = []
-    for entry in entries(content, "images", {"id": int, "file_name": str}, path):
-        # The names come from the file: made from ids they would lack zeros for short ids.
-        name, number = entry["file_name"], int(entry["id"])
-        where = images.find(number=number, name=name)
-        records.append(Record(name, where, captions.get(number, ()), {"image_id": number}))
-    return records
+    # The names come from the file: made from ids they would lack zeros for short ids.
+    listed = entries(content, "images", {"id": int, "file_name": str}, path)
+    named = ((int(entry["id"]), entry["file_name"]) for entry in listed)
+    return [images.record(number, captions.get(number, ()), name) for number, name in named]
 
 
 def _captions_by_image(content: Any, path: Path) -> dict[int, tuple[str, ...]]:
@@ -252,8 +247,7 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
         captions = tuple(texts_of(texts, f"{path}: sentences of {name}"))
         if type(number) is not int:
             raise ConfigError(f"{path}: cocoid of {name}: expected a number, got {number!r:.60}")
-        where = images.find(number=number, name=name)
-        records.append(Record(name, where, captions, {"image_id": number}))
+        records.append(images.record(number, captions, name))
     return records
 
 
@@ -262,16 +256,15 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
 
 def _question_records(questions: Questions, homes: Sequence[Path]) -> list[Record]:
     """Return a record for each image number, with COCO's captions where `homes` have them."""
-    images, records = CocoImages(*homes), []
+    images = CocoImages(*homes)
     captions: dict[int, tuple[str, ...]] = {}
     for home in dict.fromkeys(homes):
         for path in (p for part in SPLITS.values() for p in _of_years(home, part, *YEARS)):
             captions |= _captions_by_image(read_json(path), path)
-    for number, asked in questions.items():
-        path = images.find(number=number)
-        extra = {"image_id": number, "questions": asked}
-        records.append(Record(path.name, path, captions.get(number, ()), extra))
-    return records
+    return [
+        images.record(number, captions.get(number, ()), questions=asked)
+        for number, asked in questions.items()
+    ]
 
 
 def _qa_questions(folder: Path) -> Questions:
@@ -344,10 +337,13 @@ class CocoImages:
                     self._found.setdefault(name, folder / name)
                     self._found.setdefault(int(number[1]), folder / name)
 
-    def find(self, *, number: int, name: str = "") -> Path:
-        """Return where an image is; if nowhere, where it was expected."""
+    def record(
+        self, number: int, captions: tuple[str, ...], name: str = "", **extra: Any
+    ) -> Record:
+        """Return an image where it is; if nowhere, where it was expected."""
         path = self._found.get(name) or self._found.get(number)
-        return path or self.roots[0] / (name or f"{number:012d}.jpg")
+        path = path or self.roots[0] / (name or f"{number:012d}.jpg")
+        return Record(name or path.name, path, captions, {"image_id": number, **extra})
 
 
 def entries(content: Any, key: str, needed: Mapping[str, type], path: Path) -> list[dict[str, Any]]:

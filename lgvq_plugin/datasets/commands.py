@@ -85,9 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     written = "write problems.txt, report.json and contact sheets there"
     check.add_argument("-o", "--out", type=Path, help=written)
-    check.add_argument(
-        "--guide", default="micro_clip", help="count captions in this guide's tokens"
-    )
+    guide = "count captions in this guide's tokens"
+    check.add_argument("--guide", default="micro_clip", help=guide)
     check.add_argument("--max-length", type=int, help="tokens per caption (default: 30)")
     add = convert.add_argument
     add("out", type=Path, metavar="OUT", help="a new folder")

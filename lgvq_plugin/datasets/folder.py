@@ -15,6 +15,7 @@ ListFile: train.txt, as taming's list of paths
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,8 @@ def _records_without_table(
         raise ConfigError(f"{root} holds no images ({', '.join(SUFFIXES)}) and no table")
     if need_captions and not has_captions:
         unread = tables.unread_files(root, (record.file for record in records), read=())
-        others = ", ".join(path.relative_to(root).as_posix() for path in unread)
-        hint = (
-            f" ({others} could hold captions, but not in a layout that is read)" if others else ""
-        )
+        names = ", ".join(path.relative_to(root).as_posix() for path in unread)
+        hint = f" ({names} could hold captions, but not in a layout that is read)" if names else ""
         if found := ", ".join(path.name for path in tables.tables_in([root])):
             hint = f" by this data set; `target: pairs_table` reads {found}, one table per split"
         raise ConfigError(
@@ -227,9 +226,8 @@ class PairsTable(ListedImages):
         """Look for tables named after splits, or take a table itself."""
         if not root.is_file():
             found = {split: splits.split_file(root, split, PAIRS) for split in splits.SPLITS[:3]}
-            return splits_at(
-                root, (s for s, path in found.items() if path and tables.is_table(path))
-            )
+            there = (split for split, path in found.items() if path and tables.is_table(path))
+            return splits_at(root, there)
         is_read = tables.is_table(root)
         if not is_read and root.suffix.lower() not in PAIRS:
             return {}  # other tables are taken for one whose columns have unusual names
@@ -289,10 +287,7 @@ def _list(root: Path, split: str) -> Path | None:
 
 
 def _lists_images(path: Path) -> bool:
-    if path.suffix.lower() != ".txt":
-        return False
-    try:
-        first = next(iter(tables.read_lines(path)), "")
+    with suppress(ConfigError):
+        first = next(iter(tables.read_lines(path)), "") if path.suffix.lower() == ".txt" else ""
         return tables.split_line(first)[0].lower().endswith(SUFFIXES)
-    except ConfigError:
-        return False
+    return False

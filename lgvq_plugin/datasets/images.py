@@ -117,19 +117,17 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
     with Image.open(io.BytesIO(raw)) as stored:
         kind, is_plain = stored.format, stored.mode == "RGB" and "transparency" not in stored.info
         is_plain = is_plain and stored.size == image.size and _is_upright(stored)
-    if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
-        return raw, ".jpg" if kind == "JPEG" else ".png"
+    suffixes = {"JPEG": ".jpg", "PNG": ".png"}
+    if is_plain and target == side and not is_cut and kind in suffixes:
+        return raw, suffixes[kind]
     if is_cut:
         image = fit(image, target, "center", HashedDraws(0))
     elif target != side:
         scaled = [max(1, round(length * target / side)) for length in image.size]
         image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
-    written = io.BytesIO()
-    if kind in ("PNG", "BMP", "GIF", "TIFF"):
-        image.save(written, "PNG")
-        return written.getvalue(), ".png"
-    image.save(written, "JPEG", quality=95, subsampling=0)
-    return written.getvalue(), ".jpg"
+    written, form = io.BytesIO(), "PNG" if kind in ("PNG", "BMP", "GIF", "TIFF") else "JPEG"
+    image.save(written, form, quality=95, subsampling=0)  # PNG has neither
+    return written.getvalue(), suffixes[form]
 
 
 def fit(image: Image.Image, size: int | Sequence[int], crop: str, draws: "Draws") -> Image.Image:

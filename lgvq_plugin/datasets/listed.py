@@ -18,7 +18,7 @@ from PIL import ImageOps
 from ..sockets import ConfigError, check_call, suggest
 from . import images
 from .base import CaptionedImages
-from .captions import TableEntry, unread_files
+from .captions import TableEntry, reading, unread_files
 from .images import SUFFIXES, HashedDraws, Source, UnreadableImage
 from .splits import first_file
 
@@ -241,12 +241,10 @@ class ImageFinder:
 
     def find(self, name: str) -> Path:
         """Return where an image is, or was expected; several that could be meant are an error."""
-        try:
+        with reading(f"image {name[:60]!r}"):
             # an absolute name stays as it is
             if found := first_file(home / name for home in self.homes):
                 return found
-        except OSError as error:
-            raise ConfigError(f"image {name[:60]!r}: {error.strerror}") from error
         path = Path(name)
         hits = [] if path.is_absolute() else self._by_name.get(path.name, [])
         hits = [hit for hit in hits if hit.parts[-len(path.parts) : -1] == path.parts[:-1]]

@@ -16,11 +16,13 @@ TextCaps, also as the LG-VQ code has it:
 
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import require
 from ..sockets import ConfigError
 from .captions import read_captions, read_json, read_lines, texts_of
 from .coco import entries
@@ -69,13 +71,12 @@ class CelebAHQ(ListedImages):
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for numbered images and texts and at least one split file."""
-        try:
-            texts = [_folder(root, names) for names in (FACE_IMAGES, FACE_TEXTS)][1]
-        except ConfigError:
-            return {}
-        if not any(path.stem.isdigit() for path in texts.glob("*.txt")):
-            return {}
-        return splits_at(root, (s for s in SPLITS if (root / s / "filenames.pickle").is_file()))
+        with suppress(ConfigError):
+            _, texts = (_folder(root, names) for names in (FACE_IMAGES, FACE_TEXTS))
+            if any(path.stem.isdigit() for path in texts.glob("*.txt")):
+                listed = (s for s in SPLITS if (root / s / "filenames.pickle").is_file())
+                return splits_at(root, listed)
+        return {}
 
 
 class CUB200(ListedImages):
@@ -97,8 +98,7 @@ class CUB200(ListedImages):
     ) -> list[Record]:
         self.where = home = _bird_home(root)
         split = choose_split(split, SPLITS)
-        if split_by not in ("official", "class"):
-            raise ConfigError(f"split_by: expected official or class, got {split_by!r}")
+        require(split_by in ("official", "class"), "split_by", "official or class", split_by)
         texts = _bird_texts(root, home)
         names, labels = _column(home / "images.txt"), _column(home / "image_class_labels.txt")
         wanted = _wanted_birds(root, home, names, split, split_by)

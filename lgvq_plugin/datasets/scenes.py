@@ -197,9 +197,7 @@ def outline_of(thing: SceneObject, size: int) -> np.ndarray:
 
 def _draw_background(background: Background, side: int) -> Image.Image:
     first, *rest = (TONES[tone] for tone in background.tones)
-    if background.kind == "plain":
-        return Image.new("RGB", (side, side), first)
-    smooth, tile = Image.Resampling.NEAREST, np.array(first)
+    smooth, tile = Image.Resampling.NEAREST, np.array([[first]])
     if background.kind == "noisy":
         generator = np.random.default_rng(background.noise_seed)
         noise = generator.integers(-NOISE_SPAN, NOISE_SPAN + 1, (NOISE_CELLS, NOISE_CELLS, 1))
@@ -207,7 +205,7 @@ def _draw_background(background: Background, side: int) -> Image.Image:
     elif background.kind == "checkered":
         parity = np.indices((background.cells, background.cells)).sum(0)[..., None] % 2
         tile = np.where(parity == 0, first, rest[0])
-    else:
+    elif background.kind == "gradient":
         share = np.linspace(0, 1, 64)[:, None, None]
         tile = tile * (1 - share) + np.array(rest[0]) * share
         tile = tile if background.vertical else tile.transpose(1, 0, 2)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..sockets import ConfigError
 from . import splits
-from .captions import CAPTION_KEYS, KEPT_KEYS, decode, parse_json, texts_of
+from .captions import CAPTION_KEYS, KEPT_KEYS, decode, parse_json, reading, texts_of
 from .images import SUFFIXES
 from .listed import ListedImages, Record
 from .splits import SPLITS
@@ -133,8 +133,7 @@ class WebDataset(ListedImages):
         if key is not None and key not in meta:
             known = f"it has {', '.join([*map(str, meta), *sample.members])}"
             raise ConfigError(f"{sample.shard}: {sample.key!r} has no caption_key {key!r}; {known}")
-        usual = next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
-        name = key or usual
+        name = key or next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
         texts = texts_of(meta[name], f"{sample.shard}: {name} {where}") if name else []
         if key is None and (not name or not isinstance(meta[name], list)):
             suffix = sample.only(TEXTS, "caption_key")
@@ -147,10 +146,8 @@ class WebDataset(ListedImages):
 
     def _text(self, sample: "_Sample", suffix: str) -> str:
         member = sample.members[suffix]
-        try:
+        with reading(member):
             return decode(member.read_bytes(), self.options.encoding)
-        except OSError as error:
-            raise ConfigError(f"{member}: {error}") from error
 
 
 def expand(pattern: str) -> list[Path]:
@@ -245,7 +242,7 @@ def _samples(shard: Path) -> list[_Sample]:
     """
     found: dict[str, _Sample] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with reading(f"shard {shard}"), tarfile.open(shard, "r:") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if not member.isreg() or path.name.startswith("."):
@@ -255,14 +252,10 @@ def _samples(shard: Path) -> list[_Sample]:
                 own = found.setdefault(key, _Sample(shard, key)).members
                 if suffix.lower() in own:
                     hint = "a name must be unique in a shard: write the shard again"
-                    raise ConfigError(
-                        f"shard {shard}: two members are called {member.name}; {hint}"
-                    )
-                place = TarMember(shard, member.name, member.offset_data, member.size)
-                own[suffix.lower()] = place
+                    twice = f"two members are called {member.name}"
+                    raise ConfigError(f"shard {shard}: {twice}; {hint}")
+                own[suffix.lower()] = TarMember(shard, member.name, member.offset_data, member.size)
     except tarfile.TarError as error:
         expected = "expected an uncompressed tar, whole; fetch or unpack it again"
         raise ConfigError(f"shard {shard}: {error}; {expected}") from error
-    except OSError as error:
-        raise ConfigError(f"shard {shard} cannot be read: {error}") from error
     return list(found.values())
