@@ -122,9 +122,8 @@ def check(
             jobs = pool.map(lambda record: examine(record.file, record.path), dataset.records)
             shown = tqdm(jobs, f"{name}: images", len(dataset), unit="img", disable=not progress)
             found = list(shown)
-        template = str(layout.splits[name].get("caption_template", ""))
         lengths = _lengths(dataset, encoder, name, progress)
-        reports[name] = _report(dataset, found, encoder, lengths, template)
+        reports[name] = _report(dataset, found, encoder, lengths)
         problems += [health for health in found if health.problem]
         for health in found:
             splits_with[health.digest].add(name)
@@ -165,11 +164,7 @@ def _lengths(
 
 
 def _report(
-    dataset: ListedImages,
-    found: list[Health],
-    guide: AbstractGuide,
-    lengths: Lengths | None,
-    template: str,
+    dataset: ListedImages, found: list[Health], guide: AbstractGuide, lengths: Lengths | None
 ) -> SplitReport:
     captions = [record.captions for record in dataset.records]
     counts = [*map(len, captions)]
@@ -177,7 +172,7 @@ def _report(
     digests = Counter(health.digest for health in found if health.digest)
     widths = [health.width for health in found if health.width] or [0]
     heights = [health.height for health in found if health.width] or [0]
-    broken = dataset.broken_texts()
+    broken, lacks_captions = dataset.broken_texts(), bool(dataset.template) or not all(counts)
     unknown = guide.unknown_words([text for own in captions for text in own])
     unknown = unknown or UnknownWords(words=0, unknown=0, examples=())
     problems = Counter(health.problem for health in found if health.problem)
@@ -196,10 +191,10 @@ def _report(
         smallest_side=min(widths + heights),
         problems=dict(problems),
         has_questions="questions" in dataset.records[0].extra,
-        template=template,
+        template=dataset.template,
         broken_captions=len(broken),
         first_broken=broken[0] if broken else ("", ""),
-        unread=tuple(map(str, dataset.unread_files())) if template or not all(counts) else (),
+        unread=tuple(map(str, dataset.unread_files())) if lacks_captions else (),
         unlisted=tuple(map(str, dataset.unlisted_images())),
         words=unknown.words,
         unknown_words=unknown.unknown,

@@ -25,8 +25,8 @@ from . import captions as tables
 from . import splits
 from .captions import EXPECTED, USUAL, Columns, find_table, read_sidecar
 from .images import SUFFIXES
-from .listed import ImageFinder, ListedImages, Record, image_files
-from .splits import declared_splits, of_split, split_name, splits_at
+from .listed import ImageFinder, ListedImages, Record, declared_splits, image_files
+from .splits import split_name, splits_at
 
 PAIRS = (".csv", ".tsv", ".jsonl")
 NO_CLASS = re.compile(
@@ -75,6 +75,7 @@ class CaptionedFolder(ListedImages):
         if template is not None and template.count("{}") != 1:
             usual = "must hold one {}, such as 'a photo of a {}'"
             raise ConfigError(f"caption_template {usual}; got {template!r}")
+        self.template = template or ""
         inner = _split_folder(root, split_name(split)) if captions is None else None
         self.where = self._home = home = inner or root
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
@@ -84,14 +85,14 @@ class CaptionedFolder(ListedImages):
             self.where, records = table, _records_of_table(home, table, columns, template)
         self._listed = {record.path for record in records} if table else None
         if inner is not None:
-            splits.refuse_other_splits(records, split_name(split), self.where)
+            self._refuse_other_splits(records, split_name(split))
         try:
             unwanted = re.compile(exclude or r"(?!)")
         except re.error as error:
             raise ConfigError(f"exclude: {exclude!r} is no regular expression: {error}") from error
         kept = [record for record in records if not unwanted.search(record.file)]
         own = "all" if inner else split
-        kept = of_split(kept, own, holdout=holdout, where=self.where)
+        kept = self._of_split(kept, own, holdout)
         if not kept:
             left = f"no image is left by split {own!r}, exclude {exclude!r}"
             raise ConfigError(f"{self.where}: {left}")
@@ -219,7 +220,7 @@ class PairsTable(ListedImages):
         self.where, encoding = table, self.options.encoding
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
         records = _pairs(table, images, columns)
-        return of_split(records, split, holdout=holdout, where=table) if table == root else records
+        return self._of_split(records, split, holdout) if table == root else records
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from ..sockets import ConfigError
 from . import splits
 from .captions import CAPTION_KEYS, KEPT_KEYS, decode, parse_json, reading, texts_of
 from .images import SUFFIXES
-from .listed import ListedImages, Record
+from .listed import ListedImages, Record, declared_splits
 from .splits import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ class WebDataset(ListedImages):
         records = [record for record in map(self._record, found) if record]
         self._report_missing(found, records)
         if has_shards:
-            splits.refuse_other_splits(records, own, root)
+            self._refuse_other_splits(records, own)
             return records
-        if own == "test" and not splits.declared_splits(records):
+        if own == "test" and not declared_splits(records):
             raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
-        return splits.of_split(records, split, holdout=holdout, where=root)
+        return self._of_split(records, split, holdout)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
