@@ -42,10 +42,10 @@ def choose_split(split: str | None, known: Iterable[str]) -> str:
     """Return the split by its full name, which must be in `known`; None is "all"."""
     names = list(known)
     name = "all" if split is None else split
-    name = name if name in names else split_name(name)
-    if name not in names:
+    full = name if name in names else split_name(name)
+    if full is None or full not in names:
         raise ConfigError(f"split: {split!r}{suggest(str(split), names)}")
-    return name
+    return full
 
 
 def split_words(split: str | None) -> list[str]:
