@@ -268,7 +268,8 @@ def sizes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     def read(key: str, rank: int, *names: str | None) -> None:
         """Take the first sizes of a tensor of this rank under these names."""
         if len(shapes.get(key, ())) == rank:
-            sizes.update(pair for pair in zip(names, shapes[key], strict=False) if pair[0])
+            pairs = zip(names, shapes[key], strict=False)
+            sizes.update({name: size for name, size in pairs if name is not None})
 
     codebook = next((name for name in CODEBOOKS if len(shapes.get(f"{name}.weight", ())) == 2), "")
     read(f"{codebook}.weight", 2, "n_embed", "embed_dim")
