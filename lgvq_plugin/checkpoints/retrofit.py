@@ -388,15 +388,14 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
     """Raise RuntimeError unless both reconstruct images (B, 3, H, W) bit-identically."""
     import torch
 
+    from ..encoder import evaluating
     from ..host import reconstruct
 
-    modes = {part: part.training for part in new.modules()}
-    before, after = (
-        reconstruct(host.eval(), images.to(next(host.parameters()).device)).cpu()
-        for host in (old, new)
-    )
-    for part, mode in modes.items():
-        part.training = mode
+    with evaluating(old, new):
+        before, after = (
+            reconstruct(host, images.to(next(host.parameters()).device)).cpu()
+            for host in (old, new)
+        )
     if not torch.equal(before, after):
         gap = float((before - after).abs().max())
         raise RuntimeError(

@@ -199,9 +199,8 @@ class _Captioner:
     draws: Draws
 
     def everything(self) -> str:
-        by: tuple[str, ...] = ("color", "shape")
-        if len(self.scene.objects) <= 2 and self.draws.chance(0.5):
-            by = ("size", "color", "shape")
+        is_sized = len(self.scene.objects) <= 2 and self.draws.chance(0.5)
+        by = ("size", "color", "shape") if is_sized else ("color", "shape")
         return self._listed(self._groups(by), backed=0.5)
 
     def single(self) -> str:
