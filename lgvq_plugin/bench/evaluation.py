@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..alignment import Alignment
 from ..config import verify
-from ..datasets.workers import naming_files
+from ..datasets.base import naming_files
 from ..encoder import SavedHeads
 from ..files import write_json
 from ..sockets import ConfigError, suggest

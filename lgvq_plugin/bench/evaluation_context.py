@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..alignment import Alignment
-from ..datasets.base import ImageLayout, collate
-from ..datasets.workers import Watched
+from ..datasets.base import ImageLayout, Watched, collate
 from ..encoder import SavedHeads
 from ..guides.base import AbstractGuide, build_guide
 from ..host import attach_saved, encode, reconstruct

@@ -23,13 +23,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise ConfigError(f"no checkpoint {str(path)!r}")
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
     steps = sorted((*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")))
-    if not steps:
-        raise ConfigError(
-            f"folder {str(path)!r} has no checkpoint: no checkpoints/last.ckpt, no "
-            "model.safetensors"
-        )
-    return steps[-1]
+    found = [path / name for name in FILES if (path / name).is_file()] or steps[-1:]
+    if not found:
+        sought = "no checkpoints/last.ckpt, no model.safetensors"
+        raise ConfigError(f"folder {str(path)!r} has no checkpoint: {sought}")
+    return found[0]

@@ -5,8 +5,9 @@ file --read_raw--> content --sort_tensors--> Checkpoint --compare--> LoadReport 
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from ..training.build import build_host
 from ..training.config import LOSS_KEYS, read_config, to_plain
 from ..training.lora import merge
 from . import find_checkpoint
-from .layout import Layout, sort_tensors, unflatten
-from .read import How, plain, read_raw
+from .read import How, Layout, plain, read_raw, sort_tensors, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -73,35 +73,23 @@ def load_checkpoint(
         if not older:
             raise
         raise ConfigError(f"{error}; the checkpoint before it is {str(older[-1])!r}") from error
-    try:
-        layout = sort_tensors(raw, root=root)
-    except ConfigError as error:
-        raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
-    for key, value in {**layout.state_dict, **(layout.averaged or {}), **layout.aside}.items():
-        if value.layout != torch.strided or value.is_meta or value.is_complex():
-            kind = "without values" if value.is_meta else f"{value.layout} {value.dtype}"
-            raise ConfigError(
-                f"checkpoint {str(file)!r}: {key} is a tensor {kind}; expected a dense one of "
-                "real numbers; save the state dict again"
-            )
-    rename_old_heads(layout.state_dict)
     config = _config_in(raw) or _config_beside(file)
     try:
-        layout = replace(
-            layout,
-            state_dict=merge(layout.state_dict, config),
-            averaged=layout.averaged and merge(layout.averaged, config),
-        )
+        found = {**vars(sort_tensors(raw, root=root))}
+        every = {**found["state_dict"], **(found["averaged"] or {}), **found["aside"]}
+        for key, value in every.items():
+            if value.layout != torch.strided or value.is_meta or value.is_complex():
+                kind = "without values" if value.is_meta else f"{value.layout} {value.dtype}"
+                expected = "expected a dense one of real numbers; save the state dict again"
+                raise ConfigError(f"{key} is a tensor {kind}; {expected}")
+        rename_old_heads(found["state_dict"])
+        for kind in ("state_dict", "averaged"):
+            found[kind] = found[kind] and merge(found[kind], config)
     except ConfigError as error:
         raise ConfigError(f"checkpoint {str(file)!r}: {error}") from error
     step = raw.get("global_step") if isinstance(raw, Mapping) else None
-    return Checkpoint(
-        **vars(layout),
-        path=file,
-        config=config,
-        how=how,
-        step=int(step) if isinstance(step, int) else None,
-    )
+    step = int(step) if isinstance(step, int) else None
+    return Checkpoint(**found, path=file, config=config, how=how, step=step)
 
 
 def load_host(
@@ -142,17 +130,16 @@ def load_into(
     checkpoint: Checkpoint,
     *,
     params: Mapping[str, Any] | None = None,
-    optional: Sequence[str] = ("loss.",),
     averaged: bool = False,
 ) -> "LoadReport":
     """Load a checkpoint into a host, and report what was loaded and what was not.
 
-    The `params` of the host's config are compared with the tensors' sizes; keys with `optional`
-    prefixes may be missing, unexpected or of another shape. Averaged weights are taken if there
-    are any and `averaged`. If something does not fit, the host is unchanged.
+    The `params` of the host's config are compared with the tensors' sizes; keys of the loss may be
+    missing, unexpected or of another shape. Averaged weights are taken if there are any and
+    `averaged`. If something does not fit, the host is unchanged.
 
-    Raises ConfigError if a key that is not optional is missing, unexpected or of another shape, if
-    weights are NaN, or if the host did not take them.
+    Raises ConfigError if another key is missing, unexpected or of another shape, if weights are
+    NaN, or if the host did not take them.
     """
     wanted = host.state_dict()
     given = dict(checkpoint.state_dict)
@@ -161,12 +148,11 @@ def load_into(
     if not set(given) & set(wanted):  # perhaps a flattened average alone
         given = unflatten(given, wanted) or given
     given |= {key: value for key, value in checkpoint.aside.items() if key in wanted}
-    translate = getattr(host, "translate", None)  # of a host that reads foreign key names
-    given = translate(given) if translate is not None else given
+    given = getattr(host, "translate", dict)(given)  # of a host that reads foreign key names
     report = compare(wanted, given, params)
     keys = (*report.missing, *report.unexpected, *(key for key, _, _ in report.mismatched))
     name, kind = f"checkpoint {str(checkpoint.path)!r}", type(host).__name__
-    if not report.loaded or not all(key.startswith(tuple(optional)) for key in keys):
+    if not report.loaded or not all(key.startswith("loss.") for key in keys):
         raise ConfigError(f"{name} does not fit {kind}; nothing was loaded. {report}")
     if bad := [k for k in report.loaded if all_finite([wanted[k]]) and not all_finite([given[k]])]:
         kind = "NaN" if any(given[key].isnan().any() for key in bad) else "inf"
@@ -279,37 +265,28 @@ def sizes_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     sizes: dict[str, Any] = {}
 
-    def read(key: str, rank: int, *names: str | None) -> bool:
+    def read(key: str, rank: int, *names: str | None) -> None:
         """Take the first sizes of a tensor of this rank under these names."""
-        is_there = len(shapes.get(key, ())) == rank
-        pairs = zip(names, shapes[key] if is_there else (), strict=False)
-        sizes.update({name: size for name, size in pairs if name is not None})
-        return is_there
+        if len(shapes.get(key, ())) == rank:
+            pairs = zip(names, shapes[key], strict=False)
+            sizes.update({name: size for name, size in pairs if name is not None})
 
-    for codebook in CODEBOOKS:
-        if read(f"{codebook}.weight", 2, "n_embed", "embed_dim"):
-            break
-    else:
-        codebook = ""
+    codebook = next((name for name in CODEBOOKS if len(shapes.get(f"{name}.weight", ())) == 2), "")
+    read(f"{codebook}.weight", 2, "n_embed", "embed_dim")
     # Gumbel's codebook (quantize.embed) projects to n_embed by itself.
     read("quant_conv.weight", 4, None if codebook == GUMBEL else "embed_dim", "z_channels")
-    if read("encoder.conv_in.weight", 4, "ch", "in_channels"):
-        sizes |= _levels(shapes, sizes["ch"])
-        read("decoder.conv_out.weight", 4, "out_ch")
-    return sizes
-
-
-def _levels(shapes: Mapping[str, Shape], ch: int) -> dict[str, Any]:
+    read("encoder.conv_in.weight", 4, "ch", "in_channels")
+    if "ch" not in sizes:
+        return sizes
     pattern = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
     blocks = {(int(m[1]), int(m[2])): shapes[m[0]][0] for m in map(pattern.fullmatch, shapes) if m}
-    if not blocks:
-        return {}
-    levels = 1 + max(level for level, _ in blocks)
-    widths = [blocks.get((level, 0), 0) / ch for level in range(levels)]
-    return {
-        "ch_mult": [int(width) if width == int(width) else width for width in widths],
-        "num_res_blocks": 1 + max(block for level, block in blocks if level == 0),
-    }
+    if blocks:
+        levels = range(1 + max(level for level, _ in blocks))
+        widths = [blocks.get((level, 0), 0) / sizes["ch"] for level in levels]
+        sizes["ch_mult"] = [int(width) if width == int(width) else width for width in widths]
+        sizes["num_res_blocks"] = 1 + max(block for level, block in blocks if level == 0)
+    read("decoder.conv_out.weight", 4, "out_ch")
+    return sizes
 
 
 def _model_section(config: DictConfig | Mapping[str, Any], *, with_loss: bool) -> dict[str, Any]:
@@ -338,10 +315,9 @@ def _config_beside(file: Path) -> dict[str, Any] | None:
     for run in (file.parent, file.parent.parent):
         projects = sorted(run.glob("configs/*-project.yaml"), reverse=True)
         for path in (run / "config.json", run / "configs" / "merged.yaml", *projects):
-            try:
-                config = read_config([path]) if path.is_file() else DictConfig({})
-            except ConfigError:  # of another program
-                continue
+            config = DictConfig({})
+            with suppress(ConfigError):  # of another program
+                config = read_config([path]) if path.is_file() else config
             if "model" in config:
                 return plain_or_model(config)
     return None

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,24 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .. import __version__
 from ..encoder import SavedHeads
 from ..files import write_bytes, write_json, write_text
 from ..hub import download, hub_errors
 from ..sockets import ConfigError
 from ..training.config import lgvq_block, loss_section
-from .layout import split, unflatten
 from .load import HEADS, Checkpoint, load_host, sizes_of
+from .read import split, unflatten
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-CARD_TEXT = """---
+CARD_HEAD = """---
 library_name: lgvq_plugin
 tags: [vector-quantization, image-tokenizer, lg-vq]
 ---
 
-# {name}, a VQ image tokenizer
+"""
+LICENSE = "\nLicense and intended use: to be filled in by the publisher.\n"
+CARD_TEXT = """# {name}, a VQ image tokenizer
 
 {facts}
 
@@ -33,15 +35,8 @@ from lgvq_plugin.checkpoints.pretrained import from_pretrained
 host = from_pretrained('.')          # images (B, 3, H, W) in [-1, 1]
 reconstruction = host(images)[0]
 ```
-{table}
-License and intended use: to be filled in by the publisher.
-"""
-HEADS_CARD = """---
-library_name: lgvq_plugin
-tags: [vector-quantization, image-tokenizer, lg-vq]
----
-
-# LG-VQ's heads for `{target}` with codes of width {width}
+{table}"""
+HEADS_CARD = """# LG-VQ's heads for `{target}` with codes of width {width}
 
 They map the tokenizer's codes into the sentence space of the text encoder in `lgvq_config.json`.
 
@@ -50,8 +45,6 @@ from lgvq_plugin import Handle
 handle = Handle.from_pretrained(tokenizer, '.')
 similarity = handle.encode_image(images) @ handle.encode_text(["a dog", "a cat"]).mT
 ```
-
-License and intended use: to be filled in by the publisher.
 """
 
 
@@ -91,11 +84,7 @@ def save_pretrained(
     write_safetensors(tensors, folder / WEIGHTS)
     model = dict(config["model"])
     model["params"] = {k: v for k, v in (model.get("params") or {}).items() if k != "ckpt_path"}
-    try:
-        version = metadata.version("lgvq_plugin")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    write_json(folder / CONFIG, {"model": model, "lgvq_plugin": version})
+    write_json(folder / CONFIG, {"model": model, "lgvq_plugin": __version__})
     write_text(folder / CARD, model_card(tensors, config, numbers))
     return folder
 
@@ -109,11 +98,10 @@ def save_heads(checkpoint: Checkpoint, folder: str | Path) -> Path:
     if saved is None:
         lacks = f"has no heads ({HEADS}*): it is not of an LG-VQ run"
         raise ConfigError(f"checkpoint {str(checkpoint.path)!r} {lacks}")
-    config = checkpoint.config or {}
-    target = (config.get("model") or {}).get("target") or "a tokenizer"
+    target = ((checkpoint.config or {}).get("model") or {}).get("target") or "a tokenizer"
     card = HEADS_CARD.format(target=target, width=saved.code_dim)
     written = saved.write(folder)
-    write_text(written / CARD, card)
+    write_text(written / CARD, CARD_HEAD + card + LICENSE)
     return written
 
 
@@ -164,11 +152,12 @@ def model_card(
     for name, row in (numbers or {}).items():
         value = f"{row['value']:.4g} {row.get('unit') or ''}"
         rows.append(f"| {name} | {value} | {row.get('n', '')} |")
-    return CARD_TEXT.format(
+    card = CARD_TEXT.format(
         name=target.rpartition(".")[2],
         facts="\n".join(f"- {fact}" for fact in facts),
         table="".join(f"{row}\n" for row in rows),
     )
+    return CARD_HEAD + card + LICENSE
 
 
 def _block(config: Mapping[str, Any] | None) -> dict[str, Any] | None:

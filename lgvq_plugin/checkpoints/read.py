@@ -1,7 +1,8 @@
-"""Read a checkpoint file without running any code in it.
+"""Read a checkpoint file without running any code in it, and find the host's tensors in that.
 
 .safetensors --> tensors only
 a pickle     --> torch's weights_only --> the same + stand-ins for harmless classes --> refused
+content --sort_tensors--> the host's tensors, without roots and prefixes; averaged ones; others
 """
 
 import _compat_pickle
@@ -9,19 +10,26 @@ import io
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import read_safetensors
-from ..sockets import ConfigError
+from ..sockets import ConfigError, suggest
 
 How = Literal["safetensors", "weights_only", "allow_list", "pickle"]
+ROOTS = ("state_dict", "model", "vae", "ema")
+AVERAGES = ("ema_state_dict", "ema", "averaging_state")
+WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
+OWNERS = ("first_stage_model.", "model.")  # the tokenizer in a larger model's checkpoint
+EMA = "model_ema."
 
 
 def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
@@ -36,13 +44,10 @@ def read_raw(path: Path, *, trust_pickle: bool = False) -> tuple[Any, How]:
         return read_safetensors(path), "safetensors"
     damaged = f"checkpoint {str(path)!r} cannot be read; it is damaged or no checkpoint"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
-    except Exception as error:  # garbage can make the unpickler fail anywhere
-        if not isinstance(error, pickle.UnpicklingError):
-            raise ConfigError(f"{damaged}: {_first_line(error)}") from error
-    try:
+        with suppress(pickle.UnpicklingError):  # it names classes
+            return torch.load(path, map_location="cpu", weights_only=True), "weights_only"
         names = named_globals(path)
-    except Exception as error:  # of an archive whose parts are damaged
+    except Exception as error:  # garbage can make the unpickler fail anywhere
         raise ConfigError(f"{damaged}: {_first_line(error)}") from error
     stand_ins: list[Any] = [made for name in sorted(names) if (made := stand_in(name)) is not None]
     try:
@@ -97,10 +102,8 @@ def _read_pickle(path: Path) -> Any:
     try:
         raw = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be unpickled: {type(error).__name__}: {error}; "
-            "a class that it names may have to be importable"
-        ) from error
+        failed = f"checkpoint {str(path)!r} cannot be unpickled: {type(error).__name__}: {error}"
+        raise ConfigError(f"{failed}; a class that it names may have to be importable") from error
     return raw.state_dict() if isinstance(raw, nn.Module) else raw
 
 
@@ -123,23 +126,21 @@ def _first_line(error: Exception) -> str:
 
 
 def plain(node: Any, depth: int = 0) -> Any:
-    """Convert stand-ins to dicts, lists and scalars, OmegaConf's nodes to their values."""
+    """Convert stand-ins to dicts, lists and scalars, OmegaConf's nodes to their values.
+
+    Classes become their names: Lightning's callbacks are keys of a dict in old files.
+    """
     if depth > 100:
         return None
     if isinstance(node, _Inert):
         state = {key: value for key, value in vars(node).items() if key != "args"}
         return plain(state.get("_content", state.get("_val", state)), depth + 1)
     if isinstance(node, dict):
-        return {_plain_key(key): plain(value, depth + 1) for key, value in node.items()}
+        keys = [key if isinstance(key, tuple) else plain(key, depth + 1) for key in node]
+        return dict(zip(keys, (plain(value, depth + 1) for value in node.values()), strict=True))
     if isinstance(node, list | tuple):
         return [plain(value, depth + 1) for value in node]
-    return _plain_key(node) if isinstance(node, type) and issubclass(node, _Inert) else node
-
-
-def _plain_key(key: Any) -> Any:
-    if isinstance(key, type):
-        return f"{key.__module__}.{key.__qualname__}"
-    return plain(key) if isinstance(key, _Inert) else key
+    return f"{node.__module__}.{node.__qualname__}" if isinstance(node, type) else node
 
 
 def stand_in(name: str) -> "type[_Inert] | None":
@@ -186,21 +187,19 @@ class _InertDtype(_Inert):
             self.order = ">"
 
 
-NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
-           "u8": "Q", "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
-"""numpy's types: struct's letters."""
+NUMBER = re.compile(r"b1|[iu][1248]|f[248]")
+"""NumPy's types of numbers."""
 
 
 def _number(dtype: Any = None, raw: Any = None, *rest: Any) -> Any:
     """Return numpy's scalar of (dtype, bytes) as Python's number, or None if it is no number."""
     if rest or not isinstance(dtype, _InertDtype) or not dtype.args:
         return None
-    letter = NUMBERS.get(str(dtype.args[0]))
+    kind = str(dtype.args[0])
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    layout = f"{dtype.order}{letter}"
-    if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(layout):
+    if not NUMBER.fullmatch(kind) or not isinstance(raw, bytes) or len(raw) != int(kind[1]):
         return None
-    return struct.unpack(layout, raw)[0]
+    return np.frombuffer(raw, dtype.order + kind)[0].item()
 
 
 def _becoming(make: Callable[..., Any]) -> Any:
@@ -233,3 +232,117 @@ STAND_INS: dict[str, Any] = {
     r"(\w+\.)*main\.(SetupCallback|ImageLogger|CUDACallback)": _Inert,
 }
 """Patterns of harmless names. None of them is imported: each gets an inert stand-in."""
+
+
+# Where the host's tensors are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Tensors of a checkpoint, sorted."""
+
+    state_dict: dict[str, Tensor]
+    """The host's tensors, without prefixes."""
+    averaged: dict[str, Tensor] | None = None
+    """Averaged (EMA) weights under the same names, or None."""
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    """All other tensors, under their own names."""
+    root: str = ""
+    """Key that held the state dict; "" if the file is one itself."""
+    prefix: str = ""
+    """Prefix that was removed."""
+
+
+def sort_tensors(raw: Any, *, root: str | None = None) -> Layout:
+    """Find the host's state dict in a checkpoint's content: at `root`, or at one of ROOTS.
+
+    Raises ConfigError if there are no tensors, or none at `root`.
+
+    >>> import torch
+    >>> found = sort_tensors({"model": {"module.weight": torch.zeros(1)}, "steps": 3})
+    >>> found.root, found.prefix, list(found.state_dict)
+    ('model', 'module.', ['weight'])
+    """
+    found, tensors = _choose_root(raw, root)
+    tensors, wrapper = _strip_wrappers(tensors)
+    tensors, aside, owner = _strip_owner(tensors)
+    prefix = wrapper + owner
+    copy, own = split(tensors, EMA)
+    averaged = unflatten(copy, own) if copy else _averaged_elsewhere(raw, found)
+    if copy and not own:  # nothing but averaged weights
+        own = {key: copy[key] for key in copy if key not in ("decay", "num_updates")}
+        copy, averaged, prefix = {}, None, prefix + EMA
+    aside |= {EMA + key: value for key, value in copy.items()}
+    return Layout(state_dict=own, averaged=averaged, aside=aside, root=found, prefix=prefix)
+
+
+def split(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors below a prefix, without it, and the other ones."""
+    inside = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+    return inside, {key: tensors[key] for key in tensors if not key.startswith(prefix)}
+
+
+def unflatten(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Restore the names of averaged weights; latent-diffusion's LitEma drops all dots.
+
+    >>> import torch
+    >>> list(unflatten({"ab": torch.zeros(1), "decay": torch.ones(1)}, ["a.b"]))
+    ['a.b']
+    """
+    known = {name.replace(".", ""): name for name in names}
+    flat = {key.replace(".", ""): value for key, value in tensors.items()}
+    return {known[key]: value for key, value in flat.items() if key in known}
+
+
+def _choose_root(raw: Any, root: str | None) -> tuple[str, dict[str, Tensor]]:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"the checkpoint holds a {type(raw).__name__}, expected a state dict")
+    if root is not None:
+        if not _tensors(raw.get(root)):
+            raise ConfigError(f"no tensors at {root!r}{suggest(root, [str(key) for key in raw])}")
+        return root, _tensors(raw[root])
+    if "state_dict" in raw and not _tensors(raw["state_dict"]):
+        found = type(raw["state_dict"]).__name__
+        raise ConfigError(f"its state_dict is a {found} without tensors; expected name: tensor")
+    for name, node in [*((name, raw.get(name)) for name in ROOTS), ("", raw)]:
+        if tensors := _tensors(node):
+            return name, tensors
+    expected = f"expected a state dict, alone or at one of {', '.join(ROOTS)}"
+    keys = sorted(map(str, raw))[:10]
+    raise ConfigError(f"no tensors in the checkpoint; {expected}; it has {keys}")
+
+
+def _tensors(node: Any) -> dict[str, Tensor]:
+    if not isinstance(node, Mapping):
+        return {}
+    return {str(key): value for key, value in node.items() if isinstance(value, Tensor)}
+
+
+def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Remove what DDP and torch.compile put before (or, for compiled parts, within) the names."""
+    removed = ""
+    while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in tensors)), ""):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+        removed += wrapper
+    if any("_orig_mod." in key for key in tensors):
+        tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+        removed += "_orig_mod."
+    return tensors, removed
+
+
+def _strip_owner(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Return the tokenizer's tensors, the other ones, and the prefix of the tokenizer's."""
+    for owner in OWNERS:
+        inside, aside = split(tensors, owner)
+        if inside and (owner == OWNERS[0] or not aside):
+            return inside, aside, owner
+    return tensors, {}, ""
+
+
+def _averaged_elsewhere(raw: Mapping[Any, Any], root: str) -> dict[str, Tensor] | None:
+    for name in AVERAGES:
+        if name != root and (tensors := _tensors(raw.get(name))):
+            return _strip_owner(_strip_wrappers(tensors)[0])[0]
+    return None

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,12 +56,26 @@ GENTLE = {"max_learning_rate": 1e-4, "warmup_steps": 100}
 RATES = ("model.learning_rate=", "model.base_learning_rate=")
 PSNR_DROP = 0.5  # dB; a larger drop is reported
 CHECKED_IMAGES = 4  # images on which old and new must be bit-identical
+SHOWN = ("reconstruction/psnr", "reconstruction/ssim", "codebook/usage", "codebook/perplexity")
+GAPS = {
+    "new - old": ("difference", "half_width", "old"),
+    "new - control": ("gain", "gain_half_width", "control"),
+}
+"""Title in the table: keys of the difference and half its interval, and the host compared with."""
+MIN_CAPTIONED = 20  # captioned images in each split for the retrieval probe
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `lgvq retrofit -b CONFIG... --ckpt OLD -o DIR [options] [key=value ...]`; returns 0."""
     given, overrides = parse_words(_parser(), argv, "base")
-    _check_arguments(given)
+    if given.images < 1:
+        raise ConfigError(f"--images must be >= 1, got {given.images}")
+    parts = [part.strip() for part in (given.freeze or "").split(",") if part.strip()]
+    if not set(parts) <= set(FROZEN):
+        known = f"training.freeze must be a list of some of {', '.join(FROZEN)}, got {parts}"
+        raise ConfigError(f"--freeze: {known}")
+    if given.heads is not None:
+        require_heads(Path(given.heads))
     if given.heads_first is not None:
         overrides.append(f"training.heads_first={given.heads_first}")
     if given.freeze:
@@ -75,7 +90,6 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--repo goes with --preset; for a config of yours set PYTHONPATH")
     config = read_config(given.base, overrides)
     from .load import load_checkpoint
-    from .side_by_side import as_table
 
     checkpoint = load_checkpoint(given.ckpt, given.trust_pickle)
     if not given.base:
@@ -128,23 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_arguments(given: argparse.Namespace) -> None:
-    """Refuse wrong arguments before anything is loaded or built."""
-    if given.images < 1:
-        raise ConfigError(f"--images must be >= 1, got {given.images}")
-    parts = [part.strip() for part in (given.freeze or "").split(",") if part.strip()]
-    if not set(parts) <= set(FROZEN):
-        raise ConfigError(
-            f"--freeze: training.freeze must be a list of some of {', '.join(FROZEN)}, got {parts}"
-        )
-    if given.heads is not None:
-        require_heads(Path(given.heads))
-
-
 def presets() -> dict[str, Path]:
     """Return name -> config of the published tokenizers that `--preset` knows."""
-    found = ((name.partition("/"), path) for name, path in shipped().items())
-    return {name: path for (folder, _, name), path in found if folder == "presets"}
+    found = {name.partition("/"): path for name, path in shipped().items()}
+    return {name: path for (folder, _, name), path in found.items() if folder == "presets"}
 
 
 def preset(name: str) -> Path:
@@ -187,10 +188,8 @@ def _for_repository(given: argparse.Namespace) -> list[str]:
 def require_heads(folder: Path) -> None:
     """Raise ConfigError if `folder` cannot be one of exported heads; it is not read."""
     if not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"--heads: no heads at {str(folder)!r}; expected a folder written by "
-            "`lgvq export --format heads` or save_pretrained"
-        )
+        expected = "a folder written by `lgvq export --format heads` or save_pretrained"
+        raise ConfigError(f"--heads: no heads at {str(folder)!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -236,8 +235,7 @@ def retrofit(
     the new host's reconstructions are not bit-identical to the old one's.
     """
     from ..alignment import guides_read
-    from .load import load_host
-    from .side_by_side import compare_hosts
+    from .load import load_host, load_into
 
     folder = Path(folder)
     require_writable(folder)
@@ -257,15 +255,19 @@ def retrofit(
     data = {"train": sections.data.train, "test": sections.data.validation or sections.data.train}
     reports: list[LoadReport] = []
 
-    def start(host: nn.Module, *, heads: str | Path | None = None) -> None:
-        reports.append(load_old(host, checkpoint, new, averaged=averaged, heads=heads))
+    def start(host: Any, *, heads: str | Path | None = None) -> None:
+        params = new["model"]["params"]
+        reports.append(load_into(host, checkpoint, params=params, averaged=averaged))
+        logger.info("old weights: %s", reports[-1])
+        if heads is not None:
+            _load_heads(host.loss, Path(heads))
         require_same(old, host, _first_images(data["test"], CHECKED_IMAGES))
 
     options: dict[str, Any] = {"resume": resume, "progress": progress, "prepare": start}
     with_heads = options | {"prepare": partial(start, heads=heads)}
     run = train(new, name=folder.name, logdir=folder.parent, **with_heads)
     hosts = {"old": old, "new": run.host}
-    loaded = reports[0] if reports else None
+    loaded = next(iter(reports), None)
     if control:
         plain["training"].pop("heads_first", None)
         hosts["control"] = train(plain, name="control", logdir=folder, **options).host
@@ -320,9 +322,8 @@ def heads_alone(
     Raises ConfigError for a control: the host would be the old one in both.
     """
     if control:
-        raise ConfigError(
-            "--control continues with the old loss, but the host is frozen: leave it out"
-        )
+        frozen = "but the host is frozen: leave it out"
+        raise ConfigError(f"--control continues with the old loss, {frozen}")
     has_block = str(loss_section({"model": model}).get("target")).startswith(OURS)
     return {**({} if has_block else {"stop": None}), **(lgvq or {})}
 
@@ -336,8 +337,7 @@ def gently(training: Any) -> Any:
     >>> gently({"max_steps": 5000, "warmup_steps": 0})
     {'max_learning_rate': 0.0001, 'warmup_steps': 0, 'max_steps': 5000}
     """
-    if not isinstance(training, Mapping):
-        return training
+    require(isinstance(training, Mapping), "training", "a mapping", training)
     return {**GENTLE, **training}
 
 
@@ -368,50 +368,34 @@ def shift_discriminator(model: dict[str, Any], checkpoint: Checkpoint) -> None:
     key = loss_key({"model": model})
     params = model["params"][key].get("params") or {} if key else {}
     has_one = any(k.startswith("loss.discriminator.") for k in checkpoint.state_dict)
-    if not (has_one and checkpoint.step and isinstance(params.get("disc_start"), int)):
-        return
-    shifted = max(0, params["disc_start"] - checkpoint.step)
-    if shifted != params["disc_start"]:
+    start = params.get("disc_start")
+    if has_one and checkpoint.step and isinstance(start, int) and start > 0:
+        params["disc_start"] = max(0, start - checkpoint.step)
         message = "disc_start: %d in the new run, as the old one made %d of its %d steps and its "
         message += "discriminator is loaded"
-        logger.info(message, shifted, checkpoint.step, params["disc_start"])
-        params["disc_start"] = shifted
+        logger.info(message, params["disc_start"], checkpoint.step, start)
 
 
-def load_old(
-    host: Any,
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    *,
-    averaged: bool,
-    heads: str | Path | None,
-) -> LoadReport:
-    """Load the old weights, and perhaps another run's heads, into a host before its first step."""
+def _load_heads(loss: Any, folder: Path) -> None:
     from ..encoder import load_heads
-    from .load import load_into
 
-    report = load_into(host, checkpoint, params=config["model"]["params"], averaged=averaged)
-    logger.info("old weights: %s", report)
-    if heads is not None:
-        if getattr(host.loss, "alignment", None) is None:
-            raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
-        load_heads(host.loss.alignment, Path(heads))
-    return report
+    if getattr(loss, "alignment", None) is None:
+        raise ConfigError("--heads: all weights under lgvq.objectives are 0: no heads")
+    load_heads(loss.alignment, folder)
 
 
 def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
     """Raise RuntimeError unless both reconstruct images (B, 3, H, W) bit-identically."""
     import torch
 
+    from ..encoder import evaluating
     from ..host import reconstruct
 
-    modes = {part: part.training for part in new.modules()}
-    before, after = (
-        reconstruct(host.eval(), images.to(next(host.parameters()).device)).cpu()
-        for host in (old, new)
-    )
-    for part, mode in modes.items():
-        part.training = mode
+    with evaluating(old, new):
+        before, after = (
+            reconstruct(host, images.to(next(host.parameters()).device)).cpu()
+            for host in (old, new)
+        )
     if not torch.equal(before, after):
         gap = float((before - after).abs().max())
         raise RuntimeError(
@@ -422,20 +406,102 @@ def require_same(old: nn.Module, new: nn.Module, images: Tensor) -> None:
 
 def _first_images(section: Mapping[str, Any], count: int) -> Tensor:
     """Return the first images of a data set, (count or fewer, C, H, W)."""
-    import torch
+    from ..bench.probes.features import channels_first
+    from ..datasets.base import collate
 
     dataset = build_dataset(section)
-    samples = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
-    images = torch.stack([torch.as_tensor(image).float() for image in samples])
-    is_channel_last = images.shape[-1] < images.shape[1]  # of 1, 3 or 4 channels
-    return images.movedim(-1, 1).contiguous() if is_channel_last else images
+    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    return channels_first(collate(samples)["image"])
+
+
+def compare_hosts(
+    hosts: Mapping[str, nn.Module],
+    data: Mapping[str, Any],
+    *,
+    guide: Mapping[str, Any] | None,
+    batch_size: int = 16,
+    max_images: int = 500,
+) -> dict[str, Any]:
+    """Measure hosts on the same images, the first `max_images`, as `lgvq eval` does.
+
+    Args:
+        hosts: `old` and `new`, and optionally `control`; in evaluation mode, on one device.
+        data: `{target, params}` of `test`, and of `train` for the retrieval probe.
+        guide: the `lgvq.guide` block for the retrieval probe; None leaves it out.
+        batch_size: images per batch.
+        max_images: number of images of each split.
+
+    Returns:
+        `{metric: {"old", "new", "difference", "half_width", "n", "unit"}}`: new - old, and half
+        the width of its 95 % interval over images (None if there is none); with a control also
+        `control`, `gain` (new - control) and `gain_half_width`.
+    """
+    from ..bench.evaluation import evaluate
+
+    limit = max(max_images, 2)
+    options = {"limit": limit, "train_limit": limit, "batch_size": batch_size, "guide": guide}
+    metrics = ["psnr", "ssim", "usage", *(["retrieval"] if guide is not None else [])]
+    found = {
+        name: evaluate(host, {"data": data}, metrics=metrics, options=options, progress=False)
+        for name, host in hosts.items()
+    }
+    compared: dict[str, Any] = {}
+    for metric in found["old"]["metrics"]:
+        rows = {name: result["metrics"].get(metric) for name, result in found.items()}
+        if not all(rows.values()) or not _is_shown(metric, rows["old"]):
+            continue
+        row = compared[metric] = {name: own["value"] for name, own in rows.items()}
+        row |= {"n": rows["old"]["n"], "unit": rows["old"]["unit"]}
+        for gap, width, before in GAPS.values():
+            if before in rows:
+                row[gap] = row["new"] - row[before]
+                row[width] = _half_width(rows["new"], rows[before])
+    return compared
+
+
+def _is_shown(metric: str, row: Mapping[str, Any]) -> bool:
+    if metric.startswith("retrieval/") and "recall" in metric:
+        return min(row["n"], row["settings"]["train_images"]) >= MIN_CAPTIONED
+    return metric in SHOWN
+
+
+def _half_width(after: Mapping[str, Any], before: Mapping[str, Any]) -> float | None:
+    """Return half the width of the 95 % interval of a paired difference, by normal theory."""
+    import torch
+
+    if "per_image" not in after or after["n"] < 2:
+        return None
+    pairs = torch.tensor([after["per_image"], before["per_image"]], dtype=torch.float64)
+    return 1.96 * float((pairs[0] - pairs[1]).std()) / math.sqrt(after["n"])
+
+
+def as_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the rows of :func:`compare_hosts` as a Markdown table.
+
+    >>> row = {"old": 1.0, "new": 2.0, "difference": 1.0, "half_width": None, "n": 3}
+    >>> print(as_table({"reconstruction/psnr": {**row, "unit": "dB"}}))
+    | metric | old | new | new - old | n |
+    |---|---|---|---|---|
+    | reconstruction/psnr (dB) | 1.000 | 2.000 | +1.000 | 3 |
+    """
+    has_control = any("control" in row for row in rows.values())
+    names = ["old", "control", "new"] if has_control else ["old", "new"]
+    gaps = {title: keys for title, keys in GAPS.items() if keys[2] in names}
+    lines = [f"| {' | '.join(['metric', *names, *gaps, 'n'])} |"]
+    lines.append("|---" * (len(names) + len(gaps) + 2) + "|")
+    for metric, row in rows.items():
+        cells = [f"{metric} ({row['unit']})" if row["unit"] else metric]
+        cells += [f"{row[name]:.3f}" for name in names]
+        for gap, width, _ in gaps.values():
+            half = "" if row[width] is None else f" ± {row[width]:.3f}"
+            cells.append(f"{row[gap]:+.3f}{half}")
+        lines.append(f"| {' | '.join([*cells, str(row['n'])])} |")
+    return "\n".join(lines)
 
 
 def _write_report(
     result: RetrofitResult, checkpoint: Checkpoint, folder: Path, *, is_held_out: bool
 ) -> None:
-    from .side_by_side import as_table
-
     report = {
         "old": str(checkpoint.path),
         "old_step": checkpoint.step,
@@ -446,9 +512,8 @@ def _write_report(
         "metrics": result.rows,
     }
     if (loaded := result.loaded) is not None:
-        report["loaded"] = {"tensors": len(loaded.loaded)} | {
-            kind: getattr(loaded, kind) for kind in ("missing", "unexpected", "mismatched")
-        }
+        others = {kind: getattr(loaded, kind) for kind in ("missing", "unexpected", "mismatched")}
+        report["loaded"] = {"tensors": len(loaded.loaded), **others}
     paragraphs = [
         f"# {checkpoint.path.name}, and after {result.run.steps} steps of LG-VQ",
         f"On the images of {report['images']}; ± is half the 95 % interval over images.",

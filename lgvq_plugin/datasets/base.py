@@ -1,17 +1,29 @@
-"""The contract of a data set: captioned images in taming's batch convention."""
+"""The contract of a data set: captioned images in taming's batch convention.
 
+A loader takes samples of a data set that is :class:`Watched`, so that :func:`naming_files` can
+name the file that a process which loads them held when it died.
+"""
+
+import os
+import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..sockets import ConfigError, resolve, suggest
 from . import MEMBERS
+
+DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")
+"""What torch says of workers that died."""
+_watched: "WeakSet[Watched]" = WeakSet()
 
 
 class CaptionedImages(Dataset):
@@ -122,3 +134,57 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         elif all(isinstance(value, int | float) for value in values):
             batch[key] = torch.tensor(values)
     return batch
+
+
+class Watched(Dataset):
+    """A data set that notes, in shared memory, which sample each worker took last.
+
+    An index may be a tuple that ends in the number of the sample, as of `training.data.AtEpoch`.
+    """
+
+    def __init__(self, dataset: Any, workers: int):
+        self.dataset = dataset
+        _watched.add(self)
+        self.taken = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # process, sample
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a sample."""
+        if (worker := get_worker_info()) is not None:
+            number = index[-1] if isinstance(index, tuple) else index
+            self.taken[worker.id] = torch.tensor([os.getpid(), number])
+        return self.dataset[index]
+
+
+def _name(dataset: Any, index: int) -> str:
+    """Return the file of a sample, or else its number."""
+    while hasattr(dataset, "dataset"):  # a data set around another one
+        order = getattr(dataset, "indices", None)  # torch's Subset
+        dataset, index = dataset.dataset, index if order is None else order[index]
+    return dataset.origin(index) if isinstance(dataset, CaptionedImages) else f"sample {index}"
+
+
+@contextmanager
+def naming_files() -> Iterator[None]:
+    """Turn torch's error about a worker that died into a ConfigError with the file it held.
+
+    torch raises it wherever the main process is at that moment, not only where it reads a batch.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = DEAD.search(str(error))
+        if found is None:
+            raise
+        dead = [*map(int, found[1].split(","))]
+        taken = [(one.dataset, *last) for one in [*_watched] for last in one.taken.tolist()]
+        held = [_name(dataset, number) for dataset, process, number in taken if process in dead]
+        files = ", ".join(held) or "not known"
+        raise ConfigError(
+            f"a worker of num_workers died: process {found[1]} {found[2].strip()}; the last that "
+            f"it read: {files}. If the system ran out of memory, lower num_workers; if that file "
+            "crashes its decoder, with num_workers: 0 too, remove it"
+        ) from error

@@ -109,7 +109,13 @@ def _cache(plain: Mapping[str, Any], given: argparse.Namespace) -> None:
         seed=config.seed,
         batch_size=given.batch_size,
     )
-    _check_space(folder, plan.bytes_needed)
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    most, left = _in_bytes(plan.bytes_needed), _in_bytes(free)
+    logger.info("the cache takes at most %s more; %s are free", most, left)
+    if plan.bytes_needed > free:
+        hint = "give another place with -o, --precision int4, fewer --maskings or --drop-padding"
+        raise ConfigError(f"{folder}: the cache takes up to {most}, {left} are free; {hint}")
     begin = time.monotonic()
     total = plan.done + len(plan.todo)
     with tqdm(total=total, initial=plan.done, unit="caption", disable=given.no_progress) as bar:
@@ -141,16 +147,6 @@ def _captions(data: DataSection, own_key: str | None) -> Iterator[str]:
                 sample = dataset[index]
                 texts = next((sample[key] for key in keys if sample.get(key)), ())
             yield from (text.strip() for text in ([texts] if isinstance(texts, str) else texts))
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    most, left = _in_bytes(needed), _in_bytes(free)
-    logger.info("the cache takes at most %s more; %s are free", most, left)
-    if needed > free:
-        hint = "give another place with -o, --precision int4, fewer --maskings or --drop-padding"
-        raise ConfigError(f"{folder}: the cache takes up to {most}, {left} are free; {hint}")
 
 
 def _in_bytes(count: float) -> str:

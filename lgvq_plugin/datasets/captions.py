@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -110,10 +110,9 @@ def is_table(path: Path, columns: Columns = USUAL) -> bool:
     """Return whether a file has image names and captions, judged by its first rows."""
     if path.suffix.lower() not in TABLE_SUFFIXES or "lemma" in path.name.lower():
         return False
-    try:
+    rows: list[Mapping[str, Any]] = []
+    with suppress(ConfigError, RecursionError):
         rows = [row for _, row in islice(_rows(path, columns), 20)]
-    except (ConfigError, RecursionError):
-        return False
     return bool(rows) and _has_columns(rows[0], columns)
 
 
@@ -212,14 +211,21 @@ def texts_of(value: Any, where: str) -> list[str]:
     return [text for text in (clean(text or "") for text in given) if text]
 
 
+@contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Turn the system's error about a file that cannot be read into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror or error}") from error
+
+
 def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> TextIO:
     """Open a text file, else raise ConfigError; UTF-16 is known by its byte order mark."""
-    try:
+    with reading(path):
         with path.open("rb") as file:
             encoding = _encoding(file.read(2), encoding)
         return path.open(encoding=encoding, errors="replace", newline=newline)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def decode(content: bytes, encoding: str = "utf-8") -> str:
@@ -236,10 +242,8 @@ def _encoding(start: bytes, encoding: str) -> str:
 
 def read_json(path: Path, encoding: str | None = None) -> Any:
     """Return the contents of a JSON file; with an encoding broken bytes become U+FFFD."""
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     return parse_json(content if encoding is None else decode(content, encoding), path)
 
 

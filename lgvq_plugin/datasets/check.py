@@ -1,6 +1,5 @@
 """`lgvq data check`: what a path holds, what of it cannot be used, and how it looks."""
 
-import io
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..files import remove_parts, require_writable, write_bytes, write_json, write_text
+from ..files import remove_parts, replacing, require_writable, write_json, write_text
 from ..guides.base import AbstractGuide, UnknownWords, build_guide
 from .base import recognize
 from .captions import EXPECTED
@@ -123,9 +122,8 @@ def check(
             jobs = pool.map(lambda record: examine(record.file, record.path), dataset.records)
             shown = tqdm(jobs, f"{name}: images", len(dataset), unit="img", disable=not progress)
             found = list(shown)
-        template = str(layout.splits[name].get("caption_template", ""))
         lengths = _lengths(dataset, encoder, name, progress)
-        reports[name] = _report(dataset, found, encoder, lengths, template)
+        reports[name] = _report(dataset, found, encoder, lengths)
         problems += [health for health in found if health.problem]
         for health in found:
             splits_with[health.digest].add(name)
@@ -156,23 +154,17 @@ def _lengths(
     if not captions:
         return None
     counts, cut = [], 0
-    with tqdm(total=len(captions), desc=f"{name}: captions", disable=not progress) as bar:
-        for first in range(0, len(captions), BATCH):
-            tokens = guide.tokenize(captions[first : first + BATCH])
-            counts += tokens.attention_mask.sum(dim=1).tolist()
-            cut += tokens.cut
-            bar.update(len(tokens.attention_mask))
+    for first in tqdm(range(0, len(captions), BATCH), f"{name}: captions", disable=not progress):
+        tokens = guide.tokenize(captions[first : first + BATCH])
+        counts += tokens.attention_mask.sum(dim=1).tolist()
+        cut += tokens.cut
     counts.sort()
     most = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
     return Lengths(median_high(counts), most, counts[-1], cut, guide.max_length)
 
 
 def _report(
-    dataset: ListedImages,
-    found: list[Health],
-    guide: AbstractGuide,
-    lengths: Lengths | None,
-    template: str,
+    dataset: ListedImages, found: list[Health], guide: AbstractGuide, lengths: Lengths | None
 ) -> SplitReport:
     captions = [record.captions for record in dataset.records]
     counts = [*map(len, captions)]
@@ -180,7 +172,7 @@ def _report(
     digests = Counter(health.digest for health in found if health.digest)
     widths = [health.width for health in found if health.width] or [0]
     heights = [health.height for health in found if health.width] or [0]
-    broken = dataset.broken_texts()
+    broken, lacks_captions = dataset.broken_texts(), bool(dataset.template) or not all(counts)
     unknown = guide.unknown_words([text for own in captions for text in own])
     unknown = unknown or UnknownWords(words=0, unknown=0, examples=())
     problems = Counter(health.problem for health in found if health.problem)
@@ -199,10 +191,10 @@ def _report(
         smallest_side=min(widths + heights),
         problems=dict(problems),
         has_questions="questions" in dataset.records[0].extra,
-        template=template,
+        template=dataset.template,
         broken_captions=len(broken),
         first_broken=broken[0] if broken else ("", ""),
-        unread=tuple(map(str, dataset.unread_files())) if template or not all(counts) else (),
+        unread=tuple(map(str, dataset.unread_files())) if lacks_captions else (),
         unlisted=tuple(map(str, dataset.unlisted_images())),
         words=unknown.words,
         unknown_words=unknown.unknown,
@@ -310,6 +302,5 @@ def _write_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
         for row, text in enumerate([name, *lines]):
             color = "black" if row else "#777777"
             pen.text((left, top + SIDE + 2 + row * line), text, fill=color, font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    with replacing(path) as part:
+        sheet.save(part, "PNG")

@@ -20,6 +20,7 @@ import numpy as np
 from ..config import require, verify
 from ..sockets import ConfigError
 from .captions import clean, open_text, read_json, texts_of
+from .images import is_missing
 from .listed import ListedImages, Record
 from .splits import choose_split, first_file, splits_at
 
@@ -27,12 +28,8 @@ SPLITS = {"train": "train", "validation": "val"}
 KARPATHY_SPLITS = ("train", "restval", "validation", "test")
 YEARS = (2017, 2014)
 FOLDERS = tuple(f"{part}{year}" for year in (2014, 2017, 2015) for part in ("train", "val", "test"))
-KINDS: dict[str, type] = {
-    **dict.fromkeys(("file_name", "filename", "split", "question", "name"), str),
-    **dict.fromkeys(("answer", "multiple_choice_answer"), str),
-    **dict.fromkeys(("sentences", "answers", "bbox"), list),
-}
-"""The type of a field of a published file."""
+KINDS = {int: "a whole number", str: "a text", list: "a list"}
+"""Of fields of published files."""
 QA_TYPES = ("object", "number", "color", "location")
 QA_COLUMNS = ("questions", "answers", "types", "img_ids")
 QA_SPLITS = ("train", "test")
@@ -67,10 +64,8 @@ class Coco(ListedImages):
         restval: bool = False,
         instances: bool = False,
     ) -> list[Record]:
-        self.object_names: tuple[str, ...] = ()
         if karpathy is None:
-            part = SPLITS[choose_split(split, SPLITS)]
-            self.where = path = _captions_file(root, part, year)
+            self.where = path = _captions_file(root, SPLITS[choose_split(split, SPLITS)], year)
             records = _official_records(root, path)
             return self._with_objects(records, path) if instances else records
         listed = first_file([root / karpathy, Path(karpathy)])
@@ -80,10 +75,6 @@ class Coco(ListedImages):
             raise ConfigError("instances: not with karpathy, whose file lists no objects")
         self.where = listed
         return _karpathy_records(root, listed, choose_split(split, KARPATHY_SPLITS), restval)
-
-    def attribute_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the columns of `attributes`; {} without `instances`."""
-        return {"has_object": self.object_names} if self.object_names else {}
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -100,12 +91,13 @@ class Coco(ListedImages):
     def _with_objects(self, records: list[Record], captions: Path) -> list[Record]:
         path = captions.with_name(captions.name.replace("captions_", "instances_"))
         content = read_json(path)
-        kinds = entries(content, "categories", ("id", "name"), path, numbers=("id",))
+        kinds = entries(content, "categories", {"id": int, "name": str}, path)
         names = {int(entry["id"]): entry["name"] for entry in kinds}
-        self.object_names = tuple(names[key] for key in sorted(names))
+        columns = tuple(names[key] for key in sorted(names))
+        self.label_names = {"has_object": columns}
         objects = defaultdict(list)
-        needed = ("image_id", "category_id", "bbox")
-        for entry in entries(content, "annotations", needed, path, numbers=needed[:2]):
+        needed = {"image_id": int, "category_id": int, "bbox": list}
+        for entry in entries(content, "annotations", needed, path):
             number, kind, box = (entry[key] for key in needed)
             where = f"{path}: an object of image {number}"
             require(int(kind) in names, f"{where}: category_id", "one of the categories", kind)
@@ -117,7 +109,7 @@ class Coco(ListedImages):
         for record in records:
             own = objects[record.extra["image_id"]]
             shown = {thing["name"] for thing in own}
-            labels = np.array([name in shown for name in self.object_names], np.int64)
+            labels = np.array([name in shown for name in columns], np.int64)
             extra = {**record.extra, "objects": own, "attributes": {"has_object": labels}}
             found.append(replace(record, extra=extra))
         return found
@@ -148,9 +140,8 @@ class CocoQA(ListedImages):
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for img_ids.txt beside questions.txt."""
         home, files = cls._home(root), [f"{name}.txt" for name in QA_COLUMNS]
-        return splits_at(
-            root, (s for s in QA_SPLITS if all((home / s / f).is_file() for f in files))
-        )
+        is_there = (s for s in QA_SPLITS if all((home / s / file).is_file() for file in files))
+        return splits_at(root, is_there)
 
     @staticmethod
     def _home(root: Path) -> Path:
@@ -190,7 +181,7 @@ class VQA2(ListedImages):
         self.where, *answers = (path for path in found.values() if path)
         places = [Path(images).expanduser()] if images else [root, root.parent]
         records = _question_records(_vqa_questions(self.where, *answers), places)
-        return [r for r in records if r.path.is_file()] if drop_missing else records
+        return [r for r in records if not is_missing(r.path)] if drop_missing else records
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -227,20 +218,16 @@ def _captions_file(root: Path, part: str, year: int | None) -> Path:
 def _official_records(root: Path, path: Path) -> list[Record]:
     content = read_json(path)
     captions, images = _captions_by_image(content, path), CocoImages(root)
-    records = []
-    for entry in entries(content, "images", ("id", "file_name"), path, numbers=("id",)):
-        # The names come from the file: made from ids they would lack zeros for short ids.
-        name, number = entry["file_name"], int(entry["id"])
-        where = images.find(number=number, name=name)
-        records.append(Record(name, where, captions.get(number, ()), {"image_id": number}))
-    return records
+    # The names come from the file: made from ids they would lack zeros for short ids.
+    listed = entries(content, "images", {"id": int, "file_name": str}, path)
+    named = ((int(entry["id"]), entry["file_name"]) for entry in listed)
+    return [images.record(number, captions.get(number, ()), name) for number, name in named]
 
 
 def _captions_by_image(content: Any, path: Path) -> dict[int, tuple[str, ...]]:
     """Return image id -> captions, trimmed and on one line, empty ones left out."""
     found: dict[int, tuple[str, ...]] = defaultdict(tuple)
-    needed = ("image_id", "caption")
-    for entry in entries(content, "annotations", needed, path, numbers=("image_id",)):
+    for entry in entries(content, "annotations", {"image_id": int, "caption": object}, path):
         where = f"{path}: a caption of image {entry['image_id']}"
         found[int(entry["image_id"])] += tuple(texts_of(entry["caption"], where))
     return found
@@ -250,7 +237,7 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
     wanted = {"val" if split == "validation" else split}
     wanted |= {"restval"} if restval and split == "train" else set()
     images, records = CocoImages(root), []
-    needed = ("filename", "split", "sentences")
+    needed = {"filename": str, "split": str, "sentences": list}
     for entry in entries(read_json(path), "images", needed, path):
         if entry["split"] not in wanted:
             continue
@@ -260,8 +247,7 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
         captions = tuple(texts_of(texts, f"{path}: sentences of {name}"))
         if type(number) is not int:
             raise ConfigError(f"{path}: cocoid of {name}: expected a number, got {number!r:.60}")
-        where = images.find(number=number, name=name)
-        records.append(Record(name, where, captions, {"image_id": number}))
+        records.append(images.record(number, captions, name))
     return records
 
 
@@ -270,16 +256,15 @@ def _karpathy_records(root: Path, path: Path, split: str, restval: bool) -> list
 
 def _question_records(questions: Questions, homes: Sequence[Path]) -> list[Record]:
     """Return a record for each image number, with COCO's captions where `homes` have them."""
-    images, records = CocoImages(*homes), []
+    images = CocoImages(*homes)
     captions: dict[int, tuple[str, ...]] = {}
     for home in dict.fromkeys(homes):
         for path in (p for part in SPLITS.values() for p in _of_years(home, part, *YEARS)):
             captions |= _captions_by_image(read_json(path), path)
-    for number, asked in questions.items():
-        path = images.find(number=number)
-        extra = {"image_id": number, "questions": asked}
-        records.append(Record(path.name, path, captions.get(number, ()), extra))
-    return records
+    return [
+        images.record(number, captions.get(number, ()), questions=asked)
+        for number, asked in questions.items()
+    ]
 
 
 def _qa_questions(folder: Path) -> Questions:
@@ -312,8 +297,8 @@ def _vqa_file(root: Path, name: str, part: str) -> Path | None:
 
 def _vqa_questions(path: Path, annotations: Path | None = None) -> Questions:
     answers = _vqa_answers(annotations) if annotations else None
-    found, needed = defaultdict(list), ("image_id", "question", "question_id")
-    for entry in entries(read_json(path), "questions", needed, path, numbers=needed[::2]):
+    found, needed = defaultdict(list), {"image_id": int, "question": str, "question_id": int}
+    for entry in entries(read_json(path), "questions", needed, path):
         number = entry["question_id"]
         if answers is not None and number not in answers:
             raise ConfigError(f"{path}: question {number} has no answers in the annotations")
@@ -323,9 +308,9 @@ def _vqa_questions(path: Path, annotations: Path | None = None) -> Questions:
 
 
 def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
-    found, needed = {}, ("question_id", "multiple_choice_answer", "answers")
-    for entry in entries(read_json(path), "annotations", needed, path, numbers=needed[:1]):
-        answers = [given["answer"] for given in entries(entry, "answers", ("answer",), path)]
+    found, needed = {}, {"question_id": int, "multiple_choice_answer": str, "answers": list}
+    for entry in entries(read_json(path), "annotations", needed, path):
+        answers = [given["answer"] for given in entries(entry, "answers", {"answer": str}, path)]
         answer, kind = entry["multiple_choice_answer"], str(entry.get("answer_type", ""))
         found[entry["question_id"]] = {"answer": answer, "answers": answers, "type": kind}
     return found
@@ -352,19 +337,20 @@ class CocoImages:
                     self._found.setdefault(name, folder / name)
                     self._found.setdefault(int(number[1]), folder / name)
 
-    def find(self, *, number: int, name: str = "") -> Path:
-        """Return where an image is; if nowhere, where it was expected."""
+    def record(
+        self, number: int, captions: tuple[str, ...], name: str = "", **extra: Any
+    ) -> Record:
+        """Return an image where it is; if nowhere, where it was expected."""
         path = self._found.get(name) or self._found.get(number)
-        return path or self.roots[0] / (name or f"{number:012d}.jpg")
+        path = path or self.roots[0] / (name or f"{number:012d}.jpg")
+        return Record(name or path.name, path, captions, {"image_id": number, **extra})
 
 
-def entries(
-    content: Any, key: str, needed: Sequence[str], path: Path, *, numbers: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def entries(content: Any, key: str, needed: Mapping[str, type], path: Path) -> list[dict[str, Any]]:
     """Return the list of objects under `key`, each of which has the keys `needed`.
 
-    Their values are checked by `KINDS`; those of `numbers` are whole numbers or their digits. What
-    is missing or wrong is a ConfigError with file and place.
+    Their values are of the given types; of int also digits. What is missing or wrong is a
+    ConfigError with file and place.
     """
     listed = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(listed, list):
@@ -374,13 +360,10 @@ def entries(
         missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
         if missing:
             raise ConfigError(f"{path}: {key}[{place}] has no {', '.join(missing)}")
-        for name in needed:
-            value, kind, expected = entry[name], KINDS.get(name, object), ""
-            if not isinstance(value, kind):
-                expected = "a text" if kind is str else "a list"
-            elif name in numbers and (isinstance(value, bool) or not str(value).isdecimal()):
-                expected = "a whole number"
-            if expected:
+        for name, kind in needed.items():
+            value = entry[name]
+            is_number = not isinstance(value, bool) and str(value).isdecimal()
+            if not (is_number if kind is int else isinstance(value, kind)):
                 where = f"{path}: {key}[{place}].{name}"
-                raise ConfigError(f"{where}: expected {expected}, got {value!r:.60}")
+                raise ConfigError(f"{where}: expected {KINDS[kind]}, got {value!r:.60}")
     return listed

@@ -15,6 +15,7 @@ ListFile: train.txt, as taming's list of paths
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from . import captions as tables
 from . import splits
 from .captions import EXPECTED, USUAL, Columns, find_table, read_sidecar
 from .images import SUFFIXES
-from .listed import ImageFinder, ListedImages, Record, image_files
-from .splits import declared_splits, of_split, split_name, splits_at
+from .listed import ImageFinder, ListedImages, Record, declared_splits, image_files
+from .splits import split_name, splits_at
 
 PAIRS = (".csv", ".tsv", ".jsonl")
 NO_CLASS = re.compile(
@@ -74,6 +75,7 @@ class CaptionedFolder(ListedImages):
         if template is not None and template.count("{}") != 1:
             usual = "must hold one {}, such as 'a photo of a {}'"
             raise ConfigError(f"caption_template {usual}; got {template!r}")
+        self.template = template or ""
         inner = _split_folder(root, split_name(split)) if captions is None else None
         self.where = self._home = home = inner or root
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
@@ -83,14 +85,14 @@ class CaptionedFolder(ListedImages):
             self.where, records = table, _records_of_table(home, table, columns, template)
         self._listed = {record.path for record in records} if table else None
         if inner is not None:
-            splits.refuse_other_splits(records, split_name(split), self.where)
+            self._refuse_other_splits(records, split_name(split))
         try:
             unwanted = re.compile(exclude or r"(?!)")
         except re.error as error:
             raise ConfigError(f"exclude: {exclude!r} is no regular expression: {error}") from error
         kept = [record for record in records if not unwanted.search(record.file)]
         own = "all" if inner else split
-        kept = of_split(kept, own, holdout=holdout, where=self.where)
+        kept = self._of_split(kept, own, holdout)
         if not kept:
             left = f"no image is left by split {own!r}, exclude {exclude!r}"
             raise ConfigError(f"{self.where}: {left}")
@@ -176,10 +178,8 @@ def _records_without_table(
         raise ConfigError(f"{root} holds no images ({', '.join(SUFFIXES)}) and no table")
     if need_captions and not has_captions:
         unread = tables.unread_files(root, (record.file for record in records), read=())
-        others = ", ".join(path.relative_to(root).as_posix() for path in unread)
-        hint = (
-            f" ({others} could hold captions, but not in a layout that is read)" if others else ""
-        )
+        names = ", ".join(path.relative_to(root).as_posix() for path in unread)
+        hint = f" ({names} could hold captions, but not in a layout that is read)" if names else ""
         if found := ", ".join(path.name for path in tables.tables_in([root])):
             hint = f" by this data set; `target: pairs_table` reads {found}, one table per split"
         raise ConfigError(
@@ -220,16 +220,15 @@ class PairsTable(ListedImages):
         self.where, encoding = table, self.options.encoding
         columns = Columns(file_key=file_key, caption_key=caption_key, encoding=encoding)
         records = _pairs(table, images, columns)
-        return of_split(records, split, holdout=holdout, where=table) if table == root else records
+        return self._of_split(records, split, holdout) if table == root else records
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for tables named after splits, or take a table itself."""
         if not root.is_file():
             found = {split: splits.split_file(root, split, PAIRS) for split in splits.SPLITS[:3]}
-            return splits_at(
-                root, (s for s, path in found.items() if path and tables.is_table(path))
-            )
+            there = (split for split, path in found.items() if path and tables.is_table(path))
+            return splits_at(root, there)
         is_read = tables.is_table(root)
         if not is_read and root.suffix.lower() not in PAIRS:
             return {}  # other tables are taken for one whose columns have unusual names
@@ -289,10 +288,7 @@ def _list(root: Path, split: str) -> Path | None:
 
 
 def _lists_images(path: Path) -> bool:
-    if path.suffix.lower() != ".txt":
-        return False
-    try:
-        first = next(iter(tables.read_lines(path)), "")
+    with suppress(ConfigError):
+        first = next(iter(tables.read_lines(path)), "") if path.suffix.lower() == ".txt" else ""
         return tables.split_line(first)[0].lower().endswith(SUFFIXES)
-    except ConfigError:
-        return False
+    return False

@@ -11,7 +11,7 @@ from typing import Any
 from ..sockets import ConfigError, suggest
 from .captions import CAPTION_KEYS, texts_of
 from .listed import ListedImages, Record
-from .splits import split_name, splits_at
+from .splits import choose_split, split_name, splits_at
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 CAPTION_COLUMNS = (*CAPTION_KEYS[:-1], "caption_str")
@@ -33,10 +33,6 @@ class Cell:
         if not (cell.get("bytes") or cell.get("path")):
             raise OSError(f"{self} is empty")
         return cell.get("bytes") or Path(cell["path"]).read_bytes()
-
-    def is_file(self) -> bool:
-        """Return True: the row exists."""
-        return True
 
     def __str__(self) -> str:
         return f"row {self.row}, column {self.column!r}"
@@ -67,11 +63,8 @@ class HuggingFaceImages(ListedImages):
     ) -> list[Record]:
         table = _load(root, name)
         if isinstance(table, dict):
-            known = {key: key for key in table} | {split_name(key): key for key in table}
-            key = known.get(split, known.get(split_name(split)))
-            if key is None:
-                raise ConfigError(f"split: {split!r}{suggest(split, list(table))}")
-            table = table[key]
+            known = {str(split_name(key)): key for key in table} | {key: key for key in table}
+            table = table[known[choose_split(split, known)]]
         column = _column(table, image_column or file_key, IMAGE_COLUMNS, "image_column")
         words = _column(table, caption_column or caption_key, CAPTION_COLUMNS, "caption_column")
         from datasets import Image

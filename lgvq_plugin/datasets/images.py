@@ -3,7 +3,6 @@
 import hashlib
 import io
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -36,9 +35,6 @@ class Source(Protocol):
     def read_bytes(self) -> bytes:
         """Return the encoded image; raises OSError."""
 
-    def is_file(self) -> bool:
-        """Return whether there is anything to read."""
-
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -56,9 +52,14 @@ class Health:
     height: int = 0
 
 
+def is_missing(source: Source) -> bool:
+    """Return whether an image has no file; what is in an archive or a table was seen there."""
+    return isinstance(source, Path) and not source.is_file()
+
+
 def examine(file: str, source: Source) -> Health:
     """Read and decode one file as training would; never raises for what is in it."""
-    if not source.is_file():
+    if is_missing(source):
         return Health(file, "missing", f"{source} does not exist")
     digest = ""
     try:
@@ -67,12 +68,9 @@ def examine(file: str, source: Source) -> Health:
             return Health(file, "empty", f"{source} has no bytes")
         digest = hashlib.sha256(content).hexdigest()
         image = open_image(source)
-    except DecompressionBomb as error:
-        return Health(file, "bomb", str(error), digest)
-    except UnreadableImage as error:
-        return Health(file, "corrupt", str(error), digest)
-    except OSError as error:
-        return Health(file, "corrupt", f"{source}: {error}")
+    except (UnreadableImage, DecompressionBomb, OSError) as error:
+        problem = "bomb" if isinstance(error, DecompressionBomb) else "corrupt"
+        return Health(file, problem, str(error), digest)
     return Health(file, "", "", digest, image.width, image.height)
 
 
@@ -119,24 +117,20 @@ def shrink(source: Source, size: int, *, square: bool) -> tuple[bytes, str]:
     with Image.open(io.BytesIO(raw)) as stored:
         kind, is_plain = stored.format, stored.mode == "RGB" and "transparency" not in stored.info
         is_plain = is_plain and stored.size == image.size and _is_upright(stored)
-    if is_plain and target == side and not is_cut and kind in ("JPEG", "PNG"):
-        return raw, ".jpg" if kind == "JPEG" else ".png"
+    suffixes = {"JPEG": ".jpg", "PNG": ".png"}
+    if is_plain and target == side and not is_cut and kind in suffixes:
+        return raw, suffixes[kind]
     if is_cut:
         image = fit(image, target, "center", HashedDraws(0))
     elif target != side:
         scaled = [max(1, round(length * target / side)) for length in image.size]
         image = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
-    written = io.BytesIO()
-    if kind in ("PNG", "BMP", "GIF", "TIFF"):
-        image.save(written, "PNG")
-        return written.getvalue(), ".png"
-    image.save(written, "JPEG", quality=95, subsampling=0)
-    return written.getvalue(), ".jpg"
+    written, form = io.BytesIO(), "PNG" if kind in ("PNG", "BMP", "GIF", "TIFF") else "JPEG"
+    image.save(written, form, quality=95, subsampling=0)  # PNG has neither
+    return written.getvalue(), suffixes[form]
 
 
-def fit(
-    image: Image.Image, size: int | Sequence[int], crop: str, draws: "AbstractDraws"
-) -> Image.Image:
+def fit(image: Image.Image, size: int | Sequence[int], crop: str, draws: "Draws") -> Image.Image:
     """Return an image of `size` pixels, aspect ratio kept, antialiased.
 
     `size` is a number or (height, width). The crop is center or random (at a place that is drawn),
@@ -213,7 +207,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class AbstractDraws(ABC):
+class Draws:
     """Random choices that depend on a key of ints >= 0 alone: the same in every process."""
 
     def __init__(self, *key: int):
@@ -222,9 +216,11 @@ class AbstractDraws(ABC):
         self.unit: Callable[[], float] = self._numbers(key).__next__
         """Return the next number in [0, 1)."""
 
-    @abstractmethod
     def _numbers(self, key: tuple[int, ...]) -> Iterator[float]:
-        """Yield numbers in [0, 1)."""
+        """Yield numbers in [0, 1), in blocks: for the hundreds of choices of a drawn scene."""
+        generator = np.random.default_rng(key)
+        while True:
+            yield from reversed(generator.random(64).tolist())
 
     def chance(self, probability: float) -> bool:
         """Return True with this probability."""
@@ -243,16 +239,7 @@ class AbstractDraws(ABC):
         return sorted(items, key=lambda _: self.unit())
 
 
-class Draws(AbstractDraws):
-    """Draws from a NumPy generator, in blocks: for the hundreds of choices of a drawn scene."""
-
-    def _numbers(self, key: tuple[int, ...]) -> Iterator[float]:
-        generator = np.random.default_rng(key)
-        while True:
-            yield from reversed(generator.random(64).tolist())
-
-
-class HashedDraws(AbstractDraws):
+class HashedDraws(Draws):
     """Draws from hashes of key and count: for the few choices of an image file.
 
     Creating a NumPy generator would take a tenth of the time of decoding a small photo.

@@ -18,9 +18,9 @@ from PIL import ImageOps
 from ..sockets import ConfigError, check_call, suggest
 from . import images
 from .base import CaptionedImages
-from .captions import TableEntry, unread_files
+from .captions import TableEntry, reading, unread_files
 from .images import SUFFIXES, HashedDraws, Source, UnreadableImage
-from .splits import first_file
+from .splits import CONVERTED_FROM, SPLITS, choose_split, first_file, held_out_share, split_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ class Record:
     captions: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)  # further keys of the sample
     split: str | None = None  # that its row, a list or its folder names
+
+    def is_held_out(self, holdout: float) -> bool:
+        """Return whether a hash of its name, before a conversion, is below this share."""
+        return held_out_share(str(self.extra.get(CONVERTED_FROM, self.file))) < holdout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +94,7 @@ class ImageOptions:
             raise ConfigError(f"image_key must be {expected}, got {self.image_key!r}")
         HashedDraws(self.seed)  # refuses a negative seed here and not in a worker
 
-    def load(self, source: Source, draws: images.AbstractDraws) -> np.ndarray:
+    def load(self, source: Source, draws: images.Draws) -> np.ndarray:
         """Return the image as :func:`.images.to_array` does; for errors see `open_image`."""
         image = images.fit(images.open_image(source, self.channels), self.size, self.crop, draws)
         if self.flip and draws.chance(0.5):
@@ -109,6 +113,10 @@ class ListedImages(CaptionedImages):
 
     where: Path
     """What errors call the data set: its table, list or folder."""
+    template = ""
+    """The text, if any, that made captions from the names of class folders."""
+    label_names: Mapping[str, tuple[str, ...]] = {}
+    """The classes, or columns, of each label in `attributes` of a sample."""
 
     def __init_subclass__(cls) -> None:
         """Build the signature of the class from that of `_read`."""
@@ -131,7 +139,7 @@ class ListedImages(CaptionedImages):
         self.records, self.seed = records, options.seed
         self.skipped: dict[str, str] = {}
         self._check_texts()
-        lost = [] if options.skip_corrupt else [r for r in records if not r.path.is_file()]
+        lost = [] if options.skip_corrupt else [r for r in records if images.is_missing(r.path)]
         if lost:
             raise ConfigError(
                 f"{self.where}: {len(lost)} of {len(records)} images do not exist, first: "
@@ -174,6 +182,10 @@ class ListedImages(CaptionedImages):
         """Return the path of a sample's image, quoted."""
         return repr(str(self.records[index].path))
 
+    def attribute_names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the classes, or columns, of each label; {} without labels."""
+        return {label: names for label, names in self.label_names.items() if names}
+
     def broken_texts(self) -> list[tuple[str, str]]:
         """Return (file, caption) of captions with U+FFFD: their bytes were of another encoding."""
         return [(r.file, c) for r in self.records for c in r.captions if "\ufffd" in c]
@@ -186,6 +198,45 @@ class ListedImages(CaptionedImages):
     def unlisted_images(self) -> list[Path]:
         """Return images in the data set's folder that its table does not list."""
         return []
+
+    def _of_split(self, records: list[Record], split: str | None, holdout: float) -> list[Record]:
+        """Return the records of a split: as the data say, else train and validation by a hash.
+
+        "all" is everything, and so is None where the data name no splits; where they do, None is a
+        ConfigError. `holdout` is the share of validation by hash, in (0, 1).
+        """
+        if not isinstance(holdout, float | int) or not 0 < holdout < 1:
+            raise ConfigError(f"holdout must be between 0 and 1, got {holdout!r}")
+        known = declared_splits(records)
+        if not known:
+            wanted = choose_split(split, SPLITS)
+            if wanted == "test":
+                needed = "a folder `test`, or a column `split` that names it"
+                raise ConfigError(f"{self.where}: split 'test' needs {needed}")
+            if wanted == "all":
+                return records
+            return [r for r in records if r.is_held_out(holdout) == (wanted == "validation")]
+        names, name = ", ".join(known), split_name(split)
+        if split is None:
+            unset = f"{self.where} names the splits {names}, and `split` is not set"
+            hint = f"set `split: {known[0]}`, or `split: all` to use all of them together"
+            raise ConfigError(f"{unset}; {hint}")
+        if name not in (*known, "all"):
+            raise ConfigError(f"{self.where}: no split {split!r}; its splits are {names}")
+        unnamed = sum(record.split is None for record in records)
+        if unnamed and name != "all":
+            logger.warning("%s: %d of %d images are in no split", self.where, unnamed, len(records))
+        return [r for r in records if name in ("all", r.split)]
+
+    def _refuse_other_splits(self, records: list[Record], split: str | None) -> None:
+        """Raise ConfigError if rows in a split's own folder or shards name another split."""
+        others = [r for r in records if r.split not in (None, split, "all")]
+        if others:
+            raise ConfigError(
+                f"{self.where}: {len(others)} of {len(records)} images of split {split!r} say that "
+                f"they are of split {others[0].split!r}, first: {others[0].file}; fix the rows or "
+                "the names"
+            )
 
     def _sample(self, index: int) -> dict[str, Any]:
         record, draws = self.records[index], HashedDraws(self.seed, self.epoch, index)
@@ -222,6 +273,13 @@ class ListedImages(CaptionedImages):
             )
 
 
+def declared_splits(records: Sequence[Record]) -> list[str]:
+    """Return the splits that the data name, SPLITS first; [] if none, or if all are train."""
+    names = dict.fromkeys(record.split for record in records if record.split)
+    ordered = sorted(names, key=lambda name: (*SPLITS, name).index(name))
+    return [] if ordered == ["train"] else ordered
+
+
 class ImageFinder:
     """Finds the images that a table or list names.
 
@@ -235,12 +293,10 @@ class ImageFinder:
 
     def find(self, name: str) -> Path:
         """Return where an image is, or was expected; several that could be meant are an error."""
-        try:
+        with reading(f"image {name[:60]!r}"):
             # an absolute name stays as it is
             if found := first_file(home / name for home in self.homes):
                 return found
-        except OSError as error:
-            raise ConfigError(f"image {name[:60]!r}: {error.strerror}") from error
         path = Path(name)
         hits = [] if path.is_absolute() else self._by_name.get(path.name, [])
         hits = [hit for hit in hits if hit.parts[-len(path.parts) : -1] == path.parts[:-1]]

@@ -16,11 +16,13 @@ TextCaps, also as the LG-VQ code has it:
 
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import require
 from ..sockets import ConfigError
 from .captions import read_captions, read_json, read_lines, texts_of
 from .coco import entries
@@ -57,7 +59,8 @@ class CelebAHQ(ListedImages):
             names = sorted(stems, key=lambda s: (int(s) if s.isdigit() else -1, s))
         else:
             names = read_name_pickle(root / split / "filenames.pickle")
-        self.face_names, labels = _face_attributes(root)
+        columns, labels = _face_attributes(root)
+        self.label_names = {"face": columns}
         encoding, records = self.options.encoding, []
         for name in names:
             extra = {"attributes": {"face": labels[name]}} if name in labels else {}
@@ -65,20 +68,15 @@ class CelebAHQ(ListedImages):
             records.append(Record(f"{name}.jpg", images / f"{name}.jpg", captions, extra))
         return records
 
-    def attribute_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the 40 columns; {} without the attribute file."""
-        return {"face": self.face_names} if self.face_names else {}
-
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
         """Look for numbered images and texts and at least one split file."""
-        try:
-            texts = [_folder(root, names) for names in (FACE_IMAGES, FACE_TEXTS)][1]
-        except ConfigError:
-            return {}
-        if not any(path.stem.isdigit() for path in texts.glob("*.txt")):
-            return {}
-        return splits_at(root, (s for s in SPLITS if (root / s / "filenames.pickle").is_file()))
+        with suppress(ConfigError):
+            _, texts = (_folder(root, names) for names in (FACE_IMAGES, FACE_TEXTS))
+            if any(path.stem.isdigit() for path in texts.glob("*.txt")):
+                listed = (s for s in SPLITS if (root / s / "filenames.pickle").is_file())
+                return splits_at(root, listed)
+        return {}
 
 
 class CUB200(ListedImages):
@@ -100,12 +98,11 @@ class CUB200(ListedImages):
     ) -> list[Record]:
         self.where = home = _bird_home(root)
         split = choose_split(split, SPLITS)
-        if split_by not in ("official", "class"):
-            raise ConfigError(f"split_by: expected official or class, got {split_by!r}")
+        require(split_by in ("official", "class"), "split_by", "official or class", split_by)
         texts = _bird_texts(root, home)
         names, labels = _column(home / "images.txt"), _column(home / "image_class_labels.txt")
         wanted = _wanted_birds(root, home, names, split, split_by)
-        self.species_names = tuple(_column(home / "classes.txt").values())
+        self.label_names = {"species": tuple(_column(home / "classes.txt").values())}
         records = []
         for number, file in names.items():
             if number not in wanted:
@@ -121,10 +118,6 @@ class CUB200(ListedImages):
             counts = (len(self.unmatched), len(records), self.unmatched[0])
             logger.info("%s: %d of %d images have no caption, first: %s", home, *counts)
         return records
-
-    def attribute_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the species."""
-        return {"species": self.species_names}
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -252,7 +245,7 @@ def _textcaps_list(root: Path, split: str) -> Path | None:
 def _textcaps_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """Return image id -> captions; the file has one record per caption."""
     found: dict[str, dict[str, None]] = {}
-    for entry in entries(read_json(path), "data", ("image_id",), path):
+    for entry in entries(read_json(path), "data", {"image_id": object}, path):
         own = found.setdefault(str(entry["image_id"]), {})
         where = f"{path}: a caption of {entry['image_id']}"
         for key in ("reference_strs", "caption_str"):

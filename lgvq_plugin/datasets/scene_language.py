@@ -199,9 +199,8 @@ class _Captioner:
     draws: Draws
 
     def everything(self) -> str:
-        by: tuple[str, ...] = ("color", "shape")
-        if len(self.scene.objects) <= 2 and self.draws.chance(0.5):
-            by = ("size", "color", "shape")
+        is_sized = len(self.scene.objects) <= 2 and self.draws.chance(0.5)
+        by = ("size", "color", "shape") if is_sized else ("color", "shape")
         return self._listed(self._groups(by), backed=0.5)
 
     def single(self) -> str:
@@ -228,12 +227,12 @@ class _Captioner:
         return self._backed(self._say("related", a=a, b=b, relation=relation), 0.15)
 
     def placed(self) -> str:
-        thing = self.draws.pick(self.scene.objects)
-        places = self._places(thing)
-        if not places:
+        pick = self.draws.pick
+        thing = pick(self.scene.objects)
+        if not (places := self._places(thing)):
             return ""
         name = _article(self._phrase(thing))
-        return self.draws.pick(_PHRASES["placed"]).format(a=name, place=self.draws.pick(places))
+        return pick(_PHRASES["placed"]).format(a=name, place=pick(places))
 
     def compared(self) -> str:
         pair = self._pair(sized=False)
@@ -251,9 +250,8 @@ class _Captioner:
                 found.append(_plural(values.pop(), total) if name == "shape" else values.pop())
         if not found:
             return ""
-        template = self.draws.pick(_PHRASES["shared"])
-        how_many = self.draws.pick(_PHRASES["all"][total])
-        return template.format(all=how_many, what=self.draws.pick(found))
+        pick = self.draws.pick
+        return pick(_PHRASES["shared"]).format(all=pick(_PHRASES["all"][total]), what=pick(found))
 
     def grounded(self) -> str:
         background = self.scene.background
@@ -319,8 +317,7 @@ class _Captioner:
         h = "left" if thing.x < 0.35 else "right" if thing.x > 0.65 else ""
         v = "top" if thing.y < 0.35 else "bottom" if thing.y > 0.65 else ""
         if h and v:
-            template = pick(_PHRASES["corner"])
-            corner = template.format(h=h, v=pick(_PHRASES["vertical"][v]))
+            corner = pick(_PHRASES["corner"]).format(h=h, v=pick(_PHRASES["vertical"][v]))
             return [corner, corner, pick(halves[pick((h, v))])]
         if h or v:
             return [pick(halves[h or v])]

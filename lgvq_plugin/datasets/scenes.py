@@ -189,19 +189,15 @@ def draw(scene: Scene, size: int) -> np.ndarray:
 
 def outline_of(thing: SceneObject, size: int) -> np.ndarray:
     """Return which pixels of a picture an object covers by at least half, bool (size, size)."""
-    side = 4 * size
-    canvas, radius = Image.new("L", (side, side), 0), thing.radius * side
-    reach = math.ceil(radius) + 1
-    corner = (round(thing.x * side) - reach, round(thing.y * side) - reach)
-    canvas.paste(255, corner, _mask(thing, reach, radius))
+    canvas = Image.new("L", (4 * size, 4 * size), 0)
+    mask, corner = _mask(thing, canvas.width)
+    canvas.paste(255, corner, mask)
     return np.asarray(canvas.reduce(4)) >= 128
 
 
 def _draw_background(background: Background, side: int) -> Image.Image:
     first, *rest = (TONES[tone] for tone in background.tones)
-    if background.kind == "plain":
-        return Image.new("RGB", (side, side), first)
-    smooth, tile = Image.Resampling.NEAREST, np.array(first)
+    smooth, tile = Image.Resampling.NEAREST, np.array([[first]])
     if background.kind == "noisy":
         generator = np.random.default_rng(background.noise_seed)
         noise = generator.integers(-NOISE_SPAN, NOISE_SPAN + 1, (NOISE_CELLS, NOISE_CELLS, 1))
@@ -209,7 +205,7 @@ def _draw_background(background: Background, side: int) -> Image.Image:
     elif background.kind == "checkered":
         parity = np.indices((background.cells, background.cells)).sum(0)[..., None] % 2
         tile = np.where(parity == 0, first, rest[0])
-    else:
+    elif background.kind == "gradient":
         share = np.linspace(0, 1, 64)[:, None, None]
         tile = tile * (1 - share) + np.array(rest[0]) * share
         tile = tile if background.vertical else tile.transpose(1, 0, 2)
@@ -218,20 +214,21 @@ def _draw_background(background: Background, side: int) -> Image.Image:
 
 
 def _draw_object(canvas: Image.Image, thing: SceneObject) -> None:
-    side, radius = canvas.width, thing.radius * canvas.width
-    reach = math.ceil(radius) + 1
-    corner = (round(thing.x * side) - reach, round(thing.y * side) - reach)
     color = COLORS[thing.color]
-    canvas.paste(color, corner, _mask(thing, reach, radius))
+    mask, corner = _mask(thing, canvas.width)
+    canvas.paste(color, corner, mask)
     if thing.texture != "plain":
         # A rim in the object's own color keeps its outline whole on a pale background.
-        period = radius * (0.5 if thing.size == "large" else 0.66)
-        tile = Image.new("RGB", (2 * reach, 2 * reach), color)
+        period = thing.radius * canvas.width * (0.5 if thing.size == "large" else 0.66)
+        tile = Image.new("RGB", mask.size, color)
         (_draw_stripes if thing.texture == "striped" else _draw_dots)(tile, period)
-        canvas.paste(tile, corner, _mask(thing, reach, radius, rim=0.14))
+        canvas.paste(tile, corner, _mask(thing, canvas.width, rim=0.14)[0])
 
 
-def _mask(thing: SceneObject, reach: int, radius: float, rim: float = 0.0) -> Image.Image:
+def _mask(thing: SceneObject, side: int, rim: float = 0.0) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an object's pixels in a picture of this side, and the corner where they go."""
+    radius = thing.radius * side
+    reach = math.ceil(radius) + 1
     mask = Image.new("L", (2 * reach, 2 * reach), 0)
     pen, angle, size = ImageDraw.Draw(mask), math.radians(thing.angle), radius * (1 - rim)
     c, s = math.cos(angle) * size, math.sin(angle) * size
@@ -240,7 +237,7 @@ def _mask(thing: SceneObject, reach: int, radius: float, rim: float = 0.0) -> Im
     if thing.shape == "ring":
         hole = RING_HOLE * radius * (1 + rim / 2)
         pen.ellipse((reach - hole, reach - hole, reach + hole, reach + hole), fill=0)
-    return mask
+    return mask, (round(thing.x * side) - reach, round(thing.y * side) - reach)
 
 
 def _draw_stripes(tile: Image.Image, period: float) -> None:

@@ -1,18 +1,12 @@
 """Splits: their names, how data name them, and how data that name none are divided."""
 
 import hashlib
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..sockets import ConfigError, suggest
-
-if TYPE_CHECKING:
-    from .listed import Record
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "all")
 SPLIT_WORDS = {
@@ -48,10 +42,10 @@ def choose_split(split: str | None, known: Iterable[str]) -> str:
     """Return the split by its full name, which must be in `known`; None is "all"."""
     names = list(known)
     name = "all" if split is None else split
-    name = name if name in names else SPLIT_WORDS.get(name, name)
-    if name not in names:
+    full = name if name in names else split_name(name)
+    if full is None or full not in names:
         raise ConfigError(f"split: {split!r}{suggest(str(split), names)}")
-    return name
+    return full
 
 
 def split_words(split: str | None) -> list[str]:
@@ -107,61 +101,6 @@ def split_of_folders(parts: Sequence[str]) -> str | None:
 def splits_at(root: Path, names: Iterable[str], **more: Any) -> dict[str, dict[str, Any]]:
     """Return split -> keyword arguments, what `recognize` of a member returns."""
     return {name: {"root": root, "split": name, **more} for name in names}
-
-
-def declared_splits(records: "Sequence[Record]") -> list[str]:
-    """Return the splits that the data name, SPLITS first; [] if none, or if all are train."""
-    names = dict.fromkeys(record.split for record in records if record.split)
-    ordered = sorted(names, key=lambda name: (*SPLITS, name).index(name))
-    return [] if ordered == ["train"] else ordered
-
-
-def of_split(
-    records: "list[Record]", split: str | None, *, holdout: float, where: Any
-) -> "list[Record]":
-    """Return the records of a split: as the data say, else train and validation by a hash.
-
-    "all" is everything, and so is None where the data name no splits; where they do, None is a
-    ConfigError that names `where`. `holdout` is the share of validation by hash, in (0, 1).
-    """
-    if not isinstance(holdout, float | int) or not 0 < holdout < 1:
-        raise ConfigError(f"holdout must be between 0 and 1, got {holdout!r}")
-    known = declared_splits(records)
-    if not known:
-        wanted = choose_split(split, SPLITS)
-        if wanted == "test":
-            needed = "a folder `test`, or a column `split` that names it"
-            raise ConfigError(f"{where}: split 'test' needs {needed}")
-        if wanted == "all":
-            return records
-
-        def is_wanted(record: "Record") -> bool:
-            name = str(record.extra.get(CONVERTED_FROM, record.file))
-            return (held_out_share(name) < holdout) == (wanted == "validation")
-
-        return list(filter(is_wanted, records))
-    if split is None:
-        raise ConfigError(
-            f"{where} names the splits {', '.join(known)}, and `split` is not set; set "
-            f"`split: {known[0]}`, or `split: all` to use all of them together"
-        )
-    name = split_name(split)
-    if name not in (*known, "all"):
-        raise ConfigError(f"{where}: no split {split!r}; its splits are {', '.join(known)}")
-    unnamed = sum(record.split is None for record in records)
-    if unnamed and name != "all":
-        logger.warning("%s: %d of %d images are in no split", where, unnamed, len(records))
-    return [r for r in records if name in ("all", r.split)]
-
-
-def refuse_other_splits(records: "Sequence[Record]", split: str | None, where: Any) -> None:
-    """Raise ConfigError if rows in a split's own folder or shards name another split."""
-    others = [r for r in records if r.split not in (None, split, "all")]
-    if others:
-        raise ConfigError(
-            f"{where}: {len(others)} of {len(records)} images of split {split!r} say that they are "
-            f"of split {others[0].split!r}, first: {others[0].file}; fix the rows or the names"
-        )
 
 
 def held_out_share(file: str) -> float:

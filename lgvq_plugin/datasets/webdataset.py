@@ -5,19 +5,20 @@ resumed exactly. Local files can: every header is read once, then members are re
 """
 
 import logging
+import math
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..sockets import ConfigError
 from . import splits
-from .captions import CAPTION_KEYS, KEPT_KEYS, decode, parse_json, texts_of
+from .captions import CAPTION_KEYS, KEPT_KEYS, decode, parse_json, reading, texts_of
 from .images import SUFFIXES
-from .listed import ListedImages, Record
+from .listed import ListedImages, Record, declared_splits
 from .splits import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 TEXTS = ("txt", "caption", "text")
 MAX_SHARDS = 100_000
-RANGES = f"expected {{first..last}} with at most {MAX_SHARDS:,} numbers, like {{000..012}}"
+RANGES = f"expected {{first..last}} with at most {MAX_SHARDS:,} shards, like {{000..012}}"
 
 
 class WebDataset(ListedImages):
@@ -72,11 +73,11 @@ class WebDataset(ListedImages):
         records = [record for record in map(self._record, found) if record]
         self._report_missing(found, records)
         if has_shards:
-            splits.refuse_other_splits(records, own, root)
+            self._refuse_other_splits(records, own)
             return records
-        if own == "test" and not splits.declared_splits(records):
+        if own == "test" and not declared_splits(records):
             raise ConfigError(f"{root}: no shards (*.tar) of split 'test'")
-        return splits.of_split(records, split, holdout=holdout, where=root)
+        return self._of_split(records, split, holdout)
 
     @classmethod
     def recognize(cls, root: Path) -> dict[str, dict[str, Any]]:
@@ -132,8 +133,7 @@ class WebDataset(ListedImages):
         if key is not None and key not in meta:
             known = f"it has {', '.join([*map(str, meta), *sample.members])}"
             raise ConfigError(f"{sample.shard}: {sample.key!r} has no caption_key {key!r}; {known}")
-        usual = next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
-        name = key or usual
+        name = key or next((known for known in CAPTION_KEYS[:-1] if meta.get(known)), None)
         texts = texts_of(meta[name], f"{sample.shard}: {name} {where}") if name else []
         if key is None and (not name or not isinstance(meta[name], list)):
             suffix = sample.only(TEXTS, "caption_key")
@@ -146,42 +146,33 @@ class WebDataset(ListedImages):
 
     def _text(self, sample: "_Sample", suffix: str) -> str:
         member = sample.members[suffix]
-        try:
+        with reading(member):
             return decode(member.read_bytes(), self.options.encoding)
-        except OSError as error:
-            raise ConfigError(f"{member}: {error}") from error
 
 
 def expand(pattern: str) -> list[Path]:
     """Return the shards a pattern names: `{000..012}` counts, `::` joins.
 
     Raises:
-        ConfigError: for a range that counts down, or more than 100,000 shards.
+        ConfigError: for a range that counts down, or more than 100,000 shards in a pattern.
 
     Example:
         >>> [str(path) for path in expand("a_{08..10}.tar::b.tar")]
         ['a_08.tar', 'a_09.tar', 'a_10.tar', 'b.tar']
     """
-    parts = pattern.split("::")
-    if len(parts) > 1:
-        return [path for part in parts for path in expand(part)]
-    found = [*islice(_expanded(pattern), MAX_SHARDS + 1)]
-    if len(found) > MAX_SHARDS:
-        raise ConfigError(f"root: {pattern:.200}: more than {MAX_SHARDS:,} shards; {RANGES}")
-    return [Path(name).expanduser() for name in found]
-
-
-def _expanded(pattern: str) -> Iterator[str]:
-    found = re.search(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    low, high = found.groups()
-    if not int(low) <= int(high) < int(low) + MAX_SHARDS:
-        raise ConfigError(f"root: {pattern:.200}: no such range: {found[0]}; {RANGES}")
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    for number in range(int(low), int(high) + 1):
-        yield from _expanded(f"{head}{number:0{len(low)}d}{tail}")
+    found = []
+    for part in pattern.split("::"):
+        first, *rest = re.split(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", part)
+        lows, highs, texts = rest[::3], rest[1::3], rest[2::3]
+        ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
+        if not 1 <= math.prod(map(len, ranges)) <= MAX_SHARDS:
+            raise ConfigError(f"root: {part:.200}: counts down, or to too many; {RANGES}")
+        for numbers in product(*ranges):
+            name = first
+            for number, low, text in zip(numbers, lows, texts, strict=True):
+                name += f"{number:0{len(low)}d}{text}"
+            found.append(Path(name).expanduser())
+    return found
 
 
 def _shards(root: Path, split: str) -> list[Path]:
@@ -217,10 +208,6 @@ class TarMember:
             raise OSError(f"{self.tar} ends inside {self.name}: it was cut off")
         return content
 
-    def is_file(self) -> bool:
-        """Return True: it was seen when the shard was listed."""
-        return True
-
     def __str__(self) -> str:
         return f"{self.tar}:{self.name}"
 
@@ -255,7 +242,7 @@ def _samples(shard: Path) -> list[_Sample]:
     """
     found: dict[str, _Sample] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with reading(f"shard {shard}"), tarfile.open(shard, "r:") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if not member.isreg() or path.name.startswith("."):
@@ -265,14 +252,10 @@ def _samples(shard: Path) -> list[_Sample]:
                 own = found.setdefault(key, _Sample(shard, key)).members
                 if suffix.lower() in own:
                     hint = "a name must be unique in a shard: write the shard again"
-                    raise ConfigError(
-                        f"shard {shard}: two members are called {member.name}; {hint}"
-                    )
-                place = TarMember(shard, member.name, member.offset_data, member.size)
-                own[suffix.lower()] = place
+                    twice = f"two members are called {member.name}"
+                    raise ConfigError(f"shard {shard}: {twice}; {hint}")
+                own[suffix.lower()] = TarMember(shard, member.name, member.offset_data, member.size)
     except tarfile.TarError as error:
         expected = "expected an uncompressed tar, whole; fetch or unpack it again"
         raise ConfigError(f"shard {shard}: {error}; {expected}") from error
-    except OSError as error:
-        raise ConfigError(f"shard {shard} cannot be read: {error}") from error
     return list(found.values())

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..datasets.base import collate
-from ..datasets.workers import Watched
+from ..datasets.base import Watched, collate
 from ..sockets import ConfigError
 from . import rng
 

@@ -167,7 +167,7 @@ class _Run:
 
     def fit(self, found: Path | None, checkpoint: Mapping[str, Any]) -> TrainResult:
         """Train from the checkpoint at `found`, or from the start."""
-        from ..datasets.workers import naming_files
+        from ..datasets.base import naming_files
         from . import lora, rng, state
         from .callbacks import Stopped, TrainingCallback
         from .data import WrongCaptions

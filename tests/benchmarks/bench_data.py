@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lgvq_plugin import compat
 from lgvq_plugin.datasets.base import collate, recognize
-from lgvq_plugin.datasets.convert import Settings, convert
+from lgvq_plugin.datasets.commands import Settings, convert
 from lgvq_plugin.guides.base import build_guide
 from lgvq_plugin.guides.cached import CachedGuide
 from lgvq_plugin.training.build import build_host

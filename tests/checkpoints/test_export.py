@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lgvq_plugin.checkpoints import diffusers, export, pretrained
+from lgvq_plugin.checkpoints import export, pretrained
 from lgvq_plugin.checkpoints.load import load_checkpoint, load_host
 from lgvq_plugin.checkpoints.retrofit import over_old_loss
 from lgvq_plugin.host import encode, reconstruct
@@ -141,14 +141,14 @@ def test_diffusers_refuses_another_architecture(old):
 def test_a_wrong_diffusers_model_is_not_written(old, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
     whole, _, path = old("taming")
-    right = diffusers.build_diffusers
+    right = export.build_diffusers
 
     def wrong(*args):
         model = right(*args)
         torch.nn.init.ones_(model.decoder.conv_out.bias)
         return model
 
-    monkeypatch.setattr(diffusers, "build_diffusers", wrong)
+    monkeypatch.setattr(export, "build_diffusers", wrong)
     with pytest.raises(RuntimeError, match="nothing written"):
         export.export_diffusers(load_checkpoint(path), whole, tmp_path / "d")
     assert not (tmp_path / "d").exists()

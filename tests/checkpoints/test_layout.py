@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lgvq_plugin.checkpoints.layout import sort_tensors
+from lgvq_plugin.checkpoints.read import sort_tensors
 from lgvq_plugin.sockets import ConfigError
 
 W = {"encoder.conv_in.weight": torch.ones(2), "quantize.embedding.weight": torch.zeros(3)}

@@ -14,6 +14,7 @@ from lgvq_plugin import cli
 from lgvq_plugin.checkpoints.load import load_checkpoint
 from lgvq_plugin.checkpoints.retrofit import (
     _first_images,
+    compare_hosts,
     over_old_loss,
     presets,
     require_same,
@@ -22,7 +23,6 @@ from lgvq_plugin.checkpoints.retrofit import (
     warnings_of,
 )
 from lgvq_plugin.checkpoints.retrofit import main as retrofit_main
-from lgvq_plugin.checkpoints.side_by_side import compare_hosts
 from lgvq_plugin.host import reconstruct
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training import run as training_run

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lgvq_plugin.cli import main
 from lgvq_plugin.datasets.base import recognize
-from lgvq_plugin.datasets.convert import Settings, convert
+from lgvq_plugin.datasets.commands import Settings, convert
 from lgvq_plugin.datasets.folder import CaptionedFolder
 from lgvq_plugin.datasets.webdataset import WebDataset
 from lgvq_plugin.sockets import ConfigError
@@ -161,12 +161,12 @@ def test_what_is_done_is_not_done_again(pictures, tmp_path, form):
 SLOW = """
 import sys, time
 from pathlib import Path
-from lgvq_plugin.datasets import convert
+from lgvq_plugin.datasets import commands, images
 
-plain = convert.shrink
-convert.shrink = lambda *args, **more: (time.sleep(0.05), plain(*args, **more))[1]
-settings = convert.Settings(format=sys.argv[3], shard_size=3)
-convert.convert(sys.argv[1], Path(sys.argv[2]), settings, progress=False)
+plain = images.shrink
+images.shrink = lambda *args, **more: (time.sleep(0.05), plain(*args, **more))[1]
+settings = commands.Settings(format=sys.argv[3], shard_size=3)
+commands.convert(sys.argv[1], Path(sys.argv[2]), settings, progress=False)
 """
 
 

@@ -44,7 +44,7 @@ from safetensors import safe_open
 
 from lgvq_plugin import cli
 from lgvq_plugin.bench import ablate, evaluate, evaluation, job, jobs, plan  # noqa: F401
-from lgvq_plugin.datasets import cache, commands, convert  # noqa: F401
+from lgvq_plugin.datasets import cache, commands, images  # noqa: F401
 from lgvq_plugin.guides import cached
 from lgvq_plugin.training import callbacks, run, state  # noqa: F401
 

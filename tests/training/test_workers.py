@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from lgvq_plugin.datasets.base import collate
+from lgvq_plugin.datasets.base import Watched, collate, naming_files
 from lgvq_plugin.datasets.folder import CaptionedFolder
-from lgvq_plugin.datasets.workers import Watched, naming_files
 from lgvq_plugin.sockets import ConfigError
 from lgvq_plugin.training.run import train
 
