@@ -13,6 +13,11 @@ MOVED = {
     "ablation": "bench.ablate",
     "ablation.base": "bench.records",
     "ablation.run": "bench.jobs",
+    "bench.metrics.clip_score": "bench.metrics.perceptual",
+    "bench.probes.attributes": "bench.probes.ridge",
+    "bench.probes.image_judge": "bench.probes.classifiers",
+    "bench.probes.retrieval": "bench.probes.ridge",
+    "bench.probes.synthesis": "bench.probes.text_to_image",
     "checkpoints.base": "checkpoints.load",
     "data_tools": "datasets.commands",
     "data_tools.cache": "datasets.cache",
@@ -63,7 +68,8 @@ def new_module(name: str) -> str | None:
         return f"{package}.{MOVED[old]}"
     folder, _, module = old.partition(".")
     if module and folder in ("ablation", "metrics", "probes"):
-        return f"{package}.bench.{'' if folder == 'ablation' else folder + '.'}{module}"
+        now = f"bench.{module}" if folder == "ablation" else f"bench.{old}"
+        return f"{package}.{MOVED.get(now, now)}"
     return None
 
 

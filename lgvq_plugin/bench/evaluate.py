@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import OmegaConf
 
 from ..arguments import add_shortcuts, parse_words
 from ..checkpoints import find_checkpoint
-from ..config import build, laid_over, require
+from ..config import Block, Limit, build, laid_over, require
 from ..files import remove_parts, require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve
 from ..training.build import with_shortcuts
@@ -45,6 +45,7 @@ TRAINED = (
 RESULT_NAMES = {"captioning": "caption", "text_to_image": "t2i"}
 """Metrics that result files, those of earlier versions included, know by another name."""
 ARROWS = {True: "↑", False: "↓", None: " "}
+WORKERS = Limit(f"at most {MAX_WORKERS} here", lambda count: count <= MAX_WORKERS)
 OLD_NAMES = {"caption": "captioning", "t2i": "text_to_image", "questions": "vqa"}
 
 
@@ -79,6 +80,10 @@ def names_of(metrics: Iterable[str] | None) -> list[str]:
             raise ConfigError(f"metrics: two are named {label_of(name)}: {name}; rename it")
         names.append(name)
     return names
+
+
+def _at_least(minimum: int, more: str = "") -> Limit:
+    return Limit(f"a whole number >= {minimum}{more}", lambda number: number >= minimum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,39 +139,36 @@ class ZeroshotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KNNConfig:
+class KNNConfig(Block):
     """Nearest neighbors."""
 
-    k: int = 20
+    k: Annotated[int, _at_least(1)] = 20
     """Training images that vote, >= 1."""
-
-    def __post_init__(self) -> None:
-        require(self.k >= 1, "k", "a whole number >= 1", self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Block):
     """The `evaluation:` block; everything has a default."""
 
     guide: dict[str, Any] | None = None
     """Text guide of the metrics with text; null: that of `lgvq:` in the config, else micro_clip."""
-    limit: int | None = None
+    limit: Annotated[int | None, _at_least(2, ", or null")] = None
     """Use only the first test images; null: all."""
-    train_limit: int | None = None
+    train_limit: Annotated[int | None, _at_least(2, ", or null")] = None
     """Use only the first training images for the probes; null: all, or 4 * `limit`."""
-    batch_size: int = 32
+    batch_size: Annotated[int, _at_least(1)] = 32
     """Images per batch of the host."""
-    num_workers: int = 0
+    num_workers: Annotated[int, _at_least(0), WORKERS] = 0
     """Processes that load samples."""
     seed: int = 0
     """Seed of all random draws, which are the same for any host."""
-    few_shot: int = 64
+    few_shot: Annotated[int, _at_least(10)] = 64
     """Training images of the few-shot attribute probe, >= 10."""
-    few_shot_draws: int = 1
+    few_shot_draws: Annotated[int, _at_least(1)] = 1
     """Few-shot sets, >= 1: the first images, then random ones; results are means over them."""
-    attribute_words: int = 0
+    attribute_words: Annotated[int, _at_least(0)] = 0
     """Frequent words of captions used as labels of a data set without any; 0: none."""
-    tokenizer: str = "words"
+    tokenizer: Annotated[str, Limit("words or ptb", ("words", "ptb").__contains__)] = "words"
     """Tokenizer of captions: words (ours), or ptb (used by papers; needs Java)."""
     lpips: LPIPSConfig = field(default_factory=LPIPSConfig)
     """LPIPS."""
@@ -202,17 +204,7 @@ class EvaluationConfig:
     """Keyword arguments of metrics and probes of other packages, by the last part of their path."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "train_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 2, name, "a whole number >= 2, or null", value)
-        smallest = {"batch_size": 1, "num_workers": 0, "few_shot": 10, "few_shot_draws": 1}
-        for name, minimum in {**smallest, "attribute_words": 0}.items():
-            value = getattr(self, name)
-            require(value >= minimum, name, f"a whole number >= {minimum}", value)
-        expected, workers = f"at most {MAX_WORKERS} here", self.num_workers
-        require(workers <= MAX_WORKERS, "num_workers", expected, workers)
-        is_known = self.tokenizer in ("words", "ptb")
-        require(is_known, "tokenizer", "words or ptb", self.tokenizer)
+        super().__post_init__()
         for name, options in self.options.items():
             is_mapping = isinstance(options, Mapping)
             require(is_mapping, f"options.{name}", "a mapping of its arguments", options)

@@ -19,15 +19,13 @@ from .metrics import captions as scores
 from .metrics import codebook
 from .metrics.answers import wordnet_similarity, wups
 from .metrics.captions import tokenize_words, word_sets
-from .metrics.clip_score import CLIPScorer
 from .metrics.codebook import STRONG
 from .metrics.frechet import MIN_IMAGES, FrechetDistance
-from .metrics.perceptual import PerceptualDistance
+from .metrics.perceptual import CLIPScorer, PerceptualDistance
 from .metrics.reconstruction import IMPLEMENTATION, psnr_and_ssim
-from .probes.attributes import AttributesProbe, stack_labels
+from .probes.classifiers import ImageJudge
 from .probes.features import FrozenCodes
-from .probes.image_judge import ImageJudge
-from .probes.retrieval import RetrievalProbe
+from .probes.ridge import AttributesProbe, RetrievalProbe, stack_labels
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +104,9 @@ def rows_of(
         better: bool | None = last not in LOWER and not last.startswith("lpips_")
         if not {*NEUTRAL, *neutral}.isdisjoint(parts) or last.startswith("nearest_"):
             better = None
-        each: Any = None
-        mean: Any = value
-        if isinstance(value, Tensor):
-            mean, each = value.double().mean(), value.tolist()
-        elif isinstance(value, Sequence):
-            mean, each = sum(value) / max(len(value), 1), value
+        each: Any = value.tolist() if isinstance(value, Tensor) else value
+        mean = sum(each) / max(len(each), 1) if isinstance(each, Sequence) else each
+        each = each if isinstance(each, Sequence) else None
         rows[f"{prefix}/{name}"] = Row(float(mean), n, unit, better, each, settings or {})
     return rows
 
@@ -140,45 +135,46 @@ def lpips(context: Context) -> Rows:
     """LPIPS of each image."""
     options = context.config.lpips
     metric = PerceptualDistance(options.net, options.backbone).to(context.device)
-    parts = [
-        metric.distances(images.to(context.device), given.to(context.device)).cpu()
-        for images, given in context.pairs()
-    ]
-    values = torch.cat(parts)
+    pairs = ([images.to(context.device) for images in pair] for pair in context.pairs())
+    values = torch.cat([metric.distances(*pair).cpu() for pair in pairs])
     numbers = {f"lpips_{options.net}": values}
     return rows_of("reconstruction", numbers, len(values), settings=metric.settings)
 
 
 def fid(context: Context) -> Rows:
     """FID of the reconstructions against the test images."""
-    return _frechet_rows(context, FrechetDistance(weights=context.config.fid.weights))
+    return _distance_to_test(context, FrechetDistance(weights=context.config.fid.weights))
 
 
 def fd(context: Context) -> Rows:
     """Frechet distance in another feature net."""
     options = context.config.fd
-    return _frechet_rows(context, FrechetDistance(options.net, weights=options.weights))
+    return _distance_to_test(context, FrechetDistance(options.net, weights=options.weights))
 
 
-def _frechet_rows(context: Context, distance: FrechetDistance) -> Rows:
-    value, count = _frechet(distance, context.pairs())
+def _distance_to_test(context: Context, distance: FrechetDistance) -> Rows:
     reference = {"set": context.test_section, "images": context.test_images}
-    settings = distance.settings | {"reference": reference}
-    return {f"reconstruction/{distance.name}": Row(value, count, "", False, settings=settings)}
+    return _distance("reconstruction", distance, context.pairs(), {"reference": reference})
 
 
-def _frechet(distance: FrechetDistance, pairs: Iterable[Sequence[Tensor]]) -> tuple[float, int]:
-    """Return the distance of pairs of real and other images, and their number."""
+def _distance(
+    prefix: str,
+    distance: FrechetDistance,
+    pairs: Iterable[Sequence[Tensor]],
+    settings: Mapping[str, Any],
+) -> Rows:
+    """Return the distance of pairs of real and other images."""
     for real, other in pairs:
         distance.update(real, real=True)
         distance.update(other, real=False)
     value, (count, _) = distance.compute(), distance.counts
-    if count < MIN_IMAGES and distance.name != "fd_judge":
+    if count < MIN_IMAGES:
         logger.warning(
             "%s on %d images (< %d) is biased upwards: compare it with rows of the same n only",
             *(distance.name, count, MIN_IMAGES),
         )
-    return value, count
+    settings = {**settings, **distance.settings}
+    return {f"{prefix}/{distance.name}": Row(value, count, "", False, settings=settings)}
 
 
 # Codebook: how it is used, and which words its codes go with.
@@ -250,7 +246,8 @@ def relation(context: Context) -> Rows:
     if int(is_matched.sum()) < 3:
         raise ConfigError("relation: fewer than three words go together with a code")
     texts = [found.words[i] for i in is_matched.nonzero()[:, 0].tolist()]
-    features = torch.cat([_word_features(context.guide, part) for part in _batches(texts)])
+    seen = [context.guide.encode(part) for part in _batches(texts)]
+    features = torch.cat([pool_words(x.tokens, x.word_ids)[0][:, 0].cpu() for x in seen])
     codes = _indices(data.codes)[1][found.strength[is_matched].argmax(1)]
     numbers = codebook.similarity_gap(features, codes)
     pairs = int(numbers.pop("pairs"))
@@ -287,12 +284,6 @@ def _word_table(data: Encoded) -> tuple[list[str], Tensor]:
 
 def _has_words(sets: Sequence[set[str]], known: Sequence[str]) -> Tensor:
     return torch.tensor([[word in found for word in known] for found in sets])
-
-
-def _word_features(guide: AbstractGuide, texts: list[str]) -> Tensor:
-    """Return the guide's feature of each word alone, (W, Dt)."""
-    seen = guide.encode(texts)
-    return pool_words(seen.tokens, seen.word_ids)[0][:, 0].cpu()
 
 
 def _batches(texts: list[str]) -> list[list[str]]:
@@ -347,17 +338,16 @@ PROTOCOLS = {
 
 def masked_words(context: Context) -> Rows:
     """Recall of masked words by a probe trained on frozen codes, leak-free and leaky."""
-    member, config = context.config.probe("masked_words")
+    _, config = context.config.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
     several = {"": test.codes, "shuffled/": _shuffled(context)}
     rows: Rows = {}
     for protocol in PROTOCOLS if config.leaky else ("leak_free",):
-        probe = member(context.guide, config, protocol=protocol, device=context.device)
-        fit_probe(context, probe, train.codes, train.captions)
-        settings: dict[str, Any] = {"protocol": PROTOCOLS[protocol]}
-        settings |= {"heads": "trained on frozen codes"}
+        given = (train.codes, train.captions, context.guide)
+        probe = fit_probe(context, "masked_words", *given, protocol=protocol)
+        settings = {"protocol": PROTOCOLS[protocol], "heads": "trained on frozen codes"}
         settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
-        settings |= {"probe": vars(config)}
+        settings |= {"probe": asdict(config)}
         for number in (1, 3):
             options = {"masked": number, "seed": context.config.seed}
             found = probe.values_of([*several.values()], test.first_captions, **options)
@@ -371,8 +361,15 @@ def masked_words(context: Context) -> Rows:
     return rows
 
 
-def fit_probe(context: Context, probe: Any, codes: FrozenCodes, target: Any) -> Any:
-    """Fit a neural probe in the context's folder, with its progress bar; return it."""
+def fit_probe(
+    context: Context, name: str, codes: FrozenCodes, target: Any, *args: Any, **options: Any
+) -> Any:
+    """Return the neural probe of a metric, trained in the context's folder.
+
+    `args` and `options` are its constructor's, besides its config and its device.
+    """
+    member, config = context.config.probe(name)
+    probe = member(*args, config=config, device=context.device, **options)
     return probe.fit(codes, target, folder=context.folder, progress=context.progress)
 
 
@@ -422,12 +419,10 @@ def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dic
     train, test = train.captioned(), test.captioned()
     known, has_word = _word_table(train)
     shares = has_word.double().mean(dim=0).tolist()
-    kept = [
-        number
-        for number, word in enumerate(known)
-        if shares[number] <= 0.5 and word not in FUNCTION_WORDS
-    ][: context.config.attribute_words]
-    target = _has_words(word_sets(test.captions), [known[number] for number in kept])
+    shown = zip(known, shares, strict=True)
+    is_kept = [share <= 0.5 and word not in FUNCTION_WORDS for word, share in shown]
+    kept = [i for i, keep in enumerate(is_kept) if keep][: context.config.attribute_words]
+    target = _has_words(word_sets(test.captions), [known[i] for i in kept])
     return train, test, {"words": has_word[:, kept].long()}, {"words": target.long()}
 
 
@@ -436,23 +431,17 @@ def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dic
 
 def captioning(context: Context) -> Rows:
     """BLEU, ROUGE-L, CIDEr-D and METEOR of captions written from frozen codes."""
-    member, config = context.config.probe("captioning")
     train, test = context.train.captioned(), context.test.captioned()
-    probe = fit_probe(context, member(config, device=context.device), train.codes, train.captions)
+    probe = fit_probe(context, "captioning", train.codes, train.captions)
     references = _tokenized(context, test.captions)
     written = probe.write(test.codes)
-    numbers: dict[str, Values] = {
-        **scores.bleu_scores(written, references),
-        **scores.caption_values(written, references),
-    }
+    numbers: dict[str, Values] = {**scores.bleu_scores(written, references)}
+    numbers |= scores.caption_values(written, references)
     blind = scores.caption_scores(probe.write(_shuffled(context)), references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
-    settings: dict[str, Any] = {
-        "implementation": "pycocoevalcap",
-        "tokenizer": context.config.tokenizer,
-    }
+    settings = {"implementation": "pycocoevalcap", "tokenizer": context.config.tokenizer}
     settings |= {"references": sum(map(len, references)), "train_images": len(train.codes)}
-    settings |= {"probe": vars(config)}
+    settings |= {"probe": asdict(probe.config)}
     try:
         numbers["meteor"] = scores.meteor_score(written, references)
     except ConfigError as error:
@@ -472,12 +461,11 @@ def vqa(context: Context) -> Rows:
     train, test = context.train, context.test
     if not train.questions or not test.questions:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
-    member, config = context.config.probe("vqa")
-    probe = fit_probe(context, member(config, device=context.device), train.codes, train.questions)
+    probe = fit_probe(context, "vqa", train.codes, train.questions)
     given = probe.answer(test.codes, test.questions)
     numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed, given=given)
     settings: dict[str, Any] = {"train_questions": len(train.questions)}
-    settings |= {"answers": len(probe.answers), "probe": vars(config)}
+    settings |= {"answers": len(probe.answers), "probe": asdict(probe.config)}
     try:
         similarity = wordnet_similarity(context.config.wordnet)
         wanted = [question.answer for question in test.questions]
@@ -492,20 +480,17 @@ def text_to_image(context: Context) -> Rows:
     """Bits per code with and without text; quality of generated images."""
     model, seed = context.config.clip_score, context.config.seed
     scorer = CLIPScorer(model) if model else None  # a wrong path fails before hours of training
-    member, config = context.config.probe("text_to_image")
     train, test = context.train.captioned(), context.test.captioned()
-    probe = member(context.guide, config, device=context.device)
-    fit_probe(context, probe, train.codes, train.captions)
+    probe = fit_probe(context, "text_to_image", train.codes, train.captions, context.guide)
     settings = {"guide": context.guide_config, "train": len(train.codes)}
-    settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
+    settings["probe"] = asdict(probe.config)
     if scorer is None:
         settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
     values = probe.values(test.codes, test.first_captions, seed=seed)
     rows = rows_of("t2i", values, len(test.codes), unit="bits", settings=settings)
-    captions = test.first_captions[: config.images]
-    images = decode_indices(
-        context, test, probe.draw(captions, seed=seed, progress=context.progress)
-    )
+    captions = test.first_captions[: probe.config.images]
+    drawn = probe.draw(captions, seed=seed, progress=context.progress)
+    images = decode_indices(context, drawn)
     context.generated = (captions, images)
     if scorer is not None:
         again = torch.cat([given for _, given in context.pairs()])[: len(images)]
@@ -522,34 +507,38 @@ def generated_rows(context: Context, images: Tensor, prefix: str, settings: dict
     """
     real, again = (torch.cat(part)[: len(images)] for part in zip(*context.pairs(), strict=True))
     if context.train.attributes and context.test.attributes and len(images) > 1:
-        return _judge_rows(context, images, real, again, prefix, settings)
-    return _generated_distance(context, images, real, prefix, settings)
+        shown = {"": images, "reconstructed/": again, "real/": real}
+        return _judge_rows(context, shown, prefix, settings)
+    options = context.config.fd
+    try:
+        distance = FrechetDistance(options.net, weights=options.weights)
+    except ConfigError as error:
+        logger.warning("%s: no Frechet distance of the generated images: %s", prefix, error)
+        return {}
+    pairs = zip(real.split(64), images.split(64), strict=True)
+    return _distance(prefix, distance, pairs, settings)
 
 
-def decode_indices(context: Context, data: Encoded, indices: Tensor) -> Tensor:
+def decode_indices(context: Context, indices: Tensor) -> Tensor:
     """Decode code indices (M, N) to images (M, 3, H, W) in [-1, 1] on the CPU."""
-    table = _indices(data.codes)[1]
+    codes = context.test.codes
+    table = _indices(codes)[1]
     parts = []
     for part in indices.split(context.config.batch_size):
-        grid = table[part].mT.unflatten(-1, data.codes.grid).to(context.device)
+        grid = table[part].mT.unflatten(-1, codes.grid).to(context.device)
         parts.append(decode(context.host, grid).clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 
 def _judge_rows(
-    context: Context,
-    images: Tensor,
-    real: Tensor,
-    again: Tensor,
-    prefix: str,
-    settings: dict[str, Any],
+    context: Context, shown: Mapping[str, Tensor], prefix: str, settings: dict[str, Any]
 ) -> Rows:
     """Let a network trained on real images classify attributes of generated ones."""
+    images = shown[""]
     train = stack_labels(context.train.attributes[:JUDGED])
     target = stack_labels(context.test.attributes[: len(images)])
     pictures = context.train_pictures(JUDGED)
     judge = ImageJudge.train_on(pictures, train, folder=context.folder, progress=context.progress)
-    shown = {"": images, "reconstructed/": again, "real/": real}
     numbers = {
         f"{kind}judge/{name}": value
         for kind, some in shown.items()
@@ -559,23 +548,10 @@ def _judge_rows(
     for name, value in judge.accuracy(images, shuffled).items():
         numbers[f"shuffled/judge/{name}"] = value
     for kind in ("", "reconstructed/"):
-        pairs = zip(real.split(64), shown[kind].split(64), strict=True)
-        numbers[f"{kind}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
+        distance = FrechetDistance(judge, name="judge")
+        for real, other in zip(shown["real/"].split(64), shown[kind].split(64), strict=True):
+            distance.update(real, real=True)
+            distance.update(other, real=False)
+        numbers[f"{kind}fd_judge"] = distance.compute()
     settings = {**settings, "judge": "a small CNN trained on real training pictures"}
     return rows_of(prefix, numbers, len(images), settings=settings, neutral=["real"])
-
-
-def _generated_distance(
-    context: Context, images: Tensor, real: Tensor, prefix: str, settings: dict[str, Any]
-) -> Rows:
-    """Return the Frechet distance of generated images in the configured net, if available."""
-    options = context.config.fd
-    try:
-        distance = FrechetDistance(options.net, weights=options.weights)
-    except ConfigError as error:
-        logger.warning("%s: no Frechet distance of the generated images: %s", prefix, error)
-        return {}
-    pairs = zip(real.split(64), images.split(64), strict=True)
-    value, count = _frechet(distance, pairs)
-    settings = {**settings, **distance.settings}
-    return {f"{prefix}/{distance.name}": Row(value, count, "", False, settings=settings)}

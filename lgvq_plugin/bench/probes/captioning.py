@@ -5,7 +5,7 @@ codes --CodeMemory--> memory --cross-attention--> next word, next word, ... --> 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..metrics.captions import caption_scores, tokenize_words
 from .features import BATCH, FrozenCodes, require_captions
-from .trainer import LossFunction, NeuralProbe, ProbeConfig, pick
+from .trainer import COUNT, LossFunction, NeuralProbe, ProbeConfig, pick
 from .transformer import END, PAD, START, UNKNOWN, Cache, CodeMemory, ProbeTransformer, Words, trim
 
 
@@ -21,16 +21,12 @@ from .transformer import END, PAD, START, UNKNOWN, Cache, CodeMemory, ProbeTrans
 class CaptioningConfig(ProbeConfig):
     """Training and decoding of the captioning probe."""
 
-    steps: int = 800
+    steps: Annotated[int, COUNT] = 800
     """Updates; 100 epochs in the paper."""
-    max_words: int = 24
+    max_words: Annotated[int, COUNT] = 24
     """Maximum words of a caption, in training and decoding, >= 1."""
-    least_count: int = 1
+    least_count: Annotated[int, COUNT] = 1
     """Words in fewer training captions are unknown, >= 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_counts("max_words", "least_count")
 
 
 class CaptioningProbe(NeuralProbe[CaptioningConfig, Sequence[Sequence[str]]]):

@@ -10,7 +10,7 @@ still contains information about them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...guides.base import AbstractGuide
 from ...types import TextTokens
 from .features import BATCH, FrozenCodes, require_captions
-from .trainer import LossFunction, NeuralProbe, ProbeConfig, generator_at, pick
+from .trainer import COUNT, LossFunction, NeuralProbe, ProbeConfig, generator_at, pick
 from .transformer import CodeMemory, ProbeTransformer, used_length
 
 PROTOCOLS = ("leak_free", "leaky")
@@ -29,16 +29,12 @@ PROTOCOLS = ("leak_free", "leaky")
 class MaskedWordsConfig(ProbeConfig):
     """Training of the masked-word probe."""
 
-    steps: int = 400
+    steps: Annotated[int, COUNT] = 400
     """Updates per protocol."""
-    most_hidden: int = 3
+    most_hidden: Annotated[int, COUNT] = 3
     """Training masks 1 to this many words per caption, >= 1."""
     leaky: bool = True
     """Whether an evaluation also runs the leaky protocol, for comparison; doubles the time."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_counts("most_hidden")
 
 
 class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
@@ -52,9 +48,9 @@ class MaskedWordsProbe(NeuralProbe[MaskedWordsConfig, Any]):
         config: MaskedWordsConfig | None = None,
         *,
         protocol: Literal["leak_free", "leaky"] = "leak_free",
-        device: torch.device | str = "cpu",
+        **options: Any,
     ):
-        super().__init__(config, device=device)
+        super().__init__(config, **options)
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
         self.guide, self.protocol, self.name = guide, protocol, f"masked_words_{protocol}"

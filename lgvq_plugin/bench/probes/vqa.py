@@ -6,7 +6,7 @@ question --ProbeTransformer, codes as memory--> first state --> one of the train
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..metrics.answers import exact_accuracy, majority, vote_accuracy
 from ..metrics.captions import tokenize_words
 from .features import BATCH, FrozenCodes
-from .trainer import LossFunction, NeuralProbe, ProbeConfig
+from .trainer import COUNT, LossFunction, NeuralProbe, ProbeConfig
 from .transformer import PAD, CodeMemory, ProbeTransformer, Words, trim
 
 
@@ -34,18 +34,14 @@ class Question:
 class VQAConfig(ProbeConfig):
     """Training of the VQA probe."""
 
-    steps: int = 1000
+    steps: Annotated[int, COUNT] = 1000
     """Updates; 50 epochs in the paper."""
-    max_words: int = 22
+    max_words: Annotated[int, COUNT] = 22
     """Maximum words of a question, >= 1."""
-    least_count: int = 1
+    least_count: Annotated[int, COUNT] = 1
     """Words in fewer training questions are unknown, >= 1."""
-    max_answers: int = 3000
+    max_answers: Annotated[int, COUNT] = 3000
     """The most frequent training answers are the classes, >= 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_counts("max_words", "least_count", "max_answers")
 
 
 class VQAProbe(NeuralProbe[VQAConfig, Sequence[Question]]):
