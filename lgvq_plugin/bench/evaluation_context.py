@@ -83,7 +83,6 @@ class Context:
         """Captions and images of text_to_image."""
         self._pictures: list[tuple[Tensor, Tensor]] | None = None
         self.device = next((p.device for p in host.parameters()), torch.device("cpu"))
-
         own = getattr(getattr(host, "loss", None), "alignment", None)
         self._given_heads = own if heads is None else heads
 
@@ -120,9 +119,8 @@ class Context:
     @property
     def attribute_names(self) -> Mapping[str, Sequence[str]]:
         """The data set's names of the values of each label; {} if it has none."""
-        dataset = self._dataset("test")
-        names = getattr(getattr(dataset, "dataset", dataset), "attribute_names", dict)
-        return names()
+        _, whole = self._dataset("test")
+        return getattr(whole, "attribute_names", dict)()
 
     @property
     def test_section(self) -> dict[str, Any]:
@@ -135,7 +133,7 @@ class Context:
     @cached_property
     def test_images(self) -> int:
         """Number of test images."""
-        return len(self._dataset("test"))
+        return len(self._dataset("test")[0])
 
     @cached_property
     def guide(self) -> AbstractGuide:
@@ -158,8 +156,8 @@ class Context:
         Raises:
             ConfigError: if the data set does not know.
         """
-        dataset = self._dataset(which)
-        layout_of = getattr(getattr(dataset, "dataset", dataset), "layout_of", None)
+        dataset, whole = self._dataset(which)
+        layout_of = getattr(whole, "layout_of", None)
         if layout_of is None:
             raise ConfigError(
                 "the data set does not say where things are (the scenes do); give it a method "
@@ -198,7 +196,7 @@ class Context:
     def _batches(self, which: str, what: str) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the batches of a set in order, with their images on the host's device."""
         loader = DataLoader(
-            Watched(self._dataset(which), self.config.num_workers),
+            Watched(self._dataset(which)[0], self.config.num_workers),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
             collate_fn=collate,
@@ -207,9 +205,9 @@ class Context:
         for batch in tqdm(loader, desc=what, disable=not self.progress, leave=False):
             yield channels_first(batch["image"].to(self.device)), batch
 
-    def _dataset(self, which: str) -> Any:
-        limit = self.config.limit
-        section = self.test_section
+    def _dataset(self, which: str) -> tuple[Any, Any]:
+        """Return the samples of a set that are used, and the whole data set that has them."""
+        section, limit = self.test_section, self.config.limit
         if which == "train":
             section = self.data.get("train") or {}
             if not section:
@@ -218,7 +216,9 @@ class Context:
         dataset = build_dataset(section)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)
-        return dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
+        if limit is None:
+            return dataset, dataset
+        return Subset(dataset, range(min(limit, len(dataset)))), dataset
 
     def _encode(self, which: str) -> Encoded:
         collector = CodeCollector()

@@ -7,6 +7,7 @@ script and style sheet.
 import base64
 import hashlib
 import io
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 from torch import Tensor
 
@@ -93,10 +95,16 @@ def _environment() -> jinja2.Environment:
         "counted": counted,
         "line": lambda text: Markup(" ").join(text.split()),  # without line breaks
         "is_finite": math.isfinite,
+        "yaml": _as_yaml,
         "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # line breaks in between
         "place": lambda value, reach: f"{120 + 110 * value / (reach or 1):.1f}",  # in a whisker
     }
     return environment
+
+
+def _as_yaml(value: Any) -> str:
+    plain = json.loads(json.dumps(finite(value), default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=88)
 
 
 def finite(value: Any) -> Any:

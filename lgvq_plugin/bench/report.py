@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from ..files import write_text
@@ -17,6 +16,8 @@ from .page import counted, data_uri, example_file, finite, fragment, number, pag
 from .records import CONFIDENCE, FAINT_MARKS, Cell, Difference, Results, csv_text
 from .statistics import mean_and_sd
 
+LEVEL = f"{CONFIDENCE * 100:.0f}"
+RATE = f"false discovery rate of {(1 - CONFIDENCE) * 100:.0f} %"
 MAX_PER_IMAGE = 300_000  # per-image values in the page
 SECTIONS = {
     "summary": "Summary",
@@ -70,7 +71,8 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
         grids=_grids(results, root),
         costs=_costs(results),
         runs=runs,
-        **_settings(results),
+        variants=results.variants,
+        evaluation=_done(results),
         **_raw(results, cells),
     )
     write_text(path, text)
@@ -103,9 +105,9 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
         has_one_seed=any(d.seeds == 1 for d in judged),
         significant=sum(bool(d.verdict) for d in judged),
         alone=sum(d.excludes_zero for d in judged),
-        rate=_rate(),
+        rate=RATE,
         expected=(1 - CONFIDENCE) * len(judged),
-        confidence=f"{CONFIDENCE * 100:.0f}",
+        confidence=LEVEL,
         undone=undone,
         base=results.references[0],
         costs=[r for r in _costs(results) if r["ratio"] and r["variant"] != results.references[0]],
@@ -132,10 +134,6 @@ def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) 
 
 def _is_judged(cell: Cell, difference: Difference) -> bool:
     return difference.low is not None and cell.higher_is_better is not None
-
-
-def _rate() -> str:
-    return f"false discovery rate of {(1 - CONFIDENCE) * 100:.0f} %"
 
 
 def _clarity(d: Difference) -> float:
@@ -179,7 +177,7 @@ def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "pairs": [(cell, d, reach[cell.data, cell.metric]) for cell, d in pairs],
         "pairs_of": (_span([d.seeds for _, d in pairs], "seed"), _images([c for c, _ in pairs])),
-        "confidence": f"{CONFIDENCE * 100:.0f}",
+        "confidence": LEVEL,
         "correction": _correction(cells),
         "alpha": 1 - CONFIDENCE,
         "has_many": len(results.references) > 1,
@@ -193,14 +191,14 @@ def _caption(results: Results, shown: Sequence[Cell], cells: Sequence[Cell]) -> 
     return (
         f"Mean ± standard deviation over {seeds}, on {_images(shown)}. ▲ better or ▼ worse than "
         f"{results.references[0]}: {_correction(cells)}. △ or ▽: only the "
-        f"{CONFIDENCE * 100:.0f} % interval of the paired difference, uncorrected, excludes zero."
+        f"{LEVEL} % interval of the paired difference, uncorrected, excludes zero."
     )
 
 
 def _correction(cells: Sequence[Cell]) -> str:
     count = sum(_is_judged(cell, d) for cell in cells for d in cell.differences)
     return (
-        f"significant at a {_rate()} over the {counted(count, 'comparison')} of this report "
+        f"significant at a {RATE} over the {counted(count, 'comparison')} of this report "
         "(Benjamini–Hochberg)"
     )
 
@@ -220,25 +218,13 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
     """The first images of one seed per data set: originals, then reconstructions per variant."""
     grids = []
     for data in results.datasets:
-        runs = results.example_runs(data)
-        if not runs:
-            continue
-        first = next(iter(runs.values())).examples
-        columns = min(len(run.examples) for run in runs.values())
-        paths = {"original": [example["original"] for example in first]}
-        paths |= {name: [e["reconstruction"] for e in run.examples] for name, run in runs.items()}
-        rows = [
-            (name, [_uri(example_file(root, path)) for path in own[:columns]])
-            for name, own in paths.items()
-        ]
-        captions = [example.get("caption", "") for example in first]
-        grid = {"data": data, "columns": columns, "rows": rows, "captions": captions}
-        grids.append({**grid, "seeds": sorted({run.seed for run in runs.values()})})
+        if found := results.examples(data):
+            rows = {
+                name: [data_uri(example_file(root, path).read_bytes(), "image/png") for path in own]
+                for name, own in found.rows.items()
+            }
+            grids.append({**vars(found), "data": data, "rows": rows})
     return grids
-
-
-def _uri(path: Path) -> str:
-    return data_uri(path.read_bytes(), "image/png")
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
@@ -258,32 +244,9 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _settings(results: Results) -> dict[str, Any]:
-    """Changes and config of each variant; settings and environment of the evaluation."""
-    settings = [
-        (
-            variant,
-            _yaml(shown["changes"]) if shown.get("changes") else "nothing\n",
-            _yaml(shown["config"]) if shown.get("config") else "",
-        )
-        for variant, shown in results.variants.items()
-    ]
-    done = _done(results)
-    given = {"Evaluation": done.get("settings"), "Environment": done.get("environment")}
-    return {
-        "settings": settings,
-        "evaluation": {title: _yaml(value) for title, value in given.items() if value},
-    }
-
-
 def _done(results: Results) -> Mapping[str, Any]:
     """Return the evaluation of the first finished run, or {}."""
     return next((run.evaluation for run in results.runs if run.status == "done"), {})
-
-
-def _yaml(value: Any) -> str:
-    plain = json.loads(json.dumps(finite(value), default=str))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=88)
 
 
 def _raw(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ from .speed import Case
 
 CLIP = {"use": "open_clip", "model": "ViT-B-32", "pretrained": None}  # speed needs no weights
 BATCHES = 16  # different batches, so that captions vary as in training
+Timer = Callable[[str], AbstractContextManager[Any]]
 LATE = 10**7  # a step at which the discriminator takes part
 
 
@@ -99,8 +100,8 @@ class Step:
         made = host.configure_optimizers()
         self.optimizers = list(made[0] if isinstance(made, tuple) else made)
 
-    def __call__(self, batch: Mapping[str, Any], parts: "Parts") -> None:
-        """Update all weights on one batch."""
+    def __call__(self, batch: Mapping[str, Any], parts: Timer = nullcontext) -> None:
+        """Update all weights on one batch; `parts` is called with the name of each part."""
         if self.new_captions:
             self.host.loss.alignment.texts.forget()
         x = self.host.get_input(batch, self.host.image_key)
@@ -130,14 +131,9 @@ class Step:
 @contextmanager
 def _only(optimizer: Any, optimizers: Sequence[Any]) -> Iterator[None]:
     """Switch off gradients of parameters that other optimizers alone hold, as Lightning does."""
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    others = [
-        p
-        for other in optimizers
-        for group in other.param_groups
-        for p in group["params"]
-        if id(p) not in mine and p.requires_grad
-    ]
+    held = [{p for group in each.param_groups for p in group["params"]} for each in optimizers]
+    mine = held[optimizers.index(optimizer)]
+    others = [p for p in set().union(*held) - mine if p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
     try:
@@ -182,12 +178,6 @@ class Parts:
         return time.perf_counter()
 
 
-class _NoParts(Parts):
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        yield
-
-
 def measure(
     case: Case,
     *,
@@ -223,26 +213,26 @@ def measure(
             "bare": Step(_host(case, None), device, two_forward=case.two_forward),
             "lgvq": Step(_host(case, guide), device, new_captions=case.new_captions),
         }
-        silent = _NoParts(device)
         heads = step_of["lgvq"].host.loss.alignment
         for batch in batches:  # as in later epochs
             texts = batch["caption"]
             heads.texts.encode(heads.guide, texts, heads.guide.tokenize(texts), [], device)
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
             for batch in batches[:2]:
-                step(batch, silent)
+                step(batch)
         memory = {name: _peak(step, batches[0], device) for name, step in step_of.items()}
         taken: dict[str, list[float]] = {name: [] for name in step_of}
-        position = 0
+        order = [*step_of]
         for number in range(rounds):
-            for name in (*step_of,) if number % 2 == 0 else (*reversed(step_of),):
+            first = number * steps
+            for name in order:
                 _synchronize(device)
                 begin = time.perf_counter()
-                for i in range(steps):
-                    step_of[name](batches[(position + i) % BATCHES], silent)
+                for i in range(first, first + steps):
+                    step_of[name](batches[i % BATCHES])
                 _synchronize(device)
                 taken[name].append((time.perf_counter() - begin) / steps)
-            position += steps
+            order.reverse()
             if progress is not None:
                 progress()
         parts = _parts(step_of["lgvq"], batches[: max(2, steps)], device)
@@ -256,18 +246,13 @@ def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     heads: Alignment | None = getattr(step.host.loss, "alignment", None)
-    states = [
-        value
-        for each in step.optimizers
-        for state in each.state.values()
-        for value in state.values()
-    ]
-    held = [*step.host.parameters(), *step.host.buffers(), *states]
+    held = [*step.host.parameters(), *step.host.buffers()]
+    held += [v for each in step.optimizers for s in each.state.values() for v in s.values()]
     held += heads.guide.weights().values() if heads is not None else []
     size = sum(each.nbytes for each in held if isinstance(each, Tensor))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    step(batch, _NoParts(device))
+    step(batch)
     _synchronize(device)
     return (size + torch.cuda.max_memory_allocated(device) - before) / 2**20
 
@@ -313,19 +298,14 @@ def _captions(count: int) -> list[str]:
 
 
 def _guide(
-    case: Case,
-    captions: Sequence[str],
-    folder: Path,
-    device: torch.device,
-    clip: Mapping[str, Any],
+    case: Case, captions: Sequence[str], folder: Path, device: torch.device, clip: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the guide block of a case; cached features are written to `folder`."""
     if case.guide == "micro_clip":
         return {"use": "micro_clip"}
     if case.guide == "live":
         return dict(clip)
-    source = build_guide(clip)
-    source.to(device)
+    source = build_guide(clip).to(device)
     _, written = CachedGuide.write(folder, source, captions, block={**clip, **source.config})
     for _ in written:
         pass
@@ -427,14 +407,11 @@ def growth(
     Returns:
         Rows of {"varies", **sizes, "seconds"}: the median over `repeats`.
     """
-    rows = []
-    for name, values in GROWTH.items():
-        for value in values:
-            size = Size(**{name: value})
-            rows.append(
-                {"varies": name, **asdict(size), "seconds": _heads(size, device, repeats, block)}
-            )
-    return rows
+    sizes = [(name, Size(**{name: value})) for name, values in GROWTH.items() for value in values]
+    return [
+        {"varies": name, **asdict(size), "seconds": _heads(size, device, repeats, block)}
+        for name, size in sizes
+    ]
 
 
 def _heads(
@@ -461,13 +438,10 @@ def _heads(
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what the numbers depend on: processor, threads, versions, commit."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-        commit = done.stdout.strip() or None
-    except OSError:
-        commit = None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = None
+    with suppress(OSError):
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "device": gpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

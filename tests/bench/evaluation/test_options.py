@@ -44,6 +44,6 @@ def test_every_option_is_told_and_read(cls):
     source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
     for field in fields(cls):
         assert re.search(rf'\n    {field.name}: [^\n]*\n    """', source), field.name
-        named = rf"(\.probe\(|_fitted\(context, |_conditional\(\s*context,\s+).{field.name}.[,)]"
+        named = rf"(\.probe\(|(fit_probe|_fitted|_conditional)\(context, ).{field.name}.[,)]"
         read = rf"(config|options|sampling)\.{field.name}\b|{named}"
         assert re.search(read, code), field.name
