@@ -15,9 +15,12 @@ MOVED = {
     "ablation.run": "bench.jobs",
     "bench.metrics.clip_score": "bench.metrics.perceptual",
     "bench.probes.attributes": "bench.probes.ridge",
+    "bench.probes.captioning": "bench.probes.language",
     "bench.probes.image_judge": "bench.probes.classifiers",
+    "bench.probes.masked_words": "bench.probes.language",
     "bench.probes.retrieval": "bench.probes.ridge",
     "bench.probes.synthesis": "bench.probes.text_to_image",
+    "bench.probes.vqa": "bench.probes.language",
     "checkpoints.base": "checkpoints.load",
     "data_tools": "datasets.commands",
     "data_tools.cache": "datasets.cache",
@@ -47,7 +50,7 @@ MOVED = {
     "objectives.relationship": "objectives",
     "probes": "bench.probes",
     "probes.base": "bench.probes.features",
-    "probes.questions": "bench.probes.vqa",
+    "probes.questions": "bench.probes.language",
     "training.base": "training.build",
 }
 """Old module: new one, both relative to this package."""

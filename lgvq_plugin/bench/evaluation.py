@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..alignment import Alignment
-from ..config import verify
+from ..config import require, verify
 from ..datasets.workers import naming_files
 from ..encoder import SavedHeads
 from ..files import write_json
@@ -116,8 +116,7 @@ def build_context(
         raise ConfigError("the config has no section `data:`, which names the images")
     plain = to_plain(config, "data", "evaluation", "model")
     given = plain.get("evaluation") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"evaluation: expected a mapping, got {given!r}")
+    require(isinstance(given, Mapping), "evaluation", "a mapping", given)
     return Context(
         host.eval(),
         with_sizes(data_mapping(plain["data"]), plain.get("model")),
@@ -125,7 +124,7 @@ def build_context(
         EvaluationConfig.from_dict({**given, **(options or {})}),
         folder=None if output is None else Path(output) / "probes",
         progress=progress,
-        heads=heads,
+        given_heads=heads,
     )
 
 

@@ -23,7 +23,7 @@ from .evaluate import EvaluationConfig
 from .metrics.perceptual import state_hash
 from .metrics.reconstruction import to_uint8
 from .probes.features import CodeCollector, FrozenCodes, channels_first
-from .probes.vqa import Question
+from .probes.language import Question
 
 CACHE_LIMIT = 2**30  # bytes of images that are kept in memory
 
@@ -57,44 +57,43 @@ class Encoded:
         return Encoded(self.codes.take(torch.tensor(rows)), [self.captions[i] for i in rows])
 
 
+@dataclass(eq=False)
 class Context:
     """Data, codes and guide, each computed on first use and kept.
 
     `data` and `lgvq` ({} for a baseline) are those sections of the config, plain, and `config` is
-    its `evaluation:` block; `folder` is for the probes' checkpoints; `heads` were trained on the
-    host, whose own loss may have them, too.
+    its `evaluation:` block; `folder` is for the probes' checkpoints; `given_heads` were trained on
+    the host, whose own loss may have them, too.
     """
 
-    def __init__(
-        self,
-        host: nn.Module,
-        data: Mapping[str, Any],
-        lgvq: Mapping[str, Any],
-        config: EvaluationConfig,
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-        heads: Alignment | SavedHeads | None = None,
-    ):
-        self.host, self.config, self.folder, self.progress = host, config, folder, progress
-        self.data = {**(data.get("params") or {}), **data}
-        self.guide_config = dict(config.guide or lgvq.get("guide") or {"use": "micro_clip"})
-        self.generated: tuple[list[str], Tensor] | None = None
-        """Captions and images of text_to_image."""
-        self._pictures: list[tuple[Tensor, Tensor]] | None = None
-        self.device = next((p.device for p in host.parameters()), torch.device("cpu"))
-        own = getattr(getattr(host, "loss", None), "alignment", None)
-        self._given_heads = own if heads is None else heads
+    host: nn.Module
+    data: Mapping[str, Any]
+    lgvq: Mapping[str, Any]
+    config: EvaluationConfig
+    folder: Path | None = None
+    progress: bool = True
+    given_heads: Alignment | SavedHeads | None = None
+    generated: tuple[list[str], Tensor] | None = None
+    """Captions and images of text_to_image."""
+    _pictures: list[tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        self.data = {**(self.data.get("params") or {}), **self.data}
+        chosen = self.config.guide or self.lgvq.get("guide") or {"use": "micro_clip"}
+        self.guide_config = dict(chosen)
+        self.device = next((p.device for p in self.host.parameters()), torch.device("cpu"))
+        if self.given_heads is None:
+            self.given_heads = getattr(getattr(self.host, "loss", None), "alignment", None)
 
     @property
     def has_heads(self) -> bool:
         """Whether heads of LG-VQ were trained on the host."""
-        return self._given_heads is not None
+        return self.given_heads is not None
 
     @cached_property
     def heads(self) -> Alignment:
         """The heads that were trained on the host; ConfigError for a host without."""
-        given = self._given_heads
+        given = self.given_heads
         if given is None:
             raise ConfigError("the tokenizer has no heads of LG-VQ: it is a baseline, or exported")
         if not isinstance(given, SavedHeads):
@@ -110,7 +109,7 @@ class Context:
     @property
     def heads_mark(self) -> list[Any]:
         """What tells heads apart: a hash of their tensors, and their config; [] without heads."""
-        given = self._given_heads
+        given = self.given_heads
         if given is None:
             return []
         saved = given if isinstance(given, SavedHeads) else SavedHeads.of(given)
@@ -229,18 +228,12 @@ class Context:
         for images, batch in self._batches(which, f"encoding ({which})"):
             collector.add(encode(self.host, images))
             given = batch.get("captions") or [[text] for text in batch.get("caption", [])]
-            questions += [
-                Question(
-                    row,
-                    str(item["question"]),
-                    str(item["answer"]),
-                    str(item.get("type") or ""),
-                    tuple(item.get("answers") or ()),
-                )
-                for row, items in enumerate(batch.get("questions", []), len(captions))
-                for item in items
-                if item.get("answer")
-            ]
+            for row, items in enumerate(batch.get("questions", []), len(captions)):
+                for item in items:
+                    if item.get("answer"):
+                        text, answer = str(item["question"]), str(item["answer"])
+                        kind, people = str(item.get("type") or ""), item.get("answers") or ()
+                        questions.append(Question(row, text, answer, kind, tuple(people)))
             captions += [[text for text in texts if text.strip()] for texts in given]
             attributes += batch.get("attributes", [])
             files += [str(file) for file in batch.get("file", [])]

@@ -25,6 +25,7 @@ from .metrics.perceptual import CLIPScorer, PerceptualDistance
 from .metrics.reconstruction import IMPLEMENTATION, psnr_and_ssim
 from .probes.classifiers import ImageJudge
 from .probes.features import FrozenCodes
+from .probes.language import PROTOCOLS
 from .probes.ridge import AttributesProbe, RetrievalProbe, stack_labels
 
 logger = logging.getLogger(__name__)
@@ -330,12 +331,6 @@ def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
     return sums / counts[:, None]
 
 
-PROTOCOLS = {
-    "leak_free": "words hidden before the text encoder",
-    "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
-}
-
-
 def masked_words(context: Context) -> Rows:
     """Recall of masked words by a probe trained on frozen codes, leak-free and leaky."""
     _, config = context.config.probe("masked_words")
@@ -349,14 +344,9 @@ def masked_words(context: Context) -> Rows:
         settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
         settings |= {"probe": asdict(config)}
         for number in (1, 3):
-            options = {"masked": number, "seed": context.config.seed}
-            found = probe.values_of([*several.values()], test.first_captions, **options)
-            numbers = {
-                f"{prefix}mask_{number}/{name}": values
-                for prefix, each in zip(several, found, strict=True)
-                for name, values in each.items()
-            }
-            n = number * len(found[0]["recall@1"])
+            seed = context.config.seed
+            numbers = probe.named_values(several, test.first_captions, number, seed)
+            n = number * len(numbers[f"mask_{number}/recall@1"])
             rows |= rows_of(f"masked_words/{protocol}", numbers, n, settings=settings)
     return rows
 

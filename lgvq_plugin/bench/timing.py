@@ -112,15 +112,8 @@ class Step:
                 if which > 0 and self.two_forward:
                     output = self.host(x)
                 with parts("losses"):
-                    loss, _ = self.host.loss(
-                        output[1],
-                        x,
-                        output[0],
-                        which,
-                        LATE,
-                        last_layer=self.host.get_last_layer(),
-                        split="train",
-                    )
+                    given: Any = {"last_layer": self.host.get_last_layer(), "split": "train"}
+                    loss, _ = self.host.loss(output[1], x, output[0], which, LATE, **given)
                 with parts("backward"):
                     loss.backward()
                 with parts("optimizer"):
@@ -201,13 +194,10 @@ def measure(
     captions = _captions(BATCHES * batch_size)
     with TemporaryDirectory() as folder:
         guide = _guide(case, captions, Path(folder), device, clip)
-        size = case.size
-        batches = [
-            {
-                "image": 2 * torch.rand(batch_size, size, size, 3, device=device) - 1,
-                "caption": captions[i * batch_size : (i + 1) * batch_size],
-            }
-            for i in range(BATCHES)
+        shape = (batch_size, case.size, case.size, 3)
+        texts = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
+        batches: list[dict[str, Any]] = [
+            {"image": 2 * torch.rand(shape, device=device) - 1, "caption": some} for some in texts
         ]
         step_of = {
             "bare": Step(_host(case, None), device, two_forward=case.two_forward),
@@ -215,8 +205,8 @@ def measure(
         }
         heads = step_of["lgvq"].host.loss.alignment
         for batch in batches:  # as in later epochs
-            texts = batch["caption"]
-            heads.texts.encode(heads.guide, texts, heads.guide.tokenize(texts), [], device)
+            some = batch["caption"]
+            heads.texts.encode(heads.guide, some, heads.guide.tokenize(some), [], device)
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
             for batch in batches[:2]:
                 step(batch)
@@ -260,15 +250,14 @@ def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
 def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, float]:
     """Return seconds per step by part; wraps the methods of the step's host for good."""
     parts = Parts(device)
-    heads: Alignment | None = getattr(step.host.loss, "alignment", None)
-    if heads is not None:
-        for method in ("encode", "encode_apart"):
-            parts.wrap(heads.guide, method, "text encoder")
-        parts.wrap(heads.guide, "tokenize", "tokenizer")
-        is_compiled = getattr(heads.code_vit, "_compiled_call_impl", None) is not None
-        parts.wrap(heads.code_vit, "_compiled_call_impl" if is_compiled else "forward", "code-ViT")
-        for name, objective in heads.objectives.items():
-            parts.wrap(objective, "forward", name)
+    heads: Alignment = step.host.loss.alignment
+    for method in ("encode", "encode_apart"):
+        parts.wrap(heads.guide, method, "text encoder")
+    parts.wrap(heads.guide, "tokenize", "tokenizer")
+    is_compiled = getattr(heads.code_vit, "_compiled_call_impl", None) is not None
+    parts.wrap(heads.code_vit, "_compiled_call_impl" if is_compiled else "forward", "code-ViT")
+    for name, objective in heads.objectives.items():
+        parts.wrap(objective, "forward", name)
     collected: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         parts.seconds.clear()

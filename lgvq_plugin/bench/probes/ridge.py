@@ -40,14 +40,11 @@ class Scaling:
         """Return (M, P) float64; a block that was constant in training is zero."""
         if [block.shape[1] for block in features.blocks] != [len(mean) for mean in self.means]:
             raise ValueError("these features have other widths than those of fit: another host?")
-        parts = zip(features.blocks, self.means, self.lengths, strict=True)
-        return torch.cat(
-            [
-                (block.double() - mean) / length if length > 0 else torch.zeros_like(block).double()
-                for block, mean, length in parts
-            ],
-            dim=1,
-        )
+        scaled = []
+        for block, mean, length in zip(features.blocks, self.means, self.lengths, strict=True):
+            centered = block.double() - mean
+            scaled.append(centered / length if length > 0 else torch.zeros_like(centered))
+        return torch.cat(scaled, dim=1)
 
 
 @dataclass(frozen=True)
