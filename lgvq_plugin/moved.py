@@ -21,6 +21,7 @@ MOVED = {
     "bench.probes.retrieval": "bench.probes.ridge",
     "bench.probes.synthesis": "bench.probes.text_to_image",
     "bench.probes.vqa": "bench.probes.language",
+    "bench.synthesis": "bench.measures",
     "checkpoints.base": "checkpoints.load",
     "data_tools": "datasets.commands",
     "data_tools.cache": "datasets.cache",

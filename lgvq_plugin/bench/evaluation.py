@@ -26,7 +26,7 @@ from ..encoder import SavedHeads
 from ..files import write_json
 from ..sockets import ConfigError, suggest
 from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
-from . import classification, measures, synthesis
+from . import classification, measures
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context
 from .figures import canvas, image_grid, save_figure
@@ -38,9 +38,8 @@ from .records import read_json
 
 logger = logging.getLogger(__name__)
 
-HOMES = (measures, classification, synthesis)
 METRICS: dict[str, Callable[[Context], Rows]] = {
-    name: next(getattr(home, name) for home in HOMES if hasattr(home, name)) for name in NAMES
+    name: getattr(measures, name, None) or getattr(classification, name) for name in NAMES
 }
 UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage", "zeroshot")
 """Metrics that do not depend on the training set."""

@@ -1,7 +1,7 @@
 """Self-contained HTML pages: style, script, images and numbers in one file, no requests.
 
-Templates are Jinja's and escape every value; a Content-Security-Policy allows only the page's own
-script and style sheet.
+Templates are Jinja's, and those of HTML escape every value; a Content-Security-Policy allows only
+the page's own script and style sheet.
 """
 
 import base64
@@ -67,7 +67,7 @@ def page(
 
 
 def fragment(template: str, **values: Any) -> str:
-    """Return a template alone; everything but a `Markup` is escaped."""
+    """Return a template alone; in HTML, everything but a `Markup` is escaped."""
     return _environment().get_template(template).render(values)
 
 
@@ -75,7 +75,7 @@ def fragment(template: str, **values: Any) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
@@ -85,6 +85,7 @@ def _environment() -> jinja2.Environment:
         "line": lambda text: Markup(" ").join(text.split()),  # without line breaks
         "is_finite": math.isfinite,
         "yaml": _as_yaml,
+        "escaped": _escaped,
         "pieces": lambda name: re.findall(r"[^/_]*[/_]|[^/_]+", name),  # line breaks in between
         "place": lambda value, reach: f"{120 + 110 * value / (reach or 1):.1f}",  # in a whisker
     }
@@ -94,6 +95,12 @@ def _environment() -> jinja2.Environment:
 def _as_yaml(value: Any) -> str:
     plain = json.loads(json.dumps(finite(value), default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=88)
+
+
+def _escaped(text: str) -> str:
+    r"""Escape Markdown: "a|<b>" -> "a\|&lt;b>"."""
+    text = " ".join(text.split())
+    return re.sub(r"([|\[\]`])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def finite(value: Any) -> Any:

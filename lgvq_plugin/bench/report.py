@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -12,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..files import write_text
-from .page import counted, data_uri, example_file, finite, fragment, number, page
+from .page import counted, data_uri, example_file, finite, fragment, page
 from .records import CONFIDENCE, FAINT_MARKS, Cell, Difference, Results, csv_text
 from .statistics import mean_and_sd
 
@@ -101,12 +100,9 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
     lines = fragment(
         "summary.html",
         comparisons=comparisons,
-        judged=len(judged),
-        has_one_seed=any(d.seeds == 1 for d in judged),
-        significant=sum(bool(d.verdict) for d in judged),
-        alone=sum(d.excludes_zero for d in judged),
+        judged=judged,
         rate=RATE,
-        expected=(1 - CONFIDENCE) * len(judged),
+        alpha=1 - CONFIDENCE,
         confidence=LEVEL,
         undone=undone,
         base=results.references[0],
@@ -280,46 +276,25 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
 
     `cells` are what `statistics.compare` returns, `pictures` paths relative to the Markdown file.
     """
-    lines = [f"# {_escaped(results.title)}", ""]
-    lines += [f"- {_escaped(line.striptags())}" for line in sentences(results, cells)]
+    tables = []
     for data in results.datasets:
         own = [cell for cell in cells if cell.data == data]
-        if not own:
-            continue
-        judged = [cell for cell in own if cell.higher_is_better is not None]
-        controls = [cell for cell in own if cell.higher_is_better is None]
-        lines += ["", *([f"## {_escaped(data)}", ""] if data else []), *_table(results, judged)]
-        lines += ["", _escaped(_caption(results, own, cells))]
-        if controls:
-            lines += ["", "Controls (neither direction is better):", ""]
-            lines += _table(results, controls)
-    lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
-    return "\n".join(lines) + "\n"
-
-
-def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
-    variants, reference = list(results.variants), results.references[0]
-    lines = [f"| | {' | '.join(map(_escaped, variants))} |", f"|---|{'---:|' * len(variants)}"]
-    for metric in dict.fromkeys(cell.metric for cell in cells):
-        row = {cell.variant: cell for cell in cells if cell.metric == metric}
-        first = next(iter(row.values()))
-        arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
-        unit = f" ({first.unit})" if first.unit else ""
-        values = []
-        for cell in map(row.get, variants):
-            if cell is None or cell.mean is None:
-                values.append("–")
-                continue
-            spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
-            values.append(f"{number(cell.mean)}{spread}{cell.mark(reference)}")
-        lines.append(f"| {_escaped(metric + unit)}{arrow} | {' | '.join(values)} |")
-    return lines
-
-
-def _escaped(text: str) -> str:
-    r"""Escape Markdown: "a|<b>" -> "a\|&lt;b>"."""
-    text = " ".join(text.split())
-    return re.sub(r"([|\[\]`])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+        judged: dict[str, dict[str, Cell]] = {}
+        controls: dict[str, dict[str, Cell]] = {}
+        for cell in own:
+            rows = controls if cell.higher_is_better is None else judged
+            rows.setdefault(cell.metric, {})[cell.variant] = cell
+        if own:
+            tables.append((data, judged, controls, _caption(results, own, cells)))
+    return fragment(
+        "report.md",
+        title=results.title,
+        sentences=sentences(results, cells),
+        tables=tables,
+        variants=[*results.variants],
+        reference=results.references[0],
+        pictures=pictures,
+    )
 
 
 def values_csv(results: Results) -> str:
