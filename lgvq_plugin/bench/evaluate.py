@@ -245,9 +245,8 @@ def main(argv: list[str]) -> int:
     try:
         return _main(*_parse(argv))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; finished metrics are kept: run the same command to continue"
-        ) from None
+        message = "interrupted; finished metrics are kept: run the same command to continue"
+        raise KeyboardInterrupt(message) from None
 
 
 def _main(given: argparse.Namespace, overrides: list[str]) -> int:
@@ -271,28 +270,22 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
         own = config if first.config is None else first.config
         model = to_plain(own, "model").get("model")
         config.data = with_sizes(data_mapping(to_plain(config, "data")["data"]), model)
+    limit = {} if given.limit is None else {"limit": given.limit}
+    options: Any = {"options": limit, "progress": not given.no_progress}
+    device = choose_device(given.device)
     results: dict[str, dict[str, Any]] = {}
     contexts: dict[str, Context] = {}
     for label, checkpoint in zip(labels, checkpoints, strict=True):
         folder = _folder(given.output, label, checkpoint, many=len(labels) > 1)
         for place in (folder, folder / "metrics", folder / "probes"):
             remove_parts(place, inside=False)
-        host = load_host(
-            # A checkpoint's own config builds its host; -b then gives data and options only.
-            config if checkpoint.config is None else checkpoint.config,
-            checkpoint,
-            device=choose_device(given.device),
-            averaged=given.averaged,
-        )
+        # A checkpoint's own config builds its host; -b then gives data and options only.
+        own = config if checkpoint.config is None else checkpoint.config
+        host = load_host(own, checkpoint, device=device, averaged=given.averaged)
+        heads = heads_of(checkpoint, averaged=given.averaged)
         # The config's guide is used for all hosts, or they would not be comparable.
-        context = contexts[label] = evaluation.build_context(
-            host,
-            config,
-            options={} if given.limit is None else {"limit": given.limit},
-            output=folder,
-            progress=not given.no_progress,
-            heads=heads_of(checkpoint, averaged=given.averaged),
-        )
+        context = evaluation.build_context(host, config, output=folder, heads=heads, **options)
+        contexts[label] = context
         logger.info("evaluating %s (%s)", label, checkpoint.path)
         results[label] = evaluation.run(context, names, folder)
         results[label]["settings"]["checkpoint"] = str(checkpoint.path)
@@ -363,9 +356,8 @@ def _config(given: Any, checkpoint: Checkpoint, *, is_whole: bool) -> Any:
     if "data" in given or (is_whole and checkpoint.config is None):
         return given
     if checkpoint.config is None:
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} has no config; give one with -b CONFIG"
-        )
+        path = str(checkpoint.path)
+        raise ConfigError(f"checkpoint {path!r} has no config; give one with -b CONFIG")
     return lay_over(OmegaConf.create(checkpoint.config), given)
 
 
@@ -373,9 +365,8 @@ def _labels(names: list[str] | None, checkpoints: list[Checkpoint]) -> list[str]
     """Return the given names, else those of run folders or files, numbered if equal."""
     if names is not None:
         if len(names) != len(checkpoints) or len(set(names)) != len(names):
-            raise ConfigError(
-                f"--names: expected {len(checkpoints)} different names, got {' '.join(names)}"
-            )
+            count = len(checkpoints)
+            raise ConfigError(f"--names: expected {count} different names, got {' '.join(names)}")
         return names
     found: list[str] = []
     for checkpoint in checkpoints:

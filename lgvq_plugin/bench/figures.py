@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..files import replacing
 from .page import example_file, number
 from .records import Cell, Results
@@ -49,16 +51,11 @@ def write_figures(results: Results, cells: Sequence[Cell], folder: Path) -> list
         if shown:
             written.append(_numbers(results, shown, folder / f"numbers{suffix}"))
         if found := results.examples(data):
-            rows = [[_read(folder, image) for image in row] for row in found.rows.values()]
+            files = [[example_file(folder, name) for name in row] for row in found.rows.values()]
+            rows = [[Image.open(file) for file in row] for row in files]
             path = folder / f"images{suffix}"
             written.append(image_grid(path, rows, [*found.rows], found.captions))
     return written
-
-
-def _read(folder: Path, image: str) -> Any:
-    from matplotlib.image import imread
-
-    return imread(example_file(folder, image))
 
 
 def _numbers(results: Results, cells: Sequence[Cell], path: Path) -> Path:

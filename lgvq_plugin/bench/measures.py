@@ -326,17 +326,15 @@ def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
         F.normalize(guide.encode(texts).sentence, dim=-1).cpu()
         for texts in _batches([text for texts in captions for text in texts])
     ]
-    features, counts = torch.cat(parts), torch.tensor([len(texts) for texts in captions])
-    sums = torch.zeros(len(captions), features.shape[1])
-    sums.index_add_(0, torch.arange(len(captions)).repeat_interleave(counts), features)
-    return sums / counts[:, None]
+    of_images = torch.cat(parts).split([len(texts) for texts in captions])
+    return torch.stack([features.mean(dim=0) for features in of_images])
 
 
 def masked_words(context: Context) -> Rows:
     """Recall of masked words by a probe trained on frozen codes, leak-free and leaky."""
     _, config = context.config.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
-    several = {"": test.codes, "shuffled/": _shuffled(context)}
+    several = {"": test.codes, "shuffled/": test.codes.shuffled(context.config.seed)}
     rows: Rows = {}
     for protocol in PROTOCOLS if config.leaky else ("leak_free",):
         given = (train.codes, train.captions, context.guide)
@@ -353,7 +351,7 @@ def masked_words(context: Context) -> Rows:
 
 
 def fit_probe(
-    context: Context, name: str, codes: FrozenCodes, target: Any, *args: Any, **options: Any
+    context: Context, name: str, codes: FrozenCodes, target: Any, /, *args: Any, **options: Any
 ) -> Any:
     """Return the neural probe of a metric, trained in the context's folder.
 
@@ -362,11 +360,6 @@ def fit_probe(
     member, config = context.config.probe(name)
     probe = member(*args, config=config, device=context.device, **options)
     return probe.fit(codes, target, folder=context.folder, progress=context.progress)
-
-
-def _shuffled(context: Context) -> FrozenCodes:
-    """Return the codes of the captioned test images, each image with those of another."""
-    return context.test.captioned().codes.shuffled(context.config.seed)
 
 
 def attributes(context: Context) -> Rows:
@@ -428,7 +421,8 @@ def captioning(context: Context) -> Rows:
     written = probe.write(test.codes)
     numbers: dict[str, Values] = {**scores.bleu_scores(written, references)}
     numbers |= scores.caption_values(written, references)
-    blind = scores.caption_scores(probe.write(_shuffled(context)), references)
+    control = probe.write(test.codes.shuffled(context.config.seed))
+    blind = scores.caption_scores(control, references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
     settings = {"implementation": "pycocoevalcap", "tokenizer": context.config.tokenizer}
     settings |= {"references": sum(map(len, references)), "train_images": len(train.codes)}

@@ -256,15 +256,12 @@ def _raw(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     for row in metrics if is_large else ():
         row["per_image"] = None
     content = {"results": plain, "cells": [asdict(cell) for cell in cells]}
-    files = {
-        "results.json": (json.dumps(finite(content), default=str), "application/json"),
-        "values.csv": (values_csv(results), "text/csv"),
-        "differences.csv": (differences_csv(cells), "text/csv"),
-    }
-    downloads = {
-        name: data_uri(text.encode(), f"{kind};charset=utf-8")
-        for name, (text, kind) in files.items()
-    }
+    files = [
+        ("results.json", "application/json", json.dumps(finite(content), default=str)),
+        ("values.csv", "text/csv", values_csv(results)),
+        ("differences.csv", "text/csv", differences_csv(cells)),
+    ]
+    downloads = {n: data_uri(text.encode(), f"{kind};charset=utf-8") for n, kind, text in files}
     return {"downloads": downloads, "left_out": values if is_large else 0}
 
 

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,6 +74,7 @@ class Result:
         }
 
 
+@dataclass
 class Step:
     """One training step of a taming-style host: both optimizers, one forward pass or two.
 
@@ -86,18 +87,14 @@ class Step:
         new_captions: forget the captions of earlier steps.
     """
 
-    def __init__(
-        self,
-        host: Any,
-        device: torch.device,
-        *,
-        two_forward: bool = False,
-        new_captions: bool = False,
-    ):
-        self.host, self.device, self.two_forward = host.to(device).train(), device, two_forward
-        self.new_captions = new_captions
-        host.learning_rate = 1e-5
-        made = host.configure_optimizers()
+    host: Any
+    device: InitVar[torch.device]
+    two_forward: bool = False
+    new_captions: bool = False
+
+    def __post_init__(self, device: torch.device) -> None:
+        self.host.to(device).train().learning_rate = 1e-5
+        made = self.host.configure_optimizers()
         self.optimizers = list(made[0] if isinstance(made, tuple) else made)
 
     def __call__(self, batch: Mapping[str, Any], parts: Timer = nullcontext) -> None:
@@ -191,7 +188,8 @@ def measure(
         progress: called after every round.
     """
     batch_size = case.batch_sizes[device.type]
-    captions = _captions(BATCHES * batch_size)
+    scenes = Scenes("train", size=32, length=BATCHES * batch_size)
+    captions = [scenes.captions_of(i)[0] for i in range(len(scenes))]
     with TemporaryDirectory() as folder:
         guide = _guide(case, captions, Path(folder), device, clip)
         shape = (batch_size, case.size, case.size, 3)
@@ -212,16 +210,13 @@ def measure(
                 step(batch)
         memory = {name: _peak(step, batches[0], device) for name, step in step_of.items()}
         taken: dict[str, list[float]] = {name: [] for name in step_of}
-        order = [*step_of]
+        clock, order = Parts(device), [*step_of]
         for number in range(rounds):
-            first = number * steps
             for name in order:
-                _synchronize(device)
-                begin = time.perf_counter()
-                for i in range(first, first + steps):
-                    step_of[name](batches[i % BATCHES])
-                _synchronize(device)
-                taken[name].append((time.perf_counter() - begin) / steps)
+                with clock(name):
+                    for i in range(number * steps, (number + 1) * steps):
+                        step_of[name](batches[i % BATCHES])
+                taken[name].append(clock.seconds.pop(name) / steps)
             order.reverse()
             if progress is not None:
                 progress()
@@ -279,11 +274,6 @@ def _host(case: Case, guide: Mapping[str, Any] | None) -> nn.Module:
         params["lgvq"] = laid_over(params.get("lgvq") or {}, block)
     torch.manual_seed(0)
     return build_host({"model": model})
-
-
-def _captions(count: int) -> list[str]:
-    scenes = Scenes("train", size=32, length=count)
-    return [scenes.captions_of(i)[0] for i in range(count)]
 
 
 def _guide(
@@ -410,17 +400,15 @@ def _heads(
     heads = Alignment(parse(block), guide, code_dim=256).to(device)
     side = int(size.tokens**0.5)
     codebook = torch.randn(size.codes, 256, device=device)
-    taken = []
+    clock, taken = Parts(device), []
     for step in range(repeats + 1):
         indices = torch.randint(size.codes, (size.batch, size.tokens), device=device)
         vectors = codebook[indices].requires_grad_()
         codes = Codes(codes=vectors, indices=indices, grid=(side, side), codebook=codebook)
         captions = [f"caption {i} of step {step}" for i in range(size.batch)]
-        _synchronize(device)
-        begin = time.perf_counter()
-        heads(codes, captions, step=step)[0].backward()
-        _synchronize(device)
-        taken.append(time.perf_counter() - begin)
+        with clock("heads"):
+            heads(codes, captions, step=step)[0].backward()
+        taken.append(clock.seconds.pop("heads"))
     return statistics.median(taken[1:])
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from ...sockets import ConfigError
 from ..metrics.captions import word_sets
@@ -142,11 +143,7 @@ def iou(one: Box, other: Box) -> float:
     >>> iou((0.0, 0.0, 0.5, 1.0), (0.25, 0.0, 0.75, 1.0))
     0.3333333333333333
     """
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    areas = ((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other))
-    return shared / (sum(areas) - shared)
+    return float(box_iou(*torch.tensor([[one], [other]], dtype=torch.float64)))
 
 
 def _pooled(maps: Tensor) -> Tensor:
