@@ -2,9 +2,9 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,11 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
                 has_mean = any(cell.mean is not None for cell in own)
                 if has_mean and variant not in results.references[: i + 1]:
                     comparisons.append(_comparison(variant, reference, data, own))
-    undone: dict[str, list[tuple[str, int]]] = {}
-    for status, word in (("failed", "Failed"), ("missing", "Not run yet")):
-        runs = [run for run in results.runs if run.status == status]
-        places = groupby(f"{run.data}/{run.variant}".lstrip("/") for run in runs)
-        undone[word] = [(name, len([*same])) for name, same in places]
+    undone: dict[str, Counter[str]] = {"Failed": Counter(), "Not run yet": Counter()}
+    for run in results.runs:
+        if run.status != "done":
+            word = "Failed" if run.status == "failed" else "Not run yet"
+            undone[word][f"{run.data}/{run.variant}".lstrip("/")] += 1
     lines = fragment(
         "summary.html",
         comparisons=comparisons,
@@ -112,20 +112,11 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
 
 
 def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return what the sentence on a variant says: its pairs with a reference by verdict."""
+    """Return what a sentence is about: a variant's pairs with a reference, clear ones first."""
     pairs = [(cell, d) for cell in cells if (d := cell.to(reference))]
     judged = [(cell, d) for cell, d in pairs if _is_judged(cell, d)]
     judged.sort(key=lambda pair: -_clarity(pair[1]))
-    verdicts = {v: [pair for pair in judged if pair[1].verdict == v] for v in ("better", "worse")}
-    return {
-        "names": (variant, data, reference),
-        "seeds": pairs[0][1].seeds if pairs else 0,
-        "is_judged": bool(judged),
-        "verdicts": {verdict: found for verdict, found in verdicts.items() if found},
-        "faint": sum(d.excludes_zero and not d.verdict for _, d in judged),
-        "open": tally(cells, reference)["open"],
-        "bare": sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs),
-    }
+    return {"names": (variant, data, reference), "pairs": pairs, "judged": judged}
 
 
 def _is_judged(cell: Cell, difference: Difference) -> bool:
