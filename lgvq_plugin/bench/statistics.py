@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, gammaincinv, stdtr
-from scipy.stats import false_discovery_control
 
 from .records import CONFIDENCE, Cell, Difference, Metric, Results, Verdict
 
@@ -93,7 +92,12 @@ def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
         >>> benjamini_hochberg([0.04, 0.01, 0.5]).round(3).tolist()
         [0.06, 0.03, 0.5]
     """
-    return false_discovery_control(np.asarray(p_values, np.float64), method="bh")
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values)
+    scaled = values[order] * len(values) / np.arange(1, len(values) + 1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1]
+    return adjusted
 
 
 def _verdict(value: float, p: float | None, higher_is_better: bool | None) -> Verdict:

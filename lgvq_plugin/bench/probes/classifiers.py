@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...functional import seeded
-from ...sockets import ConfigError
 from ..metrics.reconstruction import to_uint8
 from . import AbstractProbe
-from .ridge import HELD_OUT_SHARE, MIN_IMAGES
+from .ridge import split_rows
 from .trainer import ProbeConfig, fit
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-4, 1))
@@ -112,15 +111,12 @@ class LinearProbe(AbstractProbe[Tensor, Tensor]):
 
     def fit(self, codes: Tensor, target: Tensor) -> "LinearProbe":
         """Train on features (M, P) and classes (M,) of M images; ConfigError for fewer than 10."""
-        count, classes = len(codes), int(target.max()) + 1
-        if count < MIN_IMAGES:
-            raise ConfigError(f"a probe needs at least {MIN_IMAGES} training images, got {count}")
+        held_out, rest = split_rows(len(codes), self.seed)
+        classes = int(target.max()) + 1
         mean = codes.double().mean(dim=0)
         scale = codes.double().std(dim=0)
         scale[scale == 0] = 1.0
         x = (codes.double() - mean) / scale
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-        held_out, rest = order.tensor_split([int(count * HELD_OUT_SHARE)])
 
         def error(penalty: float) -> float:
             weight, bias = fit_logistic(x[rest], target[rest], classes=classes, penalty=penalty)

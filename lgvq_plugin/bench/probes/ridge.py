@@ -70,14 +70,10 @@ def fit_ridges(x: Tensor, targets: Mapping[str, Tensor], *, seed: int = 0) -> di
         ConfigError: if M < 10.
         ValueError: if a target has another length.
     """
-    count = len(x)
-    if count < MIN_IMAGES:
-        raise ConfigError(f"a probe needs at least {MIN_IMAGES} training images, got {count}")
+    held_out, rest = split_rows(len(x), seed)
     for name, target in targets.items():
-        if len(target) != count:
-            raise ValueError(f"{count} images, but {len(target)} targets {name!r}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held_out, rest = order.tensor_split([int(count * HELD_OUT_SHARE)])
+        if len(target) != len(x):
+            raise ValueError(f"{len(x)} images, but {len(target)} targets {name!r}")
     solve_rest, solve = ridge_solver(x[rest]), ridge_solver(x)
 
     def error(target: Tensor, strength: float) -> float:
@@ -88,6 +84,14 @@ def fit_ridges(x: Tensor, targets: Mapping[str, Tensor], *, seed: int = 0) -> di
         name: solve(target.double(), min(STRENGTHS, key=lambda s, t=target: error(t, s)))  # type: ignore[misc]
         for name, target in targets.items()
     }
+
+
+def split_rows(count: int, seed: int) -> tuple[Tensor, ...]:
+    """Draw a fifth of the training images to hold out, and the rest; ConfigError for too few."""
+    if count < MIN_IMAGES:
+        raise ConfigError(f"a probe needs at least {MIN_IMAGES} training images, got {count}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order.tensor_split([int(count * HELD_OUT_SHARE)])
 
 
 def ridge_solver(x: Tensor) -> Callable[[Tensor, float], Ridge]:
