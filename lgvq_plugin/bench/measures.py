@@ -339,9 +339,9 @@ def masked_words(context: Context) -> Rows:
     for protocol in PROTOCOLS if config.leaky else ("leak_free",):
         given = (train.codes, train.captions, context.guide)
         probe = fit_probe(context, "masked_words", *given, protocol=protocol)
-        settings = {"protocol": PROTOCOLS[protocol], "heads": "trained on frozen codes"}
-        settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
-        settings |= {"probe": asdict(config)}
+        settings: dict[str, Any] = {"protocol": PROTOCOLS[protocol]}
+        settings |= {"heads": "trained on frozen codes", "guide": context.guide_config}
+        settings |= {"train_images": len(train.codes), "probe": asdict(config)}
         for number in (1, 3):
             seed = context.config.seed
             numbers = probe.named_values(several, test.first_captions, number, seed)
@@ -424,9 +424,9 @@ def captioning(context: Context) -> Rows:
     control = probe.write(test.codes.shuffled(context.config.seed))
     blind = scores.caption_scores(control, references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
-    settings = {"implementation": "pycocoevalcap", "tokenizer": context.config.tokenizer}
-    settings |= {"references": sum(map(len, references)), "train_images": len(train.codes)}
-    settings |= {"probe": asdict(probe.config)}
+    settings: dict[str, Any] = {"implementation": "pycocoevalcap"}
+    settings |= {"tokenizer": context.config.tokenizer, "references": sum(map(len, references))}
+    settings |= {"train_images": len(train.codes), "probe": asdict(probe.config)}
     try:
         numbers["meteor"] = scores.meteor_score(written, references)
     except ConfigError as error:
@@ -590,7 +590,7 @@ def grounding(context: Context) -> Rows:
     values: dict[str, Any] = {**probe.values(test.codes, boxes)}
     control = probe.values(test.codes.shuffled(context.config.seed), boxes)
     values |= {f"shuffled/{k}": v for k, v in control.items() if not k.startswith("chance")}
-    settings = {"words": len(names), "train_images": len(train.codes)}
+    settings: dict[str, Any] = {"words": len(names), "train_images": len(train.codes)}
     settings |= {"probe": asdict(probe.config)}
     settings |= {"training": "words of captions, no boxes", "box": "half of the map's range"}
     count = len(values["iou"])
