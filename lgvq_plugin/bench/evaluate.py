@@ -45,6 +45,7 @@ TRAINED = (
 RESULT_NAMES = {"captioning": "caption", "text_to_image": "t2i"}
 """Metrics that result files, those of earlier versions included, know by another name."""
 ARROWS = {True: "↑", False: "↓", None: " "}
+TOKENIZER = Limit("words or ptb", lambda name: name in ("words", "ptb"))
 WORKERS = Limit(f"at most {MAX_WORKERS} here", lambda count: count <= MAX_WORKERS)
 OLD_NAMES = {"caption": "captioning", "t2i": "text_to_image", "questions": "vqa"}
 
@@ -168,7 +169,7 @@ class EvaluationConfig(Block):
     """Few-shot sets, >= 1: the first images, then random ones; results are means over them."""
     attribute_words: Annotated[int, _at_least(0)] = 0
     """Frequent words of captions used as labels of a data set without any; 0: none."""
-    tokenizer: Annotated[str, Limit("words or ptb", ("words", "ptb").__contains__)] = "words"
+    tokenizer: Annotated[str, TOKENIZER] = "words"
     """Tokenizer of captions: words (ours), or ptb (used by papers; needs Java)."""
     lpips: LPIPSConfig = field(default_factory=LPIPSConfig)
     """LPIPS."""
