@@ -13,6 +13,15 @@ MOVED = {
     "ablation": "bench.ablate",
     "ablation.base": "bench.records",
     "ablation.run": "bench.jobs",
+    "bench.metrics.clip_score": "bench.metrics.perceptual",
+    "bench.probes.attributes": "bench.probes.ridge",
+    "bench.probes.captioning": "bench.probes.language",
+    "bench.probes.image_judge": "bench.probes.classifiers",
+    "bench.probes.masked_words": "bench.probes.language",
+    "bench.probes.retrieval": "bench.probes.ridge",
+    "bench.probes.synthesis": "bench.probes.text_to_image",
+    "bench.probes.vqa": "bench.probes.language",
+    "bench.synthesis": "bench.measures",
     "checkpoints.base": "checkpoints.load",
     "checkpoints.diffusers": "checkpoints.export",
     "checkpoints.layout": "checkpoints.read",
@@ -51,7 +60,7 @@ MOVED = {
     "objectives.relationship": "objectives",
     "probes": "bench.probes",
     "probes.base": "bench.probes.features",
-    "probes.questions": "bench.probes.vqa",
+    "probes.questions": "bench.probes.language",
     "training.base": "training.build",
     "training.loggers": "training.callbacks",
     "training.misfit": "training.driver",
@@ -77,7 +86,8 @@ def new_module(name: str) -> str | None:
         return f"{package}.{MOVED[old]}"
     folder, _, module = old.partition(".")
     if module and folder in ("ablation", "metrics", "probes"):
-        return f"{package}.bench.{'' if folder == 'ablation' else folder + '.'}{module}"
+        now = f"bench.{module}" if folder == "ablation" else f"bench.{old}"
+        return f"{package}.{MOVED.get(now, now)}"
     return None
 
 

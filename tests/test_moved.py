@@ -8,12 +8,15 @@ from lgvq_plugin.moved import MOVED, new_module
 from lgvq_plugin.sockets import ConfigError, import_target
 
 OLD = [
+    "lgvq_plugin.bench.metrics.clip_score.CLIPScorer",
+    "lgvq_plugin.bench.probes.attributes.AttributesProbe",
     "lgvq_plugin.device.choose_device",
     "lgvq_plugin.guides.open_clip_vision.OpenCLIPVision",
     "lgvq_plugin.heads.code_vit.CodeViT",
     "lgvq_plugin.hosts.base.attach",
     "lgvq_plugin.metrics.retrieval.retrieval_recall",
     "lgvq_plugin.objectives.base.AbstractObjective",
+    "lgvq_plugin.probes.image_judge.ImageJudge",
     "lgvq_plugin.probes.questions.VQAProbe",
 ]
 

@@ -111,12 +111,9 @@ def _features(context: Context) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
 
 def _head_features(context: Context, codes: FrozenCodes) -> Tensor:
     """Return `encode_image` of images whose codes are known, (M, Ds) on the CPU."""
-    return torch.cat(
-        [
-            encode_codes(context.heads, Codes(codes.codes(rows), None, codes.grid)).cpu()
-            for rows in torch.arange(len(codes)).split(BATCH)
-        ]
-    )
+    parts = (codes.codes(rows) for rows in torch.arange(len(codes)).split(BATCH))
+    encoded = [encode_codes(context.heads, Codes(part, None, codes.grid)) for part in parts]
+    return torch.cat(encoded).cpu()
 
 
 def _tasks(context: Context, data: Encoded) -> dict[str, list[str]]:

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import OmegaConf
 
 from ..arguments import add_shortcuts, parse_words
 from ..checkpoints import find_checkpoint
-from ..config import build, laid_over, require
+from ..config import Block, Limit, build, laid_over, require
 from ..files import remove_parts, require_writable, write_json, write_text
 from ..sockets import ConfigError, resolve
 from ..training.build import with_shortcuts
@@ -45,6 +45,8 @@ TRAINED = (
 RESULT_NAMES = {"captioning": "caption", "text_to_image": "t2i"}
 """Metrics that result files, those of earlier versions included, know by another name."""
 ARROWS = {True: "↑", False: "↓", None: " "}
+TOKENIZER = Limit("words or ptb", lambda name: name in ("words", "ptb"))
+WORKERS = Limit(f"at most {MAX_WORKERS} here", lambda count: count <= MAX_WORKERS)
 OLD_NAMES = {"caption": "captioning", "t2i": "text_to_image", "questions": "vqa"}
 
 
@@ -79,6 +81,10 @@ def names_of(metrics: Iterable[str] | None) -> list[str]:
             raise ConfigError(f"metrics: two are named {label_of(name)}: {name}; rename it")
         names.append(name)
     return names
+
+
+def _at_least(minimum: int, more: str = "") -> Limit:
+    return Limit(f"a whole number >= {minimum}{more}", lambda number: number >= minimum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,39 +140,36 @@ class ZeroshotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KNNConfig:
+class KNNConfig(Block):
     """Nearest neighbors."""
 
-    k: int = 20
+    k: Annotated[int, _at_least(1)] = 20
     """Training images that vote, >= 1."""
-
-    def __post_init__(self) -> None:
-        require(self.k >= 1, "k", "a whole number >= 1", self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Block):
     """The `evaluation:` block; everything has a default."""
 
     guide: dict[str, Any] | None = None
     """Text guide of the metrics with text; null: that of `lgvq:` in the config, else micro_clip."""
-    limit: int | None = None
+    limit: Annotated[int | None, _at_least(2, ", or null")] = None
     """Use only the first test images; null: all."""
-    train_limit: int | None = None
+    train_limit: Annotated[int | None, _at_least(2, ", or null")] = None
     """Use only the first training images for the probes; null: all, or 4 * `limit`."""
-    batch_size: int = 32
+    batch_size: Annotated[int, _at_least(1)] = 32
     """Images per batch of the host."""
-    num_workers: int = 0
+    num_workers: Annotated[int, _at_least(0), WORKERS] = 0
     """Processes that load samples."""
     seed: int = 0
     """Seed of all random draws, which are the same for any host."""
-    few_shot: int = 64
+    few_shot: Annotated[int, _at_least(10)] = 64
     """Training images of the few-shot attribute probe, >= 10."""
-    few_shot_draws: int = 1
+    few_shot_draws: Annotated[int, _at_least(1)] = 1
     """Few-shot sets, >= 1: the first images, then random ones; results are means over them."""
-    attribute_words: int = 0
+    attribute_words: Annotated[int, _at_least(0)] = 0
     """Frequent words of captions used as labels of a data set without any; 0: none."""
-    tokenizer: str = "words"
+    tokenizer: Annotated[str, TOKENIZER] = "words"
     """Tokenizer of captions: words (ours), or ptb (used by papers; needs Java)."""
     lpips: LPIPSConfig = field(default_factory=LPIPSConfig)
     """LPIPS."""
@@ -202,17 +205,7 @@ class EvaluationConfig:
     """Keyword arguments of metrics and probes of other packages, by the last part of their path."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "train_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 2, name, "a whole number >= 2, or null", value)
-        smallest = {"batch_size": 1, "num_workers": 0, "few_shot": 10, "few_shot_draws": 1}
-        for name, minimum in {**smallest, "attribute_words": 0}.items():
-            value = getattr(self, name)
-            require(value >= minimum, name, f"a whole number >= {minimum}", value)
-        expected, workers = f"at most {MAX_WORKERS} here", self.num_workers
-        require(workers <= MAX_WORKERS, "num_workers", expected, workers)
-        is_known = self.tokenizer in ("words", "ptb")
-        require(is_known, "tokenizer", "words or ptb", self.tokenizer)
+        super().__post_init__()
         for name, options in self.options.items():
             is_mapping = isinstance(options, Mapping)
             require(is_mapping, f"options.{name}", "a mapping of its arguments", options)
@@ -253,9 +246,8 @@ def main(argv: list[str]) -> int:
     try:
         return _main(*_parse(argv))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; finished metrics are kept: run the same command to continue"
-        ) from None
+        message = "interrupted; finished metrics are kept: run the same command to continue"
+        raise KeyboardInterrupt(message) from None
 
 
 def _main(given: argparse.Namespace, overrides: list[str]) -> int:
@@ -279,28 +271,22 @@ def _main(given: argparse.Namespace, overrides: list[str]) -> int:
         own = config if first.config is None else first.config
         model = to_plain(own, "model").get("model")
         config.data = with_sizes(data_mapping(to_plain(config, "data")["data"]), model)
+    limit = {} if given.limit is None else {"limit": given.limit}
+    options: Any = {"options": limit, "progress": not given.no_progress}
+    device = choose_device(given.device)
     results: dict[str, dict[str, Any]] = {}
     contexts: dict[str, Context] = {}
     for label, checkpoint in zip(labels, checkpoints, strict=True):
         folder = _folder(given.output, label, checkpoint, many=len(labels) > 1)
         for place in (folder, folder / "metrics", folder / "probes"):
             remove_parts(place, inside=False)
-        host = load_host(
-            # A checkpoint's own config builds its host; -b then gives data and options only.
-            config if checkpoint.config is None else checkpoint.config,
-            checkpoint,
-            device=choose_device(given.device),
-            averaged=given.averaged,
-        )
+        # A checkpoint's own config builds its host; -b then gives data and options only.
+        own = config if checkpoint.config is None else checkpoint.config
+        host = load_host(own, checkpoint, device=device, averaged=given.averaged)
+        heads = heads_of(checkpoint, averaged=given.averaged)
         # The config's guide is used for all hosts, or they would not be comparable.
-        context = contexts[label] = evaluation.build_context(
-            host,
-            config,
-            options={} if given.limit is None else {"limit": given.limit},
-            output=folder,
-            progress=not given.no_progress,
-            heads=heads_of(checkpoint, averaged=given.averaged),
-        )
+        context = evaluation.build_context(host, config, output=folder, heads=heads, **options)
+        contexts[label] = context
         logger.info("evaluating %s (%s)", label, checkpoint.path)
         results[label] = evaluation.run(context, names, folder)
         results[label]["settings"]["checkpoint"] = str(checkpoint.path)
@@ -371,9 +357,8 @@ def _config(given: Any, checkpoint: Checkpoint, *, is_whole: bool) -> Any:
     if "data" in given or (is_whole and checkpoint.config is None):
         return given
     if checkpoint.config is None:
-        raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r} has no config; give one with -b CONFIG"
-        )
+        path = str(checkpoint.path)
+        raise ConfigError(f"checkpoint {path!r} has no config; give one with -b CONFIG")
     return lay_over(OmegaConf.create(checkpoint.config), given)
 
 
@@ -381,9 +366,8 @@ def _labels(names: list[str] | None, checkpoints: list[Checkpoint]) -> list[str]
     """Return the given names, else those of run folders or files, numbered if equal."""
     if names is not None:
         if len(names) != len(checkpoints) or len(set(names)) != len(names):
-            raise ConfigError(
-                f"--names: expected {len(checkpoints)} different names, got {' '.join(names)}"
-            )
+            count = len(checkpoints)
+            raise ConfigError(f"--names: expected {count} different names, got {' '.join(names)}")
         return names
     found: list[str] = []
     for checkpoint in checkpoints:

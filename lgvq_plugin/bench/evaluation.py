@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..alignment import Alignment
-from ..config import verify
+from ..config import require, verify
 from ..datasets.base import naming_files
 from ..encoder import SavedHeads
 from ..files import write_json
 from ..sockets import ConfigError, suggest
 from ..training.config import data_mapping, lgvq_block, to_plain, with_sizes
-from . import classification, measures, synthesis
+from . import classification, measures
 from .evaluate import NAMES, RESULT_NAMES, EvaluationConfig, names_of
 from .evaluation_context import Context
 from .figures import canvas, image_grid, save_figure
@@ -32,36 +34,31 @@ from .foreign import find_metric, label_of, source_of
 from .measures import Row, Rows
 from .metrics.perceptual import module_hash
 from .metrics.reconstruction import to_uint8
+from .records import read_json
 
 logger = logging.getLogger(__name__)
 
-HOMES = (measures, classification, synthesis)
 METRICS: dict[str, Callable[[Context], Rows]] = {
-    name: next(getattr(home, name) for home in HOMES if hasattr(home, name)) for name in NAMES
+    name: getattr(measures, name, None) or getattr(classification, name) for name in NAMES
 }
 UNTRAINED = ("psnr", "ssim", "lpips", "fid", "fd", "usage", "zeroshot")
 """Metrics that do not depend on the training set."""
 WITH_HEADS = ("zeroshot", "linear_probe", "knn")
 """Metrics that depend on the heads, too; those of other packages may."""
+OPTIONAL = ("pycocoevalcap", "torch-fidelity", "nltk")
 COMMON_KEYS = ("limit", "train_limit", "seed")
-KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common ones
-    "lpips": ("lpips",),
-    "fid": ("fid",),
-    "fd": ("fd",),
+KEYS = {  # keys of `evaluation:` that a metric depends on, besides the common ones and its own
     "relation": ("guide",),
     "retrieval": ("guide",),
-    "masked_words": ("guide", "masked_words"),
+    "masked_words": ("guide",),
     "attributes": ("few_shot", "few_shot_draws", "attribute_words"),
-    "zeroshot": ("zeroshot",),
-    "knn": ("knn",),
-    "captioning": ("captioning", "tokenizer"),
-    "vqa": ("vqa", "wordnet"),
-    "text_to_image": ("guide", "text_to_image", "fd", "clip_score"),
-    "unconditional": ("unconditional", "fd"),
+    "captioning": ("tokenizer",),
+    "vqa": ("wordnet",),
+    "text_to_image": ("guide", "fd", "clip_score"),
+    "unconditional": ("fd",),
     "completion": ("unconditional", "fd"),
-    "class_to_image": ("class_to_image", "fd"),
-    "semantic_to_image": ("semantic_to_image", "fd"),
-    "grounding": ("grounding",),
+    "class_to_image": ("fd",),
+    "semantic_to_image": ("fd",),
 }
 
 
@@ -99,12 +96,9 @@ def evaluate(
     Raises:
         ConfigError: if the config or a name is wrong, or no metric could be computed.
     """
-    options = {} if options is None else dict(options)
-    options |= {} if limit is None else {"limit": limit}
-    context = build_context(
-        host, config, output=output, options=options, progress=progress, heads=heads
-    )
-    return run(context, names_of(metrics), output)
+    options = {**(options or {}), **({} if limit is None else {"limit": limit})}
+    kept: Any = {"output": output, "progress": progress, "heads": heads}
+    return run(build_context(host, config, options=options, **kept), names_of(metrics), output)
 
 
 def build_context(
@@ -121,8 +115,7 @@ def build_context(
         raise ConfigError("the config has no section `data:`, which names the images")
     plain = to_plain(config, "data", "evaluation", "model")
     given = plain.get("evaluation") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"evaluation: expected a mapping, got {given!r}")
+    require(isinstance(given, Mapping), "evaluation", "a mapping", given)
     return Context(
         host.eval(),
         with_sizes(data_mapping(plain["data"]), plain.get("model")),
@@ -130,7 +123,7 @@ def build_context(
         EvaluationConfig.from_dict({**given, **(options or {})}),
         folder=None if output is None else Path(output) / "probes",
         progress=progress,
-        heads=heads,
+        given_heads=heads,
     )
 
 
@@ -139,16 +132,18 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
     """Compute the metrics of a context that are not in `output` yet; return as `evaluate`."""
     settings = _settings(context)
     functions = _functions(names, context.config.options)
+    labels = {name: RESULT_NAMES.get(name, label_of(name)) for name in names}
     rows: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name in names:
-        label = RESULT_NAMES.get(name, label_of(name))
+        label = labels[name]
         about = _settings_of_metric(settings, name)
         if name not in METRICS:
             about["source"] = source_of(functions[name])
         if name not in METRICS or name in WITH_HEADS:
             about["heads"] = context.heads_mark
-        cache_key = _hash(label, settings["host"], about)
+        facts = json.dumps((label, settings["host"], about), sort_keys=True, default=str)
+        cache_key = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = None if output is None else Path(output) / "metrics" / f"{label}.json"
         found = None if path is None else _read_finished(path, cache_key)
         if found is None:
@@ -166,7 +161,12 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
         if twice := sorted(rows.keys() & found.keys()):
             raise ConfigError(f"evaluation.metrics: {name} gives {twice[0]!r} a second time")
         rows |= found
-        skipped |= _skipped_parts(label, found)
+        skipped |= {
+            f"{label}/{key}": value.removeprefix("skipped: ")
+            for row in found.values()
+            for key, value in (row.get("settings") or {}).items()
+            if isinstance(value, str) and value.startswith("skipped: ")
+        }
     if not rows:
         reasons: dict[str, list[str]] = {}
         for label, why in skipped.items():
@@ -174,8 +174,7 @@ def run(context: Context, names: list[str], output: str | Path | None) -> dict[s
         listed = "; ".join(f"{', '.join(labels)}: {why}" for why, labels in reasons.items())
         raise ConfigError(f"no metric could be computed: {listed}")
     return {
-        "settings": settings
-        | {"metrics": [RESULT_NAMES.get(name, label_of(name)) for name in names]},
+        "settings": settings | {"metrics": [*labels.values()]},
         "environment": _environment(),
         "metrics": rows,
         "skipped": skipped,
@@ -187,19 +186,14 @@ def _functions(
 ) -> dict[str, Callable[[Context], Rows]]:
     """Return each metric; raises ConfigError if one of another package refuses its options."""
     given = {label_of(key): value for key, value in options.items()}
-    labels = [label_of(name) for name in names if name not in METRICS]
-    for label in given:
-        if label not in labels:
-            key = f"evaluation.options.{label}"
-            logger.warning(
-                "%s is not read: no such metric is measured%s", key, suggest(label, labels)
-            )
-    return {
-        name: METRICS[name]
-        if name in METRICS
-        else find_metric(name, NAMES, given.get(label_of(name)))
-        for name in names
-    }
+    others = {name: label_of(name) for name in names if name not in METRICS}
+    for label in sorted(given.keys() - others.values()):
+        logger.warning(
+            "evaluation.options.%s is not read: no such metric is measured%s",
+            *(label, suggest(label, others.values())),
+        )
+    found = {name: find_metric(name, NAMES, given.get(label)) for name, label in others.items()}
+    return METRICS | found
 
 
 @dataclass(frozen=True)
@@ -214,20 +208,12 @@ def _read_finished(path: Path, cache_key: str) -> dict[str, Any] | None:
     """Return a finished metric's rows if they have this cache key."""
     if not path.is_file():
         return None
-    hint = "delete the file to measure again"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        verify(found, _File, "the file")
+        found = read_json(path)
+        verify(found, _File, f"{path}: the file")
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; {hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; {hint}") from error
+        raise ConfigError(f"{error}; delete the file to measure again") from error
     return found["rows"] if found["mark"] == cache_key else None
-
-
-def _hash(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _settings(context: Context) -> dict[str, Any]:
@@ -246,30 +232,18 @@ def _settings(context: Context) -> dict[str, Any]:
 def _settings_of_metric(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     block = dict(settings["evaluation"])  # of another package's metric, which may read any key
     if name in METRICS:
-        keys = [RESULT_NAMES.get(key, key) for key in (*COMMON_KEYS, *KEYS.get(name, ()))]
-        block = {key: block[key] for key in keys}
+        keys = {RESULT_NAMES.get(key, key) for key in (name, *COMMON_KEYS, *KEYS.get(name, ()))}
+        block = {key: value for key, value in block.items() if key in keys}
     train = None if name in UNTRAINED else settings["train"]
     return {"test": settings["test"], "train": train, "evaluation": block}
 
 
-def _skipped_parts(label: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the parts of a metric that were skipped according to its settings, and why."""
-    return {
-        f"{label}/{key}": value.removeprefix("skipped: ")
-        for row in rows.values()
-        for key, value in (row.get("settings") or {}).items()
-        if isinstance(value, str) and value.startswith("skipped: ")
-    }
-
-
 def _environment() -> dict[str, Any]:
     names = ("lgvq_plugin", "torch", "torchmetrics", "torchvision", "open_clip_torch")
-    versions: dict[str, str | None] = {}
-    for name in (*names, "pycocoevalcap", "torch-fidelity", "nltk"):
-        try:
+    versions: dict[str, str | None] = dict.fromkeys((*names, *OPTIONAL))
+    for name in versions:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -325,17 +299,15 @@ def export(context: Context, folder: Path, kind: str) -> None:
     `kind` npz: `reals.npz` and `reconstructions.npz` (`arr_0`, (M, H, W, 3) uint8, the format of
     ADM's evaluator); png: folders of PNG files with these names.
     """
-    pairs = [(_to_arrays(images), _to_arrays(given)) for images, given in context.pairs()]
-    for i, name in enumerate(("reals", "reconstructions")):
-        images = np.concatenate([pair[i] for pair in pairs])
+    pairs = [[_to_arrays(part) for part in pair] for pair in context.pairs()]
+    for name, parts in zip(("reals", "reconstructions"), zip(*pairs, strict=True), strict=True):
+        images = np.concatenate(parts)
         (folder / name if kind == "png" else folder).mkdir(parents=True, exist_ok=True)
         if kind == "npz":
             np.savez(folder / f"{name}.npz", images)
-            continue
-        from PIL import Image
-
-        for number, image in enumerate(images):
-            Image.fromarray(image).save(folder / name / f"{number:06d}.png")
+        else:
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(folder / name / f"{number:06d}.png")
 
 
 def _to_arrays(images: Tensor) -> np.ndarray:

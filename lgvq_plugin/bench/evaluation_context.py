@@ -22,7 +22,7 @@ from .evaluate import EvaluationConfig
 from .metrics.perceptual import state_hash
 from .metrics.reconstruction import to_uint8
 from .probes.features import CodeCollector, FrozenCodes, channels_first
-from .probes.vqa import Question
+from .probes.language import Question
 
 CACHE_LIMIT = 2**30  # bytes of images that are kept in memory
 
@@ -56,45 +56,43 @@ class Encoded:
         return Encoded(self.codes.take(torch.tensor(rows)), [self.captions[i] for i in rows])
 
 
+@dataclass(eq=False)
 class Context:
     """Data, codes and guide, each computed on first use and kept.
 
     `data` and `lgvq` ({} for a baseline) are those sections of the config, plain, and `config` is
-    its `evaluation:` block; `folder` is for the probes' checkpoints; `heads` were trained on the
-    host, whose own loss may have them, too.
+    its `evaluation:` block; `folder` is for the probes' checkpoints; `given_heads` were trained on
+    the host, whose own loss may have them, too.
     """
 
-    def __init__(
-        self,
-        host: nn.Module,
-        data: Mapping[str, Any],
-        lgvq: Mapping[str, Any],
-        config: EvaluationConfig,
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-        heads: Alignment | SavedHeads | None = None,
-    ):
-        self.host, self.config, self.folder, self.progress = host, config, folder, progress
-        self.data = {**(data.get("params") or {}), **data}
-        self.guide_config = dict(config.guide or lgvq.get("guide") or {"use": "micro_clip"})
-        self.generated: tuple[list[str], Tensor] | None = None
-        """Captions and images of text_to_image."""
-        self._pictures: list[tuple[Tensor, Tensor]] | None = None
-        self.device = next((p.device for p in host.parameters()), torch.device("cpu"))
+    host: nn.Module
+    data: Mapping[str, Any]
+    lgvq: Mapping[str, Any]
+    config: EvaluationConfig
+    folder: Path | None = None
+    progress: bool = True
+    given_heads: Alignment | SavedHeads | None = None
+    generated: tuple[list[str], Tensor] | None = None
+    """Captions and images of text_to_image."""
+    _pictures: list[tuple[Tensor, Tensor]] | None = None
 
-        own = getattr(getattr(host, "loss", None), "alignment", None)
-        self._given_heads = own if heads is None else heads
+    def __post_init__(self) -> None:
+        self.data = {**(self.data.get("params") or {}), **self.data}
+        chosen = self.config.guide or self.lgvq.get("guide") or {"use": "micro_clip"}
+        self.guide_config = dict(chosen)
+        self.device = next((p.device for p in self.host.parameters()), torch.device("cpu"))
+        if self.given_heads is None:
+            self.given_heads = getattr(getattr(self.host, "loss", None), "alignment", None)
 
     @property
     def has_heads(self) -> bool:
         """Whether heads of LG-VQ were trained on the host."""
-        return self._given_heads is not None
+        return self.given_heads is not None
 
     @cached_property
     def heads(self) -> Alignment:
         """The heads that were trained on the host; ConfigError for a host without."""
-        given = self._given_heads
+        given = self.given_heads
         if given is None:
             raise ConfigError("the tokenizer has no heads of LG-VQ: it is a baseline, or exported")
         if not isinstance(given, SavedHeads):
@@ -110,7 +108,7 @@ class Context:
     @property
     def heads_mark(self) -> list[Any]:
         """What tells heads apart: a hash of their tensors, and their config; [] without heads."""
-        given = self._given_heads
+        given = self.given_heads
         if given is None:
             return []
         saved = given if isinstance(given, SavedHeads) else SavedHeads.of(given)
@@ -119,9 +117,8 @@ class Context:
     @property
     def attribute_names(self) -> Mapping[str, Sequence[str]]:
         """The data set's names of the values of each label; {} if it has none."""
-        dataset = self._dataset("test")
-        names = getattr(getattr(dataset, "dataset", dataset), "attribute_names", dict)
-        return names()
+        _, whole = self._dataset("test")
+        return getattr(whole, "attribute_names", dict)()
 
     @property
     def test_section(self) -> dict[str, Any]:
@@ -134,7 +131,7 @@ class Context:
     @cached_property
     def test_images(self) -> int:
         """Number of test images."""
-        return len(self._dataset("test"))
+        return len(self._dataset("test")[0])
 
     @cached_property
     def guide(self) -> AbstractGuide:
@@ -157,8 +154,8 @@ class Context:
         Raises:
             ConfigError: if the data set does not know.
         """
-        dataset = self._dataset(which)
-        layout_of = getattr(getattr(dataset, "dataset", dataset), "layout_of", None)
+        dataset, whole = self._dataset(which)
+        layout_of = getattr(whole, "layout_of", None)
         if layout_of is None:
             raise ConfigError(
                 "the data set does not say where things are (the scenes do); give it a method "
@@ -197,7 +194,7 @@ class Context:
     def _batches(self, which: str, what: str) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the batches of a set in order, with their images on the host's device."""
         loader = DataLoader(
-            Watched(self._dataset(which), self.config.num_workers),
+            Watched(self._dataset(which)[0], self.config.num_workers),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
             collate_fn=collate,
@@ -206,9 +203,9 @@ class Context:
         for batch in tqdm(loader, desc=what, disable=not self.progress, leave=False):
             yield channels_first(batch["image"].to(self.device)), batch
 
-    def _dataset(self, which: str) -> Any:
-        limit = self.config.limit
-        section = self.test_section
+    def _dataset(self, which: str) -> tuple[Any, Any]:
+        """Return the samples of a set that are used, and the whole data set that has them."""
+        section, limit = self.test_section, self.config.limit
         if which == "train":
             section = self.data.get("train") or {}
             if not section:
@@ -217,7 +214,9 @@ class Context:
         dataset = build_dataset(section)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)
-        return dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
+        if limit is None:
+            return dataset, dataset
+        return Subset(dataset, range(min(limit, len(dataset)))), dataset
 
     def _encode(self, which: str) -> Encoded:
         collector = CodeCollector()
@@ -228,18 +227,12 @@ class Context:
         for images, batch in self._batches(which, f"encoding ({which})"):
             collector.add(encode(self.host, images))
             given = batch.get("captions") or [[text] for text in batch.get("caption", [])]
-            questions += [
-                Question(
-                    row,
-                    str(item["question"]),
-                    str(item["answer"]),
-                    str(item.get("type") or ""),
-                    tuple(item.get("answers") or ()),
-                )
-                for row, items in enumerate(batch.get("questions", []), len(captions))
-                for item in items
-                if item.get("answer")
-            ]
+            for row, items in enumerate(batch.get("questions", []), len(captions)):
+                for item in items:
+                    if item.get("answer"):
+                        text, answer = str(item["question"]), str(item["answer"])
+                        kind, people = str(item.get("type") or ""), item.get("answers") or ()
+                        questions.append(Question(row, text, answer, kind, tuple(people)))
             captions += [[text for text in texts if text.strip()] for texts in given]
             attributes += batch.get("attributes", [])
             files += [str(file) for file in batch.get("file", [])]

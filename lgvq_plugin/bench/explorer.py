@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from torchmetrics.functional import pairwise_cosine_similarity
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from ..training.build import build_dataset
 from ..training.config import Sections
 from .metrics.codebook import STRONG, word_code_association
 from .page import counted, data_uri, finite, page, png_bytes
+from .probes.features import mean_table
 
 PAGE = "codebook.html"
 SECTIONS = {
@@ -116,7 +116,7 @@ def write_explorer(
         lead=f"{names}, on {count}; the page shows the first {len(images)}.",
         data={**shared, "words": vocabulary, "documents": documents, "images": images},
         scripts=["explorer.js"],
-        settings=yaml.safe_dump(finite(settings), sort_keys=False, allow_unicode=True, width=88),
+        settings=settings,
         **shared,
     )
     write_text(folder / PAGE, text)
@@ -156,12 +156,14 @@ def gather(host: nn.Module, images: Tensor, *, examples: int = 6, batch_size: in
         vectors = codebook.detach().float().cpu()
         decoded = _decoded(host, vectors.to(device), grid, batch_size)
     else:
-        vectors = _means(torch.cat([batch.codes.float().cpu() for batch in batches]), index, size)
+        vectors = mean_table(
+            torch.cat([batch.codes.float().cpu() for batch in batches]), index, size
+        )
     return Gathered(
         indices=index.reshape(len(index), *grid),
         vectors=vectors,
         counts=torch.bincount(index.flatten(), minlength=size),
-        mean_patches=_means(patches.flatten(2), index, size).unflatten(1, patches.shape[2:]),
+        mean_patches=mean_table(patches.flatten(2), index, size).unflatten(1, patches.shape[2:]),
         examples=_examples(patches, index, size, examples),
         decoded=decoded,
     )
@@ -180,13 +182,6 @@ def cut_patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
         shrunk = F.interpolate(patches.flatten(0, 1), small, mode="area")
         patches = shrunk.unflatten(0, patches.shape[:2])
     return patches
-
-
-def _means(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Mean of the values (M, N, D) at the positions of each code, (K, D); 0 if dead."""
-    flat = values.flatten(0, 1)
-    sums = torch.zeros(size, flat.shape[1]).index_add_(0, index.flatten(), flat)
-    return sums / torch.bincount(index.flatten(), minlength=size).clamp(min=1)[:, None]
 
 
 def _examples(patches: Tensor, index: Tensor, size: int, count: int) -> Tensor:

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..files import replacing
 from .page import example_file, number
-from .records import Cell, Results, Run
+from .records import Cell, Results
 
 TITLES = {
     "reconstruction/psnr": "PSNR",
@@ -48,8 +50,11 @@ def write_figures(results: Results, cells: Sequence[Cell], folder: Path) -> list
         ]
         if shown:
             written.append(_numbers(results, shown, folder / f"numbers{suffix}"))
-        if runs := results.example_runs(data):
-            written.append(_images(runs, folder, folder / f"images{suffix}"))
+        if found := results.examples(data):
+            files = [[example_file(folder, name) for name in row] for row in found.rows.values()]
+            rows = [[Image.open(file) for file in row] for row in files]
+            path = folder / f"images{suffix}"
+            written.append(image_grid(path, rows, [*found.rows], found.captions))
     return written
 
 
@@ -105,20 +110,6 @@ def _panel(axis: Any, found: Mapping[str, Cell], variants: Sequence[str], refere
     arrow = {True: " ↑", False: " ↓", None: ""}[cell.higher_is_better]
     unit = f", {cell.unit}" if cell.unit else ""
     axis.set_title(TITLES.get(cell.metric, cell.metric) + unit + arrow, fontsize=8)
-
-
-def _images(runs: Mapping[str, Run], root: Path, path: Path) -> Path:
-    from matplotlib.image import imread
-
-    examples = next(iter(runs.values())).examples
-    rows = {"original": [one["original"] for one in examples]}
-    rows |= {name: [one["reconstruction"] for one in run.examples] for name, run in runs.items()}
-    columns = min(map(len, rows.values()))
-    images = [
-        [imread(example_file(root, image)) for image in own[:columns]] for own in rows.values()
-    ]
-    captions = [one.get("caption", "") for one in examples[:columns]]
-    return image_grid(path, images, [*rows], captions)
 
 
 def image_grid(

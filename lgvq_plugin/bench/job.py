@@ -71,14 +71,10 @@ def run_job(job: Job, folder: Path, *, root: Path) -> Run:
     del trained  # frees the trained host before another one is loaded
     host = load_host(job.config, checkpoint, device=choose_device(), averaged=is_averaged)
     options = dict(job.evaluation)
+    metrics, heads = options.pop("metrics", None), heads_of(checkpoint, averaged=is_averaged)
+    kept: Any = {"output": folder / "evaluation", "progress": False}
     measured: Any = evaluate(
-        host,
-        job.config,
-        metrics=options.pop("metrics", None),
-        output=folder / "evaluation",
-        options=options,
-        progress=False,
-        heads=heads_of(checkpoint, averaged=is_averaged),
+        host, job.config, metrics=metrics, options=options, heads=heads, **kept
     )
     run = Run(
         data=job.data,

@@ -97,20 +97,16 @@ def run_plan(
 
 def collect(plan: Plan, folder: Path) -> Results:
     """Return the results on disk; a job without any is `missing`."""
-    runs = [
-        _read_run(path, job)
-        if (path := folder / job.name / RUN).is_file()
-        else _not_done(job, "missing", "not run yet")
-        for job in plan.jobs
-    ]
+    runs = tuple(_run_of(job, folder / job.name / RUN) for job in plan.jobs)
     configs = {job.variant: job.config for job in reversed(plan.jobs)}
     variants: Any = {n: {**shown, "config": configs[n]} for n, shown in plan.variants.items()}
-    return Results(
-        title=plan.title, references=plan.references, variants=variants, runs=tuple(runs)
-    )
+    return Results(title=plan.title, references=plan.references, variants=variants, runs=runs)
 
 
-def _read_run(path: Path, job: Job) -> Run:
+def _run_of(job: Job, path: Path) -> Run:
+    """Return the run of a job that is in a file, or one that is missing."""
+    if not path.is_file():
+        return _not_done(job, "missing", "not run yet")
     run = read_record(path, Run)
     for name in ("data", "variant", "seed"):
         expected, got = getattr(job, name), getattr(run, name)
@@ -142,8 +138,7 @@ def _prepare(plan: Plan, folder: Path, resume: bool) -> list[Job]:
                 f"{path} was run with another config ({', '.join(changes[:3])}); "
                 "choose another folder with -o, or delete this one"
             )
-        is_done = (path / RUN).is_file() and _read_run(path / RUN, job).status == "done"
-        if not is_done or before != now:
+        if _run_of(job, path / RUN).status != "done" or before != now:
             (path / RUN).unlink(missing_ok=True)
             write_json(path / JOB, now)
             todo.append(job)

@@ -19,15 +19,15 @@ from .metrics import captions as scores
 from .metrics import codebook
 from .metrics.answers import wordnet_similarity, wups
 from .metrics.captions import tokenize_words, word_sets
-from .metrics.clip_score import CLIPScorer
 from .metrics.codebook import STRONG
 from .metrics.frechet import MIN_IMAGES, FrechetDistance
-from .metrics.perceptual import PerceptualDistance
+from .metrics.perceptual import CLIPScorer, PerceptualDistance
 from .metrics.reconstruction import IMPLEMENTATION, psnr_and_ssim
-from .probes.attributes import AttributesProbe, stack_labels
+from .probes.classifiers import ImageJudge
 from .probes.features import FrozenCodes
-from .probes.image_judge import ImageJudge
-from .probes.retrieval import RetrievalProbe
+from .probes.language import PROTOCOLS
+from .probes.ridge import AttributesProbe, RetrievalProbe, stack_labels
+from .probes.text_to_image import SynthesisProbe, label_vectors, map_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +106,9 @@ def rows_of(
         better: bool | None = last not in LOWER and not last.startswith("lpips_")
         if not {*NEUTRAL, *neutral}.isdisjoint(parts) or last.startswith("nearest_"):
             better = None
-        each: Any = None
-        mean: Any = value
-        if isinstance(value, Tensor):
-            mean, each = value.double().mean(), value.tolist()
-        elif isinstance(value, Sequence):
-            mean, each = sum(value) / max(len(value), 1), value
+        each: Any = value.tolist() if isinstance(value, Tensor) else value
+        mean = sum(each) / max(len(each), 1) if isinstance(each, Sequence) else each
+        each = each if isinstance(each, Sequence) else None
         rows[f"{prefix}/{name}"] = Row(float(mean), n, unit, better, each, settings or {})
     return rows
 
@@ -140,45 +137,46 @@ def lpips(context: Context) -> Rows:
     """LPIPS of each image."""
     options = context.config.lpips
     metric = PerceptualDistance(options.net, options.backbone).to(context.device)
-    parts = [
-        metric.distances(images.to(context.device), given.to(context.device)).cpu()
-        for images, given in context.pairs()
-    ]
-    values = torch.cat(parts)
+    pairs = ([images.to(context.device) for images in pair] for pair in context.pairs())
+    values = torch.cat([metric.distances(*pair).cpu() for pair in pairs])
     numbers = {f"lpips_{options.net}": values}
     return rows_of("reconstruction", numbers, len(values), settings=metric.settings)
 
 
 def fid(context: Context) -> Rows:
     """FID of the reconstructions against the test images."""
-    return _frechet_rows(context, FrechetDistance(weights=context.config.fid.weights))
+    return _distance_to_test(context, FrechetDistance(weights=context.config.fid.weights))
 
 
 def fd(context: Context) -> Rows:
     """Frechet distance in another feature net."""
     options = context.config.fd
-    return _frechet_rows(context, FrechetDistance(options.net, weights=options.weights))
+    return _distance_to_test(context, FrechetDistance(options.net, weights=options.weights))
 
 
-def _frechet_rows(context: Context, distance: FrechetDistance) -> Rows:
-    value, count = _frechet(distance, context.pairs())
+def _distance_to_test(context: Context, distance: FrechetDistance) -> Rows:
     reference = {"set": context.test_section, "images": context.test_images}
-    settings = distance.settings | {"reference": reference}
-    return {f"reconstruction/{distance.name}": Row(value, count, "", False, settings=settings)}
+    return _distance("reconstruction", distance, context.pairs(), {"reference": reference})
 
 
-def _frechet(distance: FrechetDistance, pairs: Iterable[Sequence[Tensor]]) -> tuple[float, int]:
-    """Return the distance of pairs of real and other images, and their number."""
+def _distance(
+    prefix: str,
+    distance: FrechetDistance,
+    pairs: Iterable[Sequence[Tensor]],
+    settings: Mapping[str, Any],
+) -> Rows:
+    """Return the distance of pairs of real and other images."""
     for real, other in pairs:
         distance.update(real, real=True)
         distance.update(other, real=False)
     value, (count, _) = distance.compute(), distance.counts
-    if count < MIN_IMAGES and distance.name != "fd_judge":
+    if count < MIN_IMAGES:
         logger.warning(
             "%s on %d images (< %d) is biased upwards: compare it with rows of the same n only",
             *(distance.name, count, MIN_IMAGES),
         )
-    return value, count
+    settings = {**settings, **distance.settings}
+    return {f"{prefix}/{distance.name}": Row(value, count, "", False, settings=settings)}
 
 
 # Codebook: how it is used, and which words its codes go with.
@@ -250,7 +248,8 @@ def relation(context: Context) -> Rows:
     if int(is_matched.sum()) < 3:
         raise ConfigError("relation: fewer than three words go together with a code")
     texts = [found.words[i] for i in is_matched.nonzero()[:, 0].tolist()]
-    features = torch.cat([_word_features(context.guide, part) for part in _batches(texts)])
+    seen = [context.guide.encode(part) for part in _batches(texts)]
+    features = torch.cat([pool_words(x.tokens, x.word_ids)[0][:, 0].cpu() for x in seen])
     codes = _indices(data.codes)[1][found.strength[is_matched].argmax(1)]
     numbers = codebook.similarity_gap(features, codes)
     pairs = int(numbers.pop("pairs"))
@@ -287,12 +286,6 @@ def _word_table(data: Encoded) -> tuple[list[str], Tensor]:
 
 def _has_words(sets: Sequence[set[str]], known: Sequence[str]) -> Tensor:
     return torch.tensor([[word in found for word in known] for found in sets])
-
-
-def _word_features(guide: AbstractGuide, texts: list[str]) -> Tensor:
-    """Return the guide's feature of each word alone, (W, Dt)."""
-    seen = guide.encode(texts)
-    return pool_words(seen.tokens, seen.word_ids)[0][:, 0].cpu()
 
 
 def _batches(texts: list[str]) -> list[list[str]]:
@@ -333,52 +326,40 @@ def _sentences(guide: AbstractGuide, captions: list[list[str]]) -> Tensor:
         F.normalize(guide.encode(texts).sentence, dim=-1).cpu()
         for texts in _batches([text for texts in captions for text in texts])
     ]
-    features, counts = torch.cat(parts), torch.tensor([len(texts) for texts in captions])
-    sums = torch.zeros(len(captions), features.shape[1])
-    sums.index_add_(0, torch.arange(len(captions)).repeat_interleave(counts), features)
-    return sums / counts[:, None]
-
-
-PROTOCOLS = {
-    "leak_free": "words hidden before the text encoder",
-    "leaky": "released code's protocol: words hidden after the text encoder, which leaks them",
-}
+    of_images = torch.cat(parts).split([len(texts) for texts in captions])
+    return torch.stack([features.mean(dim=0) for features in of_images])
 
 
 def masked_words(context: Context) -> Rows:
     """Recall of masked words by a probe trained on frozen codes, leak-free and leaky."""
-    member, config = context.config.probe("masked_words")
+    _, config = context.config.probe("masked_words")
     train, test = context.train.captioned(), context.test.captioned()
-    several = {"": test.codes, "shuffled/": _shuffled(context)}
+    several = {"": test.codes, "shuffled/": test.codes.shuffled(context.config.seed)}
     rows: Rows = {}
     for protocol in PROTOCOLS if config.leaky else ("leak_free",):
-        probe = member(context.guide, config, protocol=protocol, device=context.device)
-        fit_probe(context, probe, train.codes, train.captions)
+        given = (train.codes, train.captions, context.guide)
+        probe = fit_probe(context, "masked_words", *given, protocol=protocol)
         settings: dict[str, Any] = {"protocol": PROTOCOLS[protocol]}
-        settings |= {"heads": "trained on frozen codes"}
-        settings |= {"guide": context.guide_config, "train_images": len(train.codes)}
-        settings |= {"probe": vars(config)}
+        settings |= {"heads": "trained on frozen codes", "guide": context.guide_config}
+        settings |= {"train_images": len(train.codes), "probe": asdict(config)}
         for number in (1, 3):
-            options = {"masked": number, "seed": context.config.seed}
-            found = probe.values_of([*several.values()], test.first_captions, **options)
-            numbers = {
-                f"{prefix}mask_{number}/{name}": values
-                for prefix, each in zip(several, found, strict=True)
-                for name, values in each.items()
-            }
-            n = number * len(found[0]["recall@1"])
+            seed = context.config.seed
+            numbers = probe.named_values(several, test.first_captions, number, seed)
+            n = number * len(numbers[f"mask_{number}/recall@1"])
             rows |= rows_of(f"masked_words/{protocol}", numbers, n, settings=settings)
     return rows
 
 
-def fit_probe(context: Context, probe: Any, codes: FrozenCodes, target: Any) -> Any:
-    """Fit a neural probe in the context's folder, with its progress bar; return it."""
+def fit_probe(
+    context: Context, name: str, codes: FrozenCodes, target: Any, /, *args: Any, **options: Any
+) -> Any:
+    """Return the neural probe of a metric, trained in the context's folder.
+
+    `args` and `options` are its constructor's, besides its config and its device.
+    """
+    member, config = context.config.probe(name)
+    probe = member(*args, config=config, device=context.device, **options)
     return probe.fit(codes, target, folder=context.folder, progress=context.progress)
-
-
-def _shuffled(context: Context) -> FrozenCodes:
-    """Return the codes of the captioned test images, each image with those of another."""
-    return context.test.captioned().codes.shuffled(context.config.seed)
 
 
 def attributes(context: Context) -> Rows:
@@ -422,12 +403,10 @@ def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dic
     train, test = train.captioned(), test.captioned()
     known, has_word = _word_table(train)
     shares = has_word.double().mean(dim=0).tolist()
-    kept = [
-        number
-        for number, word in enumerate(known)
-        if shares[number] <= 0.5 and word not in FUNCTION_WORDS
-    ][: context.config.attribute_words]
-    target = _has_words(word_sets(test.captions), [known[number] for number in kept])
+    shown = zip(known, shares, strict=True)
+    is_kept = [share <= 0.5 and word not in FUNCTION_WORDS for word, share in shown]
+    kept = [i for i, keep in enumerate(is_kept) if keep][: context.config.attribute_words]
+    target = _has_words(word_sets(test.captions), [known[i] for i in kept])
     return train, test, {"words": has_word[:, kept].long()}, {"words": target.long()}
 
 
@@ -436,23 +415,18 @@ def _labeled(context: Context) -> tuple[Encoded, Encoded, dict[str, Tensor], dic
 
 def captioning(context: Context) -> Rows:
     """BLEU, ROUGE-L, CIDEr-D and METEOR of captions written from frozen codes."""
-    member, config = context.config.probe("captioning")
     train, test = context.train.captioned(), context.test.captioned()
-    probe = fit_probe(context, member(config, device=context.device), train.codes, train.captions)
+    probe = fit_probe(context, "captioning", train.codes, train.captions)
     references = _tokenized(context, test.captions)
     written = probe.write(test.codes)
-    numbers: dict[str, Values] = {
-        **scores.bleu_scores(written, references),
-        **scores.caption_values(written, references),
-    }
-    blind = scores.caption_scores(probe.write(_shuffled(context)), references)
+    numbers: dict[str, Values] = {**scores.bleu_scores(written, references)}
+    numbers |= scores.caption_values(written, references)
+    control = probe.write(test.codes.shuffled(context.config.seed))
+    blind = scores.caption_scores(control, references)
     numbers |= {f"shuffled/{name}": value for name, value in blind.items()}
-    settings: dict[str, Any] = {
-        "implementation": "pycocoevalcap",
-        "tokenizer": context.config.tokenizer,
-    }
-    settings |= {"references": sum(map(len, references)), "train_images": len(train.codes)}
-    settings |= {"probe": vars(config)}
+    settings: dict[str, Any] = {"implementation": "pycocoevalcap"}
+    settings |= {"tokenizer": context.config.tokenizer, "references": sum(map(len, references))}
+    settings |= {"train_images": len(train.codes), "probe": asdict(probe.config)}
     try:
         numbers["meteor"] = scores.meteor_score(written, references)
     except ConfigError as error:
@@ -472,12 +446,11 @@ def vqa(context: Context) -> Rows:
     train, test = context.train, context.test
     if not train.questions or not test.questions:
         raise ConfigError("vqa: the data set has no questions; scenes, cocoqa and vqa2 have")
-    member, config = context.config.probe("vqa")
-    probe = fit_probe(context, member(config, device=context.device), train.codes, train.questions)
+    probe = fit_probe(context, "vqa", train.codes, train.questions)
     given = probe.answer(test.codes, test.questions)
     numbers = probe.evaluate(test.codes, test.questions, seed=context.config.seed, given=given)
     settings: dict[str, Any] = {"train_questions": len(train.questions)}
-    settings |= {"answers": len(probe.answers), "probe": vars(config)}
+    settings |= {"answers": len(probe.answers), "probe": asdict(probe.config)}
     try:
         similarity = wordnet_similarity(context.config.wordnet)
         wanted = [question.answer for question in test.questions]
@@ -492,20 +465,17 @@ def text_to_image(context: Context) -> Rows:
     """Bits per code with and without text; quality of generated images."""
     model, seed = context.config.clip_score, context.config.seed
     scorer = CLIPScorer(model) if model else None  # a wrong path fails before hours of training
-    member, config = context.config.probe("text_to_image")
     train, test = context.train.captioned(), context.test.captioned()
-    probe = member(context.guide, config, device=context.device)
-    fit_probe(context, probe, train.codes, train.captions)
+    probe = fit_probe(context, "text_to_image", train.codes, train.captions, context.guide)
     settings = {"guide": context.guide_config, "train": len(train.codes)}
-    settings["probe"] = {**vars(config), "sampling": vars(config.sampling)}
+    settings["probe"] = asdict(probe.config)
     if scorer is None:
         settings["clip_score"] = "skipped: evaluation.clip_score names no CLIP"
     values = probe.values(test.codes, test.first_captions, seed=seed)
     rows = rows_of("t2i", values, len(test.codes), unit="bits", settings=settings)
-    captions = test.first_captions[: config.images]
-    images = decode_indices(
-        context, test, probe.draw(captions, seed=seed, progress=context.progress)
-    )
+    captions = test.first_captions[: probe.config.images]
+    drawn = probe.draw(captions, seed=seed, progress=context.progress)
+    images = decode_indices(context, drawn)
     context.generated = (captions, images)
     if scorer is not None:
         again = torch.cat([given for _, given in context.pairs()])[: len(images)]
@@ -522,34 +492,38 @@ def generated_rows(context: Context, images: Tensor, prefix: str, settings: dict
     """
     real, again = (torch.cat(part)[: len(images)] for part in zip(*context.pairs(), strict=True))
     if context.train.attributes and context.test.attributes and len(images) > 1:
-        return _judge_rows(context, images, real, again, prefix, settings)
-    return _generated_distance(context, images, real, prefix, settings)
+        shown = {"": images, "reconstructed/": again, "real/": real}
+        return _judge_rows(context, shown, prefix, settings)
+    options = context.config.fd
+    try:
+        distance = FrechetDistance(options.net, weights=options.weights)
+    except ConfigError as error:
+        logger.warning("%s: no Frechet distance of the generated images: %s", prefix, error)
+        return {}
+    pairs = zip(real.split(64), images.split(64), strict=True)
+    return _distance(prefix, distance, pairs, settings)
 
 
-def decode_indices(context: Context, data: Encoded, indices: Tensor) -> Tensor:
+def decode_indices(context: Context, indices: Tensor) -> Tensor:
     """Decode code indices (M, N) to images (M, 3, H, W) in [-1, 1] on the CPU."""
-    table = _indices(data.codes)[1]
+    codes = context.test.codes
+    table = _indices(codes)[1]
     parts = []
     for part in indices.split(context.config.batch_size):
-        grid = table[part].mT.unflatten(-1, data.codes.grid).to(context.device)
+        grid = table[part].mT.unflatten(-1, codes.grid).to(context.device)
         parts.append(decode(context.host, grid).clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 
 def _judge_rows(
-    context: Context,
-    images: Tensor,
-    real: Tensor,
-    again: Tensor,
-    prefix: str,
-    settings: dict[str, Any],
+    context: Context, shown: Mapping[str, Tensor], prefix: str, settings: dict[str, Any]
 ) -> Rows:
     """Let a network trained on real images classify attributes of generated ones."""
+    images = shown[""]
     train = stack_labels(context.train.attributes[:JUDGED])
     target = stack_labels(context.test.attributes[: len(images)])
     pictures = context.train_pictures(JUDGED)
     judge = ImageJudge.train_on(pictures, train, folder=context.folder, progress=context.progress)
-    shown = {"": images, "reconstructed/": again, "real/": real}
     numbers = {
         f"{kind}judge/{name}": value
         for kind, some in shown.items()
@@ -559,23 +533,117 @@ def _judge_rows(
     for name, value in judge.accuracy(images, shuffled).items():
         numbers[f"shuffled/judge/{name}"] = value
     for kind in ("", "reconstructed/"):
-        pairs = zip(real.split(64), shown[kind].split(64), strict=True)
-        numbers[f"{kind}fd_judge"] = _frechet(FrechetDistance(judge, name="judge"), pairs)[0]
+        distance = FrechetDistance(judge, name="judge")
+        for real, other in zip(shown["real/"].split(64), shown[kind].split(64), strict=True):
+            distance.update(real, real=True)
+            distance.update(other, real=False)
+        numbers[f"{kind}fd_judge"] = distance.compute()
     settings = {**settings, "judge": "a small CNN trained on real training pictures"}
     return rows_of(prefix, numbers, len(images), settings=settings, neutral=["real"])
 
 
-def _generated_distance(
-    context: Context, images: Tensor, real: Tensor, prefix: str, settings: dict[str, Any]
+# The paper's tasks without text in, each a small network on frozen codes.
+
+
+def unconditional(context: Context) -> Rows:
+    """Bits per code without any condition; Frechet distance of generated images."""
+    return _without_condition(context, "unconditional")
+
+
+def completion(context: Context) -> Rows:
+    """The lower half of each image, given the codes of the upper half; no other condition."""
+    rows, columns = context.test.codes.grid
+    half = rows // 2 * columns or columns // 2  # of tokens in one row: the first half
+    return _without_condition(context, "completion", half)
+
+
+def class_to_image(context: Context) -> Rows:
+    """Images from the labels of the data set: bits per code, what a judge sees in them."""
+    train, test = context.train.attributes, context.test.attributes
+    if not (train and test):
+        raise ConfigError("class_to_image: the data set has no labels; folders of classes have")
+    both = stack_labels([*train, *test])
+    sizes = {k: int(v.max()) + 1 if v.ndim == 1 else v.shape[1] for k, v in both.items()}
+    vectors = [label_vectors(stack_labels(labels), sizes) for labels in (train, test)]
+    return _conditional(context, "class_to_image", *vectors)
+
+
+def semantic_to_image(context: Context) -> Rows:
+    """Images from maps of what is where: bits per code, what a judge sees in them."""
+    maps = [
+        [torch.as_tensor(each.semantic_map) for each in context.layouts(which)]
+        for which in ("train", "test")
+    ]
+    classes = 1 + max(int(each.max()) for some in maps for each in some)
+    vectors = [map_vectors(some, classes, context.test.codes.grid) for some in maps]
+    return _conditional(context, "semantic_to_image", *vectors)
+
+
+def grounding(context: Context) -> Rows:
+    """Where the codes of a word are, against known boxes, learned from captions alone."""
+    layouts = context.layouts("test")
+    train, test = context.train.captioned(), context.test
+    used = set().union(*word_sets(train.captions))
+    names = sorted({word for each in layouts for word in each.boxes} & used)
+    probe = fit_probe(context, "grounding", train.codes, train.captions, names)
+    boxes = [dict(each.boxes) for each in layouts]
+    values: dict[str, Any] = {**probe.values(test.codes, boxes)}
+    control = probe.values(test.codes.shuffled(context.config.seed), boxes)
+    values |= {f"shuffled/{k}": v for k, v in control.items() if not k.startswith("chance")}
+    settings: dict[str, Any] = {"words": len(names), "train_images": len(train.codes)}
+    settings |= {"probe": asdict(probe.config)}
+    settings |= {"training": "words of captions, no boxes", "box": "half of the map's range"}
+    count = len(values["iou"])
+    return rows_of("grounding", values, count, settings=settings, neutral=["chance"])
+
+
+def _without_condition(context: Context, name: str, first: int = 0) -> Rows:
+    """Synthesis of each image's codes from number `first` on, given those before."""
+    nothing = [torch.zeros(len(data.codes), 1, 1) for data in (context.train, context.test)]
+    probe, settings = _fitted(context, "unconditional", nothing[0])
+    codes = context.test.codes
+    if first:
+        settings["given"] = f"the first {first} codes"
+    values = {"bits_per_code": probe.bits(codes, nothing[1], start=first)}
+    rows = rows_of(name, values, len(codes), unit="bits", settings=settings)
+    drawn = _drawn(context, probe, nothing[1], name, settings, first=first)
+    return rows | {key: row for key, row in drawn.items() if first or "judge/" not in key}
+
+
+def _conditional(context: Context, name: str, train: Tensor, test: Tensor) -> Rows:
+    """Synthesis given vectors of each training and test image."""
+    probe, settings = _fitted(context, name, train)
+    codes = context.test.codes
+    bits = probe.bits(codes, test)
+    without = probe.bits(codes, test, given=False)
+    shuffled = probe.bits(codes.shuffled(context.config.seed), test)
+    values = {"bits_per_code": bits, "without_condition/bits_per_code": without}
+    values |= {"shuffled/bits_per_code": shuffled, "gain": without - bits}
+    neutral = ["without_condition"]
+    rows = rows_of(name, values, len(codes), unit="bits", settings=settings, neutral=neutral)
+    return rows | _drawn(context, probe, test, name, settings)
+
+
+def _fitted(context: Context, name: str, given: Tensor) -> tuple[SynthesisProbe, dict[str, Any]]:
+    codes = context.train.codes
+    probe = fit_probe(context, name, codes, given, given.shape[2], name=name)
+    return probe, {"train": len(codes), "probe": asdict(probe.config)}
+
+
+def _drawn(
+    context: Context,
+    probe: SynthesisProbe,
+    given: Tensor,
+    prefix: str,
+    settings: dict[str, Any],
+    *,
+    first: int = 0,
 ) -> Rows:
-    """Return the Frechet distance of generated images in the configured net, if available."""
-    options = context.config.fd
-    try:
-        distance = FrechetDistance(options.net, weights=options.weights)
-    except ConfigError as error:
-        logger.warning("%s: no Frechet distance of the generated images: %s", prefix, error)
-        return {}
-    pairs = zip(real.split(64), images.split(64), strict=True)
-    value, count = _frechet(distance, pairs)
-    settings = {**settings, **distance.settings}
-    return {f"{prefix}/{distance.name}": Row(value, count, "", False, settings=settings)}
+    """Sample images and measure them: Frechet distance, and what the judge sees in them."""
+    count = min(probe.config.images, len(given))
+    options: dict[str, Any] = {"seed": context.config.seed, "progress": context.progress}
+    if first:
+        options["first"] = context.test.codes.indices[:count, :first]  # type: ignore[index]
+    images = decode_indices(context, probe.draw(list(given[:count]), **options))
+    rows = generated_rows(context, images, prefix, settings)
+    return {k: row for k, row in rows.items() if "judge/" not in k or k.endswith("judge/mean")}

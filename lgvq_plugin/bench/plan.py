@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import OBJECTIVES, laid_over, parse
+from ..config import OBJECTIVES, laid_over, parse, require
 from ..sockets import ConfigError, suggest
 from ..training.config import (
     Sections,
@@ -76,18 +77,13 @@ def read_plan(
         config = apply_changes(shared[key], own, where)
         plains = [(seed, _seeded(config, seed, overrides, where)) for seed in chosen]
         _require_weights(own, plains[0][1], where)
-        options: Any = {
-            "data": data,
-            "variant": variant,
-            "evaluation": evaluation,
-            "examples": examples,
-        }
-        jobs += [Job(seed=seed, config=plain, **options) for seed, plain in plains]
+        job = partial(Job, data=data, variant=variant, evaluation=evaluation, examples=examples)
+        jobs += [job(seed=seed, config=plain) for seed, plain in plains]
     has_other = {n for n, own in variants.items() if _has_other_batches(own, f"{path}: {n}")}
     _check_comparable([job for job in jobs if job.variant not in has_other], path)
-    guides = [guide for job in jobs if (guide := lgvq_block(job.config).get("guide"))]
-    if guides and "guide" not in evaluation:
-        jobs = [replace(job, evaluation={**evaluation, "guide": guides[0]}) for job in jobs]
+    guides = (guide for job in jobs if (guide := lgvq_block(job.config).get("guide")))
+    if (guide := next(guides, None)) and "guide" not in evaluation:
+        jobs = [replace(job, evaluation={**evaluation, "guide": guide}) for job in jobs]
     return Plan(
         title=str(given.get("title") or path.stem),
         references=references,
@@ -107,8 +103,8 @@ def apply_changes(config: DictConfig, changes: Any, where: str = "changes") -> D
         >>> short.training.seed, short.model.params.lossconfig.params.lgvq.recipe
         (3, 'paper')
     """
-    if isinstance(changes, str) or not isinstance(changes, Mapping | Sequence):
-        raise ConfigError(f"{where}: expected a mapping or a list of key=value, got {changes!r}")
+    holds = isinstance(changes, Mapping | Sequence) and not isinstance(changes, str)
+    require(holds, where, "a mapping or a list of key=value", changes)
     try:
         if not isinstance(changes, Mapping):
             return lay_over(config, read_config([], [str(change) for change in changes]))
@@ -165,8 +161,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     name = given.pop("extends", None)
     if name is None:
         return given
-    if not isinstance(name, str):
-        raise ConfigError(f"{path}: extends: expected the path of one plan, got {name!r}")
+    require(isinstance(name, str), f"{path}: extends", "the path of one plan", name)
     parent, extending = path.parent / name, (*extending, path.resolve())
     if parent.resolve() in extending:
         raise ConfigError(f"{path}: extends: {name!r} extends this plan in turn")
@@ -190,15 +185,14 @@ def _described(changes: Any) -> dict[str, Any]:
 def _has_other_batches(changes: Any, where: str) -> bool:
     """Whether a variant may see other batches than the rest, as a longer training does."""
     given = changes.get("other_batches", False) if isinstance(changes, Mapping) else False
-    if not isinstance(given, bool):
-        raise ConfigError(f"{where}: other_batches: expected true or false, got {given!r}")
+    require(isinstance(given, bool), f"{where}: other_batches", "true or false", given)
     return given
 
 
 def _names_to_changes(given: Any, where: str) -> dict[str, Any]:
     """Check a mapping whose keys become names of folders."""
-    if not isinstance(given, Mapping) or not given:
-        raise ConfigError(f"{where}: expected a mapping of names to changes, got {given!r}")
+    is_mapping = isinstance(given, Mapping) and len(given) > 0
+    require(is_mapping, where, "a mapping of names to changes", given)
     for name in given:
         if not re.fullmatch(r"[\w.+]+", str(name)):
             allowed = "letters, digits, dots, + and _"
@@ -227,8 +221,7 @@ def _seeds(given: Any, path: Path) -> list[int]:
 
 def _evaluation(given: Any, path: Path) -> dict[str, Any]:
     """Check `evaluation:`, an evaluation block plus `metrics`."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{path}: evaluation: expected a mapping, got {given!r}")
+    require(isinstance(given, Mapping), f"{path}: evaluation", "a mapping", given)
     evaluation = to_plain(given)
     metrics = evaluation.get("metrics")
     if metrics is not None and not isinstance(metrics, list):
@@ -247,8 +240,8 @@ def _evaluation(given: Any, path: Path) -> dict[str, Any]:
 def _bases(given: Any, path: Path) -> list[Path]:
     """Return the configs of a `base:`, relative to the plan or else to the working directory."""
     names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: base: expected the path of a config or a list, got {given!r}")
+    are_paths = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    require(are_paths, f"{path}: base", "the path of a config or a list", given)
     return [
         near if (near := path.parent / name).exists() or not Path(name).exists() else Path(name)
         for name in names
@@ -260,9 +253,7 @@ def _seeded(config: DictConfig, seed: int, overrides: Sequence[str], where: str)
     given = read_config([], overrides)
     if OmegaConf.select(given, "training.seed") is not None:
         raise ConfigError("training.seed comes from the plan: use --seeds, or `seeds:` in the plan")
-    changed = lay_over(
-        lay_over(config, given) if overrides else config, {"training": {"seed": seed}}
-    )
+    changed = lay_over(lay_over(config, given), {"training": {"seed": seed}})
     try:
         plain = Sections.from_config(changed).plain
         loss, block = loss_section(plain), lgvq_block(plain)

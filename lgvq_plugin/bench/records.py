@@ -133,6 +133,15 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Originals and reconstructions of the same images."""
+
+    rows: dict[str, list[str]]  # paths of the originals, then those of each variant
+    captions: list[str]  # of each image
+    seeds: list[int]  # of the trainings
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """All runs of a plan, stored in results.json."""
 
@@ -146,13 +155,21 @@ class Results:
         """Names of the data sets, in the order of the plan."""
         return list(dict.fromkeys(run.data for run in self.runs))
 
-    def example_runs(self, data: str) -> dict[str, Run]:
-        """Return the first run with examples of each variant on a data set."""
-        found: dict[str, Run] = {}
-        for run in self.runs:
-            if run.data == data and run.examples:
-                found.setdefault(run.variant, run)
-        return {name: found[name] for name in self.variants if name in found}
+    def examples(self, data: str) -> "Examples | None":
+        """Return the examples of each variant's first run on a data set that has any."""
+        found = {r.variant: r for r in reversed(self.runs) if r.data == data and r.examples}
+        runs = {name: found[name] for name in self.variants if name in found}
+        if not runs:
+            return None
+        first = next(iter(runs.values())).examples
+        rows = {"original": [each["original"] for each in first]}
+        rows |= {name: [each["reconstruction"] for each in r.examples] for name, r in runs.items()}
+        columns = min(map(len, rows.values()))
+        return Examples(
+            rows={name: paths[:columns] for name, paths in rows.items()},
+            captions=[each.get("caption", "") for each in first[:columns]],
+            seeds=sorted({run.seed for run in runs.values()}),
+        )
 
     def save(self, path: Path) -> None:
         """Write the results atomically."""
@@ -232,6 +249,16 @@ class Cell:
         return FAINT_MARKS[(found.value > 0) == self.higher_is_better]
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file; ConfigError if it is missing or cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {str(path)!r}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+
+
 def read_record(path: Path, cls: type[T]) -> T:
     """Read a dataclass or TypedDict from a JSON file.
 
@@ -239,12 +266,7 @@ def read_record(path: Path, cls: type[T]) -> T:
         ConfigError: if the file is missing or not JSON, or a key is missing, unknown or of the
             wrong type.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no file {str(path)!r}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON mapping, got {type(value).__name__}")
     try:

@@ -2,21 +2,21 @@
 
 import json
 import math
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from ..files import write_text
-from .page import counted, data_uri, example_file, finite, fragment, number, page
+from .page import counted, data_uri, example_file, finite, fragment, page
 from .records import CONFIDENCE, FAINT_MARKS, Cell, Difference, Results, csv_text
 from .statistics import mean_and_sd
 
+LEVEL = f"{CONFIDENCE * 100:.0f}"
+RATE = f"false discovery rate of {(1 - CONFIDENCE) * 100:.0f} %"
 MAX_PER_IMAGE = 300_000  # per-image values in the page
 SECTIONS = {
     "summary": "Summary",
@@ -70,7 +70,8 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path, *, root: P
         grids=_grids(results, root),
         costs=_costs(results),
         runs=runs,
-        **_settings(results),
+        variants=results.variants,
+        evaluation=_done(results),
         **_raw(results, cells),
     )
     write_text(path, text)
@@ -91,21 +92,18 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
                 has_mean = any(cell.mean is not None for cell in own)
                 if has_mean and variant not in results.references[: i + 1]:
                     comparisons.append(_comparison(variant, reference, data, own))
-    undone: dict[str, list[tuple[str, int]]] = {}
-    for status, word in (("failed", "Failed"), ("missing", "Not run yet")):
-        runs = [run for run in results.runs if run.status == status]
-        places = groupby(f"{run.data}/{run.variant}".lstrip("/") for run in runs)
-        undone[word] = [(name, len([*same])) for name, same in places]
+    undone: dict[str, Counter[str]] = {"Failed": Counter(), "Not run yet": Counter()}
+    for run in results.runs:
+        if run.status != "done":
+            word = "Failed" if run.status == "failed" else "Not run yet"
+            undone[word][f"{run.data}/{run.variant}".lstrip("/")] += 1
     lines = fragment(
         "summary.html",
         comparisons=comparisons,
-        judged=len(judged),
-        has_one_seed=any(d.seeds == 1 for d in judged),
-        significant=sum(bool(d.verdict) for d in judged),
-        alone=sum(d.excludes_zero for d in judged),
-        rate=_rate(),
-        expected=(1 - CONFIDENCE) * len(judged),
-        confidence=f"{CONFIDENCE * 100:.0f}",
+        judged=judged,
+        rate=RATE,
+        alpha=1 - CONFIDENCE,
+        confidence=LEVEL,
         undone=undone,
         base=results.references[0],
         costs=[r for r in _costs(results) if r["ratio"] and r["variant"] != results.references[0]],
@@ -114,28 +112,15 @@ def sentences(results: Results, cells: Sequence[Cell]) -> list[Markup]:
 
 
 def _comparison(variant: str, reference: str, data: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return what the sentence on a variant says: its pairs with a reference by verdict."""
+    """Return what a sentence is about: a variant's pairs with a reference, clear ones first."""
     pairs = [(cell, d) for cell in cells if (d := cell.to(reference))]
     judged = [(cell, d) for cell, d in pairs if _is_judged(cell, d)]
     judged.sort(key=lambda pair: -_clarity(pair[1]))
-    verdicts = {v: [pair for pair in judged if pair[1].verdict == v] for v in ("better", "worse")}
-    return {
-        "names": (variant, data, reference),
-        "seeds": pairs[0][1].seeds if pairs else 0,
-        "is_judged": bool(judged),
-        "verdicts": {verdict: found for verdict, found in verdicts.items() if found},
-        "faint": sum(d.excludes_zero and not d.verdict for _, d in judged),
-        "open": tally(cells, reference)["open"],
-        "bare": sum(d.low is None and cell.higher_is_better is not None for cell, d in pairs),
-    }
+    return {"names": (variant, data, reference), "pairs": pairs, "judged": judged}
 
 
 def _is_judged(cell: Cell, difference: Difference) -> bool:
     return difference.low is not None and cell.higher_is_better is not None
-
-
-def _rate() -> str:
-    return f"false discovery rate of {(1 - CONFIDENCE) * 100:.0f} %"
 
 
 def _clarity(d: Difference) -> float:
@@ -179,7 +164,7 @@ def _differences(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "pairs": [(cell, d, reach[cell.data, cell.metric]) for cell, d in pairs],
         "pairs_of": (_span([d.seeds for _, d in pairs], "seed"), _images([c for c, _ in pairs])),
-        "confidence": f"{CONFIDENCE * 100:.0f}",
+        "confidence": LEVEL,
         "correction": _correction(cells),
         "alpha": 1 - CONFIDENCE,
         "has_many": len(results.references) > 1,
@@ -193,14 +178,14 @@ def _caption(results: Results, shown: Sequence[Cell], cells: Sequence[Cell]) -> 
     return (
         f"Mean ± standard deviation over {seeds}, on {_images(shown)}. ▲ better or ▼ worse than "
         f"{results.references[0]}: {_correction(cells)}. △ or ▽: only the "
-        f"{CONFIDENCE * 100:.0f} % interval of the paired difference, uncorrected, excludes zero."
+        f"{LEVEL} % interval of the paired difference, uncorrected, excludes zero."
     )
 
 
 def _correction(cells: Sequence[Cell]) -> str:
     count = sum(_is_judged(cell, d) for cell in cells for d in cell.differences)
     return (
-        f"significant at a {_rate()} over the {counted(count, 'comparison')} of this report "
+        f"significant at a {RATE} over the {counted(count, 'comparison')} of this report "
         "(Benjamini–Hochberg)"
     )
 
@@ -220,25 +205,13 @@ def _grids(results: Results, root: Path) -> list[dict[str, Any]]:
     """The first images of one seed per data set: originals, then reconstructions per variant."""
     grids = []
     for data in results.datasets:
-        runs = results.example_runs(data)
-        if not runs:
-            continue
-        first = next(iter(runs.values())).examples
-        columns = min(len(run.examples) for run in runs.values())
-        paths = {"original": [example["original"] for example in first]}
-        paths |= {name: [e["reconstruction"] for e in run.examples] for name, run in runs.items()}
-        rows = [
-            (name, [_uri(example_file(root, path)) for path in own[:columns]])
-            for name, own in paths.items()
-        ]
-        captions = [example.get("caption", "") for example in first]
-        grid = {"data": data, "columns": columns, "rows": rows, "captions": captions}
-        grids.append({**grid, "seeds": sorted({run.seed for run in runs.values()})})
+        if found := results.examples(data):
+            rows = {
+                name: [data_uri(example_file(root, path).read_bytes(), "image/png") for path in own]
+                for name, own in found.rows.items()
+            }
+            grids.append({**vars(found), "data": data, "rows": rows})
     return grids
-
-
-def _uri(path: Path) -> str:
-    return data_uri(path.read_bytes(), "image/png")
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
@@ -258,32 +231,9 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _settings(results: Results) -> dict[str, Any]:
-    """Changes and config of each variant; settings and environment of the evaluation."""
-    settings = [
-        (
-            variant,
-            _yaml(shown["changes"]) if shown.get("changes") else "nothing\n",
-            _yaml(shown["config"]) if shown.get("config") else "",
-        )
-        for variant, shown in results.variants.items()
-    ]
-    done = _done(results)
-    given = {"Evaluation": done.get("settings"), "Environment": done.get("environment")}
-    return {
-        "settings": settings,
-        "evaluation": {title: _yaml(value) for title, value in given.items() if value},
-    }
-
-
 def _done(results: Results) -> Mapping[str, Any]:
     """Return the evaluation of the first finished run, or {}."""
     return next((run.evaluation for run in results.runs if run.status == "done"), {})
-
-
-def _yaml(value: Any) -> str:
-    plain = json.loads(json.dumps(finite(value), default=str))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=88)
 
 
 def _raw(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -297,15 +247,12 @@ def _raw(results: Results, cells: Sequence[Cell]) -> dict[str, Any]:
     for row in metrics if is_large else ():
         row["per_image"] = None
     content = {"results": plain, "cells": [asdict(cell) for cell in cells]}
-    files = {
-        "results.json": (json.dumps(finite(content), default=str), "application/json"),
-        "values.csv": (values_csv(results), "text/csv"),
-        "differences.csv": (differences_csv(cells), "text/csv"),
-    }
-    downloads = {
-        name: data_uri(text.encode(), f"{kind};charset=utf-8")
-        for name, (text, kind) in files.items()
-    }
+    files = [
+        ("results.json", "application/json", json.dumps(finite(content), default=str)),
+        ("values.csv", "text/csv", values_csv(results)),
+        ("differences.csv", "text/csv", differences_csv(cells)),
+    ]
+    downloads = {n: data_uri(text.encode(), f"{kind};charset=utf-8") for n, kind, text in files}
     return {"downloads": downloads, "left_out": values if is_large else 0}
 
 
@@ -317,46 +264,25 @@ def markdown(results: Results, cells: Sequence[Cell], pictures: Sequence[str] = 
 
     `cells` are what `statistics.compare` returns, `pictures` paths relative to the Markdown file.
     """
-    lines = [f"# {_escaped(results.title)}", ""]
-    lines += [f"- {_escaped(line.striptags())}" for line in sentences(results, cells)]
+    tables = []
     for data in results.datasets:
         own = [cell for cell in cells if cell.data == data]
-        if not own:
-            continue
-        judged = [cell for cell in own if cell.higher_is_better is not None]
-        controls = [cell for cell in own if cell.higher_is_better is None]
-        lines += ["", *([f"## {_escaped(data)}", ""] if data else []), *_table(results, judged)]
-        lines += ["", _escaped(_caption(results, own, cells))]
-        if controls:
-            lines += ["", "Controls (neither direction is better):", ""]
-            lines += _table(results, controls)
-    lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
-    return "\n".join(lines) + "\n"
-
-
-def _table(results: Results, cells: Sequence[Cell]) -> list[str]:
-    variants, reference = list(results.variants), results.references[0]
-    lines = [f"| | {' | '.join(map(_escaped, variants))} |", f"|---|{'---:|' * len(variants)}"]
-    for metric in dict.fromkeys(cell.metric for cell in cells):
-        row = {cell.variant: cell for cell in cells if cell.metric == metric}
-        first = next(iter(row.values()))
-        arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
-        unit = f" ({first.unit})" if first.unit else ""
-        values = []
-        for cell in map(row.get, variants):
-            if cell is None or cell.mean is None:
-                values.append("–")
-                continue
-            spread = f" ± {number(cell.sd, digits=2)}" if cell.sd is not None else ""
-            values.append(f"{number(cell.mean)}{spread}{cell.mark(reference)}")
-        lines.append(f"| {_escaped(metric + unit)}{arrow} | {' | '.join(values)} |")
-    return lines
-
-
-def _escaped(text: str) -> str:
-    r"""Escape Markdown: "a|<b>" -> "a\|&lt;b>"."""
-    text = " ".join(text.split())
-    return re.sub(r"([|\[\]`])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+        judged: dict[str, dict[str, Cell]] = {}
+        controls: dict[str, dict[str, Cell]] = {}
+        for cell in own:
+            rows = controls if cell.higher_is_better is None else judged
+            rows.setdefault(cell.metric, {})[cell.variant] = cell
+        if own:
+            tables.append((data, judged, controls, _caption(results, own, cells)))
+    return fragment(
+        "report.md",
+        title=results.title,
+        sentences=sentences(results, cells),
+        tables=tables,
+        variants=[*results.variants],
+        reference=results.references[0],
+        pictures=pictures,
+    )
 
 
 def values_csv(results: Results) -> str:

@@ -34,7 +34,7 @@ class Case:
     title: str
     config: str
     guide: str
-    batch_sizes: Mapping[str, int]
+    batch_sizes: Mapping[str, int] = field(default_factory=lambda: {"cpu": 16, "cuda": 64})
     size: int = 64
     params: Mapping[str, Any] = field(default_factory=dict)
     lgvq: Mapping[str, Any] = field(default_factory=dict)
@@ -43,14 +43,12 @@ class Case:
     target: float
 
 
-_BATCH = {"cpu": 16, "cuda": 64}
 CASES = (
     Case(
         name="vqgan",
         title="VQGAN 64 px, ch 32, live ViT-B/32 text tower",
         config="vqgan_scenes_64",
         guide="live",
-        batch_sizes=_BATCH,
         target=1.25,
     ),
     Case(
@@ -58,7 +56,6 @@ CASES = (
         title="the same, captions that were not encoded before",
         config="vqgan_scenes_64",
         guide="live",
-        batch_sizes=_BATCH,
         new_captions=True,
         target=1.25,
     ),
@@ -67,7 +64,6 @@ CASES = (
         title="VQGAN 64 px, ch 32, cached text features",
         config="vqgan_scenes_64",
         guide="cached",
-        batch_sizes=_BATCH,
         target=1.15,
     ),
     Case(
@@ -95,7 +91,6 @@ CASES = (
         title="LG-VQ in `lgvq train` / bare VQGAN with taming's two forward passes",
         config="vqgan_scenes_64",
         guide="cached",
-        batch_sizes=_BATCH,
         two_forward=True,
         target=0.8,
     ),
@@ -148,12 +143,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
     parser.add_argument("--device", help="default: cuda if available")
     parser.add_argument("--compile", action="store_true", help="with lgvq.compile: true")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of CLIP's text tower (default: float32)",
-    )
+    dtypes: Any = {"choices": ("float32", "bfloat16"), "default": "float32"}
+    parser.add_argument("--dtype", **dtypes, help="of CLIP's text tower (default: float32)")
     parser.add_argument(
         "--growth", action="store_true", help="also time the heads at other sizes of batch, grid, "
         "caption, codebook and vocabulary"
@@ -206,14 +197,8 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=len(chosen) * given.rounds, disable=given.no_progress, unit="round") as bar:
         for case in chosen:
             bar.set_postfix_str(case.name)
-            result = measure(
-                case,
-                device=device,
-                rounds=given.rounds,
-                steps=given.steps,
-                clip={**CLIP, "dtype": given.dtype},
-                progress=bar.update,
-            )
+            options = {"rounds": given.rounds, "steps": given.steps, "progress": bar.update}
+            result = measure(case, device=device, clip={**CLIP, "dtype": given.dtype}, **options)
             add(cases=[*found["cases"], result.to_dict()])
     if given.growth:
         add(growth=growth(device, block={"compile": given.compile}))

@@ -27,10 +27,10 @@ would bound the probability of a single wrong mark, which three to five seeds ca
 metrics of the same runs (recalls at 1, 5 and 10) are of the second kind.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,20 +72,17 @@ def correct(cells: Sequence[Cell]) -> list[Cell]:
     Returns:
         The cells with new `p_adjusted` and `verdict`, which depend on `p` only.
     """
-    counted = [d.p for cell in cells for d in cell.differences if _is_counted(cell, d)]
-    adjusted = iter(benjamini_hochberg([p for p in counted if p is not None]).tolist())
+    pairs = [(cell, d) for cell in cells for d in cell.differences]
+    counted = [d.p for cell, d in pairs if d.p is not None and cell.higher_is_better is not None]
+    adjusted = iter(benjamini_hochberg(counted).tolist())
 
     def judged(cell: Cell, d: Difference) -> Difference:
-        if not _is_counted(cell, d):
+        if d.p is None or cell.higher_is_better is None:
             return d
         p = next(adjusted)
         return replace(d, p_adjusted=p, verdict=_verdict(d.value, p, cell.higher_is_better))
 
     return [replace(c, differences=tuple(judged(c, d) for d in c.differences)) for c in cells]
-
-
-def _is_counted(cell: Cell, difference: Difference) -> bool:
-    return difference.p is not None and cell.higher_is_better is not None
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
@@ -231,11 +228,11 @@ def estimate(differences: np.ndarray, *, confidence: float = CONFIDENCE) -> Esti
     """
     mean, spread = float(np.mean(differences)), Spread.of(differences)
     scale = float(np.sqrt(spread.seeds + spread.images))
-    half = 0.0
-    if scale > 0:
-        half = scale * brentq(
-            lambda width: float(spread.p_value(width * scale)) - (1 - confidence), 0, 1e6
-        )
+
+    def excess(width: float) -> float:
+        return float(spread.p_value(width * scale)) - (1 - confidence)
+
+    half = scale * brentq(excess, 0, 1e6) if scale > 0 else 0.0
     return Estimate(mean - half, mean + half, float(spread.p_value(mean)))
 
 
@@ -302,7 +299,4 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the mean and the sample standard deviation (None for fewer than two values)."""
     if not values:
         return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2 or min(values) == max(values):
-        return mean, None if len(values) < 2 else 0.0
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return fmean(values), stdev(values) if len(values) > 1 else None

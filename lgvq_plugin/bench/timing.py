@@ -7,8 +7,8 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import InitVar, asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from .speed import Case
 
 CLIP = {"use": "open_clip", "model": "ViT-B-32", "pretrained": None}  # speed needs no weights
 BATCHES = 16  # different batches, so that captions vary as in training
+Timer = Callable[[str], AbstractContextManager[Any]]
 LATE = 10**7  # a step at which the discriminator takes part
 
 
@@ -73,6 +74,7 @@ class Result:
         }
 
 
+@dataclass
 class Step:
     """One training step of a taming-style host: both optimizers, one forward pass or two.
 
@@ -85,22 +87,18 @@ class Step:
         new_captions: forget the captions of earlier steps.
     """
 
-    def __init__(
-        self,
-        host: Any,
-        device: torch.device,
-        *,
-        two_forward: bool = False,
-        new_captions: bool = False,
-    ):
-        self.host, self.device, self.two_forward = host.to(device).train(), device, two_forward
-        self.new_captions = new_captions
-        host.learning_rate = 1e-5
-        made = host.configure_optimizers()
+    host: Any
+    device: InitVar[torch.device]
+    two_forward: bool = False
+    new_captions: bool = False
+
+    def __post_init__(self, device: torch.device) -> None:
+        self.host.to(device).train().learning_rate = 1e-5
+        made = self.host.configure_optimizers()
         self.optimizers = list(made[0] if isinstance(made, tuple) else made)
 
-    def __call__(self, batch: Mapping[str, Any], parts: "Parts") -> None:
-        """Update all weights on one batch."""
+    def __call__(self, batch: Mapping[str, Any], parts: Timer = nullcontext) -> None:
+        """Update all weights on one batch; `parts` is called with the name of each part."""
         if self.new_captions:
             self.host.loss.alignment.texts.forget()
         x = self.host.get_input(batch, self.host.image_key)
@@ -111,15 +109,8 @@ class Step:
                 if which > 0 and self.two_forward:
                     output = self.host(x)
                 with parts("losses"):
-                    loss, _ = self.host.loss(
-                        output[1],
-                        x,
-                        output[0],
-                        which,
-                        LATE,
-                        last_layer=self.host.get_last_layer(),
-                        split="train",
-                    )
+                    given: Any = {"last_layer": self.host.get_last_layer(), "split": "train"}
+                    loss, _ = self.host.loss(output[1], x, output[0], which, LATE, **given)
                 with parts("backward"):
                     loss.backward()
                 with parts("optimizer"):
@@ -130,14 +121,9 @@ class Step:
 @contextmanager
 def _only(optimizer: Any, optimizers: Sequence[Any]) -> Iterator[None]:
     """Switch off gradients of parameters that other optimizers alone hold, as Lightning does."""
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    others = [
-        p
-        for other in optimizers
-        for group in other.param_groups
-        for p in group["params"]
-        if id(p) not in mine and p.requires_grad
-    ]
+    held = [{p for group in each.param_groups for p in group["params"]} for each in optimizers]
+    mine = held[optimizers.index(optimizer)]
+    others = [p for p in set().union(*held) - mine if p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
     try:
@@ -182,12 +168,6 @@ class Parts:
         return time.perf_counter()
 
 
-class _NoParts(Parts):
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        yield
-
-
 def measure(
     case: Case,
     *,
@@ -208,41 +188,36 @@ def measure(
         progress: called after every round.
     """
     batch_size = case.batch_sizes[device.type]
-    captions = _captions(BATCHES * batch_size)
+    scenes = Scenes("train", size=32, length=BATCHES * batch_size)
+    captions = [scenes.captions_of(i)[0] for i in range(len(scenes))]
     with TemporaryDirectory() as folder:
         guide = _guide(case, captions, Path(folder), device, clip)
-        size = case.size
-        batches = [
-            {
-                "image": 2 * torch.rand(batch_size, size, size, 3, device=device) - 1,
-                "caption": captions[i * batch_size : (i + 1) * batch_size],
-            }
-            for i in range(BATCHES)
+        shape = (batch_size, case.size, case.size, 3)
+        texts = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
+        batches: list[dict[str, Any]] = [
+            {"image": 2 * torch.rand(shape, device=device) - 1, "caption": some} for some in texts
         ]
         step_of = {
             "bare": Step(_host(case, None), device, two_forward=case.two_forward),
             "lgvq": Step(_host(case, guide), device, new_captions=case.new_captions),
         }
-        silent = _NoParts(device)
         heads = step_of["lgvq"].host.loss.alignment
         for batch in batches:  # as in later epochs
-            texts = batch["caption"]
-            heads.texts.encode(heads.guide, texts, heads.guide.tokenize(texts), [], device)
+            some = batch["caption"]
+            heads.texts.encode(heads.guide, some, heads.guide.tokenize(some), [], device)
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
             for batch in batches[:2]:
-                step(batch, silent)
+                step(batch)
         memory = {name: _peak(step, batches[0], device) for name, step in step_of.items()}
         taken: dict[str, list[float]] = {name: [] for name in step_of}
-        position = 0
+        clock, order = Parts(device), [*step_of]
         for number in range(rounds):
-            for name in (*step_of,) if number % 2 == 0 else (*reversed(step_of),):
-                _synchronize(device)
-                begin = time.perf_counter()
-                for i in range(steps):
-                    step_of[name](batches[(position + i) % BATCHES], silent)
-                _synchronize(device)
-                taken[name].append((time.perf_counter() - begin) / steps)
-            position += steps
+            for name in order:
+                with clock(name):
+                    for i in range(number * steps, (number + 1) * steps):
+                        step_of[name](batches[i % BATCHES])
+                taken[name].append(clock.seconds.pop(name) / steps)
+            order.reverse()
             if progress is not None:
                 progress()
         parts = _parts(step_of["lgvq"], batches[: max(2, steps)], device)
@@ -256,18 +231,13 @@ def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     heads: Alignment | None = getattr(step.host.loss, "alignment", None)
-    states = [
-        value
-        for each in step.optimizers
-        for state in each.state.values()
-        for value in state.values()
-    ]
-    held = [*step.host.parameters(), *step.host.buffers(), *states]
+    held = [*step.host.parameters(), *step.host.buffers()]
+    held += [v for each in step.optimizers for s in each.state.values() for v in s.values()]
     held += heads.guide.weights().values() if heads is not None else []
     size = sum(each.nbytes for each in held if isinstance(each, Tensor))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    step(batch, _NoParts(device))
+    step(batch)
     _synchronize(device)
     return (size + torch.cuda.max_memory_allocated(device) - before) / 2**20
 
@@ -275,15 +245,14 @@ def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
 def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, float]:
     """Return seconds per step by part; wraps the methods of the step's host for good."""
     parts = Parts(device)
-    heads: Alignment | None = getattr(step.host.loss, "alignment", None)
-    if heads is not None:
-        for method in ("encode", "encode_apart"):
-            parts.wrap(heads.guide, method, "text encoder")
-        parts.wrap(heads.guide, "tokenize", "tokenizer")
-        is_compiled = getattr(heads.code_vit, "_compiled_call_impl", None) is not None
-        parts.wrap(heads.code_vit, "_compiled_call_impl" if is_compiled else "forward", "code-ViT")
-        for name, objective in heads.objectives.items():
-            parts.wrap(objective, "forward", name)
+    heads: Alignment = step.host.loss.alignment
+    for method in ("encode", "encode_apart"):
+        parts.wrap(heads.guide, method, "text encoder")
+    parts.wrap(heads.guide, "tokenize", "tokenizer")
+    is_compiled = getattr(heads.code_vit, "_compiled_call_impl", None) is not None
+    parts.wrap(heads.code_vit, "_compiled_call_impl" if is_compiled else "forward", "code-ViT")
+    for name, objective in heads.objectives.items():
+        parts.wrap(objective, "forward", name)
     collected: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         parts.seconds.clear()
@@ -307,25 +276,15 @@ def _host(case: Case, guide: Mapping[str, Any] | None) -> nn.Module:
     return build_host({"model": model})
 
 
-def _captions(count: int) -> list[str]:
-    scenes = Scenes("train", size=32, length=count)
-    return [scenes.captions_of(i)[0] for i in range(count)]
-
-
 def _guide(
-    case: Case,
-    captions: Sequence[str],
-    folder: Path,
-    device: torch.device,
-    clip: Mapping[str, Any],
+    case: Case, captions: Sequence[str], folder: Path, device: torch.device, clip: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the guide block of a case; cached features are written to `folder`."""
     if case.guide == "micro_clip":
         return {"use": "micro_clip"}
     if case.guide == "live":
         return dict(clip)
-    source = build_guide(clip)
-    source.to(device)
+    source = build_guide(clip).to(device)
     _, written = CachedGuide.write(folder, source, captions, block={**clip, **source.config})
     for _ in written:
         pass
@@ -427,14 +386,11 @@ def growth(
     Returns:
         Rows of {"varies", **sizes, "seconds"}: the median over `repeats`.
     """
-    rows = []
-    for name, values in GROWTH.items():
-        for value in values:
-            size = Size(**{name: value})
-            rows.append(
-                {"varies": name, **asdict(size), "seconds": _heads(size, device, repeats, block)}
-            )
-    return rows
+    sizes = [(name, Size(**{name: value})) for name, values in GROWTH.items() for value in values]
+    return [
+        {"varies": name, **asdict(size), "seconds": _heads(size, device, repeats, block)}
+        for name, size in sizes
+    ]
 
 
 def _heads(
@@ -444,30 +400,25 @@ def _heads(
     heads = Alignment(parse(block), guide, code_dim=256).to(device)
     side = int(size.tokens**0.5)
     codebook = torch.randn(size.codes, 256, device=device)
-    taken = []
+    clock, taken = Parts(device), []
     for step in range(repeats + 1):
         indices = torch.randint(size.codes, (size.batch, size.tokens), device=device)
         vectors = codebook[indices].requires_grad_()
         codes = Codes(codes=vectors, indices=indices, grid=(side, side), codebook=codebook)
         captions = [f"caption {i} of step {step}" for i in range(size.batch)]
-        _synchronize(device)
-        begin = time.perf_counter()
-        heads(codes, captions, step=step)[0].backward()
-        _synchronize(device)
-        taken.append(time.perf_counter() - begin)
+        with clock("heads"):
+            heads(codes, captions, step=step)[0].backward()
+        taken.append(clock.seconds.pop("heads"))
     return statistics.median(taken[1:])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what the numbers depend on: processor, threads, versions, commit."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-        commit = done.stdout.strip() or None
-    except OSError:
-        commit = None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = None
+    with suppress(OSError):
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "device": gpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

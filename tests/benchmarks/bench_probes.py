@@ -30,7 +30,7 @@ def measure(share, train, test):
 
     from lgvq_plugin.bench.evaluation import METRICS, build_context
     from lgvq_plugin.bench.metrics import captions
-    from lgvq_plugin.bench.probes import image_judge
+    from lgvq_plugin.bench.probes import classifiers
     from lgvq_plugin.hosts.vqvae import VQVAE
     from lgvq_plugin.sockets import ConfigError
 
@@ -39,9 +39,9 @@ def measure(share, train, test):
 
     for module in (captions, sys.modules["lgvq_plugin.bench.measures"]):
         module.meteor_score = no_java
-    options = image_judge.ImageJudge.train_on.__kwdefaults__
-    steps = round(share * image_judge.CONFIG.steps)
-    options["config"] = dataclasses.replace(image_judge.CONFIG, steps=max(2, steps))
+    options = classifiers.ImageJudge.train_on.__kwdefaults__
+    steps = round(share * classifiers.CONFIG.steps)
+    options["config"] = dataclasses.replace(classifiers.CONFIG, steps=max(2, steps))
     logging.disable()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -55,14 +55,11 @@ def meteor_score(hypotheses: Sequence[str], references: References) -> float:
     _require_java("METEOR needs Java: no `java` on the PATH")
     given, wanted = _tables(hypotheses, references)
     scorer = _scorer("meteor.meteor", "Meteor")()
-    process = scorer.meteor_p
-    try:
-        return float(scorer.compute_score(wanted, given)[0])
-    finally:
-        for stream in (process.stdin, process.stdout, process.stderr):
-            stream.close()
-        process.kill()
-        process.wait()
+    with scorer.meteor_p as process:
+        try:
+            return float(scorer.compute_score(wanted, given)[0])
+        finally:
+            process.kill()
 
 
 def tokenize_words(sentence: str) -> str:

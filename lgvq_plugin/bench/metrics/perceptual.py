@@ -1,12 +1,17 @@
-"""LPIPS v0.1 by torchmetrics, with a backbone from a file, so that no download is needed."""
+"""LPIPS v0.1 by torchmetrics, with a backbone from a file, so that no download is needed.
+
+And CLIP score, 100 times the cosine of an image's and a text's CLIP features, 0 if negative:
+written here because torchmetrics' version (1.9) fails with transformers 5.
+"""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -14,8 +19,9 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from ...checkpoints.read import read_raw
 from ...sockets import ConfigError, suggest
-from .reconstruction import eight_bit
+from .reconstruction import eight_bit, to_uint8
 
+BATCH = 32  # of CLIP
 NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
 
@@ -67,6 +73,49 @@ class PerceptualDistance(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `lpips_<net>`; nan without images."""
         return {f"lpips_{self.net}": self.total / self.count}
+
+
+class CLIPScorer:
+    """Score how well texts describe images, with a CLIP model of transformers.
+
+    `model` is a folder with its weights, or a name on the hub.
+
+    Raises:
+        ConfigError: if transformers is not installed, or the model cannot be loaded.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            import transformers
+
+            self._network = transformers.CLIPModel.from_pretrained(model).float().eval()
+            self._processor = transformers.CLIPProcessor.from_pretrained(model)
+        except ImportError as error:
+            raise ConfigError(f"CLIP score: {error}; pip install 'lgvq_plugin[hf]'") from error
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"evaluation.clip_score: no CLIP model at {model!r} "
+                f"({str(error).splitlines()[0]}); expected a folder with weights of transformers, "
+                "or a name on the hub"
+            ) from error
+        self.settings = {"implementation": "100 max(cosine, 0)", "model": model}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the CLIP score of each pair, (M,) float32 in [0, 100] (Hessel et al. 2021).
+
+        Images (M, 3, H, W) in [-1, 1] are rounded to 8 bits, long captions truncated.
+        """
+        network = self._network.to(images.device)
+        pixels = to_uint8(images).cpu()
+        scores = []
+        for rows in torch.arange(len(pixels)).split(BATCH):
+            texts = [captions[row] for row in rows.tolist()]
+            options = {"return_tensors": "pt", "padding": True, "truncation": True}
+            inputs = self._processor(text=texts, images=list(pixels[rows]), **options)
+            output = network(**inputs.to(images.device))
+            scores.append(F.cosine_similarity(output.image_embeds, output.text_embeds).cpu())
+        return 100 * torch.cat(scores).clamp(min=0)
 
 
 def perceptual_network(net: str, backbone: str | Path | None) -> tuple[_NoTrainLpips, str]:

@@ -4,19 +4,19 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, Literal, TypeVar
 
 MEMBERS = {
-    "retrieval": "retrieval.RetrievalProbe",
-    "attributes": "attributes.AttributesProbe",
+    "retrieval": "ridge.RetrievalProbe",
+    "attributes": "ridge.AttributesProbe",
     "linear_probe": "classifiers.LinearProbe",
     "knn": "classifiers.NearestNeighbors",
-    "masked_words": "masked_words.MaskedWordsProbe",
-    "captioning": "captioning.CaptioningProbe",
-    "vqa": "vqa.VQAProbe",
+    "masked_words": "language.MaskedWordsProbe",
+    "captioning": "language.CaptioningProbe",
+    "vqa": "language.VQAProbe",
     "text_to_image": "text_to_image.TextToImageProbe",
-    "unconditional": "synthesis.SynthesisProbe",
-    "class_to_image": "synthesis.SynthesisProbe",
-    "semantic_to_image": "synthesis.SynthesisProbe",
+    "unconditional": "text_to_image.SynthesisProbe",
+    "class_to_image": "text_to_image.SynthesisProbe",
+    "semantic_to_image": "text_to_image.SynthesisProbe",
     "grounding": "grounding.GroundingProbe",
-    "image_judge": "image_judge.ImageJudge",
+    "image_judge": "classifiers.ImageJudge",
 }
 
 Source = TypeVar("Source")

@@ -144,7 +144,7 @@ class CodeCollector:
             return FrozenCodes(first.grid, indices, book)
         vectors = self._vectors(book)
         size = len(book) if book is not None else self.codebook_size
-        table = _mean_table(vectors, indices, size or int(indices.max()) + 1)
+        table = mean_table(vectors, indices, size or int(indices.max()) + 1)
         is_enough = _is_table(vectors, indices, table)
         return FrozenCodes(first.grid, indices, table, None if is_enough else vectors)
 
@@ -220,10 +220,10 @@ def _is_table(vectors: Tensor, indices: Tensor, table: Tensor) -> bool:
     return bool((table[indices] - vectors).abs().max() <= TOLERANCE * scale)
 
 
-def _mean_table(vectors: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Return the mean vector of each index, (size, C); zero for unused ones."""
-    flat = indices.flatten()
+def mean_table(vectors: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Return the mean of vectors (M, N, C) at each index (M, N), (size, C); 0 for unused ones."""
     sums = torch.zeros(size, vectors.shape[-1], dtype=torch.float64)
-    sums.index_add_(0, flat, vectors.flatten(0, 1).double())
-    count = torch.bincount(flat, minlength=size).clamp(min=1)
+    for own, found in zip(indices, vectors, strict=True):  # a copy in float64 of all may be large
+        sums.index_add_(0, own, found.double())
+    count = torch.bincount(indices.flatten(), minlength=size).clamp(min=1)
     return (sums / count[:, None]).float()

@@ -7,16 +7,18 @@ codes --> convolutions --> a map per word --> pooled: is the word in the caption
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from ...sockets import ConfigError
 from ..metrics.captions import word_sets
 from .features import FrozenCodes, require_captions
-from .trainer import LossFunction, NeuralProbe, ProbeConfig
+from .trainer import COUNT, LossFunction, NeuralProbe, ProbeConfig
+from .transformer import StandardizedCodes
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom; shares of width and height."""
@@ -28,9 +30,9 @@ SHARPNESS = 4.0
 class GroundingConfig(ProbeConfig):
     """Training of the grounding probe."""
 
-    steps: int = 400
+    steps: Annotated[int, COUNT] = 400
     """Updates."""
-    width: int = 64
+    width: Annotated[int, COUNT] = 64
     """Channels of the hidden layer."""
 
 
@@ -41,19 +43,13 @@ class GroundingProbe(NeuralProbe[GroundingConfig, Any]):
 
     Args:
         words: the words to find.
-        config, device: as of :class:`~.trainer.NeuralProbe`.
+        config, options: as of :class:`~.trainer.NeuralProbe`.
     """
 
     Config, name = GroundingConfig, "grounding"
 
-    def __init__(
-        self,
-        words: Sequence[str],
-        config: GroundingConfig | None = None,
-        *,
-        device: torch.device | str = "cpu",
-    ):
-        super().__init__(config, device=device)
+    def __init__(self, words: Sequence[str], config: GroundingConfig | None = None, **options: Any):
+        super().__init__(config, **options)
         self.words = list(words)
 
     def _build(
@@ -147,11 +143,7 @@ def iou(one: Box, other: Box) -> float:
     >>> iou((0.0, 0.0, 0.5, 1.0), (0.25, 0.0, 0.75, 1.0))
     0.3333333333333333
     """
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    areas = ((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other))
-    return shared / (sum(areas) - shared)
+    return float(box_iou(*torch.tensor([[one], [other]], dtype=torch.float64)))
 
 
 def _pooled(maps: Tensor) -> Tensor:
@@ -160,24 +152,17 @@ def _pooled(maps: Tensor) -> Tensor:
     return (flat.logsumexp(dim=2) - torch.tensor(float(flat.shape[2])).log()) / SHARPNESS
 
 
-class _WordMaps(nn.Module):
+class _WordMaps(StandardizedCodes):
     """Standardized codes to logits of words; each place sees its neighbors, too."""
 
-    mean: Tensor
-    scale: Tensor
-
     def __init__(self, codes: FrozenCodes, words: int, config: ProbeConfig):
-        super().__init__()
-        sample = codes.codes(torch.arange(min(len(codes), 1024))).flatten(0, 1)
-        self.register_buffer("mean", sample.mean(dim=0))
-        deviation = (sample - sample.mean(dim=0)).square().mean().sqrt()
-        self.register_buffer("scale", deviation.clamp(min=1e-8))
+        super().__init__(codes)
         self.layers = nn.Sequential(
-            nn.Conv2d(sample.shape[1], config.width, 3, padding=1),
+            nn.Conv2d(codes.width, config.width, 3, padding=1),
             nn.GELU(),
             nn.Conv2d(config.width, words, 1),
         )
 
     def forward(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return (B, W, h, w) of codes (B, N, C)."""
-        return self.layers(((codes - self.mean) / self.scale).mT.unflatten(2, grid))
+        return self.layers(self.standardized(codes).mT.unflatten(2, grid))

@@ -1,65 +1,60 @@
 """Text to image: an autoregressive transformer over the frozen codes, conditioned on the guide.
 
 caption --guide--> token features --cross-attention--> code 1, code 2, ... --host's decoder--> image
+
+Synthesis without text is the same, given labels, a semantic map, or nothing instead of a caption.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...config import require
+from ...config import Block, Limit
 from ...guides.base import AbstractGuide
 from ...sockets import ConfigError
+from ..metrics.perceptual import state_hash
 from .features import FrozenCodes, require_captions
-from .trainer import LossFunction, NeuralProbe, ProbeConfig, generator_at, pick
+from .trainer import COUNT, NOT_NEGATIVE, LossFunction, NeuralProbe, ProbeConfig, generator_at, pick
 from .transformer import Cache, ProbeTransformer, used_length
+
+SHARE = Limit("a number in (0, 1)", lambda share: 0 < share < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Block):
     """How codes are sampled."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, NOT_NEGATIVE] = 1.0
     """Divides the logits, >= 0; 0: greedy."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, Limit("a number >= 1", lambda k: k >= 1)] = None
     """Sample only from the k most likely codes, >= 1; null: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Limit("a number in (0, 1]", lambda p: 0 < p <= 1)] = 1.0
     """Sample only from the most likely codes with this total probability, in (0, 1]."""
-    guidance: float = 2.0
+    guidance: Annotated[float, NOT_NEGATIVE] = 2.0
     """Classifier-free guidance: logits = without + guidance * (with - without text); 1: none."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", "a number >= 0", self.temperature)
-        require(self.top_k is None or self.top_k >= 1, "top_k", "a number >= 1", self.top_k)
-        require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        require(self.guidance >= 0, "guidance", "a number >= 0", self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageConfig(ProbeConfig):
     """Training and sampling of the text-to-image probe."""
 
-    steps: int = 500
+    steps: Annotated[int, COUNT] = 500
     """Updates."""
-    depth: int = 3
+    depth: Annotated[int, COUNT] = 3
     """Number of blocks."""
-    drop_text: float = 0.1
+    drop_text: Annotated[float, SHARE] = 0.1
     """Share of training captions that are dropped, for guidance and the bits without text."""
     sampling: Sampling = Sampling()
     """How codes are sampled."""
-    images: int = 256
+    images: Annotated[int, Limit("a whole number >= 2", lambda count: count >= 2)] = 256
     """Number of images to generate, >= 2."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 < self.drop_text < 1, "drop_text", "a number in (0, 1)", self.drop_text)
-        require(self.images >= 2, "images", "a whole number >= 2", self.images)
 
 
 class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
@@ -68,13 +63,9 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
     Config, name = TextToImageConfig, "text_to_image"
 
     def __init__(
-        self,
-        guide: AbstractGuide,
-        config: TextToImageConfig | None = None,
-        *,
-        device: torch.device | str = "cpu",
+        self, guide: AbstractGuide, config: TextToImageConfig | None = None, **options: Any
     ):
-        super().__init__(config, device=device)
+        super().__init__(config, **options)
         self.guide = guide
 
     def _build(
@@ -167,15 +158,12 @@ class TextToImageProbe(NeuralProbe[TextToImageConfig, Any]):
         `first` (B, F) are the first codes, if they are known.
         """
         batch = self.config.batch_size
+        drawn = []
         starts = range(0, len(captions), batch)
-        drawn = [
-            self._draw_batch(
-                captions[begin : begin + batch],
-                generator_at(seed, begin),
-                None if first is None else first[begin : begin + batch],
-            )
-            for begin in tqdm(starts, desc="sampling", disable=not progress, leave=False)
-        ]
+        for begin in tqdm(starts, desc="sampling", disable=not progress, leave=False):
+            some = slice(begin, begin + batch)
+            known = None if first is None else first[some]
+            drawn.append(self._draw_batch(captions[some], generator_at(seed, begin), known))
         return torch.cat(drawn)
 
     def _read(self, captions: Sequence[str], dropped: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,3 +251,104 @@ class _CodePrior(nn.Module):
             last = torch.full((len(memory), 1), self.size, device=memory.device)
         states = self.codes(last, memory, memory_mask=mask, cache=cache)
         return self.head(states[:, -1])
+
+
+PLAIN = Sampling(guidance=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig(TextToImageConfig):
+    """Training and sampling of a synthesis probe."""
+
+    drop_text: Annotated[float, SHARE] = 0.1
+    """Share of training images whose condition is dropped, for the bits without it."""
+    sampling: Sampling = PLAIN
+    """How codes are sampled."""
+
+
+class SynthesisProbe(TextToImageProbe):
+    """The network of text_to_image, given T vectors per image instead of a caption.
+
+    Args:
+        dim: width D of the vectors.
+        config, options: as of :class:`~.trainer.NeuralProbe`.
+    """
+
+    Config: ClassVar[Any] = SynthesisConfig
+    name = "synthesis"
+
+    def __init__(
+        self,
+        dim: int,
+        config: SynthesisConfig | None = None,
+        *,
+        name: str = "synthesis",
+        **options: Any,
+    ):
+        super().__init__(_Vectors(dim), config, **options)  # type: ignore[arg-type]
+        self.name = name
+
+    def _build(self, codes: FrozenCodes, target: Any) -> Any:
+        loss_of, count, _ = super()._build(codes, [[given] for given in target])
+        return loss_of, count, [state_hash({"conditions": target})]
+
+    def bits(
+        self, codes: FrozenCodes, conditions: Tensor, *, given: bool = True, start: int = 0
+    ) -> Tensor:
+        """Return the mean -log2 probability per code of each image, (M,) float64.
+
+        Args:
+            codes: of held-out images.
+            conditions: of the images, (M, T, D).
+            given: whether the network sees them.
+            start: first code that counts; it is predicted from those before it.
+        """
+        return self._bits([codes], list(conditions), with_text=given, start=start)[0]
+
+
+class _Vectors:
+    """Takes the place of the guide."""
+
+    def __init__(self, dim: int):
+        self.token_dim, self.fingerprint = dim, f"vectors of width {dim}"
+
+    def encode(self, conditions: Sequence[Tensor]) -> Any:
+        tokens = torch.stack(list(conditions))
+        return SimpleNamespace(
+            tokens=tokens, attention_mask=torch.ones(tokens.shape[:2], dtype=torch.bool)
+        )
+
+
+def label_vectors(labels: dict[str, Tensor], sizes: dict[str, int]) -> Tensor:
+    """Return one vector (M, 1, D) of all labels: classes one-hot, multi-hot columns as they are.
+
+    Example:
+        >>> labels = {"shape": torch.tensor([1, 0]), "has_color": torch.tensor([[1, 0], [1, 1]])}
+        >>> label_vectors(labels, {"shape": 2, "has_color": 2})[:, 0].tolist()
+        [[0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]]
+    """
+    parts = [
+        F.one_hot(value, sizes[name]) if value.ndim == 1 else value
+        for name, value in sorted(labels.items(), reverse=True)
+    ]
+    return torch.cat(parts, dim=1).float()[:, None]
+
+
+def map_vectors(maps: Sequence[Tensor], classes: int, grid: tuple[int, int]) -> Tensor:
+    """Return a vector per cell of the codes' grid, (M, N, classes + N).
+
+    It has the share of each class in the cell, and which cell it is. `maps` are (H, W) of classes,
+    each below `classes`.
+
+    Example:
+        >>> vectors = map_vectors([torch.tensor([[0, 0], [0, 1]])], 2, (1, 1))
+        >>> vectors.tolist()
+        [[[0.75, 0.25, 1.0]]]
+    """
+    place = torch.eye(grid[0] * grid[1])
+    shares = [
+        F.adaptive_avg_pool2d(F.one_hot(each.long(), classes).movedim(-1, 0).float(), grid)
+        for each in maps
+    ]
+    flat = torch.stack(shares).flatten(2).mT
+    return torch.cat([flat, place.expand(len(flat), -1, -1)], dim=2)

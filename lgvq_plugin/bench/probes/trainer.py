@@ -7,14 +7,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...checkpoints.read import read_raw
-from ...config import require
+from ...config import Block, Limit, require
 from ...files import replacing
 from ...functional import seeded
 from ...sockets import ConfigError
@@ -27,45 +27,40 @@ LossFunction = Callable[[Tensor, torch.Generator], Tensor]
 """Rows (B,) int64 on the CPU and a CPU generator -> scalar loss."""
 STORED_NAMES = {"in_proj": "enter", "pos_embed": "positions", "mask_embed": "hidden"}
 """Parameters whose names in checkpoint files are those of version 0.1."""
+COUNT = Limit("a whole number >= 1", lambda count: count >= 1)
+NOT_NEGATIVE = Limit("a number >= 0", lambda number: number >= 0)
 Config = TypeVar("Config", bound="ProbeConfig")
 Probe = TypeVar("Probe", bound="NeuralProbe[Any, Any]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(Block):
     """Training and size of a probe."""
 
-    steps: int = 600
+    steps: Annotated[int, COUNT] = 600
     """Updates, >= 1."""
-    batch_size: int = 64
+    batch_size: Annotated[int, COUNT] = 64
     """Images per update, >= 1."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Limit("a number > 0", lambda rate: rate > 0)] = 2e-3
     """AdamW's peak learning rate, > 0: linear warmup over a twentieth of the steps, then cosine."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     """AdamW's weight decay, >= 0; none for biases and norms."""
-    width: int = 128
+    width: Annotated[int, COUNT] = 128
     """Width of the network; a multiple of `heads`."""
-    depth: int = 2
+    depth: Annotated[int, COUNT] = 2
     """Number of blocks, >= 1."""
-    heads: int = 4
+    heads: Annotated[int, COUNT] = 4
     """Attention heads, >= 1."""
-    dropout: float = 0.1
+    dropout: Annotated[float, Limit("a number in [0, 1)", lambda p: 0 <= p < 1)] = 0.1
     """Dropout rate in [0, 1)."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, and all random draws."""
-    checkpoint_every: int = 200
+    checkpoint_every: Annotated[int, COUNT] = 200
     """Updates between checkpoints, >= 1."""
 
     def __post_init__(self) -> None:
-        self._require_counts("steps", "batch_size", "width", "depth", "heads", "checkpoint_every")
+        super().__post_init__()
         require(self.width % self.heads == 0, "width", f"a multiple of {self.heads}", self.width)
-        require(self.learning_rate > 0, "learning_rate", "a number > 0", self.learning_rate)
-        require(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
-        require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)", self.dropout)
-
-    def _require_counts(self, *names: str) -> None:
-        for name in names:
-            require(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
 
 
 class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
@@ -83,22 +78,14 @@ class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
         self.config = config or self.Config()
         self.device = torch.device(device)
 
-    def fit(
-        self: Probe,
-        codes: FrozenCodes,
-        target: Target,
-        *,
-        folder: Path | None = None,
-        progress: bool = True,
-    ) -> Probe:
+    def fit(self: Probe, codes: FrozenCodes, target: Target, **options: Any) -> Probe:
         """Train on M images; returns self.
 
         Args:
             codes: of the images.
             target: of the task: at least one caption per image, of which each epoch takes a random
                 one, or questions.
-            folder: of the checkpoint, see :func:`fit`.
-            progress: whether to show a bar.
+            options: `folder` and `progress`, see :func:`fit`.
 
         Raises:
             ConfigError: if the task needs code indices and the host has none.
@@ -106,9 +93,8 @@ class NeuralProbe(AbstractProbe[FrozenCodes, Target], Generic[Config, Target]):
         """
         with seeded(self.config.seed):
             loss_of, count, facts = self._build(codes, target)
-        options: dict[str, Any] = {"folder": folder, "progress": progress}
-        facts = [codes.fingerprint, *facts]
-        fit(self.network, loss_of, count, self.config, name=self.name, facts=facts, **options)
+        options |= {"name": self.name, "facts": [codes.fingerprint, *facts]}
+        fit(self.network, loss_of, count, self.config, **options)
         return self
 
     @abstractmethod
@@ -143,7 +129,11 @@ def fit(
     Returns:
         The loss of each step of this call.
     """
-    groups = _parameter_groups(network, config.weight_decay)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=False, fused=True)
     path = None if folder is None else folder / f"{name}.pt"
     cache_key = _cache_key(network, count, config, facts)
@@ -190,14 +180,6 @@ def learning_rate_at(step: int, config: ProbeConfig) -> float:
         return config.learning_rate * (step + 1) / warm
     done = torch.tensor((step - warm) / max(1, config.steps - warm))
     return config.learning_rate * float(0.05 + 0.475 * (1 + torch.cos(done * torch.pi)))
-
-
-def _parameter_groups(network: nn.Module, decay: float) -> list[dict[str, Any]]:
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _rows(step: int, count: int, config: ProbeConfig) -> Tensor:

@@ -178,29 +178,43 @@ class Dropout(nn.Module):
         return x * kept.to(x.dtype).mul_(1 / (1 - self.rate))
 
 
-class CodeMemory(nn.Module):
-    """Codes (B, N, C) to a memory (B, N, D): standardized, projected, plus positions.
+class StandardizedCodes(nn.Module):
+    """A network whose inputs, codes, are standardized.
 
-    The first 1,024 of the training images' `codes` give the shift and the scale; `width` is D.
+    The first 1,024 of the training images' `codes` give the shift and the scale.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, codes: FrozenCodes, width: int):
+    def __init__(self, codes: FrozenCodes):
         super().__init__()
-        sample = codes.codes(torch.arange(min(len(codes), 1024)))
-        flat = sample.flatten(0, 1).double()
-        self.register_buffer("mean", flat.mean(dim=0).float())
-        deviation = (flat - flat.mean(dim=0)).square().mean().sqrt().clamp(min=1e-8)
+        sample = codes.codes(torch.arange(min(len(codes), 1024))).flatten(0, 1).double()
+        self.register_buffer("mean", sample.mean(dim=0).float())
+        deviation = (sample - sample.mean(dim=0)).square().mean().sqrt().clamp(min=1e-8)
         self.register_buffer("scale", deviation.float())
-        self.in_proj = nn.Linear(sample.shape[-1], width)
-        self.pos_embed = nn.Parameter(torch.empty(1, sample.shape[1], width).normal_(std=0.02))
+
+    def standardized(self, codes: Tensor) -> Tensor:
+        """Shift and scale codes (B, N, C)."""
+        return (codes - self.mean) / self.scale
+
+
+class CodeMemory(StandardizedCodes):
+    """Codes (B, N, C) to a memory (B, N, D): standardized, projected, plus positions.
+
+    `codes` are those of the training images; `width` is D.
+    """
+
+    def __init__(self, codes: FrozenCodes, width: int):
+        super().__init__(codes)
+        self.in_proj = nn.Linear(codes.width, width)
+        length = codes.grid[0] * codes.grid[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, length, width).normal_(std=0.02))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return (B, N, D)."""
-        return self.norm(self.in_proj((codes - self.mean) / self.scale) + self.pos_embed)
+        return self.norm(self.in_proj(self.standardized(codes)) + self.pos_embed)
 
 
 class Words:

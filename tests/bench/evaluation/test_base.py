@@ -13,7 +13,7 @@ from PIL import Image
 from lgvq_plugin.bench import evaluation
 from lgvq_plugin.bench.evaluate import OLD_NAMES, EvaluationConfig, names_of
 from lgvq_plugin.bench.evaluation import evaluate
-from lgvq_plugin.bench.probes.image_judge import CONFIG, ImageJudge
+from lgvq_plugin.bench.probes.classifiers import CONFIG, ImageJudge
 from lgvq_plugin.datasets.scenes import Scenes
 from lgvq_plugin.sockets import ConfigError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgvq_plugin.bench.metrics.clip_score import CLIPScorer
+from lgvq_plugin.bench.metrics.perceptual import CLIPScorer
 from lgvq_plugin.sockets import ConfigError
 
 transformers = pytest.importorskip("transformers", reason="extra [hf] is not installed")

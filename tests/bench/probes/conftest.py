@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lgvq_plugin.bench.probes.features import FrozenCodes
-from lgvq_plugin.bench.probes.vqa import Question
+from lgvq_plugin.bench.probes.language import Question
 
 COLORS = ("red", "blue", "green", "black")
 SHAPES = ("star", "ring", "cross", "heart")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from lgvq_plugin.bench.probes.attributes import AttributesProbe, stack_labels
 from lgvq_plugin.bench.probes.features import CodeFeatures
+from lgvq_plugin.bench.probes.ridge import AttributesProbe, stack_labels
 from lgvq_plugin.datasets.scenes import Scenes
 
 

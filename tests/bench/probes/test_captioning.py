@@ -2,7 +2,7 @@
 
 import pytest
 
-from lgvq_plugin.bench.probes.captioning import CaptioningConfig, CaptioningProbe
+from lgvq_plugin.bench.probes.language import CaptioningConfig, CaptioningProbe
 
 CONFIG = CaptioningConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lgvq_plugin.bench.metrics.reconstruction import to_uint8
-from lgvq_plugin.bench.probes.image_judge import ImageJudge
+from lgvq_plugin.bench.probes.classifiers import ImageJudge
 from lgvq_plugin.bench.probes.trainer import ProbeConfig
 
 CONFIG = ProbeConfig(steps=60, batch_size=32, learning_rate=3e-3, heads=1, dropout=0.0)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.masked_words import MaskedWordsConfig, MaskedWordsProbe, mask_words
+from lgvq_plugin.bench.probes.language import MaskedWordsConfig, MaskedWordsProbe, mask_words
 from lgvq_plugin.bench.probes.trainer import generator_at
 from lgvq_plugin.guides.base import AbstractGuide
 from lgvq_plugin.types import TextFeatures, TextTokens
@@ -94,7 +94,7 @@ def test_only_the_leaky_protocol_knows_what_is_hidden(train, captions, protocol)
     hidden = torch.zeros(1, 16, dtype=torch.bool)
     hidden[0, 1] = True
     codes = train.codes.codes(torch.tensor([0]))
-    one, other = (probe._logits([f"a {c} star here"], hidden, codes) for c in ("red", "blue"))
+    one, other = (probe._logits([f"a {c} star here"], hidden, [codes])[0] for c in ("red", "blue"))
     assert torch.equal(one, other) == (protocol == "leak_free")
 
 

@@ -7,7 +7,7 @@ from scipy.stats import binom
 from lgvq_plugin import sockets
 from lgvq_plugin.bench.probes import MEMBERS, AbstractProbe
 from lgvq_plugin.bench.probes.features import CodeFeatures
-from lgvq_plugin.bench.probes.retrieval import RetrievalProbe
+from lgvq_plugin.bench.probes.ridge import RetrievalProbe
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

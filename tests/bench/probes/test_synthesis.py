@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lgvq_plugin.bench.probes.synthesis import (
+from lgvq_plugin.bench.probes.text_to_image import (
     SynthesisConfig,
     SynthesisProbe,
     label_vectors,

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lgvq_plugin.bench.probes import vqa
-from lgvq_plugin.bench.probes.vqa import VQAConfig, VQAProbe
+from lgvq_plugin.bench.probes import language
+from lgvq_plugin.bench.probes.language import VQAConfig, VQAProbe
 
 CONFIG = VQAConfig(steps=150, width=32, heads=2, depth=1, dropout=0.0, learning_rate=1e-2)
 
@@ -45,4 +45,4 @@ def test_only_the_usual_answers_are_classes(train):
 
 
 def test_the_names_of_version_0_1_still_exist():
-    assert (vqa.QuestionsProbe, vqa.QuestionsConfig) == (VQAProbe, VQAConfig)
+    assert (language.QuestionsProbe, language.QuestionsConfig) == (VQAProbe, VQAConfig)
