@@ -117,9 +117,9 @@ def table(results: list[Mapping[str, Any]]) -> str:
 
 
 def parts_table(results: list[Mapping[str, Any]]) -> str:
-    """Return milliseconds of an LG-VQ step by part, a column per case."""
+    """Return milliseconds of an aligned LG-VQ step by part, a column per case."""
     names = list(dict.fromkeys(name for each in results for name in each["parts"]))
-    rows = [["ms per step", *(each["case"] for each in results)]]
+    rows = [["ms per aligned step", *(each["case"] for each in results)]]
     for name in names:
         found = [each["parts"].get(name) for each in results]
         rows.append([name, *("" if s is None else f"{1000 * s:.1f}" for s in found)])
@@ -139,7 +139,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="per turn (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="per turn, rounded up to a multiple of "
+        "lgvq.every (default: 5)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--every", type=int, metavar="N", help="lgvq.every (default: that of the recipe)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
     parser.add_argument("--device", help="default: cuda if available")
     parser.add_argument("--compile", action="store_true", help="with lgvq.compile: true")
@@ -155,7 +161,7 @@ def main(argv: list[str]) -> int:
     for name in given.cases:
         if name not in names:
             raise ConfigError(f"no case {name!r}{suggest(name, names)}")
-    for name in ("rounds", "steps", "threads"):
+    for name in ("rounds", "steps", "every", "threads"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be a whole number >= 1, got {value}")
@@ -184,8 +190,11 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(given.threads)
     device = choose_device(given.device)
     chosen = [case for case in CASES if not given.cases or case.name in given.cases]
-    chosen = [replace(case, lgvq={**case.lgvq, "compile": given.compile}) for case in chosen]
-    setting = {"compile": given.compile, "dtype": given.dtype}
+    block: dict[str, Any] = {"compile": given.compile}
+    if given.every is not None:
+        block["every"] = given.every
+    chosen = [replace(case, lgvq={**case.lgvq, **block}) for case in chosen]
+    setting = {**block, "dtype": given.dtype}
     found: dict[str, Any] = {"machine": machine(device), "setting": setting, "cases": []}
 
     def add(**measured: Any) -> None:

@@ -43,7 +43,7 @@ class Result:
         batch_size: images per step.
         ratios: LG-VQ step / bare step of each round.
         bare, lgvq: seconds per step of each round.
-        parts: seconds per LG-VQ step by part, the median over rounds.
+        parts: seconds per aligned LG-VQ step by part, the median over rounds.
         memory: peak MiB of a step with its weights and optimizer, "bare" and "lgvq"; CUDA only.
     """
 
@@ -173,7 +173,7 @@ def measure(
     *,
     device: torch.device,
     rounds: int = 5,
-    steps: int = 3,
+    steps: int = 5,
     clip: Mapping[str, Any] = CLIP,
     progress: Any = None,
 ) -> Result:
@@ -183,7 +183,7 @@ def measure(
         case: one of :data:`CASES`.
         device: CPU or CUDA.
         rounds: in each, both take `steps` steps, in alternating order.
-        steps: steps per turn, of which the mean is taken.
+        steps: per turn, of which the mean is taken; rounded up to a multiple of `lgvq.every`.
         clip: guide block of the text tower, of cases that have it.
         progress: called after every round.
     """
@@ -202,11 +202,13 @@ def measure(
             "lgvq": Step(_host(case, guide), device, new_captions=case.new_captions),
         }
         heads = step_of["lgvq"].host.loss.alignment
+        steps = -(-steps // heads.config.every) * heads.config.every
         for batch in batches:  # as in later epochs
             some = batch["caption"]
             heads.texts.encode(heads.guide, some, heads.guide.tokenize(some), [], device)
         for step in step_of.values():  # warm-up: allocations, autotuning, optimizer states
             for batch in batches[:2]:
+                heads.batches = 0  # what follows is an aligned batch
                 step(batch)
         memory = {name: _peak(step, batches[0], device) for name, step in step_of.items()}
         taken: dict[str, list[float]] = {name: [] for name in step_of}
@@ -237,13 +239,15 @@ def _peak(step: Step, batch: Any, device: torch.device) -> float | None:
     size = sum(each.nbytes for each in held if isinstance(each, Tensor))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    if heads is not None:
+        heads.batches = 0  # the next batch is aligned
     step(batch)
     _synchronize(device)
     return (size + torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, float]:
-    """Return seconds per step by part; wraps the methods of the step's host for good."""
+    """Return seconds per aligned step by part; wraps the methods of the step's host for good."""
     parts = Parts(device)
     heads: Alignment = step.host.loss.alignment
     for method in ("encode", "encode_apart"):
@@ -256,6 +260,7 @@ def _parts(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str
     collected: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         parts.seconds.clear()
+        heads.batches = 0  # the next batch is aligned
         with parts("rest"):
             step(batch, parts)
         for name, seconds in parts.seconds.items():
@@ -397,7 +402,8 @@ def _heads(
     size: Size, device: torch.device, repeats: int, block: Mapping[str, Any] | None
 ) -> float:
     guide = RandomGuide(size.text, size.vocabulary).to(device)
-    heads = Alignment(parse(block), guide, code_dim=256).to(device)
+    config = parse({**(block or {}), "every": 1})
+    heads = Alignment(config, guide, code_dim=256).to(device)
     side = int(size.tokens**0.5)
     codebook = torch.randn(size.codes, 256, device=device)
     clock, taken = Parts(device), []

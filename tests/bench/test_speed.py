@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lgvq_plugin import cli
+from lgvq_plugin.alignment import Alignment
 from lgvq_plugin.bench import timing
 from lgvq_plugin.bench.speed import CASES, parts_table, table
 
@@ -38,6 +39,20 @@ def test_a_case_is_measured_in_turns(small):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("every", "turns"), [(1, 1), (3, 1), (3, 2)])
+def test_a_turn_has_its_share_of_aligned_steps(small, monkeypatch, every, turns):
+    """As many as in training, whatever --steps is."""
+    case = dataclasses.replace(small, lgvq={**small.lgvq, "every": every})
+    aligned, forward = [], Alignment._weighted_sum
+    monkeypatch.setattr(
+        Alignment, "_weighted_sum", lambda self, *a: aligned.append(1) or forward(self, *a)
+    )
+    monkeypatch.setattr(timing, "_parts", lambda *given: {})
+    timing.measure(case, device=torch.device("cpu"), rounds=2, steps=every * turns - (every > 1))
+    assert len(aligned) == 2 + 2 * turns  # two to warm up
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("new_captions", "calls"), [(False, 1), (True, 3)])
 def test_captions_of_a_first_epoch_are_encoded_in_each_step(
     small, monkeypatch, new_captions, calls
@@ -51,6 +66,7 @@ def test_captions_of_a_first_epoch_are_encoded_in_each_step(
     )
     batch = {"image": torch.rand(2, 16, 16, 3), "caption": ["a red circle", "two blue stars"]}
     for _ in range(3):
+        heads.batches = 0  # what follows is aligned
         step(batch)
     assert encoded == [batch["caption"]] * calls
 
