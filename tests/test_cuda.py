@@ -49,11 +49,14 @@ def test_losses_and_gradients_are_those_of_the_cpu(block):
 
 
 @pytest.mark.parametrize("block", [{}, ALL], ids=["default", "all"])
-def test_a_step_waits_for_the_gpu_once(block):
+@pytest.mark.parametrize(("batches", "expected"), [(0, 1), (1, 0)], ids=["aligned", "plain"])
+def test_a_step_waits_for_the_gpu_once(block, batches, expected):
     # Once, to learn whether the losses are finite before they reach the host's weights.
     heads, codes = on("cuda", block)
     for step in range(3):  # the captions' features are kept, and kernels are loaded
+        heads.batches = 0
         heads(codes, CAPTIONS, step=step)[0].backward()
+    heads.batches = batches
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
@@ -63,4 +66,4 @@ def test_a_step_waits_for_the_gpu_once(block):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     syncs = [w for w in waits if "called a synchronizing CUDA operation" in str(w.message)]
-    assert len(syncs) == 1, [f"{w.filename}:{w.lineno}" for w in syncs]
+    assert len(syncs) == expected, [f"{w.filename}:{w.lineno}" for w in syncs]

@@ -80,6 +80,7 @@ def config(case: Case) -> dict[str, Any]:
     lgvq = {
         "guide": {"use": "lookalikes.toy_guide:ToyGuide"},
         "stop": None,
+        "every": 1,
         "on_nonfinite": case.how,
         "objectives": {
             "global_semantic": {"weight": 0.05, "queue": 8},
