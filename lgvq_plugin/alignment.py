@@ -50,10 +50,11 @@ class Alignment(nn.Module):
     Attributes:
         expects_captions: raise if none of the first training batches has a caption; set to False
             by the first caption, or where the data set is known to have some.
-        acted: the objectives had a weight in a batch since the last update, after which
-            `lgvq train` sets this to False; if not, it drops the zero gradients that DDP needs.
-        batches: training batches so far, of which each `config.every`-th is aligned; in no
-            checkpoint: `lgvq train` sets it on resume.
+        acted: the objectives had a weight in a batch since the last update; set to False by what
+            checks gradients before updates, which drops the zeros that DDP needs otherwise.
+        alone: only the heads train, so that every batch is aligned; set by `lgvq train`.
+        batches: training batches so far in which the schedule gives a weight; the first and each
+            `config.every`-th are aligned. In no state dict: `lgvq train` keeps it.
         first_step: step at which the heads began to train, int64 scalar, -1 before; shares of the
             run are counted from there, so that a retrofit of a half-trained host is aligned.
     """
@@ -75,7 +76,7 @@ class Alignment(nn.Module):
         self._skipped: dict[str, int] = {}  # objective: steps in a row that left it out
         self._warned: set[str] = set()
         self.schedule = Schedule(config)
-        self.acted, self.batches = False, 0
+        self.acted, self.alone, self.batches = False, False, 0
         self.first_step = nn.Buffer(torch.tensor(-1))
         self._first: int | None = None  # `first_step` on the CPU
         self.register_load_state_dict_pre_hook(_set_first_step)
@@ -156,13 +157,13 @@ class Alignment(nn.Module):
         log = _codebook_log(codes, split)
         share = scale = self.scale(step, self._share_of(progress))
         strength = 1
-        if split == "train":
-            strength = self._strength(only_heads=not codes.codes.requires_grad)
+        if split != "train":  # validation ignores the schedule
+            scale = 1.0
+        elif share > 0:
+            strength = self._strength(only_heads=self.alone or not codes.codes.requires_grad)
             share *= strength
             scale = share if balance is None else scale * min(strength, 1)
             self.acted = self.acted or scale > 0
-        else:  # validation ignores the schedule
-            scale = 1.0
         has_work = any(strings) or self.works_without_captions
         if scale > 0 and (has_work or world_size() > 1):  # other ranks may have captions
             view = replace(self.view(codes), images=images, reconstructions=reconstructions)

@@ -410,6 +410,12 @@ def all_finite(tensors: Sequence[Tensor], *, limit: float = math.inf) -> Tensor:
     return largest.isfinite() & (largest <= limit)
 
 
+def drop_gradients(module: nn.Module) -> None:
+    """Set the gradients of a module's parameters to None."""
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
 def nonfinite_gradients(module: nn.Module, among: Iterable[nn.Parameter]) -> str:
     """Say which of the parameters `among` those of `module` have a bad gradient, by part."""
     held = {id(p) for p in among}

@@ -20,7 +20,14 @@ from .alignment import Alignment, Captions, zero_of
 from .compat import build_loss
 from .config import LGVQConfig, parse, require_finite_weights, to_plain
 from .encoder import encode_text
-from .functional import LARGEST_GRADIENT, MAX_SKIPPED, all_finite, nonfinite_gradients, world_size
+from .functional import (
+    LARGEST_GRADIENT,
+    MAX_SKIPPED,
+    all_finite,
+    drop_gradients,
+    nonfinite_gradients,
+    world_size,
+)
 from .host import (
     HostMethods,
     add_heads,
@@ -569,14 +576,14 @@ class GradientCheck(StepCheck):
     A trainer with a GradScaler steps only with finite gradients: this check then never acts.
 
     Args:
-        heads: those of the host's loss.
+        heads: those of the host's loss; their gradients are dropped before steps without a term.
         host: names the parameters in messages.
         on_nonfinite: "raise", or "skip": leave the update out, at most MAX_SKIPPED in a row.
     """
 
     def __init__(self, heads: nn.Module, host: nn.Module, on_nonfinite: str) -> None:
         super().__init__(heads, register_optimizer_step_pre_hook)
-        self.host, self.on_nonfinite = host, on_nonfinite
+        self.alignment, self.host, self.on_nonfinite = heads, host, on_nonfinite
         self.steps = self.skipped = 0
 
     def see(self, held: list[nn.Parameter]) -> None:
@@ -584,9 +591,12 @@ class GradientCheck(StepCheck):
         if not any(id(p) in self.heads for p in reversed(held)):
             return
         self.steps += 1
+        acted, self.alignment.acted = self.alignment.acted, False
+        if not acted:  # zeros of DDP, by which momentum would move the heads
+            drop_gradients(self.alignment)
         gradients = [p.grad for p in held if p.grad is not None]
         if all_finite(gradients, limit=LARGEST_GRADIENT):
-            self.skipped = 0
+            self.skipped = 0 if acted else self.skipped
             return
         self.skipped += 1
         problem = f"update {self.steps}: the gradient is {nonfinite_gradients(self.host, held)}"

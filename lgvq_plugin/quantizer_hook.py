@@ -597,7 +597,7 @@ class GradientBalance:
         ratio: length of our gradient in units of the host's, over a process's whole batch.
 
     Attributes:
-        scale: factor of the ratio in [0, 1], set by the schedule.
+        scale: factor of the ratio, set in each batch by the schedule and `lgvq.every`.
         measured: the ratio before rescaling at the last backward pass; None before the first.
     """
 

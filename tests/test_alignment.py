@@ -154,7 +154,7 @@ def test_a_ratio_follows_the_schedule_and_is_told():
     assert torch.equal(z.grad, pull)
 
 
-def every_nth(n, steps, *, ratio=2.0, only_heads=False):
+def every_nth(n, steps, *, ratio=2.0, only_heads=False, **options):
     """Length of our gradient in units of the host's in batches at `steps`, and what is logged."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Identity(), VectorQuantizer(16, 8))
@@ -166,6 +166,7 @@ def every_nth(n, steps, *, ratio=2.0, only_heads=False):
         objectives=objectives,
         gradient_ratio=ratio,
         every=n,
+        **options,
     )
     model.eval()  # the codebook stays as it is
     start = torch.randn(2, 8, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -200,6 +201,13 @@ def test_batches_are_counted_whatever_the_steps_are_called():
     assert every_nth(3, range(0, 12, 2))[1] == every_nth(3, range(1, 13, 2))[1] == expected
     # Accumulated gradients, and a host that always gives the same number.
     assert every_nth(3, [0, 0, 1, 1, 2, 2])[1] == every_nth(3, [5] * 6)[1] == expected
+
+
+def test_the_first_batch_of_a_window_is_aligned():
+    logged = every_nth(5, range(12), start=3, stop=7)[1]
+    assert [step for step in range(12) if logged[step]] == [3]
+    logged = every_nth(3, range(12), start=2, stop=10)[1]
+    assert [step for step in range(12) if logged[step]] == [2, 4, 7]
 
 
 def test_heads_that_train_alone_train_in_every_batch():

@@ -16,14 +16,15 @@ from lgvq_plugin.training.run import read_config, train
 ROOT = f"{Path(lgvq_plugin.__file__).parent}/"
 CONFIGS = Path(__file__).parents[1] / "configs"
 MAX_FILES, MAX_HOPS = 12, 36
-STEP = 10  # aligned; the first ones also build optimizers' states and check the host
+STEP = 3  # the first batches also build optimizers' states, check the host and meet new captions
 LGVQ = "model.params.lossconfig.params.lgvq"
 OVERRIDES = [
-    *("training.max_steps=10", "data.num_workers=0", "data.batch_size=4"),
+    *("training.max_steps=3", "data.num_workers=0", "data.batch_size=4"),
     *("data.train.params.size=16", "data.validation.params.size=16"),
     *("data.train.params.length=4", "data.validation.params.length=4"),
     *("model.params.channels=8", "model.params.embed_dim=8", "model.params.n_embed=16"),
     f"{LGVQ}.objectives.masked_text.weight=0.05",  # all three
+    f"{LGVQ}.every=1",
     f"{LGVQ}.stop=null",
 ]
 

@@ -27,6 +27,7 @@ would bound the probability of a single wrong mark, which three to five seeds ca
 metrics of the same runs (recalls at 1, 5 and 10) are of the second kind.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -299,4 +300,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the mean and the sample standard deviation (None for fewer than two values)."""
     if not values:
         return None, None
-    return fmean(values), stdev(values) if len(values) > 1 else None
+    mean = fmean(values)
+    if not math.isfinite(mean):
+        return mean, math.nan
+    return mean, stdev(values) if len(values) > 1 else None

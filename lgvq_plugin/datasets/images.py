@@ -70,7 +70,8 @@ def examine(file: str, source: Source) -> Health:
         image = open_image(source)
     except (UnreadableImage, DecompressionBomb, OSError) as error:
         problem = "bomb" if isinstance(error, DecompressionBomb) else "corrupt"
-        return Health(file, problem, str(error), digest)
+        place = f"{source}: " if isinstance(error, OSError) else ""
+        return Health(file, problem, f"{place}{error}", digest)
     return Health(file, "", "", digest, image.width, image.height)
 
 

@@ -16,7 +16,13 @@ from torch.utils.data import DataLoader
 
 from ..alignment import Schedule
 from ..config import DEFAULTS
-from ..functional import LARGEST_GRADIENT, MAX_SKIPPED, all_finite, nonfinite_gradients
+from ..functional import (
+    LARGEST_GRADIENT,
+    MAX_SKIPPED,
+    all_finite,
+    drop_gradients,
+    nonfinite_gradients,
+)
 from ..host import reconstruct
 from ..quantizer_hook import require_quantizers
 from ..sockets import ConfigError
@@ -69,6 +75,7 @@ class HostDriver(pl.LightningModule):
         self.samples = 0  # that all processes together have taken so far
         self.has_stepped = False  # whether the last batch ended a step
         self._batches = 0  # of the step under way
+        self._heads: Any = None  # from `on_train_start` on
         self._skipped = [0, 0]  # consecutive updates that each optimizer skipped
         self._has_fitted = False  # whether a batch has passed through the host
         self._resumed: dict[str, Any] | None = None  # the checkpoint, until training starts
@@ -100,6 +107,9 @@ class HostDriver(pl.LightningModule):
         step, self._batches = self.global_step, self._batches + 1
         self.has_stepped = self._batches == self.settings.accumulate_grad_batches
         self.frozen.set_modes(step)
+        heads = self._heads
+        if heads is not None:
+            heads.alone = self.frozen.leaves_heads_alone(step)
         x, output = self._forward(batch)
         if not self._has_fitted:
             require_same_shape(self.host, batch, x, output[0])
@@ -113,12 +123,16 @@ class HostDriver(pl.LightningModule):
                     output = self.host(x)
                 loss = self._loss(x, output, which, step, "train", log)
                 self.manual_backward(loss / self.settings.accumulate_grad_batches)
+                is_idle = heads is not None and which == 0 and not heads.acted
                 if self.has_stepped:
                     self.frozen.drop_gradients(step)
-                    self._drop_idle_gradients(which)
-                self._require_finite(loss, log, optimizer, which, step)
+                    if is_idle:  # of DDP, as without it there are none
+                        drop_gradients(heads)
+                self._require_finite(loss, log, optimizer, which, step, is_idle=is_idle)
                 if self.has_stepped:
                     self._update(optimizer, step)
+                    if heads is not None and which == 0:
+                        heads.acted = False
         self.latest = log
         self.samples += self.batch_size * self.trainer.world_size
         if self.has_stepped:
@@ -168,13 +182,21 @@ class HostDriver(pl.LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _require_finite(
-        self, loss: Tensor, log: Mapping[str, Tensor], optimizer: Any, which: int, step: int
+        self,
+        loss: Tensor,
+        log: Mapping[str, Tensor],
+        optimizer: Any,
+        which: int,
+        step: int,
+        *,
+        is_idle: bool,
     ) -> None:
         """Check the loss and, before an update, all gradients, with one read from the device.
 
         Raises FloatingPointError for a loss that is not finite, or for gradients, unless the next
         update is to be skipped (`lgvq.on_nonfinite: skip`; fp16's own scaler); also after
-        MAX_SKIPPED such updates in a row.
+        MAX_SKIPPED such updates in a row, between which updates without our terms (`is_idle`)
+        do not count.
         """
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None] if self.has_stepped else []
@@ -191,7 +213,7 @@ class HostDriver(pl.LightningModule):
                 "the learning rate, clip (training.gradient_clip_val), or train in 32-true"
             )
         if not gradient_is_bad:
-            if self.has_stepped:
+            if self.has_stepped and not is_idle:
                 self._skipped[which] = 0
             return
         problem = nonfinite_gradients(self.host, held)
@@ -207,16 +229,6 @@ class HostDriver(pl.LightningModule):
         if self._scaler is None:  # GradScaler skips the update by itself, and lowers its scale
             logger.warning("%s; this update is skipped", found)
             optimizer.zero_grad(set_to_none=True)
-
-    def _drop_idle_gradients(self, which: int) -> None:
-        """Drop the zeros that DDP leaves in heads without a term, as without DDP there are none."""
-        heads = getattr(self.host.loss, "alignment", None)
-        if heads is None or which > 0:
-            return
-        if not heads.acted:
-            for parameter in heads.parameters():
-                parameter.grad = None
-        heads.acted = False
 
     def _update(self, optimizer: Any, step: int) -> None:
         limit = self.settings.gradient_clip_val
@@ -337,6 +349,7 @@ class HostDriver(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Raise CheckpointError if a checkpoint does not agree with itself about its step."""
+        self._heads = getattr(self.host.loss, "alignment", None)
         saved = self._resumed and self._resumed["global_step"]
         with self.checking():
             if saved not in (None, self.global_step):
@@ -356,8 +369,9 @@ class HostDriver(pl.LightningModule):
         ratio = self._resumed[state.STATE].get(state.RATIO)
         if isinstance(ratio, Tensor) and hasattr(self.host.loss, "measured_ratio"):
             self.host.loss.measured_ratio = ratio.to(self.device)
-        if heads := getattr(self.host.loss, "alignment", None):
-            heads.batches = self.global_step * self.settings.accumulate_grad_batches
+        if self._heads is not None:
+            known = self.global_step * self.settings.accumulate_grad_batches
+            self._heads.batches = int(self._resumed[state.STATE].get(state.BATCHES, known))
         self._resumed = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -381,6 +395,7 @@ class HostDriver(pl.LightningModule):
             "config": self.config,
             state.VERSION_OF_DEFAULTS: DEFAULTS,
             state.RATIO: ratio.detach().cpu() if ratio is not None and ratio.isfinite() else None,
+            state.BATCHES: getattr(self._heads, "batches", 0),
             "moments": [len(each["state"]) for each in checkpoint.get("optimizer_states", [])],
         }
 
@@ -417,6 +432,7 @@ class Freeze:
         discriminator = getattr(getattr(host, "loss", None), "discriminator", None)
         self._first += [discriminator] if isinstance(discriminator, nn.Module) else []
         self._spared = {id(p) for p in spared}
+        self._makes_no_codes = {"encoder", "codebook"} <= {*parts} and not spared
         self._others = [p for p in host.parameters() if id(p) not in self.heads]
 
     def set_modes(self, step: int) -> None:
@@ -426,6 +442,10 @@ class Freeze:
                 module.train(step >= self.heads_first)
         for module in self._frozen:
             module.eval()
+
+    def leaves_heads_alone(self, step: int) -> bool:
+        """Return whether nothing that makes the codes learns at `step`."""
+        return step < self.heads_first or self._makes_no_codes
 
     def drop_gradients(self, step: int) -> None:
         """Drop the gradients of what is frozen at `step`."""

@@ -26,6 +26,7 @@ from .config import OURS, lgvq_block, loss_key, loss_section
 LAST = "last.ckpt"
 STATE = "lgvq_training"  # our own entry of a checkpoint
 RATIO = "gradient_ratio"  # of the last step, which the next one logs
+BATCHES = "batches"  # Alignment.batches
 VERSION_OF_DEFAULTS = "defaults"  # see config.DEFAULTS; runs of version 0.1 lack it
 EXPECTED: dict[str, Any] = {  # an example of a checkpoint, see `require_like`
     "state_dict": {},

@@ -187,6 +187,27 @@ def test_under_a_foreign_trainer_no_bad_gradient_reaches_a_weight(which, caplog)
     assert is_unchanged()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 5])
+def test_bad_gradients_of_all_aligned_batches_end_the_training(every):
+    """Batches without our terms in between do not count as healthy."""
+    host, loss = VQVAE.build({**LGVQ, "every": every, "on_nonfinite": "skip"})
+    optimizer = torch.optim.Adam(host.parameters(), 1e-3)
+    next(loss.alignment.code_vit.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+
+    def steps(count):
+        for _ in range(count):
+            x = host.get_input(VQVAE.batch(), "image")
+            xrec, quant_loss = host(x)
+            host.loss(quant_loss, x, xrec, 0, 0, last_layer=host.get_last_layer())[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(24 if every == 1 else 119)  # of which 24 are aligned
+    with pytest.raises(FloatingPointError, match="25 updates in a row"):
+        steps(1)
+
+
 # -- SEED-Voken: its own manual optimization under a real Trainer --------------------------------
 
 CLI = {  # what LightningCLI reads: class_path and init_args, the loss a taming-style target inside

@@ -24,6 +24,7 @@ LGVQ = [
     "model.params.lossconfig.target=lgvq_plugin.LGVQLoss",
     "model.params.lossconfig.params.lgvq.guide.use=micro_clip",
     "model.params.lossconfig.params.lgvq.stop=null",
+    "model.params.lossconfig.params.lgvq.every=1",
 ]
 SKIP = [*LGVQ, "model.params.lossconfig.params.lgvq.on_nonfinite=skip"]
 

@@ -183,3 +183,24 @@ def test_hosts_that_cannot_be_driven_are_refused():
     manual.automatic_optimization = False
     with pytest.raises(ConfigError, match="by hand itself"):
         HostDriver(manual, TrainingConfig(max_steps=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 5])
+def test_bad_gradients_of_all_aligned_batches_end_the_training(config, tmp_path, every):
+    """Batches without our terms in between do not count as healthy."""
+    section = config("training.max_steps=200", "training.log_every=200")
+    section.model.params.lossconfig.target = "lgvq_plugin.LGVQLoss"
+    section.model.params.lossconfig.params.lgvq = {
+        "guide": {"use": "micro_clip"},
+        "every": every,
+        "on_nonfinite": "skip",
+    }
+
+    def spoil(host):
+        weight = next(host.loss.alignment.code_vit.parameters())
+        weight.register_hook(lambda gradient: gradient * torch.nan)
+
+    expected = 24 if every == 1 else 119  # the first, and 24 times five
+    with pytest.raises(FloatingPointError, match=rf"step {expected}: .*25th skipped update"):
+        train(section, name="a", logdir=tmp_path, progress=False, prepare=spoil)

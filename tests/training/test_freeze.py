@@ -1,3 +1,5 @@
+import csv
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -76,6 +78,23 @@ def test_at_first_only_the_heads_learn(tmp_path):
     before, after = run(tmp_path / "then", max_steps=4, heads_first=3)
     for prefix in ("encoder.", "decoder.", "quantize."):
         assert moved(before, after, (prefix,)), prefix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "aligned"),
+    [
+        ({"freeze": ["host"]}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"freeze": ["encoder", "codebook"]}, [1, 2, 3, 4, 5]),  # `stop: auto`
+        ({"heads_first": 3}, [1, 2, 3, 5]),
+        ({}, [1, 5]),
+    ],
+    ids=["heads", "decoder", "heads first", "all"],
+)
+def test_every_batch_is_aligned_where_no_code_learns(tmp_path, training, aligned):
+    run(tmp_path, max_steps=7, log_every=1, **training)
+    lines = csv.DictReader((tmp_path / "run/metrics.csv").open())
+    assert [int(x["step"]) for x in lines if x.get("train/lgvq/global_semantic")] == aligned
 
 
 @pytest.mark.slow

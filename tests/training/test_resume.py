@@ -259,7 +259,7 @@ def test_a_run_whose_heads_were_in_one_group_is_resumed(config, tmp_path, monkey
     """Earlier versions decayed all heads as the host; now some of them go without."""
     whole = config("training.max_steps=2", "training.heads_first=0")
     loss = {"target": "lgvq_plugin.over.lgvq_plugin.hosts.vqvae.VQVAELoss"}
-    lgvq = {"guide": {"use": "micro_clip"}, "stop": None}
+    lgvq = {"guide": {"use": "micro_clip"}, "stop": None, "every": 1}
     whole["model"] = {
         **SMALL_HOST,
         "target": "toy.DecayedVQVAE",

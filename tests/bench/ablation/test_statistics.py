@@ -30,6 +30,10 @@ def test_mean_and_sd_are_numpys():
     assert mean == pytest.approx(values.mean(), rel=1e-12)
     assert sd == pytest.approx(values.std(ddof=1), rel=1e-9)
     assert mean_and_sd([2.0]) == (2.0, None)
+    for bad in (math.nan, math.inf):  # the report of the other metrics must not be lost
+        mean, sd = mean_and_sd([1.0, bad])
+        assert not math.isfinite(mean)
+        assert math.isnan(sd)
 
 
 def test_seeds_alone_are_scipys_paired_t_test():
