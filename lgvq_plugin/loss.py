@@ -592,7 +592,7 @@ class GradientCheck(StepCheck):
             return
         self.steps += 1
         acted, self.alignment.acted = self.alignment.acted, False
-        if not acted:  # zeros of DDP, by which momentum would move the heads
+        if not acted and world_size() > 1:  # zeros, by which momentum would move the heads
             drop_gradients(self.alignment)
         gradients = [p.grad for p in held if p.grad is not None]
         if all_finite(gradients, limit=LARGEST_GRADIENT):
