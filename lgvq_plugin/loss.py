@@ -581,7 +581,7 @@ class GradientCheck(StepCheck):
         on_nonfinite: "raise", or "skip": leave the update out, at most MAX_SKIPPED in a row.
     """
 
-    def __init__(self, heads: nn.Module, host: nn.Module, on_nonfinite: str) -> None:
+    def __init__(self, heads: Alignment, host: nn.Module, on_nonfinite: str) -> None:
         super().__init__(heads, register_optimizer_step_pre_hook)
         self.alignment, self.host, self.on_nonfinite = heads, host, on_nonfinite
         self.steps = self.skipped = 0
