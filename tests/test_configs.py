@@ -143,7 +143,9 @@ def mark_of(row, *, is_higher_better):
     return "△" if (float(row["value"]) > 0) == is_higher_better else "▽"
 
 
-@pytest.mark.parametrize("plan", [p for p in MEASURED if not p.startswith(("default_", "confirm_"))])
+@pytest.mark.parametrize(
+    "plan", [p for p in MEASURED if not p.startswith(("default_", "confirm_"))]
+)
 def test_the_p_values_of_results_are_those_of_the_seeds_and_intervals(plan):
     """The derivation that RESULTS.md describes: exact for seeds, else an upper bound.
 

@@ -45,6 +45,7 @@ class Result:
         bare, lgvq: seconds per step of each round.
         parts: seconds per aligned LG-VQ step by part, the median over rounds.
         memory: peak MiB of a step with its weights and optimizer, "bare" and "lgvq"; CUDA only.
+        every: `lgvq.every`; one of so many steps was aligned.
     """
 
     case: Case
@@ -54,6 +55,7 @@ class Result:
     lgvq: list[float]
     parts: dict[str, float]
     memory: dict[str, float]
+    every: int = 1
 
     @property
     def ratio(self) -> float:
@@ -225,7 +227,8 @@ def measure(
         parts = _parts(step_of["lgvq"], batches[: max(2, steps)], device)
     ratios = [a / b for a, b in zip(taken["lgvq"], taken["bare"], strict=True)]
     known = {name: peak for name, peak in memory.items() if peak is not None}
-    return Result(case, batch_size, ratios, taken["bare"], taken["lgvq"], parts, known)
+    every = heads.config.every
+    return Result(case, batch_size, ratios, taken["bare"], taken["lgvq"], parts, known, every)
 
 
 def _peak(step: Step, batch: Any, device: torch.device) -> float | None:

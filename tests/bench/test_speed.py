@@ -48,7 +48,9 @@ def test_a_turn_has_its_share_of_aligned_steps(small, monkeypatch, every, turns)
         Alignment, "_weighted_sum", lambda self, *a: aligned.append(1) or forward(self, *a)
     )
     monkeypatch.setattr(timing, "_parts", lambda *given: {})
-    timing.measure(case, device=torch.device("cpu"), rounds=2, steps=every * turns - (every > 1))
+    steps = every * turns - (every > 1)
+    result = timing.measure(case, device=torch.device("cpu"), rounds=2, steps=steps)
+    assert result.to_dict()["every"] == every
     assert len(aligned) == 2 + 2 * turns  # two to warm up
 
 
