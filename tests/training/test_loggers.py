@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def offline_runs(folder):
 
     found = {}
     for file in sorted(Path(folder).glob("wandb/offline-run-*/run-*.wandb")):
-        read = [Record.FromString(data) for data in records(file)]
+        for _ in range(100):  # wandb's own process writes the file
+            read = [Record.FromString(data) for data in records(file)]
+            if any(one.HasField("exit") for one in read):
+                break
+            time.sleep(0.1)
         started = next(one.run for one in read if one.HasField("run"))
         rows = [
             {
