@@ -41,6 +41,13 @@ def assert_same_run(ours, theirs):
     assert files[0] == files[1]
 
 
+def in_two_halves(config, extra, folder):
+    """Train for 4 steps, and resume up to 8."""
+    options = {"name": "half", "logdir": folder, "progress": False}
+    train(config(*extra, "training.max_steps=4"), **options)
+    return train(config(*extra, "training.max_steps=8"), resume="auto", **options)
+
+
 LGVQ = [
     "model.params.lossconfig.target=lgvq_plugin.LGVQLoss",
     "model.params.lossconfig.params.lgvq.guide.use=micro_clip",
@@ -72,14 +79,7 @@ def test_half_and_half_is_the_whole(config, tmp_path, workers, lgvq):
         logdir=tmp_path,
         progress=False,
     )
-    train(config(*extra, "training.max_steps=4"), name="half", logdir=tmp_path, progress=False)
-    resumed = train(
-        config(*extra, "training.max_steps=8"),
-        name="half",
-        logdir=tmp_path,
-        resume="auto",
-        progress=False,
-    )
+    resumed = in_two_halves(config, extra, tmp_path)
     assert resumed.steps == 8
     assert_same_run(resumed, whole)
 
@@ -112,14 +112,7 @@ def test_a_run_resumed_between_aligned_batches_is_the_whole(
     whole = train(
         config(*extra, "training.max_steps=8"), name="whole", logdir=tmp_path, progress=False
     )
-    train(config(*extra, "training.max_steps=4"), name="half", logdir=tmp_path, progress=False)
-    resumed = train(
-        config(*extra, "training.max_steps=8"),
-        name="half",
-        logdir=tmp_path,
-        resume="auto",
-        progress=False,
-    )
+    resumed = in_two_halves(config, extra, tmp_path)
     assert_same_run(resumed, whole)
     lines = list(csv.DictReader((tmp_path / "whole/metrics.csv").open()))
     aligned = [int(x["step"]) for x in lines if x.get("train/lgvq/global_semantic")]
