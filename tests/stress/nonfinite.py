@@ -80,7 +80,7 @@ def config(case: Case) -> dict[str, Any]:
     lgvq = {
         "guide": {"use": "lookalikes.toy_guide:ToyGuide"},
         "stop": None,
-        "every": 1,
+        "every": 1,  # the value comes at one step, and skip gives up within the steps of a case
         "on_nonfinite": case.how,
         "objectives": {
             "global_semantic": {"weight": 0.05, "queue": 8},
